@@ -1,0 +1,59 @@
+//! What device models ask of the virtual machine monitor: memory slots and interrupts. `vmm` implements these over KVM;
+//! tests implement them in memory. So no `unsafe` and no KVM is needed here.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+use vtd::{Msi, Requester};
+
+/// A piece of a file that can be mapped into the guest: part of a BAR of an assigned function.
+#[derive(Clone, Debug)]
+pub struct HostWindow {
+    /// The file (a VFIO device).
+    pub fd: Arc<OwnedFd>,
+    /// Offset into it, in bytes, a multiple of 4096.
+    pub offset: u64,
+    /// Length in bytes, a multiple of 4096.
+    pub len: u64,
+    /// Whether the guest may write.
+    pub writable: bool,
+}
+
+/// A window that is mapped into the guest, until [`MemorySlots::unmap`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SlotId(pub u32);
+
+/// Puts host memory into the guest-physical map while the guest runs.
+pub trait MemorySlots: Send + Sync {
+    /// Maps `window` at `gpa`. After it returns every vCPU sees it.
+    fn map(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId>;
+    /// Takes it out again. After it returns no vCPU reaches it any more.
+    fn unmap(&self, slot: SlotId);
+}
+
+/// A message route: an eventfd whose signal becomes an MSI in the guest.
+pub trait IrqRoute: Send + Sync {
+    /// The eventfd to hand to VFIO as the trigger. It stays the same for the life of the route.
+    fn trigger(&self) -> &EventFd;
+    /// From now on a signal is delivered as `msi` (remapped by `requester`'s unit, once remapping exists). `None`: masked;
+    /// signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
+    fn set(&self, msi: Option<Msi>) -> io::Result<()>;
+    /// While masked: whether a signal came since; clears it.
+    fn take_pending(&self) -> bool;
+}
+
+/// Hands out message routes and delivers single messages.
+pub trait Interrupts: Send + Sync {
+    /// A new route for `requester`, masked.
+    fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>>;
+    /// Deliver `msi` of `requester` now (emulated devices). Remapped, once remapping exists.
+    fn signal(&self, requester: Requester, msi: Msi);
+}
+
+/// A level-triggered interrupt line into the IOAPIC.
+pub trait IrqLine: Send + Sync {
+    /// Raise (`true`) or lower the line. Levels of several users of one pin are OR-ed.
+    fn set_level(&self, high: bool);
+}

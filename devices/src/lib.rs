@@ -1,0 +1,7 @@
+//! Device models: PCI core, IOAPIC, serial, edu and the assigned vfio-pci function.
+#![forbid(unsafe_code)]
+
+pub mod bus;
+pub mod host;
+
+pub use bus::{Bus, BusDevice};

@@ -1,0 +1,97 @@
+//! The names of things that cross a wall: requesters, domains, addresses.
+//!
+//! Each is a type of its own, so that two integers are never confused.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// A PCI source id: bus in bits 15:8, device in 7:3, function in 2:0 (VT-d specification, section 3.4.1).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SourceId(pub u16);
+
+impl SourceId {
+    /// The source id of bus `bus`, device `device` (0 to 31), function `function` (0 to 7).
+    pub const fn new(bus: u8, device: u8, function: u8) -> Self {
+        Self((bus as u16) << 8 | ((device & 0x1f) as u16) << 3 | (function & 7) as u16)
+    }
+    /// Bus number.
+    pub const fn bus(self) -> u8 {
+        (self.0 >> 8) as u8
+    }
+    /// Device and function: the index into a context table.
+    pub const fn devfn(self) -> u8 {
+        self.0 as u8
+    }
+    /// Device number, 0 to 31.
+    pub const fn device(self) -> u8 {
+        self.devfn() >> 3
+    }
+    /// Function number, 0 to 7.
+    pub const fn function(self) -> u8 {
+        self.devfn() & 7
+    }
+}
+
+impl fmt::Display for SourceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}:{:02x}.{}", self.bus(), self.device(), self.function())
+    }
+}
+
+impl fmt::Debug for SourceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Who makes a DMA request, as the unit sees it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Requester {
+    /// PCI segment.
+    pub segment: u16,
+    /// Source id within the segment.
+    pub sid: SourceId,
+}
+
+impl fmt::Display for Requester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{}", self.segment, self.sid)
+    }
+}
+
+/// Domain id of a context or PASID entry (VT-d specification, section 9.3).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct DomainId(pub u16);
+
+/// Process address space id, 20 bits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Pasid(pub u32);
+
+/// Which unit of the machine, counted from 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct UnitId(pub u16);
+
+/// An address as a device issues it, before translation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Iova(pub u64);
+
+/// A guest-physical address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Gpa(pub u64);
+
+macro_rules! hex {
+    ($($t:ident),*) => {$(
+        impl fmt::Debug for $t {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+        impl fmt::Display for $t {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+    )*};
+}
+hex!(Iova, Gpa);

@@ -1,0 +1,204 @@
+//! The seam between the unit and whatever makes its translations real: spaces, map operations, and the listener
+//! that the unit notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
+
+use crate::ids::{DomainId, Gpa, Iova, Pasid, Requester, UnitId};
+
+/// What an endpoint is attached to.
+///
+/// Two entries that differ in unit, root pointer, width, stage or domain id never share a space: a guest may give
+/// one domain id two roots. An invalidation of a domain id reaches every space that has it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum SpaceKey {
+    /// Untranslated: all guest RAM at its guest-physical addresses. Belongs to the virtual machine, not to a unit.
+    Identity,
+    /// Nothing is reachable.
+    Blocked,
+    /// A page table of the guest.
+    Paged(PagedSpace),
+}
+
+/// The identity of a space that a guest page table describes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PagedSpace {
+    /// The unit whose tables name it.
+    pub unit: UnitId,
+    /// Guest-physical address of the root of the page table.
+    pub root: Gpa,
+    /// Guest address width in bits: 39, 48 or 57.
+    pub width: u8,
+    /// Which stage the table is.
+    pub stage: Stage,
+    /// The domain id that tags its cached translations.
+    pub domain: DomainId,
+}
+
+/// Which kind of page table a space has.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Stage {
+    /// First-stage tables (scalable mode; VT-d specification, section 3.6).
+    First,
+    /// Second-stage tables (legacy and scalable mode; section 3.7).
+    Second,
+}
+
+/// What a mapping lets a device do. A mapping that lets it do nothing does not exist.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Perm {
+    /// Read only.
+    Read,
+    /// Write only.
+    Write,
+    /// Read and write.
+    ReadWrite,
+}
+
+impl Perm {
+    /// The permission with these two bits, `None` when neither is set.
+    pub const fn from_bits(read: bool, write: bool) -> Option<Self> {
+        match (read, write) {
+            (true, true) => Some(Self::ReadWrite),
+            (true, false) => Some(Self::Read),
+            (false, true) => Some(Self::Write),
+            (false, false) => None,
+        }
+    }
+    /// Whether a device may read.
+    pub const fn readable(self) -> bool {
+        !matches!(self, Self::Write)
+    }
+    /// Whether a device may write.
+    pub const fn writable(self) -> bool {
+        !matches!(self, Self::Read)
+    }
+}
+
+/// A run of IOVAs that leads to a run of guest-physical addresses. `len` is in bytes, a multiple of 4096, not 0, and
+/// `iova + len - 1` does not overflow.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Mapping {
+    /// First IOVA.
+    pub iova: Iova,
+    /// Guest-physical address that the first IOVA leads to.
+    pub gpa: Gpa,
+    /// Length in bytes.
+    pub len: u64,
+    /// What the device may do.
+    pub perm: Perm,
+}
+
+impl Mapping {
+    /// The last IOVA, inclusive.
+    pub const fn last(&self) -> Iova {
+        Iova(self.iova.0 + (self.len - 1))
+    }
+}
+
+/// One change of a space. Ranges are inclusive: 2^64 has no size.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapOp {
+    /// Nothing between `first` and `last`, both inclusive, is reachable any more. The range may be larger than what
+    /// is mapped (up to the whole of 2^64) and never cuts a mapping that stays, except as behaviour B-8 allows.
+    Unmap {
+        /// First IOVA.
+        first: Iova,
+        /// Last IOVA, inclusive.
+        last: Iova,
+    },
+    /// A new mapping; nothing was mapped in its range.
+    Map(Mapping),
+}
+
+/// What became of a batch of operations.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Applied {
+    /// The maps that did not become real, in the order of the batch. The shadow forgets them, so that they are tried again. A
+    /// mapping of the batch may be refused in part: then each lost piece is a refusal of its own. Remainders that were
+    /// lost while an extent was cut (B-8) are refusals too. An unmap cannot fail outwards.
+    pub refused: Vec<Refusal>,
+}
+
+/// A mapping, or a piece of one, that the host refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// First IOVA that is not mapped.
+    pub first: Iova,
+    /// Last IOVA that is not mapped, inclusive.
+    pub last: Iova,
+    /// Why.
+    pub cause: RefusalCause,
+    /// One member of the space for which it was refused (the one the guest's fault record names).
+    pub requester: Requester,
+}
+
+/// Why a host refused a mapping.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum RefusalCause {
+    /// The host's limit of mappings (`ENOSPC`; type1's `dma_entry_limit`).
+    Limit,
+    /// The limit of locked memory (`ENOMEM`; RLIMIT_MEMLOCK).
+    Memlock,
+    /// Outside the IOVA ranges of the host (`EINVAL`).
+    Range,
+    /// The guest-physical address leads to nothing that can be mapped.
+    Target,
+    /// Anything else.
+    Other,
+}
+
+/// Why an endpoint could not be attached to a space. The endpoint is blocked: nothing is reachable.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AttachRefused {
+    /// The requester was never registered with the listener.
+    #[error("{0} is not a device that the bridge knows")]
+    UnknownRequester(Requester),
+    /// The host refused some of the mappings of the space; the rest are in place.
+    #[error("{} mappings of the space were refused by the host", .0.len())]
+    Partial(Vec<Refusal>),
+    /// The host could not switch the device.
+    #[error("the host could not attach {requester}: {reason}")]
+    Host {
+        /// The requester.
+        requester: Requester,
+        /// What the host said.
+        reason: String,
+    },
+}
+
+/// Hears what changes in the spaces of a unit.
+///
+/// The unit calls it in order, never twice at once for one space, with no lock held that a listener could want.
+/// When a call returns, what was unmapped can no longer be reached by any device.
+pub trait SpaceListener: Send + Sync {
+    /// `requester` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
+    /// in ascending order, with the boundaries that it was mapped with (B-5, B-7); it is empty for
+    /// [`SpaceKey::Identity`] (the listener knows guest RAM itself) and [`SpaceKey::Blocked`]. A mapping that the
+    /// device has before and after is not touched.
+    fn attach(
+        &self,
+        requester: Requester,
+        pasid: Option<Pasid>,
+        space: &SpaceKey,
+        live: &mut dyn Iterator<Item = Mapping>,
+    ) -> Result<(), AttachRefused>;
+
+    /// `requester` is no longer behind the unit; nothing of it stays mapped.
+    fn detach(&self, requester: Requester, pasid: Option<Pasid>);
+
+    /// The mappings of `space` change. Unmaps come before maps.
+    fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied;
+}
+
+/// A message-signalled interrupt: what a device writes, and where.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Msi {
+    /// Address of the write, 0xfee00000 to 0xfeefffff in its low 32 bits.
+    pub address: u64,
+    /// The 32 bits written.
+    pub data: u32,
+}
+
+/// Delivers the unit's own messages (fault event, invalidation completion). They are never remapped.
+pub trait MsiSink: Send + Sync {
+    /// Deliver `msi` now.
+    fn signal(&self, msi: Msi);
+}
