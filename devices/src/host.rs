@@ -57,3 +57,19 @@ pub trait IrqLine: Send + Sync {
     /// Raise (`true`) or lower the line. Levels of several users of one pin are OR-ed.
     fn set_level(&self, high: bool);
 }
+
+/// What a guest can do to the whole machine. Called from a vCPU thread; returns at once, the machine stops afterwards.
+pub trait PowerControl: Send + Sync {
+    /// The guest powers off (ACPI S5).
+    fn power_off(&self);
+    /// The guest asks for a reset.
+    fn reset(&self);
+}
+
+/// Hears how the IOAPIC's pins are routed, so that KVM keeps a message route for each: without one the end of a
+/// level-triggered interrupt does not leave the guest (F-5).
+pub trait IoapicRoutes: Send + Sync {
+    /// Pin `pin` (0 to 23) sends this message from now on, level-triggered if `true`; `None`: it is masked. Called only
+    /// when something changed.
+    fn set_pin(&self, pin: u8, route: Option<(Msi, bool)>);
+}

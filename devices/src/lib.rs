@@ -3,5 +3,6 @@
 
 pub mod bus;
 pub mod host;
+pub mod pci;
 
 pub use bus::{Bus, BusDevice};

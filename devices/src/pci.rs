@@ -1,0 +1,22 @@
+//! PCI: configuration space, the root of the hierarchy, and how BARs reach the MMIO bus.
+
+pub mod config;
+pub mod decode;
+pub mod host_bridge;
+pub mod root;
+
+pub use config::{BarKind, ConfigSpace, Identity};
+pub use decode::Decoder;
+pub use host_bridge::HostBridge;
+pub use root::{ConfigPorts, Ecam, PciRoot, SlotError, gsi_of};
+
+/// One function, as software sees it through configuration space. Called from any vCPU thread.
+pub trait PciFunction: Send + Sync {
+    /// Reads `data.len()` bytes (1, 2 or 4) at `offset`; `offset + data.len()` is at most 4096. Every byte is written.
+    fn config_read(&self, offset: u16, data: &mut [u8]);
+    /// Writes `data` (1, 2 or 4 bytes) at `offset`; `offset + data.len()` is at most 4096.
+    fn config_write(&self, offset: u16, data: &[u8]);
+    /// Back to the state after power-on: no BAR decoded, no bus mastering, no interrupt. The machine calls it when the
+    /// guest resets, before the remapping unit is reset (rule 12).
+    fn reset(&self);
+}

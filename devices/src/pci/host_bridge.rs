@@ -1,0 +1,29 @@
+//! The host bridge, 00:00.0: it only says that there is a root bus.
+
+use std::sync::Mutex;
+
+use super::{ConfigSpace, Identity, PciFunction};
+
+/// A host bridge without registers of its own. Its id (1b36:0008, a generic PCI Express host bridge) makes no guest look for
+/// chipset quirks.
+pub struct HostBridge(Mutex<ConfigSpace>);
+
+impl Default for HostBridge {
+    fn default() -> Self {
+        let id =
+            Identity { vendor: 0x1b36, device: 0x0008, revision: 0, class: 0x06_00_00, subsystem: (0x1af4, 0x1100) };
+        Self(Mutex::new(ConfigSpace::new(&id)))
+    }
+}
+
+impl PciFunction for HostBridge {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.0.lock().unwrap().read(offset, data);
+    }
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.0.lock().unwrap().write(offset, data);
+    }
+    fn reset(&self) {
+        self.0.lock().unwrap().reset();
+    }
+}

@@ -1,0 +1,233 @@
+//! The root of the PCI hierarchy: which function has which source id, and the two ways to configuration space.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, RwLock};
+
+use vtd::{Requester, SourceId};
+
+use super::config::{CONFIG_SIZE, HEADER_TYPE};
+use super::{Decoder, HostBridge, PciFunction};
+use crate::host::PowerControl;
+use crate::{Bus, BusDevice};
+
+/// The IOAPIC pin (global system interrupt, 16 to 23) of pin `pin` (1 for INTA to 4 for INTD) of device `device` (0 to 31)
+/// on the root bus. The DSDT's interrupt routing says the same.
+pub const fn gsi_of(device: u8, pin: u8) -> u32 {
+    16 + (device as u32 + pin as u32 - 1) % 8
+}
+
+/// Why a function could not get its address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SlotError {
+    /// The address is 00.0 (the host bridge) or 1f.x.
+    #[error("{0} is kept for the machine's own functions")]
+    Reserved(SourceId),
+    /// Another function is there.
+    #[error("{0} is taken")]
+    Taken(SourceId),
+    /// Function 1 to 7 without a function 0: guests would not find it.
+    #[error("{0} needs a function 0 in the same slot first")]
+    NoFunctionZero(SourceId),
+    /// Devices 01 to 1e are all taken.
+    #[error("there is no free slot on bus 0")]
+    Full,
+}
+
+/// Segment 0 of the PCI hierarchy.
+pub struct PciRoot {
+    decoder: Arc<Decoder>,
+    functions: RwLock<BTreeMap<SourceId, Arc<dyn PciFunction>>>,
+}
+
+impl PciRoot {
+    /// A root bus with the host bridge on it. BARs of functions are decoded on `mmio`.
+    pub fn new(mmio: Arc<Bus>) -> Arc<Self> {
+        let host_bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
+        let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
+        Arc::new(Self { decoder: Arc::new(Decoder::new(mmio)), functions })
+    }
+
+    /// The decoder that functions put their BARs on the bus with.
+    pub fn decoder(&self) -> Arc<Decoder> {
+        self.decoder.clone()
+    }
+
+    /// The requester of the function at `sid`.
+    pub fn requester(&self, sid: SourceId) -> Requester {
+        Requester { segment: 0, sid }
+    }
+
+    /// An address on bus 0 for a new function: `wanted` (device, function) if it may have it, else the lowest free slot from
+    /// 01.0. Nothing is reserved: put the function there before asking again.
+    pub fn allocate(&self, wanted: Option<(u8, u8)>) -> Result<SourceId, SlotError> {
+        let functions = self.functions.read().unwrap();
+        let Some((device, function)) = wanted else {
+            let free = |device: &u8| (0..8).all(|f| !functions.contains_key(&SourceId::new(0, *device, f)));
+            return (1..0x1f).find(free).map(|device| SourceId::new(0, device, 0)).ok_or(SlotError::Full);
+        };
+        let sid = SourceId::new(0, device, function);
+        if device == 0 || device >= 0x1f || function > 7 {
+            return Err(SlotError::Reserved(sid));
+        }
+        if functions.contains_key(&sid) {
+            return Err(SlotError::Taken(sid));
+        }
+        if function != 0 && !functions.contains_key(&SourceId::new(0, device, 0)) {
+            return Err(SlotError::NoFunctionZero(sid));
+        }
+        Ok(sid)
+    }
+
+    /// Puts `function` at `sid`.
+    pub fn insert(&self, sid: SourceId, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
+        let mut functions = self.functions.write().unwrap();
+        if functions.contains_key(&sid) {
+            return Err(SlotError::Taken(sid));
+        }
+        functions.insert(sid, function);
+        Ok(())
+    }
+
+    /// The functions, by source id.
+    pub fn functions(&self) -> Vec<(SourceId, Arc<dyn PciFunction>)> {
+        self.functions.read().unwrap().iter().map(|(sid, function)| (*sid, function.clone())).collect()
+    }
+
+    /// Resets every function (rule 12: before the remapping unit).
+    pub fn reset(&self) {
+        for (_, function) in self.functions() {
+            function.reset();
+        }
+    }
+
+    fn function(&self, sid: SourceId) -> Option<Arc<dyn PciFunction>> {
+        self.functions.read().unwrap().get(&sid).cloned()
+    }
+
+    /// Whether the slot of `sid`, a function 0, has further functions.
+    fn is_multi_function(&self, sid: SourceId) -> bool {
+        let functions = self.functions.read().unwrap();
+        sid.function() == 0 && functions.range(SourceId(sid.0 + 1)..=SourceId(sid.0 | 7)).next().is_some()
+    }
+
+    /// Reads configuration space; ones where there is no function. No lock is held while the function works.
+    pub fn config_read(&self, sid: SourceId, offset: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if usize::from(offset) + data.len() > CONFIG_SIZE {
+            return;
+        }
+        let Some(function) = self.function(sid) else { return };
+        function.config_read(offset, data);
+        // Whether a slot has several functions is our topology's business, not the function's.
+        if let Some(header) = HEADER_TYPE.checked_sub(offset).and_then(|at| data.get_mut(usize::from(at))) {
+            *header = *header & 0x7f | u8::from(self.is_multi_function(sid)) << 7;
+        }
+    }
+
+    /// Writes configuration space; dropped where there is no function.
+    pub fn config_write(&self, sid: SourceId, offset: u16, data: &[u8]) {
+        if usize::from(offset) + data.len() > CONFIG_SIZE {
+            return;
+        }
+        if let Some(function) = self.function(sid) {
+            function.config_write(offset, data);
+        }
+    }
+}
+
+/// The memory-mapped way to configuration space (ECAM): 1 MiB a bus, on the MMIO bus where MCFG says.
+pub struct Ecam(Arc<PciRoot>);
+
+impl Ecam {
+    /// ECAM of `root`, from bus 0.
+    pub fn new(root: Arc<PciRoot>) -> Self {
+        Self(root)
+    }
+
+    fn split(offset: u64) -> (SourceId, u16) {
+        (SourceId((offset >> 12) as u16), (offset & 0xfff) as u16)
+    }
+}
+
+impl BusDevice for Ecam {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for (i, part) in data.chunks_mut(4).enumerate() {
+            let (sid, register) = Self::split(offset + 4 * i as u64);
+            self.0.config_read(sid, register, part);
+        }
+    }
+    fn write(&self, offset: u64, data: &[u8]) {
+        for (i, part) in data.chunks(4).enumerate() {
+            let (sid, register) = Self::split(offset + 4 * i as u64);
+            self.0.config_write(sid, register, part);
+        }
+    }
+}
+
+/// The port way to configuration space, at ports [`ConfigPorts::FIRST`] to [`ConfigPorts::LAST`]; the reset register
+/// 0xcf9 lies between them and is here too.
+pub struct ConfigPorts {
+    root: Arc<PciRoot>,
+    power: Arc<dyn PowerControl>,
+    address: Mutex<u32>,
+}
+
+impl ConfigPorts {
+    /// First port.
+    pub const FIRST: u64 = 0xcf8;
+    /// Last port.
+    pub const LAST: u64 = 0xcff;
+    /// The reset register, for the FADT.
+    pub const RESET_PORT: u16 = 0xcf9;
+    /// What resets the machine when it is written there, for the FADT.
+    pub const RESET_VALUE: u8 = 0x06;
+
+    /// The ports of `root`; a write to the reset register reaches `power`.
+    pub fn new(root: Arc<PciRoot>, power: Arc<dyn PowerControl>) -> Self {
+        Self { root, power, address: Mutex::new(0) }
+    }
+
+    /// What an access at `offset` into the ports reaches: `None` while the enable bit is clear.
+    fn target(&self, offset: u64, len: usize) -> Option<(SourceId, u16)> {
+        let address = *self.address.lock().unwrap();
+        let byte = offset.checked_sub(4)?;
+        let inside = byte as usize + len <= 4;
+        (address >> 31 == 1 && inside).then(|| (SourceId((address >> 8) as u16), (address & 0xfc) as u16 + byte as u16))
+    }
+}
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if offset == 0 && data.len() == 4 {
+            data.copy_from_slice(&self.address.lock().unwrap().to_le_bytes());
+        } else if offset == 1 && data.len() == 1 {
+            data[0] = 0;
+        } else if let Some((sid, register)) = self.target(offset, data.len()) {
+            self.root.config_read(sid, register, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            // Bits 30:24 and 1:0 are reserved.
+            (0, &[a, b, c, d]) => {
+                *self.address.lock().unwrap() = u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc;
+            }
+            (1, &[value]) => {
+                if value & 0x04 != 0 {
+                    self.power.reset();
+                }
+            }
+            _ => {
+                if let Some((sid, register)) = self.target(offset, data.len()) {
+                    self.root.config_write(sid, register, data);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "root_test.rs"]
+mod root_test;

@@ -1,0 +1,209 @@
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::*;
+use crate::pci::{BarKind, ConfigSpace, Identity};
+
+/// A function with a 4 KiB 32-bit BAR 0 and a 64-bit BAR 2 of 16 MiB.
+struct TwoBars {
+    sid: SourceId,
+    decoder: Arc<Decoder>,
+    config: Mutex<ConfigSpace>,
+    bars: [Arc<dyn BusDevice>; 2],
+}
+
+struct Answer(u8);
+impl BusDevice for Answer {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(self.0);
+    }
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+impl TwoBars {
+    fn at(root: &PciRoot, device: u8, function: u8, answer: u8) {
+        let sid = SourceId::new(0, device, function);
+        let id = Identity { vendor: 0x1234, device: 0x5678, revision: 1, class: 0xff_00_00, subsystem: (1, 2) };
+        let mut config = ConfigSpace::new(&id);
+        config.add_bar(0, BarKind::Memory32, 0x1000);
+        config.add_bar(2, BarKind::Prefetchable64, 16 << 20);
+        config.add_capability(0x09, &[0x04], &[]);
+        let bars: [Arc<dyn BusDevice>; 2] = [Arc::new(Answer(answer)), Arc::new(Answer(answer + 1))];
+        let function = Self { sid, decoder: root.decoder(), config: Mutex::new(config), bars };
+        root.insert(sid, Arc::new(function)).unwrap();
+    }
+}
+
+impl PciFunction for TwoBars {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.config.lock().unwrap().read(offset, data);
+    }
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut config = self.config.lock().unwrap();
+        config.write(offset, data);
+        self.decoder.set(self.sid, 0, config.decoded(0), &self.bars[0]);
+        self.decoder.set(self.sid, 2, config.decoded(2), &self.bars[1]);
+    }
+    fn reset(&self) {
+        self.config.lock().unwrap().reset();
+    }
+}
+
+#[derive(Default)]
+struct Resets(AtomicU32);
+impl PowerControl for Resets {
+    fn power_off(&self) {}
+    fn reset(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn read32(root: &PciRoot, sid: SourceId, offset: u16) -> u32 {
+    let mut data = [0; 4];
+    root.config_read(sid, offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn write32(root: &PciRoot, sid: SourceId, offset: u16, value: u32) {
+    root.config_write(sid, offset, &value.to_le_bytes());
+}
+
+fn mmio8(bus: &Bus, address: u64) -> u8 {
+    let mut data = [0];
+    bus.read(address, &mut data);
+    data[0]
+}
+
+const ONE: SourceId = SourceId::new(0, 1, 0);
+const TWO: SourceId = SourceId::new(0, 2, 0);
+
+#[test]
+fn f6_bar_sizing_gives_size_and_kind() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    for offset in [0x10, 0x14, 0x18, 0x1c, 0x20, 0x30] {
+        write32(&root, ONE, offset, u32::MAX);
+    }
+    assert_eq!(read32(&root, ONE, 0x10), 0xffff_f000);
+    assert_eq!(read32(&root, ONE, 0x14), 0, "BAR 1 is not there");
+    assert_eq!(read32(&root, ONE, 0x18), 0xff00_000c);
+    assert_eq!(read32(&root, ONE, 0x1c), 0xffff_ffff);
+    assert_eq!(read32(&root, ONE, 0x30), 0, "there is no ROM");
+}
+
+#[test]
+fn f6_bars_are_on_the_bus_only_while_memory_is_enabled_and_follow_moves() {
+    let bus = Arc::new(Bus::default());
+    let root = PciRoot::new(bus.clone());
+    TwoBars::at(&root, 1, 0, 0x11);
+    write32(&root, ONE, 0x10, 0xe000_0000);
+    assert_eq!(mmio8(&bus, 0xe000_0000), 0xff);
+    root.config_write(ONE, 4, &[2, 0]);
+    assert_eq!(mmio8(&bus, 0xe000_0fff), 0x11);
+    write32(&root, ONE, 0x10, 0xe000_2000);
+    assert_eq!((mmio8(&bus, 0xe000_0000), mmio8(&bus, 0xe000_2000)), (0xff, 0x11));
+    write32(&root, ONE, 0x18, 0x0300_0000);
+    write32(&root, ONE, 0x1c, 0x80);
+    assert_eq!(mmio8(&bus, 0x80_0300_0000), 0x12);
+    root.config_write(ONE, 4, &[0, 0]);
+    assert_eq!((mmio8(&bus, 0xe000_2000), mmio8(&bus, 0x80_0300_0000)), (0xff, 0xff));
+}
+
+#[test]
+fn f6_two_bars_at_one_address_the_second_waits_for_the_first_to_go() {
+    let bus = Arc::new(Bus::default());
+    let root = PciRoot::new(bus.clone());
+    TwoBars::at(&root, 1, 0, 0x11);
+    TwoBars::at(&root, 2, 0, 0x22);
+    for sid in [ONE, TWO] {
+        write32(&root, sid, 0x10, 0xe000_0000);
+        root.config_write(sid, 4, &[2, 0]);
+    }
+    assert_eq!(mmio8(&bus, 0xe000_0000), 0x11);
+    write32(&root, ONE, 0x10, 0xe000_1000);
+    assert_eq!((mmio8(&bus, 0xe000_0000), mmio8(&bus, 0xe000_1000)), (0x22, 0x11));
+}
+
+#[test]
+fn f6_multi_function_bit_follows_the_topology() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    assert_eq!(read32(&root, ONE, 0x0c) >> 16 & 0xff, 0x00);
+    TwoBars::at(&root, 1, 3, 0x11);
+    assert_eq!(read32(&root, ONE, 0x0c) >> 16 & 0xff, 0x80);
+    let mut byte = [0];
+    root.config_read(ONE, 0x0e, &mut byte);
+    assert_eq!(byte, [0x80]);
+}
+
+#[test]
+fn f6_slots_are_given_from_01_and_the_machines_own_are_kept() {
+    let root = PciRoot::new(Arc::default());
+    assert_eq!(root.allocate(None), Ok(ONE));
+    assert_eq!(root.allocate(Some((0, 0))), Err(SlotError::Reserved(SourceId::new(0, 0, 0))));
+    assert_eq!(root.allocate(Some((0x1f, 2))), Err(SlotError::Reserved(SourceId::new(0, 0x1f, 2))));
+    assert_eq!(root.allocate(Some((5, 1))), Err(SlotError::NoFunctionZero(SourceId::new(0, 5, 1))));
+    for device in 1..0x1f {
+        TwoBars::at(&root, device, 0, 0);
+    }
+    assert_eq!(root.allocate(None), Err(SlotError::Full));
+    assert_eq!(root.allocate(Some((5, 0))), Err(SlotError::Taken(SourceId::new(0, 5, 0))));
+    assert_eq!(root.allocate(Some((5, 1))), Ok(SourceId::new(0, 5, 1)));
+}
+
+#[test]
+fn f6_config_ports_need_the_enable_bit_and_serve_bytes() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    let ports = ConfigPorts::new(root, Arc::new(Resets::default()));
+    let mut word = [0; 2];
+    ports.write(0, &0x0000_0800u32.to_le_bytes());
+    ports.read(4, &mut word);
+    assert_eq!(word, [0xff, 0xff]);
+    ports.write(0, &0x8000_0800u32.to_le_bytes());
+    ports.read(6, &mut word);
+    assert_eq!(word, [0x78, 0x56]);
+    ports.write(0, &0x8000_f800u32.to_le_bytes());
+    ports.read(4, &mut word);
+    assert_eq!(word, [0xff, 0xff], "no function there");
+    let mut dword = [0; 4];
+    ports.read(0, &mut dword);
+    assert_eq!(dword, 0x8000_f800u32.to_le_bytes());
+}
+
+#[test]
+fn f6_the_reset_register_is_between_the_config_ports() {
+    let power = Arc::new(Resets::default());
+    let ports = ConfigPorts::new(PciRoot::new(Arc::default()), power.clone());
+    ports.write(1, &[0x02]);
+    assert_eq!(power.0.load(Ordering::Relaxed), 0);
+    ports.write(1, &[ConfigPorts::RESET_VALUE]);
+    assert_eq!(power.0.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn f6_ecam_reaches_extended_space_and_wide_accesses_are_split() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    let ecam = Ecam::new(root);
+    let mut wide = [0; 8];
+    ecam.read(8 << 12, &mut wide);
+    assert_eq!(wide[..4], [0x34, 0x12, 0x78, 0x56]);
+    ecam.read((8 << 12) + 0x100, &mut wide);
+    assert_eq!(wide, [0; 8]);
+    ecam.read(0xf_f000, &mut wide);
+    assert_eq!(wide, [0xff; 8]);
+    let mut crossing = [0; 4];
+    ecam.read((8 << 12) + 0xffe, &mut crossing);
+    assert_eq!(crossing, [0xff; 4], "an access across two functions reaches neither");
+}
+
+#[test]
+fn f6_reset_takes_the_addresses_and_the_enable_bits() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    write32(&root, ONE, 0x10, 0xe000_0000);
+    root.config_write(ONE, 4, &[6, 0]);
+    root.reset();
+    assert_eq!((read32(&root, ONE, 0x10), read32(&root, ONE, 4) & 0xffff), (0, 0));
+    assert_eq!(read32(&root, ONE, 0x34) & 0xff, 0x40, "the capability list stays");
+}
