@@ -1,2 +1,334 @@
-//! causeway
-fn main() {}
+//! Drives an edu function through this kernel's VFIO type1 and says whether its DMA reached exactly what was mapped.
+//!
+//! One scenario a run. Each line of output names the scenario; exit code 0 if everything held, 1 if not, 2 for usage.
+//! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use guest_programs::edu::{self, BUFFER_SIZE, Direction, Edu};
+use guest_programs::kernel_log::KernelLog;
+use guest_programs::memory::{Backing, DmaMemory, PAGE, pattern};
+use guest_programs::vfio::{self, Access, Container};
+
+/// Drives an edu function through this kernel's VFIO type1.
+#[derive(Parser)]
+struct Arguments {
+    /// The function, as DDDD:BB:DD.F; the first edu if not given. It is bound to vfio-pci and stays bound.
+    #[arg(long)]
+    bdf: Option<String>,
+    /// Where mappings begin, in the device's address space.
+    #[arg(long, default_value = "0x1000000", value_parser = number)]
+    iova: u64,
+    /// Blocked DMA must show as a fault in this kernel's own log, with the function and the address.
+    #[arg(long)]
+    expect_fault: bool,
+    #[command(subcommand)]
+    scenario: Scenario,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum Scenario {
+    /// A page goes into the device and comes back into another page.
+    Roundtrip,
+    /// The function's MSI reaches an eventfd, for a raised interrupt and for the end of a DMA.
+    Msi,
+    /// DMA to IOVAs that were never mapped changes nothing and reads nothing.
+    Outside,
+    /// DMA that was programmed (and one whose doorbell was rung) while mapped, fired after UNMAP, changes nothing.
+    Armed,
+    /// The device reads a read-only mapping and cannot write it.
+    Readonly,
+    /// 1 GiB of IOVA space, in the largest pages this kernel has; unmapped whole, or in two halves.
+    Big,
+    /// Random mappings come and go; the device reaches those that are there and no other.
+    Loop {
+        /// How many steps.
+        #[arg(default_value_t = 20)]
+        steps: u32,
+        /// Starts the sequence; the same seed gives the same steps.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+}
+
+fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
+    text.strip_prefix("0x").map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16))
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let bdf = arguments.bdf.map_or_else(|| vfio::find_function(edu::VENDOR, edu::DEVICE), Ok)?;
+    vfio::bind(&bdf)?;
+    let container = Container::open(&bdf)?;
+    let edu = Edu::new(container.device(&bdf)?).with_context(|| format!("{bdf} is not an edu"))?;
+    let bench = Bench { bdf, container, edu, iova: arguments.iova, expect_fault: arguments.expect_fault };
+    match arguments.scenario {
+        Scenario::Roundtrip => bench.roundtrip(),
+        Scenario::Msi => bench.msi(),
+        Scenario::Outside => bench.outside(),
+        Scenario::Armed => bench.armed(),
+        Scenario::Readonly => bench.readonly(),
+        Scenario::Big => bench.big(),
+        Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
+    }
+}
+
+const PAGE_LEN: u64 = PAGE as u64;
+const FAULT_DEADLINE: Duration = Duration::from_secs(10);
+
+struct Bench {
+    bdf: String,
+    container: Container,
+    edu: Edu,
+    iova: u64,
+    expect_fault: bool,
+}
+
+impl Bench {
+    /// Fills the device's buffer with `data`, through a mapping at `iova` that is gone afterwards.
+    fn load(&self, iova: u64, data: &[u8]) -> Result<()> {
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        memory.write(0, data);
+        self.container.map(iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        self.edu.dma(Direction::FromMemory, iova, data.len())?;
+        self.unmap_whole(iova, PAGE_LEN)
+    }
+
+    /// What the device's buffer holds, through a mapping at `iova` that is gone afterwards.
+    fn unload(&self, iova: u64) -> Result<Vec<u8>> {
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        self.container.map(iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        self.edu.dma(Direction::ToMemory, iova, BUFFER_SIZE)?;
+        self.unmap_whole(iova, PAGE_LEN)?;
+        Ok(memory.read(0, BUFFER_SIZE))
+    }
+
+    fn unmap_whole(&self, iova: u64, size: u64) -> Result<()> {
+        let unmapped = self.container.unmap(iova, size).context("UNMAP_DMA")?;
+        ensure!(unmapped == size, "UNMAP_DMA of {size:#x} bytes at {iova:#x} took away {unmapped:#x}");
+        Ok(())
+    }
+
+    /// Runs `dma`, which must be blocked at `iova`, and waits for the fault's line if asked to.
+    fn blocked(&self, iova: u64, dma: impl FnOnce() -> Result<()>) -> Result<()> {
+        let log = if self.expect_fault { Some(KernelLog::from_now()?) } else { None };
+        dma()?;
+        if let Some(mut log) = log {
+            let device = format!("[{}]", self.bdf.split_once(':').context("a BDF without segment")?.1);
+            let address = format!("fault addr {iova:#x} ");
+            println!("fault: {}", log.wait_for(&["DMAR:", &device, &address], FAULT_DEADLINE)?);
+        }
+        Ok(())
+    }
+
+    fn roundtrip(&self) -> Result<()> {
+        let memory = DmaMemory::new(2 * PAGE, Backing::Base)?;
+        let data = pattern(3, PAGE);
+        memory.write(0, &data);
+        self.container.map(self.iova, &memory, 0, 2 * PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        self.edu.dma(Direction::FromMemory, self.iova, PAGE)?;
+        self.edu.dma(Direction::ToMemory, self.iova + PAGE_LEN, PAGE)?;
+        ensure!(memory.read(PAGE, PAGE) == data, "the second page does not hold what the first one does");
+        ensure!(memory.read(0, PAGE) == data, "the first page changed");
+        self.unmap_whole(self.iova, 2 * PAGE_LEN)?;
+        println!("roundtrip: {PAGE} bytes through {:#x} came back", self.iova);
+        Ok(())
+    }
+
+    fn msi(&self) -> Result<()> {
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        self.container.map(self.iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        self.edu.check_msi(self.iova)
+    }
+
+    fn outside(&self) -> Result<()> {
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        let secret = pattern(11, PAGE);
+        memory.write(0, &secret);
+        self.container.map(self.iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        let known = pattern(77, PAGE);
+        let spare = self.iova + 16 * PAGE_LEN;
+        // The page's own physical address is the IOVA that would reach it if nothing translated.
+        let physical = memory.physical_address(0)?;
+        ensure!(physical != self.iova, "the page's physical address is the IOVA by chance: choose another --iova");
+        for (what, iova) in [("the page after the mapping", self.iova + PAGE_LEN), ("its physical address", physical)] {
+            self.load(spare, &known)?;
+            self.blocked(iova, || self.edu.dma(Direction::ToMemory, iova, PAGE))?;
+            ensure!(memory.read(0, PAGE) == secret, "a device write to {what} ({iova:#x}) changed the memory");
+            println!("outside: write to {what} ({iova:#x}) changed nothing");
+
+            self.load(spare, &known)?;
+            self.blocked(iova, || self.edu.dma(Direction::FromMemory, iova, PAGE))?;
+            ensure!(self.unload(spare)? != secret, "a device read of {what} ({iova:#x}) got the memory");
+            println!("outside: read of {what} ({iova:#x}) got nothing of it");
+        }
+        Ok(())
+    }
+
+    fn armed(&self) -> Result<()> {
+        let spare = self.iova + 16 * PAGE_LEN;
+        self.load(spare, &pattern(42, PAGE))?;
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        let before = pattern(5, PAGE);
+        memory.write(0, &before);
+        let map = || self.container.map(self.iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA");
+
+        map()?;
+        self.edu.program(Direction::ToMemory, self.iova, PAGE);
+        self.unmap_whole(self.iova, PAGE_LEN)?;
+        self.blocked(self.iova, || {
+            self.edu.start(Direction::ToMemory);
+            self.edu.wait()
+        })?;
+        ensure!(memory.read(0, PAGE) == before, "DMA programmed before UNMAP and fired after it changed the memory");
+        println!("armed: programmed while mapped, fired after UNMAP: memory unchanged");
+
+        // The doorbell comes first and UNMAP while the DMA is pending: whatever it has not written when UNMAP returns, it
+        // must not write later.
+        map()?;
+        self.edu.program(Direction::ToMemory, self.iova, PAGE);
+        self.edu.start(Direction::ToMemory);
+        self.unmap_whole(self.iova, PAGE_LEN)?;
+        let at_return = memory.read(0, PAGE);
+        let pending = self.edu.busy() && at_return == before;
+        self.edu.wait()?;
+        ensure!(memory.read(0, PAGE) == at_return, "DMA in flight changed the memory after UNMAP returned");
+        let when = if pending { "still pending" } else { "already done" };
+        println!("armed: fired while mapped, {when} when UNMAP returned: memory unchanged since");
+        Ok(())
+    }
+
+    fn readonly(&self) -> Result<()> {
+        let memory = DmaMemory::new(PAGE, Backing::Base)?;
+        let data = pattern(19, PAGE);
+        memory.write(0, &data);
+        let spare = self.iova + 16 * PAGE_LEN;
+        self.container.map(self.iova, &memory, 0, PAGE, Access::ReadOnly).context("MAP_DMA")?;
+        self.edu.dma(Direction::FromMemory, self.iova, PAGE)?;
+        ensure!(self.unload(spare)? == data, "the device could not read the read-only mapping");
+        println!("readonly: the device read the mapping");
+        self.load(spare, &pattern(99, PAGE))?;
+        self.blocked(self.iova, || self.edu.dma(Direction::ToMemory, self.iova, PAGE))?;
+        ensure!(memory.read(0, PAGE) == data, "the device wrote the read-only mapping");
+        println!("readonly: the device's write changed nothing");
+        self.unmap_whole(self.iova, PAGE_LEN)
+    }
+
+    fn big(&self) -> Result<()> {
+        const SPAN: u64 = 1 << 30;
+        let iova = self.iova.next_multiple_of(SPAN).max(SPAN);
+        let (memory, backing) = [Backing::Huge1G, Backing::Huge2M, Backing::Base]
+            .into_iter()
+            .find_map(|b| {
+                let len = if b == Backing::Huge1G { 1 << 30 } else { 2 << 20 };
+                DmaMemory::new(len, b).ok().map(|m| (m, b))
+            })
+            .context("no memory")?;
+        let len = memory.len() as u64;
+        // The same memory over and over: the IOVA space is full, the guest's memory is not.
+        let map_all = || (0..SPAN / len).try_for_each(|i| self.map_at(iova + i * len, &memory));
+        let places = [0, SPAN / 2 - PAGE_LEN, SPAN / 2, SPAN - PAGE_LEN];
+        let in_memory = |place: u64| usize::try_from(place % len).context("an offset inside the memory");
+        let spare = iova - PAGE_LEN;
+
+        let reaches = |place: u64, seed: u8| -> Result<bool> {
+            let data = pattern(seed, PAGE);
+            self.load(spare, &data)?;
+            memory.write(in_memory(place)?, &pattern(seed.wrapping_add(1), PAGE));
+            self.edu.dma(Direction::ToMemory, iova + place, PAGE)?;
+            Ok(memory.read(in_memory(place)?, PAGE) == data)
+        };
+
+        map_all()?;
+        for (seed, place) in (20..).step_by(2).zip(places) {
+            ensure!(reaches(place, seed)?, "the device did not reach {:#x}", iova + place);
+        }
+        println!("big: {SPAN:#x} bytes at {iova:#x} mapped in pieces of {len:#x} ({backing:?}), reached at 4 places");
+        self.unmap_whole(iova, SPAN)?;
+        for (seed, place) in (40..).step_by(2).zip(places) {
+            ensure!(!reaches(place, seed)?, "the device reached {:#x} after UNMAP", iova + place);
+        }
+        println!("big: unmapped whole, reached nowhere");
+
+        if len < SPAN {
+            map_all()?;
+            self.unmap_whole(iova, SPAN / 2)?;
+            for (seed, place) in (60..).step_by(2).zip(places) {
+                let mapped = place >= SPAN / 2;
+                ensure!(reaches(place, seed)? == mapped, "with the lower half unmapped, {:#x} is wrong", iova + place);
+            }
+            self.unmap_whole(iova + SPAN / 2, SPAN / 2)?;
+            println!("big: lower half unmapped, upper half still reached");
+        }
+        Ok(())
+    }
+
+    fn map_at(&self, iova: u64, memory: &DmaMemory) -> Result<()> {
+        self.container
+            .map(iova, memory, 0, memory.len(), Access::ReadWrite)
+            .with_context(|| format!("MAP_DMA at {iova:#x}"))
+    }
+
+    fn random_loop(&self, steps: u32, seed: u64) -> Result<()> {
+        const SLOTS: usize = 16;
+        const SLOT_PAGES: usize = 64;
+        let mut random = Random(seed.max(1));
+        let memory = DmaMemory::new(SLOTS * SLOT_PAGES * PAGE, Backing::Base)?;
+        // The pages that are mapped in each slot of the IOVA space, as (first page, pages).
+        let mut slots: [Option<(usize, usize)>; SLOTS] = [None; SLOTS];
+        let spare = self.iova - PAGE_LEN;
+        let (mut reached, mut blocked) = (0, 0);
+        for step in 0..steps {
+            let slot = random.below(SLOTS);
+            let at = |(first, _): (usize, usize)| (slot * SLOT_PAGES + first) * PAGE;
+            match slots[slot].take() {
+                Some(pages) => self.unmap_whole(self.iova + at(pages) as u64, (pages.1 * PAGE) as u64)?,
+                None => {
+                    let first = random.below(SLOT_PAGES);
+                    let pages = (first, 1 + random.below(SLOT_PAGES - first));
+                    self.container
+                        .map(self.iova + at(pages) as u64, &memory, at(pages), pages.1 * PAGE, Access::ReadWrite)
+                        .context("MAP_DMA")?;
+                    slots[slot] = Some(pages);
+                }
+            }
+            // The slot just touched, and now and then any other.
+            let probed = if random.below(2) == 0 { slot } else { random.below(SLOTS) };
+            let page = match slots[probed] {
+                Some((first, count)) if random.below(4) != 0 => first + random.below(count),
+                _ => random.below(SLOT_PAGES),
+            };
+            let mapped = slots[probed].is_some_and(|(first, count)| (first..first + count).contains(&page));
+            let offset = (probed * SLOT_PAGES + page) * PAGE;
+            let old = pattern(step as u8, PAGE);
+            let new = pattern((step as u8).wrapping_add(128), PAGE);
+            self.load(spare, &new)?;
+            memory.write(offset, &old);
+            self.edu.dma(Direction::ToMemory, self.iova + offset as u64, PAGE)?;
+            let expected = if mapped { &new } else { &old };
+            if memory.read(offset, PAGE) != *expected {
+                bail!(
+                    "step {step}: {:#x} is mapped: {mapped}, and the memory says otherwise",
+                    self.iova + offset as u64
+                );
+            }
+            *(if mapped { &mut reached } else { &mut blocked }) += 1;
+        }
+        println!("loop: {steps} steps from seed {seed}: {reached} reached as mapped, {blocked} blocked as unmapped");
+        Ok(())
+    }
+}
+
+/// xorshift64*: small, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % bound
+    }
+}
