@@ -1,0 +1,490 @@
+//! One run of L1: a Linux host with KVM and VFIO inside QEMU's TCG, which runs one script and powers off.
+
+use crate::cache::{Cache, progress};
+use crate::cpio::{self, Archive};
+use crate::l1::{self, Images};
+use crate::programs::{self, Program};
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// L1 has to be up by then; it takes 3 s on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// After the script: collecting what it left and powering off.
+const END_LIMIT: Duration = Duration::from_secs(60);
+const OUT_BYTES: u64 = 1 << 30;
+/// The boot time that time limits are given for.
+const NORMAL_BOOT: f64 = 5.0;
+const LARGEST_SCALE: f64 = 6.0;
+pub const TIME_LIMIT: u8 = 124;
+pub const BENCH_FAILURE: u8 = 125;
+
+/// How the assignable functions are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Topology {
+    /// edu 08.0, NVMe 09.0, e1000e 0a.0 and igb 0b.0 on the root bus
+    Flat,
+    /// each function behind a PCIe root port: bus reset, ACS, igb with SR-IOV
+    Ports,
+    /// two edu behind one PCIe-to-PCI bridge (one group), the NVMe on the root bus
+    Bridge,
+    /// two edu functions in one slot behind a root port without ACS (one group), the NVMe on the root bus
+    Slot,
+}
+
+/// What is told apart between one L1 and another.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Machine {
+    pub topology: Topology,
+    /// Added to L1's kernel command line.
+    pub append: String,
+    pub cpu: String,
+    pub kernel: Option<PathBuf>,
+}
+
+pub const DEFAULT_CPU: &str = "EPYC";
+
+#[derive(Debug, Args)]
+pub struct NestedArgs {
+    /// The script, which L1 runs as root
+    #[arg(long, value_name = "FILE", required_unless_present = "interactive")]
+    script: Option<PathBuf>,
+    /// A file for /causeway/files (its mode is kept); may be given more than once
+    #[arg(long = "file", value_name = "PATH")]
+    files: Vec<PathBuf>,
+    /// Brings back what the script left in /causeway/out
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    #[arg(long, value_enum, default_value = "flat")]
+    topology: Topology,
+    /// A kernel for L1 instead of the distribution's
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The model of L1's processor; SVM is added to it
+    #[arg(long, value_name = "MODEL", default_value = DEFAULT_CPU)]
+    cpu: String,
+    /// More of L1's kernel command line
+    #[arg(long, value_name = "STRING", default_value = "")]
+    append: String,
+    /// The script's time limit in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    timeout: u64,
+    /// The script (or a shell) talks to this terminal
+    #[arg(long)]
+    interactive: bool,
+    /// A static `causeway` that is built already
+    #[arg(long, value_name = "FILE", env = "CAUSEWAY_BINARY")]
+    causeway: Option<PathBuf>,
+}
+
+/// One script for one L1.
+pub struct Job<'a> {
+    pub machine: &'a Machine,
+    /// Names L1's log.
+    pub name: &'a str,
+    pub script: &'a [u8],
+    /// Path in L1 and file of this machine.
+    pub files: &'a [(String, PathBuf)],
+    pub programs: &'a [Program],
+    pub out: Option<&'a Path>,
+    /// Of the script, after L1 is up.
+    pub limit: Duration,
+    /// `limit` grows with this L1's boot time.
+    pub scaled: bool,
+    pub interactive: bool,
+}
+
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    Exit(u8),
+    TimeLimit,
+    /// L1 did not come up, or ended before its script.
+    Broken(String),
+}
+
+pub struct Report {
+    pub end: End,
+    /// From QEMU's start until L1's init had done its part.
+    pub boot: Option<Duration>,
+    pub console: PathBuf,
+}
+
+/// Time limits are given for a machine on which L1 boots in 5 s.
+pub fn scale(boot: Duration) -> f64 {
+    (boot.as_secs_f64() / NORMAL_BOOT).clamp(1.0, LARGEST_SCALE)
+}
+
+pub fn command(args: &NestedArgs) -> Result<u8> {
+    let script = match &args.script {
+        Some(file) => std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?,
+        None => b"#!/bin/sh\nexec sh -l\n".to_vec(),
+    };
+    let mut files = Vec::new();
+    for file in &args.files {
+        let name = file.file_name().with_context(|| format!("{} has no name", file.display()))?;
+        files.push((format!("causeway/files/{}", name.to_string_lossy()), file.clone()));
+    }
+    let programs = programs::build(args.causeway.as_deref())?;
+    let cache = Cache::open()?;
+    let images = l1::prepare(&cache)?;
+    let machine = Machine {
+        topology: args.topology,
+        append: args.append.clone(),
+        cpu: args.cpu.clone(),
+        kernel: args.kernel.clone(),
+    };
+    let report = run(
+        &cache,
+        &images,
+        &Job {
+            machine: &machine,
+            name: "nested",
+            script: &script,
+            files: &files,
+            programs: &programs,
+            out: args.out.as_deref(),
+            limit: Duration::from_secs(args.timeout),
+            scaled: false,
+            interactive: args.interactive,
+        },
+        Box::new(std::io::stdout()),
+    )?;
+    if let Some(boot) = report.boot {
+        progress(format_args!("L1 was up after {:.1} s", boot.as_secs_f64()));
+    }
+    Ok(match report.end {
+        End::Exit(status) if status < TIME_LIMIT => status,
+        // These two mean something else here.
+        End::Exit(status) => {
+            progress(format_args!("the script's status was {status}"));
+            123
+        }
+        End::TimeLimit => {
+            progress(format_args!("time limit; L1's console is in {}", report.console.display()));
+            TIME_LIMIT
+        }
+        End::Broken(reason) => {
+            show_console(&report.console);
+            progress(reason);
+            BENCH_FAILURE
+        }
+    })
+}
+
+pub fn show_console(log: &Path) {
+    let text = std::fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    progress(format_args!("the end of L1's console, {}:", log.display()));
+    for line in &lines[lines.len().saturating_sub(40)..] {
+        eprintln!("  {}", line.trim_end());
+    }
+}
+
+/// Removes the run's folder whatever happens.
+struct RunFolder(PathBuf);
+
+impl RunFolder {
+    fn new(cache: &Cache) -> Result<Self> {
+        let folder = cache.path("run");
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder)?;
+        }
+        std::fs::create_dir(&folder)?;
+        Ok(Self(folder))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            progress(format_args!("cannot remove {}: {error}", self.0.display()));
+        }
+    }
+}
+
+/// Ends QEMU whatever happens.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Boots L1, runs the script, and copies its output to `output` as it comes.
+pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write + Send>) -> Result<Report> {
+    let folder = RunFolder::new(cache)?;
+    let console = cache.path(&format!("logs/{}.console.log", job.name));
+    let messages = cache.path(&format!("logs/{}.qemu.log", job.name));
+    File::create(&console)?;
+    initramfs(images, job, &folder.path("initrd"))?;
+    let out_disk = File::create(folder.path("out.img"))?;
+    out_disk.set_len(OUT_BYTES)?;
+    std::fs::write(folder.path("status"), "")?;
+
+    let mut command = qemu(images, job, &folder, &console)?;
+    command.stderr(File::create(&messages)?);
+    if job.interactive {
+        command.stdin(Stdio::inherit()).stdout(Stdio::inherit());
+    } else {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+    }
+    die_with_this_process(&mut command);
+    let start = Instant::now();
+    let mut running = Running(command.spawn().context("cannot start QEMU")?);
+    let copier = running.0.stdout.take().map(|mut from| {
+        std::thread::spawn(move || -> std::io::Result<()> {
+            let mut buffer = [0; 65536];
+            loop {
+                match from.read(&mut buffer)? {
+                    0 => return Ok(()),
+                    size => {
+                        output.write_all(&buffer[..size])?;
+                        output.flush()?;
+                    }
+                }
+            }
+        })
+    });
+
+    let mut boot = None;
+    let mut limit = BOOT_LIMIT;
+    let mut end = None;
+    let ended = loop {
+        if let Some(status) = running.0.try_wait()? {
+            break Some(status);
+        }
+        let said = std::fs::read_to_string(folder.path("status"))?;
+        if boot.is_none() && said.lines().any(|line| line.starts_with("up ")) {
+            let took = start.elapsed();
+            boot = Some(took);
+            limit = took + job.limit.mul_f64(if job.scaled { scale(took) } else { 1.0 });
+        }
+        if end.is_none() && exit_status(&said).is_some() {
+            end = exit_status(&said);
+            limit = start.elapsed() + END_LIMIT;
+        }
+        if start.elapsed() > limit {
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    drop(running);
+    if let Some(copier) = copier {
+        copier
+            .join()
+            .map_err(|_| anyhow::anyhow!("the output's copier failed"))?
+            .context("cannot pass the script's output on")?;
+    }
+    let said = std::fs::read_to_string(folder.path("status"))?;
+    let end = match (exit_status(&said), ended) {
+        (Some(status), _) => End::Exit(status),
+        (None, None) if boot.is_some() => End::TimeLimit,
+        (None, None) => End::Broken(format!("L1 was not up after {} s", BOOT_LIMIT.as_secs())),
+        (None, Some(status)) => {
+            let text = std::fs::read_to_string(&messages).unwrap_or_default();
+            End::Broken(format!("L1 ended before its script did ({status}) {}", text.trim()))
+        }
+    };
+    if let (Some(into), End::Exit(_)) = (job.out, &end) {
+        std::fs::create_dir_all(into)?;
+        let mut disk = BufReader::new(File::open(folder.path("out.img"))?);
+        let mut first = [0; 6];
+        disk.read_exact(&mut first)?;
+        if first != [0; 6] {
+            cpio::extract((&first[..]).chain(disk), into).context("what came back from L1")?;
+        }
+    }
+    Ok(Report { end, boot, console })
+}
+
+fn exit_status(said: &str) -> Option<u8> {
+    said.lines().find_map(|line| line.strip_prefix("exit ")?.trim().parse().ok())
+}
+
+/// The images' base, followed by what this run brings.
+fn initramfs(images: &Images, job: &Job, to: &Path) -> Result<()> {
+    let mut file = BufWriter::new(File::create(to)?);
+    std::io::copy(&mut File::open(&images.base)?, &mut file)?;
+    let mut archive = Archive::new(file);
+    archive.file("script", 0o755, job.script)?;
+    let environment = format!(
+        "CAUSEWAY=/causeway/bin/causeway\nKERNEL=/causeway/guest/vmlinuz\nINITRD=/causeway/guest/base.cpio\nDISK_SHA256={}\n\
+         QEMU_DISK=/dev/vda\nOUT_DISK=/dev/vdb\nexport QEMU_DISK OUT_DISK\n",
+        images.disk_sha256
+    );
+    archive.file("etc/causeway.env", 0o644, environment.as_bytes())?;
+    for program in job.programs {
+        archive.copy(&format!("causeway/bin/{}", program.name), &program.file)?;
+    }
+    for (path, from) in job.files {
+        archive.copy(path, from)?;
+    }
+    archive.finish()?;
+    Ok(())
+}
+
+fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Result<Command> {
+    let kernel = job.machine.kernel.as_ref().unwrap_or(&images.kernel);
+    ensure!(kernel.is_file(), "no kernel {}", kernel.display());
+    let khz = tsc_khz();
+    let append = format!(
+        "tsc_early_khz={khz} kvm.tsc_tolerance_ppm=100000 console=ttyS0 quiet intel_iommu=on mitigations=off nokaslr no_timer_check \
+         tsc=reliable clocksource=tsc random.trust_cpu=on {}",
+        job.machine.append
+    );
+    let mut command = images.qemu.command();
+    command.args(["-name", "causeway-l1", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+    command.args([
+        "-accel",
+        "tcg,thread=multi,tb-size=1024",
+        "-smp",
+        "2",
+        "-m",
+        "4G",
+        "-machine",
+        "q35,kernel-irqchip=split",
+    ]);
+    command.args(["-cpu", &format!("{},+svm,+npt,+x2apic", job.machine.cpu)]);
+    command.args(["-device", "intel-iommu,intremap=on,eim=on,caching-mode=on,aw-bits=48"]);
+    command.arg("-kernel").arg(kernel).arg("-initrd").arg(folder.path("initrd")).args(["-append", append.trim()]);
+    command
+        .arg("-chardev")
+        .arg(format!("file,id=console,path={}", option(console)?))
+        .args(["-serial", "chardev:console"]);
+    // igb keeps 1b.0 to 1c.7 for its virtual functions.
+    command.args(["-device", "virtio-serial-pci,addr=1a.0"]);
+    command.arg("-chardev").arg(format!("file,id=status,path={}", option(&folder.path("status"))?));
+    command.args(["-device", "virtserialport,chardev=status,name=status"]);
+    if job.interactive {
+        command.args(["-chardev", "stdio,id=terminal,signal=off", "-device", "virtconsole,chardev=terminal"]);
+    } else {
+        // Not the stdio device: at the end of its input it would close the port.
+        command.args([
+            "-chardev",
+            "file,id=output,path=/dev/stdout",
+            "-device",
+            "virtserialport,chardev=output,name=script",
+        ]);
+    }
+    disk(&mut command, "qemu", &images.qemu_disk, "readonly=on")?;
+    command.args(["-device", "virtio-blk-pci,drive=qemu,addr=1d.0"]);
+    disk(&mut command, "out", &folder.path("out.img"), "cache=unsafe")?;
+    command.args(["-device", "virtio-blk-pci,drive=out,addr=1e.0"]);
+    // Writes to the NVMe go to a file that is already deleted, in the run's folder.
+    command.env("TMPDIR", &folder.0);
+    disk(&mut command, "nvme", &images.nvme, "snapshot=on")?;
+    functions(&mut command, job.machine.topology);
+    Ok(command)
+}
+
+fn functions(command: &mut Command, topology: Topology) {
+    const EDU: &str = "edu,dma_mask=0xffffffffffffffff";
+    const NVME: &str = "nvme,drive=nvme,serial=causeway";
+    let mut device = |text: String| {
+        command.args(["-device", &text]);
+    };
+    match topology {
+        Topology::Flat => {
+            device(format!("{EDU},addr=08.0"));
+            device(format!("{NVME},addr=09.0"));
+            device("e1000e,netdev=net0,addr=0a.0".to_owned());
+            device("igb,netdev=net1,addr=0b.0".to_owned());
+        }
+        Topology::Ports => {
+            for (index, port) in ["edu", "nvme", "e1000e", "igb"].iter().enumerate() {
+                let more = if index == 0 { ",multifunction=on" } else { "" };
+                let number = index + 1;
+                device(format!("pcie-root-port,id=port-{port},chassis={number},slot={number},addr=10.{index}{more}"));
+            }
+            device(format!("{EDU},bus=port-edu"));
+            device(format!("{NVME},bus=port-nvme"));
+            device("e1000e,netdev=net0,bus=port-e1000e".to_owned());
+            device("igb,netdev=net1,bus=port-igb".to_owned());
+        }
+        Topology::Bridge => {
+            device("pcie-pci-bridge,id=bridge,addr=10.0".to_owned());
+            device("pci-bridge,id=inner,bus=bridge,chassis_nr=1,shpc=off,addr=01.0".to_owned());
+            device(format!("{EDU},bus=inner,addr=01.0"));
+            device(format!("{EDU},bus=inner,addr=02.0"));
+            device(format!("{NVME},addr=09.0"));
+        }
+        Topology::Slot => {
+            device("pcie-root-port,id=root-port,chassis=1,slot=1,addr=10.0".to_owned());
+            device(format!("{EDU},bus=root-port,multifunction=on,addr=00.0"));
+            device(format!("{EDU},bus=root-port,addr=00.1"));
+            device(format!("{NVME},addr=09.0"));
+        }
+    }
+    if matches!(topology, Topology::Flat | Topology::Ports) {
+        // One hub, so that a guest behind one of them and L1 behind the other can talk.
+        command.args(["-netdev", "hubport,id=net0,hubid=0", "-netdev", "hubport,id=net1,hubid=0"]);
+    }
+}
+
+fn disk(command: &mut Command, id: &str, file: &Path, more: &str) -> Result<()> {
+    command.arg("-drive").arg(format!("file={},if=none,id={id},format=raw,{more}", option(file)?));
+    Ok(())
+}
+
+/// A path as the value of a QEMU option, in which a comma is doubled.
+fn option(path: &Path) -> Result<String> {
+    match path.to_str() {
+        Some(text) => Ok(text.replace(',', ",,")),
+        None => bail!("{} is not UTF-8, which QEMU's options need", path.display()),
+    }
+}
+
+/// The frequency of this machine's time stamp counter, measured. L1 must know it well: TCG's SVM has no TSC scaling, and with an error
+/// above 250 ppm KVM in L1 loses the timers of its guests.
+fn tsc_khz() -> u64 {
+    // SAFETY: rdtsc only reads a counter; every x86-64 processor has it.
+    let ticks = || unsafe { std::arch::x86_64::_rdtsc() };
+    let (start, first) = (Instant::now(), ticks());
+    std::thread::sleep(Duration::from_millis(100));
+    let (time, last) = (start.elapsed(), ticks());
+    let khz = u128::from(last.wrapping_sub(first)) * 1_000_000 / time.as_nanos();
+    u64::try_from(khz).unwrap_or_default()
+}
+
+/// A run that is killed leaves no QEMU behind.
+fn die_with_this_process(command: &mut Command) {
+    // SAFETY: prctl is async-signal-safe and PR_SET_PDEATHSIG touches nothing but the calling process.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_grow_with_a_slow_boot_but_not_without_end() {
+        assert_eq!(scale(Duration::from_secs(2)), 1.0);
+        assert_eq!(scale(Duration::from_secs(15)), 3.0);
+        assert_eq!(scale(Duration::from_secs(100)), 6.0);
+    }
+
+    #[test]
+    fn only_a_whole_line_is_a_status() {
+        assert_eq!(exit_status("up 2.5\nexit 7\n"), Some(7));
+        assert_eq!(exit_status("up 2.5\n"), None);
+        assert_eq!(exit_status("exit \n"), None);
+    }
+}
