@@ -1,0 +1,257 @@
+//! An open PCI function of the host: regions, interrupts and reset, through its VFIO device.
+//!
+//! Every access is a read or write of the file. A mapping of a region is never touched from this process, so the device
+//! going away cannot raise SIGBUS (F-2).
+
+use std::fs::File;
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use log::debug;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_device_info,
+};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioRegionInfoCap};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
+use vmm_sys_util::ioctl_io_nr;
+
+use crate::host::{GroupId, PAGE_SIZE};
+use crate::open::{Bdf, CheckedFunction};
+
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 7);
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
+
+/// A region of the function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum RegionKind {
+    /// Base address register 0 to 5.
+    Bar(u8),
+    /// The expansion ROM.
+    Rom,
+    /// Configuration space.
+    Config,
+}
+
+impl RegionKind {
+    fn index(self) -> u32 {
+        match self {
+            Self::Bar(n) => VFIO_PCI_BAR0_REGION_INDEX + u32::from(n.min(5)),
+            Self::Rom => VFIO_PCI_ROM_REGION_INDEX,
+            Self::Config => VFIO_PCI_CONFIG_REGION_INDEX,
+        }
+    }
+}
+
+/// What VFIO says about a region.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RegionInfo {
+    /// Length in bytes; 0 when the function has no such region.
+    pub size: u64,
+    /// Where it starts in the device file.
+    pub file_offset: u64,
+    /// Whether it can be read.
+    pub readable: bool,
+    /// Whether it can be written.
+    pub writable: bool,
+    /// The parts that can be mapped: offset in the region and length, whole pages, ascending. MSI-X tables are left
+    /// out by hosts that do not let them be mapped.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// A kind of interrupt of the function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum IrqKind {
+    /// The legacy line.
+    Intx,
+    /// MSI.
+    Msi,
+    /// MSI-X.
+    Msix,
+    /// The device reported an uncorrectable error.
+    Error,
+    /// The host wants the device back.
+    Request,
+}
+
+impl IrqKind {
+    fn index(self) -> u32 {
+        match self {
+            Self::Intx => VFIO_PCI_INTX_IRQ_INDEX,
+            Self::Msi => VFIO_PCI_MSI_IRQ_INDEX,
+            Self::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
+            Self::Error => VFIO_PCI_ERR_IRQ_INDEX,
+            Self::Request => VFIO_PCI_REQ_IRQ_INDEX,
+        }
+    }
+}
+
+/// An assigned function: its VFIO device, open.
+pub struct HostFunction {
+    // Dropped before the device, which leaves its group only when no file of it is open.
+    file: File,
+    window: Arc<OwnedFd>,
+    device: VfioDevice,
+    bdf: Bdf,
+    group: GroupId,
+    can_reset: bool,
+}
+
+impl std::fmt::Debug for HostFunction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostFunction").field("bdf", &self.bdf).field("group", &self.group).finish_non_exhaustive()
+    }
+}
+
+impl HostFunction {
+    pub(crate) fn open(
+        checked: &CheckedFunction,
+        container: Arc<VfioContainer>,
+    ) -> Result<Self, vfio_ioctls::VfioError> {
+        let device = VfioDevice::new(checked.path(), container, false)?;
+        // SAFETY: `device` owns the file and outlives the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
+        let duplicate = || fd.try_clone_to_owned().map_err(|_| vfio_ioctls::VfioError::VfioDeviceDupFd);
+        let (file, window) = (File::from(duplicate()?), Arc::new(duplicate()?));
+        // vfio-ioctls keeps the flags to itself.
+        let mut info = vfio_device_info { argsz: size_of::<vfio_device_info>() as u32, ..Default::default() };
+        // SAFETY: `info` is what the call takes and writes its answer to.
+        let known = unsafe { ioctl_with_mut_ref(&file, VFIO_DEVICE_GET_INFO(), &mut info) } >= 0;
+        let can_reset = known && info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+        Ok(Self { file, window, device, bdf: checked.bdf(), group: checked.group(), can_reset })
+    }
+
+    /// Its address on the host.
+    pub fn bdf(&self) -> Bdf {
+        self.bdf
+    }
+
+    /// Its IOMMU group.
+    pub fn group(&self) -> GroupId {
+        self.group
+    }
+
+    /// The device file, to be mapped at [`RegionInfo::file_offset`].
+    pub fn fd(&self) -> &Arc<OwnedFd> {
+        &self.window
+    }
+
+    /// What VFIO says about `region`.
+    pub fn region(&self, region: RegionKind) -> RegionInfo {
+        let index = region.index();
+        let flags = self.device.get_region_flags(index);
+        let size = self.device.get_region_size(index);
+        let mut mappable = Vec::new();
+        if flags & VFIO_REGION_INFO_FLAG_MMAP != 0 {
+            let sparse = self.device.get_region_caps(index).into_iter().find_map(|cap| match cap {
+                VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas),
+                _ => None,
+            });
+            mappable = match sparse {
+                Some(areas) => areas.iter().map(|a| (a.offset, a.size)).collect(),
+                None => vec![(0, size)],
+            };
+            // VFIO offers whole pages only; anything else would be refused when it is mapped.
+            mappable
+                .retain(|(offset, len)| *len > 0 && offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE));
+            mappable.sort_unstable();
+        }
+        RegionInfo {
+            size,
+            file_offset: self.device.get_region_offset(index),
+            readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
+            writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+            mappable,
+        }
+    }
+
+    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody answers.
+    pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        let result = self.place(region, offset, data.len()).and_then(|at| self.file.read_exact_at(data, at));
+        if let Err(e) = result {
+            debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.bdf);
+            data.fill(0xff);
+        }
+    }
+
+    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
+    pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        let result = self.place(region, offset, data.len()).and_then(|at| self.file.write_all_at(data, at));
+        if let Err(e) = &result {
+            debug!("{}: write of {region:?} at {offset:#x} failed: {e}", self.bdf);
+        }
+        result
+    }
+
+    fn place(&self, region: RegionKind, offset: u64, len: usize) -> io::Result<u64> {
+        let index = region.index();
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= self.device.get_region_size(index));
+        let at = self.device.get_region_offset(index).checked_add(offset);
+        at.filter(|_| inside).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+    }
+
+    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
+    pub fn irq_count(&self, kind: IrqKind) -> u32 {
+        let info = self.device.get_irq_info(kind.index());
+        info.filter(|irq| irq.flags & VFIO_IRQ_INFO_EVENTFD != 0).map_or(0, |irq| irq.count)
+    }
+
+    /// Whether enabling one more vector of `kind` means disabling all of them first (F-5).
+    pub fn irq_noresize(&self, kind: IrqKind) -> bool {
+        self.device.get_irq_info(kind.index()).is_some_and(|irq| irq.flags & VFIO_IRQ_INFO_NORESIZE != 0)
+    }
+
+    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first call
+    /// enables the kind.
+    pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        let fds: Vec<i32> = triggers.iter().map(|t| t.map_or(-1, AsRawFd::as_raw_fd)).collect();
+        self.set(kind, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, start, triggers.len(), &fds)
+    }
+
+    /// Disables `kind` altogether.
+    pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.set(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, &[])
+    }
+
+    /// Masks the legacy line.
+    pub fn mask_intx(&self) -> io::Result<()> {
+        self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK, 0, 1, &[])
+    }
+
+    /// Unmasks the legacy line; VFIO masks it each time it fires.
+    pub fn unmask_intx(&self) -> io::Result<()> {
+        self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, &[])
+    }
+
+    /// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words.
+    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let argsz = u32::try_from((5 + fds.len()) * size_of::<u32>()).map_err(invalid)?;
+        let mut words = vec![argsz, flags, kind.index(), start, u32::try_from(count).map_err(invalid)?];
+        words.extend(fds.iter().map(|fd| fd.cast_unsigned()));
+        // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
+        // reads them.
+        let result = unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Whether [`HostFunction::reset`] can work.
+    pub fn can_reset(&self) -> bool {
+        self.can_reset
+    }
+
+    /// Resets the function.
+    pub fn reset(&self) -> io::Result<()> {
+        // SAFETY: the call takes no argument.
+        let result = unsafe { ioctl(&self.file, VFIO_DEVICE_RESET()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,300 @@
+//! An in-memory host IOMMU that answers as the kernel's type1 does, of old and of new kernels. For tests.
+//!
+//! It keeps the kernel's order of checks, so that an operation that is wrong in two ways fails for the same reason, and
+//! it can fail any operation on request. A hook sees what it holds after **every** operation: that is how tests check
+//! what a device can reach in the middle of a change.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vtd::Perm;
+
+use crate::guest_map::HostMem;
+use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
+use crate::limits::{INTERRUPT_WINDOW, IovaRange, Limits};
+
+/// What kind of host it is.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// `VFIO_DMA_UNMAP_FLAG_ALL` exists (5.12).
+    pub unmap_all: bool,
+    /// A range that wraps is refused. Without it, look-ups compare with an end that wrapped.
+    pub checks_wrap: bool,
+    /// Where mappings may be.
+    pub iova_ranges: Vec<IovaRange>,
+    /// `dma_entry_limit`: mappings a container can hold.
+    pub entries: usize,
+    /// Bytes that may be pinned in all containers together.
+    pub memlock: Option<u64>,
+    /// Write-only mappings can be read as well (Linux up to 6.12).
+    pub write_implies_read: bool,
+}
+
+impl Kernel {
+    /// A kernel of today on a host that maps `width` bits.
+    pub fn new(width: u8) -> Self {
+        Self {
+            unmap_all: true,
+            checks_wrap: true,
+            iova_ranges: Self::ranges(width),
+            entries: 65_535,
+            memlock: None,
+            write_implies_read: false,
+        }
+    }
+
+    /// A kernel before 5.12.
+    pub fn old(width: u8) -> Self {
+        Self { unmap_all: false, checks_wrap: false, write_implies_read: true, ..Self::new(width) }
+    }
+
+    /// All of `width` bits (33 to 64) but the interrupt window.
+    pub fn ranges(width: u8) -> Vec<IovaRange> {
+        let last = u64::MAX >> (64 - u32::from(width.clamp(33, 64)));
+        let window = INTERRUPT_WINDOW;
+        vec![IovaRange { first: 0, last: window.first - 1 }, IovaRange { first: window.last + 1, last }]
+    }
+}
+
+/// What the model holds at an IOVA.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Held {
+    /// First IOVA.
+    pub iova: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Host address of the first byte.
+    pub hva: u64,
+    /// What a device may do.
+    pub perm: Perm,
+}
+
+impl Held {
+    /// The last IOVA, inclusive.
+    pub fn last(&self) -> u64 {
+        self.iova + (self.len - 1)
+    }
+}
+
+/// What one container holds, by first IOVA.
+pub type Contents = BTreeMap<u64, Held>;
+
+/// One host operation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostOp {
+    /// A map.
+    Map(Held),
+    /// An unmap.
+    Unmap(UnmapRange),
+}
+
+/// An operation that the model served, and its result: bytes unmapped, or the errno.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Served {
+    /// Where.
+    pub container: ContainerId,
+    /// What.
+    pub op: HostOp,
+    /// Bytes unmapped (0 for a map), or the errno.
+    pub result: Result<u64, i32>,
+}
+
+type Hook = Arc<dyn Fn(&Served, &Contents) + Send + Sync>;
+type Injector = Box<dyn FnMut(ContainerId, &HostOp) -> Option<i32> + Send>;
+
+#[derive(Default)]
+struct State {
+    containers: BTreeMap<ContainerId, Contents>,
+    pinned: u64,
+    served: VecDeque<Served>,
+    maps: u64,
+    unmaps: u64,
+    hook: Option<Hook>,
+    injector: Option<Injector>,
+}
+
+/// The model. Each group has a container of its own, with the group's number.
+pub struct Model {
+    kernel: Kernel,
+    state: Mutex<State>,
+}
+
+/// How many operations [`Model::served`] keeps.
+const KEPT: usize = 65_536;
+
+impl Model {
+    /// A host of this kind with these groups open.
+    pub fn new(kernel: Kernel, groups: &[GroupId]) -> Arc<Self> {
+        let containers = groups.iter().map(|g| (ContainerId(g.0), Contents::new())).collect();
+        Arc::new(Self { kernel, state: Mutex::new(State { containers, ..State::default() }) })
+    }
+
+    /// `hook` sees each operation and what its container holds afterwards. It is called without a lock of the model.
+    pub fn set_hook(&self, hook: impl Fn(&Served, &Contents) + Send + Sync + 'static) {
+        self.state().hook = Some(Arc::new(hook));
+    }
+
+    /// From now on an operation for which `injector` gives an errno fails with it and changes nothing.
+    pub fn inject(&self, injector: impl FnMut(ContainerId, &HostOp) -> Option<i32> + Send + 'static) {
+        self.state().injector = Some(Box::new(injector));
+    }
+
+    /// Nothing is made to fail any more.
+    pub fn stop_injecting(&self) {
+        self.state().injector = None;
+    }
+
+    /// What the container of `group` holds.
+    pub fn contents(&self, group: GroupId) -> Contents {
+        self.state().containers.get(&ContainerId(group.0)).cloned().unwrap_or_default()
+    }
+
+    /// Where a device of `group` gets with `iova`: host address and permission.
+    pub fn translate(&self, group: GroupId, iova: u64) -> Option<(u64, Perm)> {
+        let state = self.state();
+        let (_, held) = state.containers.get(&ContainerId(group.0))?.range(..=iova).next_back()?;
+        (iova <= held.last()).then(|| (held.hva + (iova - held.iova), held.perm))
+    }
+
+    /// The last operations, and forgets them.
+    pub fn served(&self) -> Vec<Served> {
+        self.state().served.drain(..).collect()
+    }
+
+    /// How many maps and unmaps were asked for.
+    pub fn counts(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.maps, state.unmaps)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(&self, container: ContainerId, op: HostOp) -> Result<u64, i32> {
+        let mut state = self.state();
+        match op {
+            HostOp::Map(_) => state.maps += 1,
+            HostOp::Unmap(_) => state.unmaps += 1,
+        }
+        let injected = state.injector.as_mut().and_then(|inject| inject(container, &op));
+        let result = match (injected, op) {
+            (Some(errno), _) => Err(errno),
+            (None, HostOp::Map(held)) => self.map_dma(&mut state, container, held).map(|()| 0),
+            (None, HostOp::Unmap(range)) => self.unmap_dma(&mut state, container, range),
+        };
+        let served = Served { container, op, result };
+        if state.served.len() == KEPT {
+            state.served.pop_front();
+        }
+        state.served.push_back(served);
+        if let Some(hook) = state.hook.clone() {
+            let contents = state.containers.get(&container).cloned().unwrap_or_default();
+            drop(state);
+            hook(&served, &contents);
+        }
+        result
+    }
+
+    /// `vfio_dma_do_map`, check by check.
+    fn map_dma(&self, state: &mut State, container: ContainerId, new: Held) -> Result<(), i32> {
+        let State { containers, pinned, .. } = state;
+        let contents = containers.get_mut(&container).ok_or(libc::EBADF)?;
+        let aligned = [new.iova, new.len, new.hva].iter().all(|n| n.is_multiple_of(PAGE_SIZE));
+        let wraps = |start: u64| start.checked_add(new.len.wrapping_sub(1)).is_none();
+        if new.len == 0 || !aligned || wraps(new.iova) || wraps(new.hva) {
+            return Err(libc::EINVAL);
+        }
+        if contents.range(..=new.last()).next_back().is_some_and(|(_, held)| held.last() >= new.iova) {
+            return Err(libc::EEXIST);
+        }
+        if contents.len() >= self.kernel.entries {
+            return Err(libc::ENOSPC);
+        }
+        let within = |range: &IovaRange| range.first <= new.iova && new.last() <= range.last;
+        if !self.kernel.iova_ranges.iter().any(within) {
+            return Err(libc::EINVAL);
+        }
+        if self.kernel.memlock.is_some_and(|limit| *pinned + new.len > limit) {
+            return Err(libc::ENOMEM);
+        }
+        *pinned += new.len;
+        let widened = self.kernel.write_implies_read && new.perm == Perm::Write;
+        let perm = if widened { Perm::ReadWrite } else { new.perm };
+        contents.insert(new.iova, Held { perm, ..new });
+        Ok(())
+    }
+
+    /// `vfio_dma_do_unmap`, check by check.
+    fn unmap_dma(&self, state: &mut State, container: ContainerId, range: UnmapRange) -> Result<u64, i32> {
+        let contents = state.containers.get_mut(&container).ok_or(libc::EBADF)?;
+        let gone: Vec<Held> = match range {
+            UnmapRange::All if self.kernel.unmap_all => contents.values().copied().collect(),
+            UnmapRange::All => return Err(libc::EINVAL),
+            UnmapRange::Span { first, last } => {
+                // The user's base and size: the size of all of 2^64 is 0.
+                let size = last.wrapping_sub(first).wrapping_add(1);
+                let end = first.wrapping_add(size);
+                if size == 0 || !size.is_multiple_of(PAGE_SIZE) || !first.is_multiple_of(PAGE_SIZE) {
+                    return Err(libc::EINVAL);
+                }
+                if self.kernel.checks_wrap && first.checked_add(size - 1).is_none() {
+                    return Err(libc::EOVERFLOW);
+                }
+                if contents.range(..first).next_back().is_some_and(|(_, held)| held.last() >= first) {
+                    return Err(libc::EINVAL);
+                }
+                if contents.range(..=last).next_back().is_some_and(|(_, held)| held.last() > last) {
+                    return Err(libc::EINVAL);
+                }
+                // `vfio_find_dma`, whose ends wrapped until it was made to compare inclusive ends.
+                let found = |held: &&Held| match self.kernel.checks_wrap {
+                    true => held.iova <= last && held.last() >= first,
+                    false => end > held.iova && first < held.iova.wrapping_add(held.len),
+                };
+                contents.values().filter(found).copied().collect()
+            }
+        };
+        for held in &gone {
+            contents.remove(&held.iova);
+        }
+        let bytes = gone.iter().map(|held| held.len).sum();
+        state.pinned -= bytes;
+        Ok(bytes)
+    }
+}
+
+impl HostIommu for Model {
+    fn name(&self) -> &'static str {
+        "model"
+    }
+
+    fn container(&self, group: GroupId) -> Option<ContainerId> {
+        let id = ContainerId(group.0);
+        self.state().containers.contains_key(&id).then_some(id)
+    }
+
+    fn limits(&self, _: ContainerId) -> Limits {
+        Limits {
+            iova_ranges: self.kernel.iova_ranges.clone(),
+            page_sizes: 0x4020_1000,
+            entries: self.kernel.entries as u64,
+            memlock: self.kernel.memlock,
+            unmap_all: self.kernel.unmap_all,
+        }
+    }
+
+    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let held = Held { iova, len: mem.size(), hva: mem.hva(), perm };
+        self.serve(container, HostOp::Map(held)).map(|_| ()).map_err(MapRefused::from_errno)
+    }
+
+    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+        self.serve(container, HostOp::Unmap(range)).map_err(io::Error::from_raw_os_error)
+    }
+}
+
+#[cfg(test)]
+#[path = "model_test.rs"]
+mod model_test;

@@ -1,0 +1,264 @@
+//! The kernel's VFIO type1: a container per group, for life.
+//!
+//! `VFIO_GROUP_UNSET_CONTAINER` fails while a device of the group is open, so a group never moves: a switch of spaces is
+//! a diff in its container. vfio-ioctls opens containers, groups and devices and tells KVM about them; maps and unmaps are our own calls,
+//! because that crate maps everything readable and writable and takes holes in an unmapped range for errors.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem::size_of;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IOMMU_INFO_CAPS,
+    VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE,
+    VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
+use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl_io_nr;
+use vtd::Perm;
+
+use crate::function::HostFunction;
+use crate::guest_map::HostMem;
+use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::limits::{IovaRange, Limits, Memlock};
+use crate::open::{Bdf, CheckedFunction, HostPaths, OpenError};
+
+ioctl_io_nr!(CHECK_EXTENSION, VFIO_TYPE.into(), VFIO_BASE + 1);
+ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
+ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 14);
+
+/// What kernels allow that do not say (before 5.10); the default of `dma_entry_limit`.
+const DEFAULT_ENTRIES: u64 = 65_535;
+
+/// What is assumed of kernels that do not name IOVA ranges (before 5.4): every VT-d maps 39 bits.
+const DEFAULT_RANGES: [IovaRange; 2] =
+    [IovaRange { first: 0, last: 0xfedf_ffff }, IovaRange { first: 0xfef0_0000, last: (1 << 39) - 1 }];
+
+struct Open {
+    container: Arc<VfioContainer>,
+    limits: Limits,
+    functions: Vec<Bdf>,
+}
+
+/// The type1 backend.
+pub struct Type1 {
+    kvm: Option<Arc<VfioDeviceFd>>,
+    open: Mutex<BTreeMap<GroupId, Open>>,
+}
+
+impl Type1 {
+    /// A backend without groups. `kvm` is the virtual machine's KVM-VFIO device: each group is added to it (F-7).
+    pub fn new(kvm: Option<Arc<VfioDeviceFd>>) -> Self {
+        Self { kvm, open: Mutex::default() }
+    }
+
+    /// Opens `function`, and its group with a container if no other function of the group was opened before. On an error
+    /// nothing of it stays open.
+    pub fn open(&self, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
+        let (bdf, group) = (function.bdf(), function.group());
+        let mut open = self.lock();
+        if let Some(entry) = open.get_mut(&group) {
+            if entry.functions.contains(&bdf) {
+                return Err(OpenError::AssignedTwice(bdf));
+            }
+            let host_function =
+                HostFunction::open(function, Arc::clone(&entry.container)).map_err(|e| explain(function, e))?;
+            entry.functions.push(bdf);
+            return Ok(host_function);
+        }
+        let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(function, e))?);
+        let host_function = HostFunction::open(function, Arc::clone(&container)).map_err(|e| explain(function, e))?;
+        let limits = read_limits(&container).map_err(|e| OpenError::Vfio {
+            bdf,
+            reason: format!("the limits of its container could not be read: {e}"),
+        })?;
+        open.insert(group, Open { container, limits, functions: vec![bdf] });
+        Ok(host_function)
+    }
+
+    /// What the host allows for `group`, `None` when it is not open.
+    pub fn limits_of(&self, group: GroupId) -> Option<Limits> {
+        self.lock().get(&group).map(|open| open.limits.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<GroupId, Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container_file(&self, id: ContainerId) -> io::Result<Arc<VfioContainer>> {
+        let open = self.lock();
+        let entry = open.get(&GroupId(id.0)).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        Ok(Arc::clone(&entry.container))
+    }
+}
+
+/// What a refusal of VFIO means to the user.
+fn explain(function: &CheckedFunction, error: VfioError) -> OpenError {
+    let (bdf, group) = (function.bdf(), function.group());
+    let dev = HostPaths::default().dev_vfio;
+    let file = |path: std::path::PathBuf, source: io::Error| match source.raw_os_error() {
+        Some(libc::EBUSY) => OpenError::GroupBusy(group),
+        Some(libc::EACCES | libc::EPERM) => OpenError::Permission(path),
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenError::NoVfio(path),
+        _ => OpenError::File { path, source },
+    };
+    match error {
+        VfioError::OpenContainer(e) => file(dev.join("vfio"), e),
+        VfioError::OpenGroup(e, name) => file(dev.join(name), e),
+        VfioError::GroupViable => OpenError::NotViableKernel(group),
+        VfioError::VfioExtension => OpenError::NoType1,
+        VfioError::ContainerSetIOMMU(e) if e.errno() == libc::EPERM => OpenError::UnsafeInterrupts(bdf),
+        VfioError::ContainerSetIOMMU(e) if e.errno() == libc::ENODEV => OpenError::NoType1,
+        other => OpenError::Vfio { bdf, reason: other.to_string() },
+    }
+}
+
+fn check(result: i32) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
+    // The first call says how much there is to say.
+    let mut words = vec![0u64; 3];
+    for _ in 0..2 {
+        let bytes = words.len() * size_of::<u64>();
+        words.fill(0);
+        words[0] = u64::try_from(bytes).map_err(io::Error::other)?;
+        // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more than `argsz`
+        // bytes.
+        check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), words.as_mut_ptr()) })?;
+        let wanted = u32::from_ne_bytes(first_four(words[0])) as usize;
+        if wanted <= bytes {
+            break;
+        }
+        words = vec![0u64; wanted.div_ceil(size_of::<u64>())];
+    }
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let info = parse_info(&bytes).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+    // SAFETY: the call takes a number.
+    let unmap_all = unsafe { ioctl_with_val(container, CHECK_EXTENSION(), VFIO_UNMAP_ALL.into()) } == 1;
+    Ok(Limits {
+        iova_ranges: info.ranges.unwrap_or_else(|| DEFAULT_RANGES.to_vec()),
+        page_sizes: info.page_sizes,
+        entries: info.available.unwrap_or(DEFAULT_ENTRIES),
+        memlock: Memlock::of_this_process().limit,
+        unmap_all,
+    })
+}
+
+fn first_four(word: u64) -> [u8; 4] {
+    let [a, b, c, d, ..] = word.to_ne_bytes();
+    [a, b, c, d]
+}
+
+/// What `struct vfio_iommu_type1_info` and its chain of capabilities say.
+#[derive(Debug, PartialEq, Eq)]
+struct Info {
+    page_sizes: u64,
+    ranges: Option<Vec<IovaRange>>,
+    available: Option<u64>,
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
+}
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+fn parse_info(bytes: &[u8]) -> Option<Info> {
+    let flags = u32_at(bytes, 4)?;
+    // Hosts that do not say have 4 KiB pages at least.
+    let page_sizes = if flags & VFIO_IOMMU_INFO_PGSIZES != 0 { u64_at(bytes, 8)? } else { 4096 };
+    let mut info = Info { page_sizes, ranges: None, available: None };
+    let mut at = if flags & VFIO_IOMMU_INFO_CAPS != 0 { u32_at(bytes, 16)? as usize } else { 0 };
+    // Each capability is a header { id: u16, version: u16, next: u32 } and its body; 0 ends the chain.
+    while at != 0 {
+        let next = u32_at(bytes, at + 4)? as usize;
+        match u32::from(u16_at(bytes, at)?) {
+            VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
+                let count = u32_at(bytes, at + 8)? as usize;
+                let pair = |i: usize| Some((u64_at(bytes, at + 16 + i * 16)?, u64_at(bytes, at + 24 + i * 16)?));
+                let ranges: Option<Vec<_>> =
+                    (0..count).map(|i| pair(i).map(|(first, last)| IovaRange { first, last })).collect();
+                let mut ranges = ranges?;
+                ranges.sort_unstable();
+                info.ranges = Some(ranges);
+            }
+            VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => info.available = Some(u64::from(u32_at(bytes, at + 8)?)),
+            _ => {}
+        }
+        // The kernel chains forwards; anything else would not end.
+        at = if next > at { next } else { 0 };
+    }
+    Some(info)
+}
+
+impl HostIommu for Type1 {
+    fn name(&self) -> &'static str {
+        "type1"
+    }
+
+    fn container(&self, group: GroupId) -> Option<ContainerId> {
+        self.lock().contains_key(&group).then_some(ContainerId(group.0))
+    }
+
+    fn limits(&self, container: ContainerId) -> Limits {
+        self.limits_of(GroupId(container.0)).unwrap_or(Limits {
+            iova_ranges: Vec::new(),
+            page_sizes: 0,
+            entries: 0,
+            memlock: Some(0),
+            unmap_all: false,
+        })
+    }
+
+    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
+        let file = self.container_file(container).map_err(refused)?;
+        let read = if perm.readable() { VFIO_DMA_MAP_FLAG_READ } else { 0 };
+        let write = if perm.writable() { VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
+        let map = vfio_iommu_type1_dma_map {
+            argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
+            flags: read | write,
+            vaddr: mem.hva(),
+            iova,
+            size: mem.size(),
+        };
+        // SAFETY: `map` is what the call takes. The memory is the guest's alone and has no Rust references into it: that is
+        // the promise of whoever made the `GuestMap` that `mem` is from. The kernel pins its pages, so they outlive a munmap.
+        check(unsafe { ioctl_with_ref(&*file, VFIO_IOMMU_MAP_DMA(), &map) }).map_err(refused)
+    }
+
+    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+        let file = self.container_file(container)?;
+        let (flags, iova, size) = match range {
+            UnmapRange::All => (VFIO_DMA_UNMAP_FLAG_ALL, 0, 0),
+            UnmapRange::Span { first, last } => {
+                let size = last.checked_sub(first).and_then(|n| n.checked_add(1));
+                let size = size.filter(|size| first.checked_add(*size).is_some());
+                (0, first, size.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?)
+            }
+        };
+        let mut unmap = vfio_iommu_type1_dma_unmap {
+            argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
+            flags,
+            iova,
+            size,
+            ..Default::default()
+        };
+        // SAFETY: `unmap` is what the call takes and writes its answer to.
+        check(unsafe { ioctl_with_mut_ref(&*file, VFIO_IOMMU_UNMAP_DMA(), &mut unmap) })?;
+        Ok(unmap.size)
+    }
+}
+
+#[cfg(test)]
+#[path = "type1_test.rs"]
+mod type1_test;
