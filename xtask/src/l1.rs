@@ -72,7 +72,8 @@ const L1_PROGRAMS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", include_str!("../../resources/l1/bin/qemu-system-x86_64")),
 ];
 const GUEST_INIT: &str = include_str!("../../resources/guest/init");
-const GUEST_PROGRAMS: &[(&str, &str)] = &[("wait-for", include_str!("../../resources/guest/wait-for"))];
+/// In L1 and in its guests.
+const COMMON_PROGRAMS: &[(&str, &str)] = &[("wait-for", include_str!("../../resources/guest/wait-for"))];
 /// What of QEMU's data a q35 machine without a display reads.
 const FIRMWARE: &[&str] = &[
     "bios-256k.bin",
@@ -222,7 +223,7 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
     let mut parts =
         vec![packages.as_str(), images.disk_sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
     parts.extend([include_str!("l1.rs"), include_str!("cpio.rs"), include_str!("kernel_modules.rs")]);
-    parts.extend(L1_PROGRAMS.iter().chain(GUEST_PROGRAMS).map(|(_, text)| *text));
+    parts.extend(L1_PROGRAMS.iter().chain(COMMON_PROGRAMS).map(|(_, text)| *text));
     let recipe = recipe(&parts);
     if !cache.is_fresh("images", &recipe) {
         progress("making L1's images");
@@ -357,7 +358,7 @@ fn guest_base(tree: &Path, release: &str, modules: &ModuleTree) -> Result<Vec<u8
     let mut archive = Archive::new(Vec::new());
     user_space(&mut archive, tree, release, &modules.select(GUEST_MODULES)?, &["files"])?;
     archive.file("init", 0o755, GUEST_INIT.as_bytes())?;
-    for (name, text) in GUEST_PROGRAMS {
+    for (name, text) in COMMON_PROGRAMS {
         archive.file(&format!("bin/{name}"), 0o755, text.as_bytes())?;
     }
     archive.finish()
@@ -372,7 +373,7 @@ fn l1_base(cache: &Cache, tree: &Path, images: &Images) -> Result<()> {
     let folders = ["causeway", "causeway/bin", "causeway/guest", "causeway/files", "causeway/out"];
     user_space(&mut archive, tree, &release, &selection, &folders)?;
     archive.file("init", 0o755, L1_INIT.as_bytes())?;
-    for (name, text) in L1_PROGRAMS {
+    for (name, text) in L1_PROGRAMS.iter().chain(COMMON_PROGRAMS) {
         archive.file(&format!("causeway/bin/{name}"), 0o755, text.as_bytes())?;
     }
     archive.symlink("causeway/bin/busybox", "/bin/busybox")?;

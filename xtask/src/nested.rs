@@ -82,13 +82,15 @@ pub struct NestedArgs {
     causeway: Option<PathBuf>,
 }
 
+/// Files for L1: the path there (without the leading slash), and the file of this machine.
+pub type Files = Vec<(String, PathBuf)>;
+
 /// One script for one L1.
 pub struct Job<'a> {
     pub machine: &'a Machine,
     /// Names L1's log.
     pub name: &'a str,
     pub script: &'a [u8],
-    /// Path in L1 and file of this machine.
     pub files: &'a [(String, PathBuf)],
     pub programs: &'a [Program],
     pub out: Option<&'a Path>,
@@ -125,7 +127,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
         Some(file) => std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?,
         None => b"#!/bin/sh\nexec sh -l\n".to_vec(),
     };
-    let mut files = Vec::new();
+    let mut files = Files::new();
     for file in &args.files {
         let name = file.file_name().with_context(|| format!("{} has no name", file.display()))?;
         files.push((format!("causeway/files/{}", name.to_string_lossy()), file.clone()));
@@ -177,13 +179,20 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     })
 }
 
-pub fn show_console(log: &Path) {
+/// Whether time limits cannot be stretched any further on this machine.
+pub fn too_slow(boot: Duration) -> bool {
+    boot.as_secs_f64() > NORMAL_BOOT * LARGEST_SCALE
+}
+
+/// The last lines of L1's console.
+pub fn console_end(log: &Path) -> String {
     let text = std::fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    progress(format_args!("the end of L1's console, {}:", log.display()));
-    for line in &lines[lines.len().saturating_sub(40)..] {
-        eprintln!("  {}", line.trim_end());
-    }
+    let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    format!("the end of L1's console, {}:\n{}\n", log.display(), lines[lines.len().saturating_sub(40)..].join("\n"))
+}
+
+pub fn show_console(log: &Path) {
+    progress(console_end(log).trim_end());
 }
 
 /// Removes the run's folder whatever happens.

@@ -1,10 +1,10 @@
 //! The programs that L1 and its guests run, built as static executables: neither has this machine's libraries.
 
-use crate::cache::{progress, target, workspace};
+use crate::cache::{progress, target};
+use crate::crate_tests::cargo;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 /// A program and its name in `/causeway/bin`.
 #[derive(Debug, Clone)]
@@ -27,12 +27,6 @@ pub fn build(causeway: Option<&Path>) -> Result<Vec<Program>> {
         programs.push(build_one("guest-programs", &name)?);
     }
     Ok(programs)
-}
-
-fn cargo() -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(workspace()).stdin(Stdio::null());
-    command
 }
 
 fn binaries(package: &str) -> Result<Vec<String>> {

@@ -1,0 +1,172 @@
+//! `cargo xtask test`: everything that can be wrong, by name.
+
+use crate::cache::{Cache, progress};
+use crate::cases::{self, Case};
+use crate::crate_tests::{self, cargo};
+use crate::l1;
+use crate::programs;
+use crate::report::{Outcome, Reporter};
+use anyhow::{Context, Result};
+use clap::Args;
+use regex::Regex;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+#[derive(Debug, Args)]
+pub struct TestArgs {
+    /// Prints the names and runs nothing
+    #[arg(long)]
+    list: bool,
+    /// Only what this expression matches (`crate::test`, `nested::case`, `check::name`)
+    #[arg(long, value_name = "RE")]
+    only: Option<Regex>,
+    /// Not what this expression matches
+    #[arg(long, value_name = "RE")]
+    skip: Option<Regex>,
+    /// Without the nested bench
+    #[arg(long)]
+    no_nested: bool,
+    /// Also what takes longer than a minute
+    #[arg(long)]
+    long: bool,
+    /// A static `causeway` that is built already
+    #[arg(long, value_name = "FILE", env = "CAUSEWAY_BINARY")]
+    causeway: Option<PathBuf>,
+}
+
+impl TestArgs {
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| only.is_match(name))
+            && !self.skip.as_ref().is_some_and(|skip| skip.is_match(name))
+    }
+
+    /// Whether any crate's test can match, which is known only after building them all.
+    fn may_want_crates(&self) -> bool {
+        let only = self.only.as_ref().map_or("", |only| only.as_str()).trim_start_matches('^');
+        !only.starts_with("nested::") && !only.starts_with("check::")
+    }
+}
+
+/// A check of the whole tree by one command.
+struct Check {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    environment: Option<(&'static str, &'static str)>,
+}
+
+const CHECKS: &[Check] = &[
+    Check { name: "check::format", arguments: &["fmt", "--all", "--check"], environment: None },
+    Check {
+        name: "check::clippy",
+        arguments: &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
+        environment: None,
+    },
+    Check {
+        name: "check::documentation",
+        arguments: &["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"],
+        environment: Some(("RUSTDOCFLAGS", "-D warnings")),
+    },
+    Check {
+        name: "check::examples_in_documentation",
+        arguments: &["test", "--quiet", "--workspace", "--doc"],
+        environment: None,
+    },
+    Check { name: "check::dependencies", arguments: &["deny", "check"], environment: None },
+];
+
+pub fn command(args: &TestArgs) -> Result<u8> {
+    let (files, cases) = cases::load()?;
+    let wanted: Vec<Case> = cases.into_iter().filter(|case| args.wants(&case.full_name())).collect();
+    let reporter = Reporter::new(true);
+    let built = if args.may_want_crates() { crate_tests::build() } else { Ok(Vec::new()) };
+    let mut executables = match built {
+        Ok(executables) => executables,
+        Err(error) if args.list => return Err(error),
+        Err(error) => {
+            reporter.add("check::tests_build", Outcome::Failed(format!("{error:#}")), None);
+            Vec::new()
+        }
+    };
+    for executable in &mut executables {
+        let tests = std::mem::take(&mut executable.tests);
+        executable.tests = tests.into_iter().filter(|test| args.wants(&executable.full_name(test))).collect();
+    }
+    if args.list {
+        let checks = CHECKS.iter().map(|check| check.name.to_owned()).filter(|name| args.wants(name));
+        let tests = executables.iter().flat_map(|e| e.tests.iter().map(|test| e.full_name(test)));
+        for name in checks.chain(tests).chain(wanted.iter().map(Case::full_name)) {
+            println!("{name}");
+        }
+        return Ok(0);
+    }
+    for check in CHECKS.iter().filter(|check| args.wants(check.name)) {
+        run_check(check, &reporter)?;
+    }
+    for executable in &executables {
+        crate_tests::run(executable, args.long, &reporter)?;
+    }
+    let mut run = Vec::new();
+    for case in wanted {
+        if args.no_nested {
+            reporter.add(&case.full_name(), Outcome::Skipped("--no-nested".to_owned()), None);
+        } else if case.long && !args.long {
+            reporter.add(&case.full_name(), Outcome::Skipped("takes more than a minute: --long".to_owned()), None);
+        } else {
+            run.push(case);
+        }
+    }
+    if !run.is_empty()
+        && let Err(error) = run_nested(args, &files, run, &reporter)
+    {
+        reporter.add("nested::bench", Outcome::Failed(format!("{error:#}")), None);
+    }
+    Ok(u8::from(!reporter.finish()))
+}
+
+fn run_check(check: &Check, reporter: &Reporter) -> Result<()> {
+    let subcommand = check.arguments[0];
+    if check.name == "check::dependencies" && !available("cargo-deny") {
+        reporter.add(check.name, Outcome::Skipped("cargo-deny is not installed".to_owned()), None);
+        return Ok(());
+    }
+    progress(format_args!("cargo {subcommand}"));
+    let start = Instant::now();
+    let mut command = cargo();
+    command.args(check.arguments).envs(check.environment);
+    let result = command.output().with_context(|| format!("cannot run cargo {subcommand}"))?;
+    let outcome = if result.status.success() {
+        Outcome::Passed
+    } else {
+        Outcome::Failed(format!(
+            "{}{}",
+            String::from_utf8_lossy(&result.stdout),
+            String::from_utf8_lossy(&result.stderr)
+        ))
+    };
+    reporter.add(check.name, outcome, Some(start.elapsed()));
+    Ok(())
+}
+
+fn available(program: &str) -> bool {
+    Command::new(program).arg("--version").output().is_ok_and(|result| result.status.success())
+}
+
+fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
+    let programs = programs::build(args.causeway.as_deref())?;
+    let cache = Cache::open()?;
+    let images = l1::prepare(&cache)?;
+    let options = cases::kernel_options(&images);
+    let (able, unable): (Vec<Case>, Vec<Case>) =
+        cases.into_iter().partition(|case| case.needs.iter().all(|need| options.contains_key(need)));
+    for case in unable {
+        let missing: Vec<&str> =
+            case.needs.iter().map(String::as_str).filter(|need| !options.contains_key(*need)).collect();
+        reporter.add(
+            &case.full_name(),
+            Outcome::Skipped(format!("the bench's kernel lacks {}", missing.join(" "))),
+            None,
+        );
+    }
+    cases::run(&cache, &images, &programs, files, &able, reporter)
+}
