@@ -3,6 +3,12 @@
 
 pub mod bus;
 pub mod host;
+pub mod ioapic;
+pub mod legacy;
 pub mod pci;
+pub mod pm;
+pub mod serial;
+#[cfg(test)]
+mod testing;
 
 pub use bus::{Bus, BusDevice};

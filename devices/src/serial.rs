@@ -1,0 +1,132 @@
+//! The serial port: a 16550A at [`SerialPort::FIRST`], for the guest's console.
+
+use std::convert::Infallible;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+use vm_superio::serial::{Error, SerialEvents};
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::BusDevice;
+use crate::host::IrqLine;
+
+/// COM1.
+pub struct SerialPort(Mutex<Serial<Pulse, Drained, Box<dyn Write + Send>>>);
+
+/// An edge on the line for each interrupt: ISA interrupts are edge-triggered.
+struct Pulse(Arc<dyn IrqLine>);
+
+impl Trigger for Pulse {
+    type E = Infallible;
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.set_level(true);
+        self.0.set_level(false);
+        Ok(())
+    }
+}
+
+/// Says when the guest has read all that was typed.
+struct Drained(Option<EventFd>);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        if let Some(Err(e)) = self.0.as_ref().map(|event| event.write(1)) {
+            log::debug!("the serial port's event could not be signalled: {e}");
+        }
+    }
+}
+
+impl SerialPort {
+    /// First port.
+    pub const FIRST: u64 = 0x3f8;
+    /// Last port.
+    pub const LAST: u64 = 0x3ff;
+    /// The global system interrupt, edge-triggered.
+    pub const GSI: u8 = 4;
+
+    /// A port that interrupts through `line`, writes what the guest sends to `out`, and signals `drained`, if there is one,
+    /// when the guest has read all input: then [`SerialPort::enqueue`] takes more.
+    pub fn new(line: Arc<dyn IrqLine>, out: Box<dyn Write + Send>, drained: Option<EventFd>) -> Self {
+        Self(Mutex::new(Serial::with_events(Pulse(line), Drained(drained), out)))
+    }
+
+    /// Gives the guest input; how many bytes of `input` fitted (64 at most). 0 as well while the guest tests the port in
+    /// loop-back mode.
+    pub fn enqueue(&self, input: &[u8]) -> usize {
+        match self.0.lock().unwrap().enqueue_raw_bytes(input) {
+            Ok(taken) => taken,
+            Err(Error::FullFifo) => 0,
+            Err(e) => {
+                log::debug!("input for the serial port was lost: {e:?}");
+                0
+            }
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        let mut serial = self.0.lock().unwrap();
+        data[0] = serial.read(offset as u8);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Err(e) = self.0.lock().unwrap().write(offset as u8, data[0]) {
+            log::debug!("output of the serial port was lost: {e:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeLine;
+
+    #[derive(Clone, Default)]
+    struct Screen(Arc<Mutex<Vec<u8>>>);
+    impl Write for Screen {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn serial_output_goes_out_and_input_interrupts_and_comes_back() {
+        let (line, screen) = (Arc::new(FakeLine::default()), Screen::default());
+        let port = SerialPort::new(line.clone(), Box::new(screen.clone()), None);
+        port.write(0, b"A");
+        assert_eq!(*screen.0.lock().unwrap(), b"A");
+        port.write(1, &[1]);
+        assert_eq!(port.enqueue(b"xy"), 2);
+        assert!(!line.is_high());
+        assert_eq!(*line.rises.lock().unwrap(), 1);
+        let mut byte = [0];
+        port.read(0, &mut byte);
+        assert_eq!(byte, *b"x");
+    }
+
+    #[test]
+    fn serial_a_full_buffer_takes_no_more_and_says_when_it_is_empty() {
+        let drained = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let port = SerialPort::new(Arc::new(FakeLine::default()), Box::new(std::io::sink()), drained.try_clone().ok());
+        let input = [0x61; 100];
+        let taken = port.enqueue(&input);
+        assert!(taken < 100);
+        assert_eq!(port.enqueue(&input), 0);
+        assert!(drained.read().is_err());
+        let mut byte = [0];
+        for _ in 0..taken {
+            port.read(0, &mut byte);
+        }
+        assert!(drained.read().is_ok());
+    }
+}
