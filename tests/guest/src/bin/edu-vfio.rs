@@ -3,7 +3,7 @@
 //! One scenario a run. Each line of output names the scenario; exit code 0 if everything held, 1 if not, 2 for usage.
 //! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
@@ -40,7 +40,7 @@ enum Scenario {
     Armed,
     /// The device reads a read-only mapping and cannot write it.
     Readonly,
-    /// 1 GiB of IOVA space, in the largest pages this kernel has; unmapped whole, or in two halves.
+    /// 1 GiB of IOVA space, in the largest pages that this kernel has reserved; unmapped whole, and in two halves.
     Big,
     /// Random mappings come and go; the device reaches those that are there and no other.
     Loop {
@@ -76,7 +76,8 @@ fn main() -> Result<()> {
 }
 
 const PAGE_LEN: u64 = PAGE as u64;
-const FAULT_DEADLINE: Duration = Duration::from_secs(10);
+const FAULT_WAIT: Duration = Duration::from_secs(1);
+const FAULT_DEADLINE: Duration = Duration::from_secs(20);
 
 struct Bench {
     bdf: String,
@@ -111,16 +112,27 @@ impl Bench {
         Ok(())
     }
 
-    /// Runs `dma`, which must be blocked at `iova`, and waits for the fault's line if asked to.
-    fn blocked(&self, iova: u64, dma: impl FnOnce() -> Result<()>) -> Result<()> {
-        let log = if self.expect_fault { Some(KernelLog::from_now()?) } else { None };
-        dma()?;
-        if let Some(mut log) = log {
-            let device = format!("[{}]", self.bdf.split_once(':').context("a BDF without segment")?.1);
-            let address = format!("fault addr {iova:#x} ");
-            println!("fault: {}", log.wait_for(&["DMAR:", &device, &address], FAULT_DEADLINE)?);
+    /// Runs `dma`, which must be blocked at `iova`. If its fault is expected in the log, runs it until the line is there: Linux
+    /// prints three faults in 5 s and drops the others.
+    fn blocked(&self, iova: u64, dma: impl Fn() -> Result<()>) -> Result<()> {
+        if !self.expect_fault {
+            return dma();
         }
-        Ok(())
+        let device = format!("[{}]", self.bdf.split_once(':').context("a BDF without segment")?.1);
+        let address = format!("fault addr {iova:#x} ");
+        let mut log = KernelLog::from_now()?;
+        let start = Instant::now();
+        loop {
+            dma()?;
+            match log.wait_for(&["DMAR:", &device, &address], FAULT_WAIT) {
+                Ok(line) => {
+                    println!("fault: {line}");
+                    return Ok(());
+                }
+                Err(e) if start.elapsed() > FAULT_DEADLINE => return Err(e),
+                Err(_) => {}
+            }
+        }
     }
 
     fn roundtrip(&self) -> Result<()> {
@@ -205,10 +217,15 @@ impl Bench {
         let data = pattern(19, PAGE);
         memory.write(0, &data);
         let spare = self.iova + 16 * PAGE_LEN;
-        self.container.map(self.iova, &memory, 0, PAGE, Access::ReadOnly).context("MAP_DMA")?;
+        let map = || self.container.map(self.iova, &memory, 0, PAGE, Access::ReadOnly).context("MAP_DMA");
+        map()?;
         self.edu.dma(Direction::FromMemory, self.iova, PAGE)?;
         ensure!(self.unload(spare)? == data, "the device could not read the read-only mapping");
         println!("readonly: the device read the mapping");
+
+        // QEMU's unit reports no fault for a write that meets the cached translation of a read.
+        self.unmap_whole(self.iova, PAGE_LEN)?;
+        map()?;
         self.load(spare, &pattern(99, PAGE))?;
         self.blocked(self.iova, || self.edu.dma(Direction::ToMemory, self.iova, PAGE))?;
         ensure!(memory.read(0, PAGE) == data, "the device wrote the read-only mapping");

@@ -1,0 +1,41 @@
+# Reading 64 MiB costs few host operations; QEMU 10 issues 16,416 maps and 16,416 unmaps for either read. The read's cost is the
+# difference of two runs, with and without it.
+. /causeway/files/lib.sh
+
+bind-vfio "$NVME" || fail "binding"
+guest idle <<'GUEST'
+wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+GUEST
+guest buffered <<'GUEST'
+checksum
+GUEST
+guest direct <<'GUEST'
+wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+blkread /dev/nvme0n1 direct 1048576 64 --sha256 || fail "reading the disk"
+GUEST
+
+# Sets MAPS and UNMAPS.
+count() {
+    count_host_operations
+    run "$1" "intel_iommu=on" --device vfio,host="$NVME"
+    same_counts "$1"
+}
+count idle
+idle_maps=$MAPS
+idle_unmaps=$UNMAPS
+count buffered
+expect "the checksum, buffered" "$(lines buffered 'sha256 ')" "$DISK_SHA256"
+buffered_maps=$((MAPS - idle_maps))
+buffered_unmaps=$((UNMAPS - idle_unmaps))
+count direct
+expect "the checksum, O_DIRECT" "$(lines direct 'sha256 ')" "$DISK_SHA256"
+direct_maps=$((MAPS - idle_maps))
+direct_unmaps=$((UNMAPS - idle_unmaps))
+
+echo "seconds: buffered $(lines buffered 'seconds '), O_DIRECT in 1 MiB $(lines direct 'seconds ')"
+expect_at_most "maps of a buffered read" $buffered_maps $((16416 / 20))
+expect_at_most "unmaps of a buffered read" $buffered_unmaps $((16416 / 20))
+expect_at_most "maps of an O_DIRECT read" $direct_maps $((16416 / 4))
+expect_at_most "unmaps of an O_DIRECT read" $direct_unmaps $((16416 / 20))
+# The counts have meaning only if the guest really mapped what it read.
+[ $buffered_unmaps -ge 64 ] && [ $direct_unmaps -ge 64 ] || fail "fewer than 64 unmaps: was the guest translating at all?"

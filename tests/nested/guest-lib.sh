@@ -1,0 +1,45 @@
+#!/bin/sh
+# What the guests' scripts share; stands in front of each of them.
+
+fail() {
+    echo "guest: FAIL: $*"
+    exit 1
+}
+
+# The DMAR fault lines of this kernel, for the host to see.
+show_faults() { dmesg | grep 'DMAR:.*fault' | sed 's/^/guest-fault: /'; }
+
+# function_of VENDOR:DEVICE: the first such PCI function.
+function_of() {
+    for device in /sys/bus/pci/devices/*; do
+        [ "$(cat "$device/vendor"):$(cat "$device/device")" = "$1" ] && echo "${device##*/}" && return
+    done
+    fail "no function $1"
+}
+
+# domain_of VENDOR:DEVICE: the type of the IOMMU domain that the function is in: DMA, DMA-FQ, identity, none.
+domain_of() { cat "/sys/bus/pci/devices/$(function_of "$1")/iommu_group/type" 2>/dev/null || echo none; }
+
+# The guest address width of the first remapping unit: CAP.MGAW + 1.
+unit_width() {
+    [ -e /sys/class/iommu/dmar0 ] || { echo none; return; }
+    capabilities=$(cat /sys/class/iommu/dmar0/intel-iommu/cap)
+    echo $((((0x$capabilities >> 16) & 0x3f) + 1))
+}
+
+# checksum: of the disk's first 64 MiB.
+checksum() {
+    wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+    blkread /dev/nvme0n1 buffered 1048576 64 --sha256 || fail "reading the disk"
+}
+
+# edu SCENARIO...: each must hold.
+edu() {
+    modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
+    # For `big`: 1 GiB in scattered 4 KiB pages would be more mappings than a host holds for one container.
+    echo 1 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
+    for scenario; do
+        # shellcheck disable=SC2086
+        edu-vfio ${EDU_OPTIONS:-} $scenario || fail "edu-vfio $scenario"
+    done
+}
