@@ -1,2 +1,5 @@
-//! causeway
-fn main() {}
+//! See the library.
+
+fn main() -> std::process::ExitCode {
+    vmm::main()
+}

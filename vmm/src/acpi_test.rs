@@ -1,0 +1,103 @@
+use super::*;
+use crate::dmar::Scope;
+use std::collections::BTreeMap;
+
+fn u32_at(table: &[u8], offset: usize) -> u32 {
+    u32::from_le_bytes(table[offset..offset + 4].try_into().unwrap())
+}
+
+fn u64_at(table: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(table[offset..offset + 8].try_into().unwrap())
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn unit() -> UnitDescription {
+    UnitDescription {
+        segment: 0,
+        base: layout::VTD_UNIT,
+        include_all: true,
+        scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
+    }
+}
+
+/// Finds the tables as a guest does: from the RSDP, by the XSDT.
+fn find(description: &Description<'_>) -> BTreeMap<String, Vec<u8>> {
+    let placed: BTreeMap<u64, Vec<u8>> = tables(description).into_iter().collect();
+    let rsdp = &placed[&layout::ACPI_TABLES];
+    assert_eq!((&rsdp[..8], sum(&rsdp[..20]), sum(rsdp)), (&b"RSD PTR "[..], 0, 0));
+    let xsdt = &placed[&u64_at(rsdp, 24)];
+    let mut found = BTreeMap::new();
+    for at in xsdt[36..].chunks(8).map(|entry| u64_at(entry, 0)) {
+        let table = &placed[&at];
+        found.insert(String::from_utf8(table[..4].to_vec()).unwrap(), table.clone());
+    }
+    let fadt = &found["FACP"];
+    let (facs, dsdt) = (u32_at(fadt, 36), u32_at(fadt, 40));
+    assert_eq!(u64_at(fadt, 140), u64::from(dsdt));
+    assert_eq!(facs % 64, 0);
+    assert_eq!(&placed[&u64::from(facs)][..4], b"FACS");
+    found.insert("DSDT".into(), placed[&u64::from(dsdt)].clone());
+    found.insert("XSDT".into(), xsdt.clone());
+    found
+}
+
+#[test]
+fn every_table_is_found_and_its_length_and_checksum_are_right() {
+    let units = [unit()];
+    let pci64 = layout::pci64_window(512 << 20, 40);
+    let tables = find(&Description { cpus: 4, pci64, units: Some((48, &units)) });
+    assert_eq!(tables.keys().collect::<Vec<_>>(), ["APIC", "DMAR", "DSDT", "FACP", "MCFG", "XSDT"]);
+    for (name, table) in &tables {
+        assert_eq!(&table[..4], name.as_bytes());
+        assert_eq!(u32_at(table, 4) as usize, table.len(), "{name}");
+        assert_eq!(sum(table), 0, "{name}");
+    }
+    assert!(!find(&Description { cpus: 4, pci64, units: None }).contains_key("DMAR"));
+}
+
+#[test]
+fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
+    let mut placed = tables(&Description { cpus: 254, pci64: layout::pci64_window(1 << 40, 46), units: None });
+    placed.sort();
+    assert!(placed.windows(2).all(|pair| pair[0].0 + pair[0].1.len() as u64 <= pair[1].0));
+    let (at, table) = placed.last().unwrap();
+    assert!(at + table.len() as u64 <= layout::ACPI_LAST);
+}
+
+#[test]
+fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
+    let tables = find(&Description { cpus: 3, pci64: None, units: None });
+    let madt = &tables["APIC"];
+    assert_eq!(u32_at(madt, 40), 0);
+    let mut rest = &madt[44..];
+    let mut entries = Vec::new();
+    while !rest.is_empty() {
+        let (entry, after) = rest.split_at(rest[1].into());
+        entries.push(entry.to_vec());
+        rest = after;
+    }
+    for id in 0..3u8 {
+        assert_eq!(entries[usize::from(id)], [0, 8, id, id, 1, 0, 0, 0]);
+    }
+    assert_eq!((entries[3][0], u32_at(&entries[3], 4), u32_at(&entries[3], 8)), (1, 0xfec0_0000, 0));
+    assert_eq!(entries[4], [2, 10, 0, 9, 9, 0, 0, 0, 0xd, 0]);
+}
+
+#[test]
+fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
+    let pci64 = layout::pci64_window(512 << 20, 40).unwrap();
+    let tables = find(&Description { cpus: 1, pci64: Some(pci64), units: None });
+    let dsdt = &tables["DSDT"];
+    let has = |part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);
+    let ends = [(pci64.first).to_le_bytes(), (pci64.last).to_le_bytes()].concat();
+    assert!(has(&ends));
+    let ends = [(layout::PCI32_FIRST as u32).to_le_bytes(), (layout::PCI32_LAST as u32).to_le_bytes()].concat();
+    assert!(has(&ends));
+    assert!(has(b"_S5_") && has(b"_PRT") && has(b"COM1"));
+    for device in 0..32u32 {
+        assert!(has(&(device << 16 | 0xffff).to_le_bytes()));
+    }
+}

@@ -1,0 +1,117 @@
+use super::*;
+use crate::memory;
+use std::io::Write;
+use vmm_sys_util::tempfile::TempFile;
+
+const RAM: u64 = 64 << 20;
+
+/// The smallest file that has what a loader looks at.
+fn bzimage(edit: impl Fn(&mut setup_header)) -> TempFile {
+    let mut header = setup_header {
+        setup_sects: 1,
+        header: HEADER_MAGIC,
+        version: 0x20f,
+        loadflags: LOADED_HIGH,
+        xloadflags: XLF_KERNEL_64,
+        cmdline_size: 2047,
+        initrd_addr_max: 0x7fff_ffff,
+        pref_address: 0x100_0000,
+        init_size: 0x100_0000,
+        ..Default::default()
+    };
+    edit(&mut header);
+    let mut image = vec![0u8; 1024];
+    image[0x1f1..0x1f1 + header.as_slice().len()].copy_from_slice(header.as_slice());
+    image.extend_from_slice(b"protected-mode code");
+    let file = TempFile::new().unwrap();
+    file.as_file().write_all(&image).unwrap();
+    file
+}
+
+fn open_payload(kernel: &TempFile, initrd: Option<&TempFile>, cmdline: &str) -> Result<Payload, Error> {
+    Payload::open(kernel.as_path(), initrd.map(TempFile::as_path), cmdline, RAM)
+}
+
+#[test]
+fn kernel_initrd_and_command_line_are_where_the_boot_parameters_say() {
+    let kernel = bzimage(|_| {});
+    let initrd = TempFile::new().unwrap();
+    initrd.as_file().write_all(&[7; 5000]).unwrap();
+    let ram = memory::create(RAM).unwrap();
+
+    let mut payload = open_payload(&kernel, Some(&initrd), "console=ttyS0").unwrap();
+    // Twice: a guest reset loads everything again.
+    for _ in 0..2 {
+        let entry = payload.load(&ram, RAM, layout::ACPI_TABLES).unwrap();
+        assert_eq!(entry, layout::HIGH_MEMORY + 0x200);
+        let code: [u8; 19] = ram.read_obj(GuestAddress(layout::HIGH_MEMORY)).unwrap();
+        assert_eq!(&code, b"protected-mode code");
+
+        let params: boot_params = ram.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
+        let (image, size, rsdp, line) =
+            (params.hdr.ramdisk_image, params.hdr.ramdisk_size, params.acpi_rsdp_addr, params.hdr.cmd_line_ptr);
+        assert_eq!((size, rsdp), (5000, layout::ACPI_TABLES));
+        assert_eq!(u64::from(image) % 4096, 0);
+        let first_and_last: [u8; 2] = [0, 4999].map(|i| ram.read_obj(GuestAddress(u64::from(image) + i)).unwrap());
+        assert_eq!(first_and_last, [7, 7]);
+        let text: [u8; 14] = ram.read_obj(GuestAddress(line.into())).unwrap();
+        assert_eq!(&text, b"console=ttyS0\0");
+        ram.write_obj(0u64, GuestAddress(layout::HIGH_MEMORY)).unwrap();
+    }
+}
+
+#[test]
+fn the_memory_map_says_what_ram_is_and_nothing_overlaps() {
+    for size in [RAM, 5 << 30] {
+        let map = memory_map(size);
+        let mut sorted = map.clone();
+        sorted.sort_unstable();
+        assert!(sorted.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+        let ram: u64 = map.iter().filter(|(.., kind)| *kind == E820_RAM).map(|(_, len, _)| len).sum();
+        assert_eq!(ram, size - (layout::HIGH_MEMORY - layout::LOW_HOLE_START));
+    }
+}
+
+#[test]
+fn page_tables_map_four_gib_to_themselves() {
+    let ram = memory::create(RAM).unwrap();
+    write_page_tables(&ram).unwrap();
+    let entry = |address: u64| ram.read_obj::<u64>(GuestAddress(address)).unwrap();
+    for address in [0u64, 0x20_0000, 0x1234_5678, 0xfee0_0000, 0xffff_ffff] {
+        let level3 = entry(layout::PAGE_TABLES + (address >> 39 & 511) * 8) & !0xfff;
+        let level2 = entry(level3 + (address >> 30 & 511) * 8) & !0xfff;
+        let leaf = entry(level2 + (address >> 21 & 511) * 8);
+        assert_eq!((leaf & 0x83, leaf & !0x1f_ffff), (0x83, address & !0x1f_ffff));
+    }
+}
+
+#[test]
+fn what_is_not_a_kernel_is_refused_with_the_reason() {
+    let text = TempFile::new().unwrap();
+    text.as_file().write_all(&[b'x'; 4096]).unwrap();
+    let short = TempFile::new().unwrap();
+    for (file, reason) in [
+        (text, "no Linux boot header"),
+        (short, "too short"),
+        (bzimage(|header| header.version = 0x204), "older than 2.12"),
+        (bzimage(|header| header.xloadflags = 0), "no 64-bit entry"),
+    ] {
+        let message = open_payload(&file, None, "").err().unwrap().to_string();
+        assert!(message.contains(reason), "{message}");
+    }
+    let missing = Payload::open(Path::new("/nonexistent/kernel"), None, "", RAM).err().unwrap();
+    assert!(matches!(missing, Error::Read { what: "the kernel", .. }));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_runs() {
+    let kernel = bzimage(|header| header.init_size = RAM as u32);
+    assert!(matches!(open_payload(&kernel, None, ""), Err(Error::DoesNotFit { .. })));
+
+    let initrd = TempFile::new().unwrap();
+    initrd.as_file().set_len(RAM).unwrap();
+    assert!(matches!(open_payload(&bzimage(|_| {}), Some(&initrd), ""), Err(Error::DoesNotFit { .. })));
+
+    let long = "x".repeat(2048);
+    assert!(matches!(open_payload(&bzimage(|_| {}), None, &long), Err(Error::CmdlineTooLong { max: 2047, .. })));
+}

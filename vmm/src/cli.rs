@@ -1,0 +1,148 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+use crate::options::{self, DeviceOption, IommuOption, VtdOption};
+
+/// `causeway`.
+#[derive(Parser, Debug)]
+#[command(
+    name = "causeway",
+    version,
+    about = "Boots guests with PCI devices assigned to them behind an emulated Intel VT-d."
+)]
+#[command(disable_help_subcommand = true, args_override_self = false)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Boots a guest
+    Run(Box<RunArgs>),
+}
+
+/// `causeway run`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M or G, switches on or off.
+
+  --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,pt=on|off]
+  --iommu none
+  --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1][,id=NAME]
+  --device edu[,addr=DD.F][,id=NAME]
+
+Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;
+8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit.")]
+pub struct RunArgs {
+    /// Linux kernel (bzImage)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Command line of the kernel
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0", allow_hyphen_values = true)]
+    pub cmdline: String,
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = options::memory)]
+    pub memory: u64,
+    /// Virtual CPUs, 1 to 254
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=254))]
+    pub cpus: u8,
+    /// End, with code 8, when the guest asks for a reset
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Stop the guest after this time, with code 10
+    #[arg(long, value_name = "SECONDS", value_parser = options::seconds)]
+    pub timeout: Option<Duration>,
+    /// The IOMMU that the guest sees
+    #[arg(long, value_name = "KIND[,KEY=VALUE]...", default_value = "vtd")]
+    pub iommu: IommuOption,
+    /// A device, as often as wanted
+    #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
+    pub devices: Vec<DeviceOption>,
+    /// Write statistics (JSON) at the end and on SIGUSR1
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+    /// Write messages to a file instead of stderr
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// More messages; up to three times
+    #[arg(short = 'v', action = ArgAction::Count)]
+    pub verbose: u8,
+    #[arg(long, hide = true, value_parser = options::later)]
+    trace: Option<PathBuf>,
+    #[arg(long, hide = true, value_parser = options::later)]
+    socket: Option<PathBuf>,
+    #[arg(long, hide = true, value_parser = options::later)]
+    image: Option<PathBuf>,
+}
+
+impl RunArgs {
+    /// The unit's options, `None` under `--iommu none`.
+    pub fn vtd(&self) -> Option<&VtdOption> {
+        match &self.iommu {
+            IommuOption::None => None,
+            IommuOption::Vtd(vtd) => Some(vtd),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        Cli::try_parse_from(["causeway", "run"].iter().chain(args)).map(|cli| match cli.command {
+            Command::Run(run) => *run,
+        })
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        let run = parse(&["--kernel", "k"]).unwrap();
+        assert_eq!((run.memory, run.cpus, run.cmdline.as_str()), (512 << 20, 1, "console=ttyS0"));
+        assert_eq!(run.vtd(), Some(&VtdOption::default()));
+        assert!(!run.no_reboot && run.devices.is_empty() && run.timeout.is_none());
+    }
+
+    #[test]
+    fn devices_repeat_and_keep_their_order() {
+        let run = parse(&["--kernel", "k", "--device", "edu", "--device", "vfio,host=00:09.0", "-vv"]).unwrap();
+        assert_eq!(run.devices.iter().map(|device| device.kind.name()).collect::<Vec<_>>(), ["edu", "vfio"]);
+        assert_eq!(run.verbose, 2);
+    }
+
+    #[test]
+    fn usage_errors_have_exit_code_2_and_say_why() {
+        for (args, part) in [
+            (&["--kernel", "k", "--cpus", "0"][..], "0"),
+            (&["--kernel", "k", "--cpus", "255"], "255"),
+            (&["--kernel", "k", "--memory", "1M"], "less than 16M"),
+            (&["--kernel", "k", "--iommu", "vtd,foo=on"], "the keys are"),
+            (&["--kernel", "k", "--device", "vfio"], "host=BDF is missing"),
+            (&["--kernel", "k", "--trace", "x"], "not available in this version"),
+            (&["--kernel", "k", "--socket", "x"], "not available in this version"),
+            (&["--kernel", "k", "--image", "x"], "not available in this version"),
+            (&["--kernel", "k", "--kernel", "l"], "--kernel"),
+            (&[], "--kernel"),
+        ] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+}

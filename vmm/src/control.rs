@@ -1,0 +1,236 @@
+//! How the virtual CPUs are stopped, reset and started again, and why the machine stops.
+//!
+//! A vCPU thread asks [`Control::turn`] before each entry into the guest. The main thread changes what is wanted, kicks the
+//! threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so with
+//! [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has dealt with it.
+
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Condvar, Mutex};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Why the guest does not run on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stop {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest cannot go on.
+    Crash(String),
+    /// The host, or we, cannot go on.
+    Error(String),
+    /// The user asked for it at the terminal.
+    Quit,
+    /// The time limit is over.
+    TimeLimit,
+    /// A signal from outside.
+    Signal(i32),
+}
+
+/// What a vCPU thread does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// Enter the guest.
+    Run,
+    /// Take the state after a reset, then ask again.
+    Reset,
+    /// End the thread.
+    Quit,
+}
+
+const RUN: u8 = 0;
+const PAUSE: u8 = 1;
+const QUIT: u8 = 2;
+
+struct State {
+    parked: usize,
+    /// Counts machine resets; a vCPU that has seen fewer has one to do.
+    resets: u64,
+    resets_done: usize,
+    stop: Option<Stop>,
+}
+
+/// See the module.
+pub struct Control {
+    // Written under the lock, read without it before each entry into the guest.
+    wanted: AtomicU8,
+    state: Mutex<State>,
+    changed: Condvar,
+    event: EventFd,
+    vcpus: usize,
+}
+
+impl Control {
+    /// For `vcpus` threads, which are held until [`Control::resume`].
+    pub fn new(vcpus: usize) -> io::Result<Self> {
+        Ok(Self {
+            wanted: AtomicU8::new(PAUSE),
+            state: Mutex::new(State { parked: 0, resets: 0, resets_done: 0, stop: None }),
+            changed: Condvar::new(),
+            event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            vcpus,
+        })
+    }
+
+    /// Becomes readable when somebody requests a stop.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Asks for a stop, from any thread. A reason given earlier stays.
+    pub fn request(&self, stop: Stop) {
+        let mut state = self.state.lock().unwrap();
+        if state.stop.is_none() {
+            state.stop = Some(stop);
+            if self.wanted.load(Ordering::Relaxed) == RUN {
+                self.wanted.store(PAUSE, Ordering::Release);
+            }
+        }
+        drop(state);
+        // The counter can only be full if nobody reads it, and then it is readable already.
+        let _ = self.event.write(1);
+    }
+
+    /// The reason that was requested, which is then forgotten.
+    pub fn take_stop(&self) -> Option<Stop> {
+        let _ = self.event.read();
+        self.state.lock().unwrap().stop.take()
+    }
+
+    /// For vCPU threads: waits until there is something to do. `seen` counts the resets that this vCPU has done.
+    pub fn turn(&self, seen: &mut u64) -> Turn {
+        if self.wanted.load(Ordering::Acquire) == RUN {
+            return Turn::Run;
+        }
+        let mut state = self.state.lock().unwrap();
+        state.parked += 1;
+        self.changed.notify_all();
+        let turn = loop {
+            match self.wanted.load(Ordering::Relaxed) {
+                QUIT => break Turn::Quit,
+                _ if *seen < state.resets => {
+                    *seen = state.resets;
+                    break Turn::Reset;
+                }
+                RUN => break Turn::Run,
+                _ => state = self.changed.wait(state).unwrap(),
+            }
+        };
+        state.parked -= 1;
+        turn
+    }
+
+    /// For vCPU threads: the reset that [`Turn::Reset`] asked for is done.
+    pub fn reset_done(&self) {
+        self.state.lock().unwrap().resets_done += 1;
+        self.changed.notify_all();
+    }
+
+    fn want(&self, wanted: u8) {
+        let _state = self.state.lock().unwrap();
+        self.wanted.store(wanted, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// No vCPU enters the guest any more; `kick` makes those that are inside come out. Returns when all are parked.
+    pub fn pause(&self, kick: impl Fn()) {
+        self.want(PAUSE);
+        kick();
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |state| state.parked < self.vcpus).unwrap());
+    }
+
+    /// While paused: every vCPU takes its state after a reset. Returns when all have.
+    pub fn reset_vcpus(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.resets += 1;
+        state.resets_done = 0;
+        self.changed.notify_all();
+        drop(
+            self.changed
+                .wait_while(state, |state| state.resets_done < self.vcpus || state.parked < self.vcpus)
+                .unwrap(),
+        );
+    }
+
+    /// The vCPUs run, unless a stop was requested meanwhile.
+    pub fn resume(&self) {
+        let state = self.state.lock().unwrap();
+        if state.stop.is_none() {
+            self.wanted.store(RUN, Ordering::Release);
+            self.changed.notify_all();
+        }
+    }
+
+    /// The vCPU threads end; `kick` makes those that are inside the guest come out.
+    pub fn quit(&self, kick: impl Fn()) {
+        self.want(QUIT);
+        kick();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    fn spawn(control: &Arc<Control>, resets: &Arc<AtomicU64>, entries: &Arc<AtomicU64>) -> thread::JoinHandle<()> {
+        let (control, resets, entries) = (control.clone(), resets.clone(), entries.clone());
+        thread::spawn(move || {
+            let mut seen = 0;
+            loop {
+                match control.turn(&mut seen) {
+                    Turn::Run => {
+                        entries.fetch_add(1, Ordering::Relaxed);
+                        thread::yield_now();
+                    }
+                    Turn::Reset => {
+                        resets.fetch_add(1, Ordering::Relaxed);
+                        control.reset_done();
+                    }
+                    Turn::Quit => break,
+                }
+            }
+        })
+    }
+
+    #[test]
+    fn paused_vcpus_stay_out_and_each_reset_is_done_once_by_each() {
+        let control = Arc::new(Control::new(3).unwrap());
+        let (resets, entries) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let threads: Vec<_> = (0..3).map(|_| spawn(&control, &resets, &entries)).collect();
+        for round in 1..=20 {
+            control.resume();
+            while entries.load(Ordering::Relaxed) < round {
+                thread::yield_now();
+            }
+            control.pause(|| {});
+            let inside = entries.load(Ordering::Relaxed);
+            control.reset_vcpus();
+            assert_eq!(resets.load(Ordering::Relaxed), 3 * round);
+            assert_eq!(entries.load(Ordering::Relaxed), inside);
+        }
+        control.quit(|| {});
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn the_first_stop_counts_and_holds_the_vcpus() {
+        let control = Arc::new(Control::new(1).unwrap());
+        let (resets, entries) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        control.request(Stop::PowerOff);
+        control.request(Stop::TimeLimit);
+        control.resume();
+        let thread = spawn(&control, &resets, &entries);
+        control.pause(|| {});
+        assert_eq!(entries.load(Ordering::Relaxed), 0);
+        assert_eq!(control.take_stop(), Some(Stop::PowerOff));
+        assert_eq!(control.take_stop(), None);
+        control.quit(|| {});
+        thread.join().unwrap();
+    }
+}

@@ -1,0 +1,115 @@
+//! The DMAR table (VT-d specification, chapter 8), from the same description that the units are built from.
+
+use acpi_tables::sdt::Sdt;
+
+use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+
+/// A bus, device and function.
+pub type SourcePath = (u8, u8, u8);
+
+/// A device of a unit's scope (section 8.3.1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    /// A PCI endpoint.
+    Endpoint(SourcePath),
+    /// A PCI-to-PCI bridge, with all that is below it.
+    Bridge(SourcePath),
+    /// The IOAPIC with this id, which makes requests by this name.
+    IoApic {
+        /// Its APIC id in the MADT.
+        id: u8,
+        /// Its source id.
+        source: SourcePath,
+    },
+}
+
+impl Scope {
+    fn append_to(self, out: &mut Vec<u8>) {
+        let (kind, id, (bus, device, function)) = match self {
+            Self::Endpoint(path) => (1, 0, path),
+            Self::Bridge(path) => (2, 0, path),
+            Self::IoApic { id, source } => (3, id, source),
+        };
+        // Type, length, two reserved bytes, enumeration id, start bus, then the path.
+        out.extend_from_slice(&[kind, 8, 0, 0, id, bus, device, function]);
+    }
+}
+
+/// A remapping unit (section 8.3).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UnitDescription {
+    /// PCI segment.
+    pub segment: u16,
+    /// Guest-physical address of its registers.
+    pub base: u64,
+    /// Whether it has every function of the segment that no other unit names.
+    pub include_all: bool,
+    /// The devices that it names.
+    pub scopes: Vec<Scope>,
+}
+
+const DRHD: u16 = 0;
+const INCLUDE_PCI_ALL: u8 = 1;
+/// Header of the table: the ACPI header, width, flags, ten reserved bytes.
+const HEADER: u32 = 48;
+
+/// The table for `units` whose widest guest address has `width` bits. A unit that includes all functions comes last, as the
+/// specification demands.
+pub fn table(width: u8, units: &[UnitDescription]) -> Vec<u8> {
+    let mut sdt = Sdt::new(*b"DMAR", HEADER, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    sdt.write_u8(36, width - 1);
+    // Flags stay 0: INTR_REMAP is not offered.
+    let mut sorted: Vec<&UnitDescription> = units.iter().collect();
+    sorted.sort_by_key(|unit| (unit.segment, unit.include_all));
+    for unit in sorted {
+        let mut scopes = Vec::new();
+        unit.scopes.iter().for_each(|scope| scope.append_to(&mut scopes));
+        let mut drhd = Vec::new();
+        drhd.extend_from_slice(&DRHD.to_le_bytes());
+        drhd.extend_from_slice(&(16 + scopes.len() as u16).to_le_bytes());
+        drhd.push(if unit.include_all { INCLUDE_PCI_ALL } else { 0 });
+        drhd.push(0); // register size: one page
+        drhd.extend_from_slice(&unit.segment.to_le_bytes());
+        drhd.extend_from_slice(&unit.base.to_le_bytes());
+        drhd.extend_from_slice(&scopes);
+        sdt.append_slice(&drhd);
+    }
+    sdt.as_slice().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a13_the_table_says_what_the_description_says_with_the_catch_all_unit_last() {
+        let units = [
+            UnitDescription {
+                segment: 0,
+                base: 0xfed9_0000,
+                include_all: true,
+                scopes: vec![Scope::IoApic { id: 0, source: (0, 0x1f, 7) }],
+            },
+            UnitDescription {
+                segment: 0,
+                base: 0xfed9_1000,
+                include_all: false,
+                scopes: vec![Scope::Endpoint((0, 5, 0)), Scope::Bridge((0, 6, 1))],
+            },
+        ];
+        let table = table(48, &units);
+        assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        assert_eq!(&table[..4], b"DMAR");
+        assert_eq!(u32::from_le_bytes(table[4..8].try_into().unwrap()) as usize, table.len());
+        assert_eq!((table[36], table[37]), (47, 0));
+
+        let explicit = &table[48..80];
+        assert_eq!(&explicit[..8], [0, 0, 32, 0, 0, 0, 0, 0]);
+        assert_eq!(u64::from_le_bytes(explicit[8..16].try_into().unwrap()), 0xfed9_1000);
+        assert_eq!(&explicit[16..24], [1, 8, 0, 0, 0, 0, 5, 0]);
+        assert_eq!(&explicit[24..32], [2, 8, 0, 0, 0, 0, 6, 1]);
+        let all = &table[80..];
+        assert_eq!((all[2], all[4]), (24, INCLUDE_PCI_ALL));
+        assert_eq!(&all[16..], [3, 8, 0, 0, 0, 0, 0x1f, 7]);
+    }
+}

@@ -1,0 +1,97 @@
+//! The DSDT: the PCI root bridge with its windows and interrupt routing, what is reserved, the serial port, and \_S5.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, PackageBuilder,
+    ResourceTemplate, Scope, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+use devices::pci::gsi_of;
+use devices::pm::PmBlock;
+use devices::serial::SerialPort;
+
+use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{self, Window};
+
+/// The interrupt of every pin of every device of bus 0.
+fn interrupt_routing() -> PackageBuilder {
+    let mut table = PackageBuilder::new();
+    for device in 0..32u8 {
+        for pin in 0..4u8 {
+            let address = u32::from(device) << 16 | 0xffff;
+            let gsi = gsi_of(device, pin + 1);
+            table.add_element(&Package::new(vec![&address, &pin, &ZERO, &gsi]));
+        }
+    }
+    table
+}
+
+fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>) {
+    let memory = AddressSpaceCacheable::NotCacheable;
+    let buses = AddressSpace::new_bus_number(0u16, 0xff);
+    let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
+    let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
+    let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
+    let window32 = AddressSpace::new_memory(memory, true, layout::PCI32_FIRST as u32, layout::PCI32_LAST as u32, None);
+    let window64 = pci64.map(|window| AddressSpace::new_memory(memory, true, window.first, window.last, None));
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &low_ports, &high_ports, &window32];
+    if let Some(window) = &window64 {
+        resources.push(window);
+    }
+    Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_SEG".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+            &Name::new("_PRT".into(), &interrupt_routing()),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn reserved(sink: &mut dyn AmlSink) {
+    let power = IO::new(layout::PM_BLOCK, layout::PM_BLOCK, 1, PmBlock::LEN as u8);
+    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32);
+    let unit = Memory32Fixed::new(true, layout::VTD_UNIT as u32, layout::VTD_UNIT_SIZE as u32);
+    Device::new(
+        "RSVD".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &ecam, &unit])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+fn serial(sink: &mut dyn AmlSink) {
+    let ports = IO::new(SerialPort::FIRST as u16, SerialPort::FIRST as u16, 1, 8);
+    let interrupt = Interrupt::new(true, true, false, false, SerialPort::GSI.into());
+    Device::new(
+        "COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The whole table.
+pub fn table(pci64: Option<Window>) -> Vec<u8> {
+    let mut system_bus = Vec::new();
+    root_bridge(&mut system_bus, pci64);
+    reserved(&mut system_bus);
+    serial(&mut system_bus);
+    let mut body = Scope::raw("_SB_".into(), system_bus);
+    let sleep_type = PmBlock::SLP_TYP_S5;
+    Name::new("_S5_".into(), &Package::new(vec![&sleep_type, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut body);
+
+    let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    sdt.append_slice(&body);
+    sdt.as_slice().to_vec()
+}

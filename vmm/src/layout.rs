@@ -1,0 +1,152 @@
+//! Where things are in the guest-physical address space and on the port bus.
+//!
+//! ```text
+//! 0            RAM: GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd at the top
+//! 0xa0000      hole; ACPI tables from 0xe0000
+//! 0x100000     RAM, up to 3 GiB
+//! 0xc0000000   PCI memory below 4 GiB
+//! 0xe0000000   ECAM: 256 buses
+//! 0xfec00000   IOAPIC      0xfed90000  VT-d unit      0xfee00000  local APICs and messages
+//! 4 GiB        the rest of RAM, then PCI memory above 4 GiB
+//! ```
+
+/// First byte above 32-bit addresses.
+pub const FOUR_GIB: u64 = 1 << 32;
+/// RAM below 4 GiB ends here at the latest, which leaves the interrupt window and all MMIO alone.
+pub const LOW_RAM_MAX: u64 = 0xc000_0000;
+
+/// Where the legacy hole begins: RAM below it is the first region of the memory map.
+pub const LOW_HOLE_START: u64 = 0xa_0000;
+/// Where extended memory begins, and where the kernel is loaded.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// The global descriptor table of the boot processor.
+pub const GDT: u64 = 0x500;
+/// `boot_params`, the "zero page".
+pub const BOOT_PARAMS: u64 = 0x7000;
+/// The initial stack pointer (grows down, below the page tables).
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Page map level 4, then one page directory pointer table, then four page directories: an identity map of 4 GiB.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The kernel's command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Room for the command line, with its terminating zero.
+pub const CMDLINE_MAX: u64 = 0x1_0000;
+/// ACPI tables, the RSDP first.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// The last byte that ACPI tables may use.
+pub const ACPI_LAST: u64 = 0xf_ffff;
+
+/// First address of the 32-bit PCI memory window.
+pub const PCI32_FIRST: u64 = 0xc000_0000;
+/// Last address of the 32-bit PCI memory window.
+pub const PCI32_LAST: u64 = 0xdfff_ffff;
+/// The memory-mapped configuration space of buses 0 to 255.
+pub const ECAM: u64 = 0xe000_0000;
+/// Its size.
+pub const ECAM_SIZE: u64 = 256 << 20;
+/// The IOAPIC's registers.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Their size.
+pub const IOAPIC_SIZE: u64 = 0x1000;
+/// Pins of the IOAPIC, which are the global system interrupts 0 to 23.
+pub const IOAPIC_PINS: u32 = 24;
+/// The IOAPIC's APIC id, as the MADT and the DMAR table name it.
+pub const IOAPIC_ID: u8 = 0;
+/// Bus, device and function by which the IOAPIC makes requests to the unit (`00:1f.7`, kept for it).
+pub const IOAPIC_SOURCE: (u8, u8, u8) = (0, 0x1f, 7);
+/// The remapping unit's registers.
+pub const VTD_UNIT: u64 = 0xfed9_0000;
+/// Their size.
+pub const VTD_UNIT_SIZE: u64 = 0x1000;
+/// The local APICs.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// One page that KVM needs on old Intel processors, then three pages for its task state segment.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages that KVM needs on old Intel processors.
+pub const KVM_TSS: u64 = KVM_IDENTITY_MAP + 0x1000;
+
+/// First port of the power management block (`devices::PmBlock`).
+pub const PM_BLOCK: u16 = 0x600;
+/// The system control interrupt's GSI.
+pub const SCI_GSI: u32 = 9;
+/// A range of addresses, both ends inclusive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Window {
+    /// First address.
+    pub first: u64,
+    /// Last address.
+    pub last: u64,
+}
+
+/// The regions of RAM for `size` bytes: (guest-physical address, length).
+pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(LOW_RAM_MAX);
+    let mut regions = vec![(0, low)];
+    if size > low {
+        regions.push((FOUR_GIB, size - low));
+    }
+    regions
+}
+
+/// The PCI memory window above 4 GiB, in a guest with `ram` bytes of RAM and `width` physical address bits. 64 GiB where that
+/// fits: low enough that a function with a 39-bit unit reaches its neighbours' BARs. `None` when RAM leaves no room.
+pub fn pci64_window(ram: u64, width: u8) -> Option<Window> {
+    const SIZE: u64 = 64 << 30;
+    const GIB: u64 = 1 << 30;
+    let ram_end = ram_regions(ram).last().map_or(FOUR_GIB, |(first, len)| first + len).max(FOUR_GIB);
+    let limit = 1u64 << width.min(52);
+    let first = ram_end.next_multiple_of(SIZE);
+    if first + SIZE <= limit {
+        return Some(Window { first, last: first + SIZE - 1 });
+    }
+    let first = ram_end.next_multiple_of(GIB);
+    (first + GIB <= limit).then(|| Window { first, last: limit - 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_mmio_space_below_4_gib_alone() {
+        assert_eq!(ram_regions(512 << 20), [(0, 512 << 20)]);
+        assert_eq!(ram_regions(LOW_RAM_MAX), [(0, LOW_RAM_MAX)]);
+        assert_eq!(ram_regions(LOW_RAM_MAX + 4096), [(0, LOW_RAM_MAX), (FOUR_GIB, 4096)]);
+        for size in [1u64 << 20, 3 << 30, 4 << 30, 1 << 40] {
+            let total: u64 = ram_regions(size).iter().map(|(_, len)| len).sum();
+            assert_eq!(total, size);
+            for (first, len) in ram_regions(size) {
+                assert!(first + len <= PCI32_FIRST || first >= FOUR_GIB);
+            }
+        }
+    }
+
+    #[test]
+    fn pci64_window_is_above_ram_and_inside_the_physical_width() {
+        for (ram, width) in [(512u64 << 20, 40u8), (512 << 20, 36), (8 << 30, 36), (100 << 30, 39), (1 << 40, 46)] {
+            let window = pci64_window(ram, width).unwrap();
+            let (first, len) = *ram_regions(ram).last().unwrap();
+            assert!(window.first >= (first + len).max(FOUR_GIB));
+            assert!(window.last < 1 << width);
+            assert!(window.first < window.last);
+        }
+        assert_eq!(pci64_window(512 << 20, 32), None);
+        assert_eq!(pci64_window(512 << 20, 48).unwrap().last, (128 << 30) - 1);
+    }
+
+    #[test]
+    fn fixed_ranges_do_not_overlap() {
+        let mut ranges = [
+            (PCI32_FIRST, PCI32_LAST),
+            (ECAM, ECAM + ECAM_SIZE - 1),
+            (IOAPIC, IOAPIC + IOAPIC_SIZE - 1),
+            (VTD_UNIT, VTD_UNIT + VTD_UNIT_SIZE - 1),
+            (LOCAL_APIC, LOCAL_APIC + 0xf_ffff),
+            (KVM_IDENTITY_MAP, KVM_TSS + 0x2fff),
+        ];
+        ranges.sort_unstable();
+        assert!(ranges.windows(2).all(|pair| pair[0].1 < pair[1].0));
+        assert!(ranges.iter().all(|(first, last)| *first >= LOW_RAM_MAX && *last < FOUR_GIB));
+    }
+}

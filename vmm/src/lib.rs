@@ -1,0 +1,40 @@
+//! The program `causeway`: KVM, memory, boot, ACPI, vCPUs, the event loop and the command line. Wiring only: every policy has
+//! its home in the crates below.
+
+mod acpi;
+mod boot;
+mod cli;
+mod console;
+mod control;
+mod cpuid;
+mod dmar;
+mod dsdt;
+mod events;
+mod irq;
+mod layout;
+mod machine;
+mod memory;
+mod options;
+mod run;
+mod slots;
+mod stats;
+mod terminal;
+mod vcpu;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+/// Does what the command line says. Gives back the exit code.
+pub fn main() -> ExitCode {
+    if std::env::args_os().len() <= 1 {
+        return match cli::Cli::command().print_help() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(run::ERROR),
+        };
+    }
+    match cli::Cli::parse().command {
+        cli::Command::Run(args) => run::run(&args),
+    }
+}

@@ -1,0 +1,302 @@
+//! The grammar of option values: `kind[,key=value]...`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use vfio_bridge::Bdf;
+
+/// Why an option's value is wrong. A sentence for the user.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BadOption(String);
+
+impl fmt::Display for BadOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadOption {}
+
+fn bad<T>(message: impl Into<String>) -> Result<T, BadOption> {
+    Err(BadOption(message.into()))
+}
+
+/// Something that the interface names and this version does not have.
+fn unavailable<T>(what: &str) -> Result<T, BadOption> {
+    bad(format!("{what} is not available in this version"))
+}
+
+/// A decimal or 0x number.
+pub fn number(text: &str) -> Result<u64, BadOption> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) if !digits.starts_with('+') => u64::from_str_radix(digits, 16),
+        None if !text.starts_with('+') => text.parse(),
+        _ => return bad(format!("`{text}` is not a number")),
+    };
+    parsed.or_else(|_| bad(format!("`{text}` is not a number")))
+}
+
+/// A size: a number with an optional binary suffix K, M or G.
+pub fn size(text: &str) -> Result<u64, BadOption> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
+        Some(b'm' | b'M') => (&text[..text.len() - 1], 20),
+        Some(b'g' | b'G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let value = number(digits).map_err(|_| BadOption(format!("`{text}` is not a size (a number, then K, M or G)")))?;
+    value.checked_mul(1 << shift).ok_or_else(|| BadOption(format!("the size {text} is too large")))
+}
+
+/// Guest memory: a size, at least 16 MiB and a multiple of 4 KiB.
+pub fn memory(text: &str) -> Result<u64, BadOption> {
+    match size(text)? {
+        bytes if bytes % 4096 != 0 => bad(format!("the memory size {text} is not a multiple of 4K")),
+        bytes if bytes < 16 << 20 => bad(format!("the memory size {text} is less than 16M")),
+        bytes if bytes > 1 << 46 => bad(format!("the memory size {text} is more than 64T")),
+        bytes => Ok(bytes),
+    }
+}
+
+fn switch(key: &str, text: &str) -> Result<bool, BadOption> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => bad(format!("{key}={text}: `on` or `off` is expected")),
+    }
+}
+
+/// The keys of one option value.
+struct Keys<'a> {
+    kind: &'a str,
+    values: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Keys<'a> {
+    fn parse(kind: &'a str, rest: Option<&'a str>, valid: &[&str]) -> Result<Self, BadOption> {
+        let mut values = BTreeMap::new();
+        for item in rest.into_iter().flat_map(|rest| rest.split(',')) {
+            let Some((key, value)) = item.split_once('=') else {
+                return bad(format!("{kind}: `{item}` is not key=value; the keys are {}", valid.join(", ")));
+            };
+            if !valid.contains(&key) {
+                return bad(format!("{kind}: unknown key `{key}`; the keys are {}", valid.join(", ")));
+            }
+            if values.insert(key, value).is_some() {
+                return bad(format!("{kind}: the key `{key}` is given twice; the keys are {}", valid.join(", ")));
+            }
+        }
+        Ok(Self { kind, values })
+    }
+
+    fn get<T>(&self, key: &str, parse: impl FnOnce(&str) -> Result<T, BadOption>) -> Result<Option<T>, BadOption> {
+        self.values
+            .get(key)
+            .map(|value| parse(value).map_err(|e| BadOption(format!("{}: {key}: {e}", self.kind))))
+            .transpose()
+    }
+
+    fn switch(&self, key: &str) -> Result<Option<bool>, BadOption> {
+        self.get(key, |value| switch(key, value))
+    }
+}
+
+fn split_kind(text: &str) -> (&str, Option<&str>) {
+    text.split_once(',').map_or((text, None), |(kind, rest)| (kind, Some(rest)))
+}
+
+/// `--iommu`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum IommuOption {
+    /// No unit.
+    None,
+    /// An emulated VT-d unit.
+    Vtd(VtdOption),
+}
+
+/// The keys of `--iommu vtd`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VtdOption {
+    /// Guest address width in bits: 39, 48 or 57. `None`: the widest that the host can map, up to 48.
+    pub aw_bits: Option<u8>,
+    /// Caching Mode.
+    pub caching_mode: bool,
+    /// Whether pass-through translation is offered.
+    pub pass_through: bool,
+}
+
+impl Default for VtdOption {
+    fn default() -> Self {
+        Self { aw_bits: None, caching_mode: true, pass_through: true }
+    }
+}
+
+impl std::str::FromStr for IommuOption {
+    type Err = BadOption;
+
+    fn from_str(text: &str) -> Result<Self, BadOption> {
+        const KEYS: [&str; 7] = ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable"];
+        let (kind, rest) = split_kind(text);
+        match kind {
+            "none" => {
+                Keys::parse(kind, rest, &[])?;
+                Ok(Self::None)
+            }
+            "vtd" => {
+                let keys = Keys::parse(kind, rest, &KEYS)?;
+                for later in ["intremap", "eim", "scalable", "ioapic-check"] {
+                    if keys.switch(later)? == Some(true) {
+                        return unavailable(&format!("vtd: {later}=on"));
+                    }
+                }
+                let aw_bits = keys.get("aw-bits", |value| match number(value)? {
+                    bits @ (39 | 48 | 57) => Ok(bits as u8),
+                    _ => bad(format!("`{value}` is not 39, 48 or 57")),
+                })?;
+                let default = VtdOption::default();
+                Ok(Self::Vtd(VtdOption {
+                    aw_bits,
+                    caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
+                    pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
+                }))
+            }
+            _ => bad(format!("unknown IOMMU `{kind}`; it is vtd or none")),
+        }
+    }
+}
+
+/// A slot on bus 0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Slot {
+    /// Device number, 1 to 0x1e.
+    pub device: u8,
+    /// Function number, 0 to 7.
+    pub function: u8,
+}
+
+fn hex(text: &str, digits: std::ops::RangeInclusive<usize>, max: u32) -> Option<u32> {
+    let fits = digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    fits.then(|| u32::from_str_radix(text, 16).ok()).flatten().filter(|value| *value <= max)
+}
+
+fn slot(text: &str) -> Result<Slot, BadOption> {
+    let parsed =
+        text.split_once('.').and_then(|(device, function)| Some((hex(device, 1..=2, 0x1f)?, hex(function, 1..=1, 7)?)));
+    match parsed {
+        Some((0, _)) => bad(format!("`{text}`: slot 00 is the host bridge's")),
+        Some((0x1f, _)) => bad(format!("`{text}`: slot 1f is kept")),
+        Some((device, function)) => Ok(Slot { device: device as u8, function: function as u8 }),
+        None => bad(format!("`{text}` is not a slot (DD.F, hexadecimal, 01.0 to 1e.7)")),
+    }
+}
+
+/// `--device`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceOption {
+    /// `id=`, or given when all options are known.
+    pub id: Option<String>,
+    /// `addr=`; the lowest free slot otherwise.
+    pub addr: Option<Slot>,
+    /// Which device.
+    pub kind: DeviceKind,
+}
+
+/// Which device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DeviceKind {
+    /// A function of the host.
+    Vfio {
+        /// Its address there.
+        host: Bdf,
+    },
+    /// The educational device of QEMU, emulated in this process.
+    Edu,
+}
+
+impl DeviceKind {
+    /// As statistics and default ids name it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Vfio { .. } => "vfio",
+            Self::Edu => "edu",
+        }
+    }
+}
+
+fn identifier(text: &str) -> Result<String, BadOption> {
+    let fits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if fits { Ok(text.to_owned()) } else { bad(format!("`{text}` is not a name (letters, digits, `-`, `_` and `.`)")) }
+}
+
+impl std::str::FromStr for DeviceOption {
+    type Err = BadOption;
+
+    fn from_str(text: &str) -> Result<Self, BadOption> {
+        let (kind, rest) = split_kind(text);
+        let (keys, kind) = match kind {
+            "vfio" => {
+                let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id"])?;
+                keys.get("backend", |value| match value {
+                    "auto" | "type1" => Ok(()),
+                    "iommufd" => unavailable("the iommufd backend"),
+                    _ => bad(format!("`{value}` is not auto, type1 or iommufd")),
+                })?;
+                let host = keys
+                    .get("host", |text| text.parse().map_err(|e: vfio_bridge::BdfError| BadOption(e.to_string())))?
+                    .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
+                (keys, DeviceKind::Vfio { host })
+            }
+            "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
+            "vfio-user" => return unavailable("the device vfio-user"),
+            _ => return bad(format!("unknown device `{kind}`; it is vfio or edu")),
+        };
+        Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
+    }
+}
+
+/// Gives every device its id: the one it was given, or the first free of `vfio0`, `vfio1`, ...
+pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> {
+    let mut taken = std::collections::BTreeSet::new();
+    for id in devices.iter().filter_map(|device| device.id.as_deref()) {
+        if !taken.insert(id.to_owned()) {
+            return bad(format!("two devices have id={id}"));
+        }
+    }
+    let mut hosts = std::collections::BTreeSet::new();
+    for device in devices {
+        if let DeviceKind::Vfio { host } = device.kind {
+            if !hosts.insert(host) {
+                return bad(format!("host={host} is given to two devices"));
+            }
+        }
+    }
+    let mut names = Vec::with_capacity(devices.len());
+    for device in devices {
+        let name = device.id.clone().or_else(|| {
+            (0..=devices.len()).map(|n| format!("{}{n}", device.kind.name())).find(|name| !taken.contains(name))
+        });
+        let Some(name) = name else { return bad("a device has no free id") };
+        taken.insert(name.clone());
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// A duration in seconds, above 0; fractions are allowed.
+pub fn seconds(text: &str) -> Result<std::time::Duration, BadOption> {
+    text.parse()
+        .ok()
+        .filter(|seconds| *seconds > 0.0)
+        .and_then(|seconds: f64| std::time::Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| BadOption(format!("`{text}` is not a number of seconds above 0")))
+}
+
+/// The parser of options that are named and that this version does not have.
+pub fn later(_: &str) -> Result<PathBuf, BadOption> {
+    bad("not available in this version")
+}
+
+#[cfg(test)]
+#[path = "options_test.rs"]
+mod options_test;

@@ -1,0 +1,108 @@
+use super::*;
+
+fn error<T: std::str::FromStr<Err = BadOption>>(text: &str) -> String {
+    match text.parse::<T>() {
+        Ok(_) => panic!("`{text}` was accepted"),
+        Err(e) => e.to_string(),
+    }
+}
+
+#[test]
+fn numbers_and_sizes() {
+    for (text, value) in [("0", 0), ("10", 10), ("0x1F", 31), ("18446744073709551615", u64::MAX)] {
+        assert_eq!(number(text), Ok(value));
+    }
+    for (text, value) in [("512M", 512 << 20), ("4g", 4 << 30), ("0x10K", 16 << 10), ("4096", 4096)] {
+        assert_eq!(size(text), Ok(value));
+    }
+    for text in ["", "M", "1T", "-1", "+1", "0x", "0x+1", "1.5G", "18446744073709551615K", "17179869184G"] {
+        assert!(size(text).is_err(), "{text}");
+    }
+    assert_eq!(memory("512M"), Ok(512 << 20));
+    for text in ["15M", "16777217", "65T", "100000G"] {
+        assert!(memory(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn iommu_keys() {
+    assert_eq!("none".parse(), Ok(IommuOption::None));
+    assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
+    assert_eq!(
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off".parse(),
+        Ok(IommuOption::Vtd(VtdOption { aw_bits: Some(39), caching_mode: false, pass_through: false }))
+    );
+    for (text, part) in [
+        ("vtd,aw-bits=40", "not 39, 48 or 57"),
+        ("vtd,foo=1", "the keys are aw-bits, caching-mode"),
+        ("vtd,pt=on,pt=on", "given twice; the keys are aw-bits"),
+        ("vtd,pt", "not key=value"),
+        ("vtd,", "not key=value"),
+        ("vtd,pt=yes", "`on` or `off`"),
+        ("none,pt=on", "unknown key"),
+        ("smmu", "vtd or none"),
+        ("vtd,intremap=on", "not available in this version"),
+        ("vtd,eim=on", "not available in this version"),
+        ("vtd,scalable=on", "not available in this version"),
+    ] {
+        let message = error::<IommuOption>(text);
+        assert!(message.contains(part), "{text}: {message}");
+    }
+}
+
+#[test]
+fn device_keys() {
+    assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
+
+    let host = Bdf { domain: 0, bus: 0, device: 9, function: 0 };
+    assert_eq!(
+        "vfio,host=00:09.0,addr=1E.7,backend=type1,id=disk".parse(),
+        Ok(DeviceOption {
+            id: Some("disk".into()),
+            addr: Some(Slot { device: 0x1e, function: 7 }),
+            kind: DeviceKind::Vfio { host }
+        })
+    );
+    for (text, part) in [
+        ("vfio", "host=BDF is missing"),
+        ("vfio,host=09.0", "not a PCI address"),
+        ("vfio,host=00:20.0", "not a PCI address"),
+        ("vfio,host=00:09.8", "not a PCI address"),
+        ("vfio,host=0:0:0:0.0", "not a PCI address"),
+        ("vfio,host=+0:09.0", "not a PCI address"),
+        ("vfio,host=00:09.0,backend=iommufd", "not available in this version"),
+        ("vfio,host=00:09.0,backend=foo", "not auto, type1 or iommufd"),
+        ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, host, id"),
+        ("vfio,host=00:09.0,host=00:09.0", "given twice"),
+        ("vfio-user,socket=x", "not available in this version"),
+        ("edu,addr=00.0", "host bridge"),
+        ("edu,addr=1f.0", "kept"),
+        ("edu,addr=5", "not a slot"),
+        ("edu,id=", "not a name"),
+        ("edu,id=a b", "not a name"),
+        ("edu,host=00:09.0", "the keys are addr, id"),
+        ("floppy", "vfio or edu"),
+    ] {
+        let message = error::<DeviceOption>(text);
+        assert!(message.contains(part), "{text}: {message}");
+    }
+}
+
+#[test]
+fn ids_are_given_in_order_around_those_that_are_taken() {
+    let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<DeviceOption>>();
+    let devices = parse(&["edu", "vfio,host=00:09.0", "edu,id=edu0", "edu", "vfio,host=00:0a.0"]);
+    assert_eq!(name_devices(&devices).unwrap(), ["edu1", "vfio0", "edu0", "edu2", "vfio1"]);
+    let twice = name_devices(&parse(&["edu,id=a", "edu,id=a"])).unwrap_err();
+    assert!(twice.to_string().contains("id=a"));
+    let same = name_devices(&parse(&["vfio,host=00:09.0", "vfio,host=0000:00:09.0"])).unwrap_err();
+    assert!(same.to_string().contains("two devices"));
+}
+
+#[test]
+fn time_limits() {
+    assert_eq!(seconds("1.5").unwrap(), std::time::Duration::from_millis(1500));
+    for text in ["0", "-1", "nan", "inf", "x", ""] {
+        assert!(seconds(text).is_err(), "{text}");
+    }
+}

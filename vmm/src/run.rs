@@ -1,0 +1,204 @@
+//! `causeway run`: checks, the event loop, and how it ends.
+
+use std::fs::OpenOptions;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::Payload;
+use crate::cli::RunArgs;
+use crate::console::Console;
+use crate::control::{Control, Stop};
+use crate::events::{self, Outside, Signals};
+use crate::machine::Machine;
+use crate::stats::{Exit, Stats};
+use crate::{options, terminal, vm};
+
+/// Exit code of a usage error.
+pub const USAGE: u8 = 2;
+/// Exit code of a refused start.
+pub const REFUSED: u8 = 4;
+/// Exit code of an error of the host or of ours.
+pub const ERROR: u8 = 6;
+/// Exit code of a crashed guest.
+pub const CRASHED: u8 = 8;
+/// Exit code of the time limit.
+pub const TIME_LIMIT: u8 = 10;
+
+fn start_log(args: &RunArgs) -> anyhow::Result<()> {
+    let level = match args.verbose {
+        0 => log::LevelFilter::Info,
+        1 => log::LevelFilter::Debug,
+        _ => log::LevelFilter::Trace,
+    };
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level);
+    let start = Instant::now();
+    let timed = args.log.is_some() || args.verbose > 0;
+    builder.format(move |out, record| {
+        use std::io::Write;
+        let level = record.level().as_str().to_ascii_lowercase();
+        match timed {
+            true => writeln!(out, "causeway [{:.6}] {level}: {}", start.elapsed().as_secs_f64(), record.args()),
+            false => writeln!(out, "causeway: {level}: {}", record.args()),
+        }
+    });
+    if let Some(path) = &args.log {
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map_err(|e| anyhow::anyhow!("the log file {} cannot be opened: {e}", path.display()))?;
+        builder.target(env_logger::Target::Pipe(Box::new(file)));
+    }
+    builder.try_init()?;
+    Ok(())
+}
+
+/// How a run ended, for the exit code and the statistics.
+fn outcome(stop: &Stop) -> Exit {
+    let (reason, code) = match stop {
+        Stop::PowerOff => ("poweroff", 0),
+        Stop::Quit => ("quit", 0),
+        Stop::Reset => ("reset", CRASHED),
+        Stop::Crash(_) => ("crash", CRASHED),
+        Stop::Error(_) => ("error", ERROR),
+        Stop::TimeLimit => ("timeout", TIME_LIMIT),
+        Stop::Signal(signal) => ("signal", 128 + *signal as u8),
+    };
+    Exit { reason, code: code.into() }
+}
+
+fn explain(stop: &Stop) {
+    match stop {
+        Stop::PowerOff | Stop::Quit => {}
+        Stop::Reset => log::error!("the guest asked for a reset, which --no-reboot forbids"),
+        Stop::Crash(why) => log::error!("the guest crashed: {why}"),
+        Stop::Error(why) => log::error!("{why}"),
+        Stop::TimeLimit => log::error!("the time limit is over, the guest was stopped"),
+        Stop::Signal(signal) => log::info!("stopped by signal {signal}"),
+    }
+}
+
+struct Run<'a> {
+    args: &'a RunArgs,
+    names: Vec<String>,
+    start: Instant,
+    control: Arc<Control>,
+}
+
+/// Runs a guest to its end.
+pub fn run(args: &RunArgs) -> ExitCode {
+    let start = Instant::now();
+    let names = match options::name_devices(&args.devices) {
+        Ok(names) => names,
+        Err(e) => {
+            eprintln!("causeway: {e}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    let run = start_log(args).and_then(|()| {
+        // Before any thread exists, so that none of them gets these signals.
+        let signals = Signals::block()?;
+        let control = Arc::new(Control::new(args.cpus.into())?);
+        Ok((Run { args, names, start, control }, signals))
+    });
+    let (run, signals) = match run {
+        Ok(run) => run,
+        Err(e) => {
+            eprintln!("causeway: {e:#}");
+            return ExitCode::from(REFUSED);
+        }
+    };
+    let stop = match run.guest(signals) {
+        Ok(stop) => stop,
+        Err(e) => {
+            log::error!("{e:#}");
+            return ExitCode::from(REFUSED);
+        }
+    };
+    explain(&stop);
+    match stop {
+        Stop::Signal(signal) => events::die_by(signal),
+        stop => ExitCode::from(outcome(&stop).code as u8),
+    }
+}
+
+type Subscriber = Box<dyn MutEventSubscriber>;
+
+impl Run<'_> {
+    /// An error means that nothing ran.
+    fn guest(&self, signals: Signals) -> anyhow::Result<Stop> {
+        let args = self.args;
+        let payload = Payload::open(&args.kernel, args.initrd.as_deref(), &args.cmdline, args.memory)?;
+        let kvm = vm::open().map_err(remedy)?;
+        let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let mut machine = Machine::new(args, &kvm, payload, self.control.clone(), drained.try_clone()?)?;
+
+        let report = Arc::new(AtomicBool::new(false));
+        let mut events: EventManager<Subscriber> =
+            EventManager::new().map_err(|e| anyhow::anyhow!("no event loop: {e}"))?;
+        events.add_subscriber(Box::new(Outside::new(signals, args.timeout, self.control.clone(), report.clone())?));
+        let raw = terminal::is_ours() && terminal::make_raw().is_ok();
+        let console = Console::new(machine.serial().clone(), drained, self.control.clone(), raw);
+        events.add_subscriber(Box::new(console));
+
+        machine.resume();
+        let stop = self.watch(&mut machine, &mut events, &report);
+        machine.stop();
+        terminal::restore();
+        self.write_stats(&machine, Some(outcome(&stop)));
+        Ok(stop)
+    }
+
+    fn watch(&self, machine: &mut Machine, events: &mut EventManager<Subscriber>, report: &AtomicBool) -> Stop {
+        loop {
+            if let Err(e) = events.run() {
+                return Stop::Error(format!("the event loop failed: {e}"));
+            }
+            if report.swap(false, Ordering::Relaxed) {
+                self.write_stats(machine, None);
+            }
+            match self.control.take_stop() {
+                None => {}
+                Some(Stop::Reset) if !self.args.no_reboot => {
+                    if let Err(e) = machine.reset() {
+                        return Stop::Error(format!("the guest could not be reset: {e}"));
+                    }
+                }
+                Some(stop) => return stop,
+            }
+        }
+    }
+
+    fn write_stats(&self, machine: &Machine, exit: Option<Exit>) {
+        let Some(file) = &self.args.stats else { return };
+        let stats = Stats {
+            version: 1,
+            exit,
+            wall_ms: self.start.elapsed().as_millis() as u64,
+            guest_resets: machine.resets(),
+            ..Default::default()
+        };
+        let _ = &self.names;
+        if let Err(e) = stats.write(file) {
+            log::error!("the statistics could not be written to {}: {e}", file.display());
+        }
+    }
+}
+
+fn remedy(error: vm::Error) -> anyhow::Error {
+    match &error {
+        vm::Error::Open(e) if e.kind() == std::io::ErrorKind::NotFound => anyhow::anyhow!(
+            "{error}; turn virtualization on in the firmware and load the module: modprobe kvm-intel or modprobe kvm-amd"
+        ),
+        vm::Error::Open(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            anyhow::anyhow!("{error}; give it to this user: usermod -aG kvm $USER, then log in again")
+        }
+        _ => error.into(),
+    }
+}

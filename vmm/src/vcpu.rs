@@ -1,0 +1,345 @@
+//! A virtual CPU: its state at power-on, its thread, and what its exits lead to.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::{self, JoinHandle};
+
+use devices::Bus;
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use libc::{c_int, c_void, siginfo_t};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::boot::{CODE, DATA, GDT_ENTRIES, Segment};
+use crate::control::{Control, Stop, Turn};
+use crate::vm::{Error, call};
+use crate::{cpuid, layout};
+
+const MSR_TSC: u32 = 0x10;
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// MTRRs enabled, write-back: memory types are left to the page tables.
+const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+
+const CR0_PE_PG: u64 = 1 | 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+
+/// Where the guest's accesses go.
+#[derive(Clone)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+    /// Hears the end of level-triggered interrupts.
+    pub ioapic: Arc<devices::ioapic::IoApic>,
+}
+
+/// The state that a vCPU had when it was made, to which a reset returns.
+struct PowerOn {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    fpu: kvm_fpu,
+    xcrs: Option<kvm_xcrs>,
+    debug: kvm_debugregs,
+    events: kvm_vcpu_events,
+    lapic: kvm_lapic_state,
+    msrs: Vec<kvm_msr_entry>,
+}
+
+/// A vCPU that has no thread yet.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u8,
+    power_on: PowerOn,
+}
+
+/// Reads what can be read of `indices`.
+fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest: Vec<kvm_msr_entry> = indices
+        .iter()
+        .filter(|index| **index != MSR_TSC) // KVM keeps the counters of the vCPUs together, and a write would part them.
+        .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
+        .collect();
+    while !rest.is_empty() {
+        let Ok(mut msrs) = Msrs::from_entries(&rest) else { break };
+        let read = fd.get_msrs(&mut msrs).unwrap_or(0).min(rest.len());
+        values.extend_from_slice(&msrs.as_slice()[..read]);
+        // KVM stops at the first that it lists but cannot read.
+        rest.drain(..(read + 1).min(rest.len()));
+    }
+    values
+}
+
+fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) {
+    let mut rest = entries;
+    while !rest.is_empty() {
+        let Ok(msrs) = Msrs::from_entries(rest) else { break };
+        let written = fd.set_msrs(&msrs).unwrap_or(0).min(rest.len());
+        rest = &rest[(written + 1).min(rest.len())..];
+    }
+}
+
+impl PowerOn {
+    fn of(fd: &VcpuFd, msrs: &[u32]) -> Result<Self, kvm_ioctls::Error> {
+        Ok(Self {
+            regs: fd.get_regs()?,
+            sregs: fd.get_sregs()?,
+            fpu: fd.get_fpu()?,
+            xcrs: fd.get_xcrs().ok(),
+            debug: fd.get_debug_regs()?,
+            events: fd.get_vcpu_events()?,
+            lapic: fd.get_lapic()?,
+            msrs: read_msrs(fd, msrs),
+        })
+    }
+
+    fn restore(&self, fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+        fd.set_sregs(&self.sregs)?;
+        write_msrs(fd, &self.msrs);
+        fd.set_lapic(&self.lapic)?;
+        fd.set_regs(&self.regs)?;
+        fd.set_fpu(&self.fpu)?;
+        if let Some(xcrs) = &self.xcrs {
+            fd.set_xcrs(xcrs)?;
+        }
+        fd.set_debug_regs(&self.debug)?;
+        fd.set_vcpu_events(&self.events)
+    }
+}
+
+fn segment(of: Segment) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector: of.selector,
+        type_: of.access & 0xf,
+        s: of.access >> 4 & 1,
+        dpl: of.access >> 5 & 3,
+        present: of.access >> 7,
+        avl: of.flags & 1,
+        l: of.flags >> 1 & 1,
+        db: of.flags >> 2 & 1,
+        g: of.flags >> 3 & 1,
+        ..Default::default()
+    }
+}
+
+/// `power_on` with what the 64-bit boot protocol wants: long mode, flat segments, the identity map.
+fn boot_sregs(power_on: &kvm_sregs) -> kvm_sregs {
+    let mut sregs = *power_on;
+    sregs.cs = segment(CODE);
+    let data = segment(DATA);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.gdt.base = layout::GDT;
+    sregs.gdt.limit = (GDT_ENTRIES * 8 - 1) as u16;
+    sregs.cr0 |= CR0_PE_PG;
+    sregs.cr3 = layout::PAGE_TABLES;
+    sregs.cr4 |= CR4_PAE;
+    sregs.efer |= EFER_LME_LMA;
+    sregs
+}
+
+/// Makes vCPU `index` of `cpus`.
+pub fn create(kvm: &Kvm, vm: &VmFd, index: u8, cpus: u8) -> Result<Vcpu, Error> {
+    let fd = vm.create_vcpu(index.into()).map_err(call("KVM_CREATE_VCPU"))?;
+    let supported = cpuid::supported(kvm).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+    fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, cpus)).map_err(call("KVM_SET_CPUID2"))?;
+    let initial = [(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEFAULT_TYPE, MTRR_ENABLED_WRITE_BACK)];
+    write_msrs(&fd, &initial.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }));
+    let msrs = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+    let power_on = PowerOn::of(&fd, msrs.as_slice()).map_err(call("reading the state of a vCPU"))?;
+    Ok(Vcpu { fd, index, power_on })
+}
+
+thread_local! {
+    // The running vCPU's shared page, for the handler of the kick signal.
+    static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+extern "C" fn kicked(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let page = RUN_PAGE.get();
+    if !page.is_null() {
+        // SAFETY: the page belongs to the vCPU of this very thread, which clears RUN_PAGE before it lets go of it. The kernel
+        // reads this byte at the entry into the guest, so a kick that comes just before the entry is not lost.
+        unsafe { (&raw mut (*page).immediate_exit).write_volatile(1) };
+    }
+}
+
+/// Gets a vCPU thread out of the guest.
+pub fn kick(thread: &JoinHandle<()>) {
+    if let Err(e) = thread.kill(SIGRTMIN()) {
+        log::debug!("a vCPU thread could not be kicked: {e}");
+    }
+}
+
+/// Registers the signal that [`kick`] sends. Once, before the first vCPU thread.
+pub fn register_kick() -> Result<(), Error> {
+    register_signal_handler(SIGRTMIN(), kicked).map_err(call("sigaction"))
+}
+
+impl Vcpu {
+    /// Starts the thread. The vCPU enters the guest when `control` lets it; `entry` holds the entry point of the boot processor.
+    pub fn start(self, control: Arc<Control>, buses: Buses, entry: Arc<AtomicU64>) -> std::io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
+            let mut fd = self.fd;
+            RUN_PAGE.set(std::ptr::from_mut(fd.get_kvm_run()));
+            let state = State { index: self.index, power_on: self.power_on, entry };
+            run(&mut fd, &state, &control, &buses);
+            RUN_PAGE.set(std::ptr::null_mut());
+        })
+    }
+}
+
+struct State {
+    index: u8,
+    power_on: PowerOn,
+    entry: Arc<AtomicU64>,
+}
+
+impl State {
+    /// The state in which the guest starts: the boot processor at the kernel's entry, the others waiting for INIT and SIPI.
+    fn set(&self, fd: &VcpuFd, restore: bool) -> Result<(), kvm_ioctls::Error> {
+        if restore {
+            self.power_on.restore(fd)?;
+        }
+        let boot = self.index == 0;
+        if boot {
+            fd.set_sregs(&boot_sregs(&self.power_on.sregs))?;
+            fd.set_regs(&kvm_regs {
+                rflags: 2,
+                rip: self.entry.load(Relaxed),
+                rsp: layout::BOOT_STACK,
+                rsi: layout::BOOT_PARAMS,
+                ..Default::default()
+            })?;
+        }
+        let mp_state = if boot { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
+        fd.set_mp_state(kvm_mp_state { mp_state })
+    }
+}
+
+fn run(fd: &mut VcpuFd, state: &State, control: &Control, buses: &Buses) {
+    let mut resets = 0;
+    let mut ran = false;
+    loop {
+        match control.turn(&mut resets) {
+            Turn::Quit => return,
+            Turn::Reset => {
+                if ran {
+                    finish_access(fd);
+                }
+                if let Err(e) = state.set(fd, ran) {
+                    control.request(Stop::Error(format!("vCPU {} could not be reset: {e}", state.index)));
+                }
+                control.reset_done();
+            }
+            Turn::Run => {
+                ran = true;
+                if let Some(stop) = enter(fd, state.index, buses) {
+                    control.request(stop);
+                }
+            }
+        }
+    }
+}
+
+/// Completes the access of the last exit, which KVM does at the next entry, without running the guest.
+fn finish_access(fd: &mut VcpuFd) {
+    fd.set_kvm_immediate_exit(1);
+    if let Err(e) = fd.run() {
+        log::trace!("completing the last access: {e}");
+    }
+    fd.set_kvm_immediate_exit(0);
+}
+
+/// Runs the guest until its next exit.
+fn enter(fd: &mut VcpuFd, index: u8, buses: &Buses) -> Option<Stop> {
+    match fd.run() {
+        Ok(VcpuExit::IoIn(port, data)) => {
+            let (at, len) = (data.as_mut_ptr(), data.len());
+            port_access(fd, at, len, |unit| {
+                if !buses.pio.read(port.into(), unit) {
+                    log::trace!("read of port {port:#x}, {} bytes: nothing there", unit.len());
+                }
+            });
+        }
+        Ok(VcpuExit::IoOut(port, data)) => {
+            let (at, len) = (data.as_ptr().cast_mut(), data.len());
+            port_access(fd, at, len, |unit| {
+                if !buses.pio.write(port.into(), unit) {
+                    log::trace!("write to port {port:#x}: {unit:02x?}: nothing there");
+                }
+            });
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            if !buses.mmio.read(address, data) {
+                log::trace!("read at {address:#x}, {} bytes: nothing there", data.len());
+            }
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            if !buses.mmio.write(address, data) {
+                log::trace!("write at {address:#x}: {data:02x?}: nothing there");
+            }
+        }
+        Ok(VcpuExit::IoapicEoi(vector)) => buses.ioapic.eoi(vector),
+        Ok(VcpuExit::Shutdown) => return Some(Stop::Crash(format!("vCPU {index} stopped by a triple fault"))),
+        Ok(VcpuExit::Intr | VcpuExit::Hlt) => {}
+        Ok(VcpuExit::FailEntry(reason, cpu)) => {
+            return Some(Stop::Error(format!(
+                "the processor refused to run vCPU {index} (reason {reason:#x}, on host CPU {cpu})"
+            )));
+        }
+        Ok(VcpuExit::InternalError) => return Some(Stop::Error(internal_error(fd, index))),
+        Ok(other) => return Some(Stop::Error(format!("vCPU {index} left the guest for an unknown reason: {other:?}"))),
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+            // Cleared before the next look at what is wanted: a kick after this counts for the next entry.
+            fd.set_kvm_immediate_exit(0);
+        }
+        Err(e) => return Some(Stop::Error(format!("KVM_RUN of vCPU {index} failed: {e}"))),
+    }
+    None
+}
+
+/// Calls `access` for each unit of a port access: string instructions bring several at once.
+fn port_access(fd: &mut VcpuFd, at: *mut u8, len: usize, mut access: impl FnMut(&mut [u8])) {
+    // SAFETY: the last exit was KVM_EXIT_IO, so this is the member in use.
+    let size = usize::from(unsafe { fd.get_kvm_run().__bindgen_anon_1.io }.size).max(1);
+    // SAFETY: `at` and `len` are the data of that exit in the vCPU's shared page, which only this thread uses until it enters
+    // the guest again; no other reference to it is alive.
+    let data = unsafe { std::slice::from_raw_parts_mut(at, len) };
+    data.chunks_exact_mut(size).for_each(|unit| access(unit));
+}
+
+fn internal_error(fd: &mut VcpuFd, index: u8) -> String {
+    // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the member in use.
+    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+    format!("KVM cannot run vCPU {index} any further (internal error {} at {rip:#x})", internal.suberror)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_boot_segments_are_what_the_boot_protocol_wants() {
+        let sregs = boot_sregs(&kvm_sregs::default());
+        assert_eq!((sregs.cs.selector, sregs.ds.selector), (0x10, 0x18));
+        assert_eq!(
+            (sregs.cs.type_, sregs.cs.l, sregs.cs.db, sregs.cs.g, sregs.cs.s, sregs.cs.present),
+            (0xb, 1, 0, 1, 1, 1)
+        );
+        assert_eq!((sregs.ss.type_, sregs.ss.l, sregs.ss.db, sregs.ss.g), (3, 0, 1, 1));
+        assert_eq!((sregs.cr0 & CR0_PE_PG, sregs.efer & EFER_LME_LMA), (CR0_PE_PG, EFER_LME_LMA));
+        assert_eq!(sregs.cr3, layout::PAGE_TABLES);
+    }
+}

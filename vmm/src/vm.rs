@@ -1,0 +1,100 @@
+//! The KVM virtual machine: capabilities, interrupt chip, RAM.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::layout;
+use crate::memory::Ram;
+
+/// Why there is no virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// /dev/kvm cannot be opened.
+    #[error("/dev/kvm cannot be opened: {0}")]
+    Open(io::Error),
+    /// This KVM lacks something.
+    #[error("this host's KVM has no {0}")]
+    Missing(&'static str),
+    /// A call failed.
+    #[error("{what} failed: {source}")]
+    Call {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Turns an error of `what` into ours.
+pub fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |e| Error::Call { what, source: io::Error::from_raw_os_error(e.errno()) }
+}
+
+/// Opens /dev/kvm and checks that it has what we need.
+pub fn open() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(|e| Error::Open(io::Error::from_raw_os_error(e.errno())))?;
+    if kvm.get_api_version() != KVM_API_VERSION as i32 {
+        return Err(Error::Missing("API version 12"));
+    }
+    for (cap, name) in [
+        (Cap::UserMemory, "user memory regions"),
+        (Cap::SplitIrqchip, "split interrupt chip"),
+        (Cap::Irqfd, "irqfd"),
+        (Cap::SignalMsi, "message signalling"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::MpState, "multiprocessing state"),
+        (Cap::ReadonlyMem, "read-only memory regions"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(Error::Missing(name));
+        }
+    }
+    Ok(kvm)
+}
+
+/// Makes the virtual machine with local APICs in the kernel and the IOAPIC with us.
+pub fn create(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
+    let vm = loop {
+        match kvm.create_vm() {
+            // The kernel gives up when a signal comes while it makes the machine.
+            Err(e) if e.errno() == libc::EINTR => continue,
+            other => break other.map_err(call("KVM_CREATE_VM"))?,
+        }
+    };
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::KVM_TSS as usize).map_err(call("KVM_SET_TSS_ADDR"))?;
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = u64::from(layout::IOAPIC_PINS);
+    vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
+    if vm.check_extension_raw(KVM_CAP_X2APIC_API.into()) != 0 {
+        let mut x2apic = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
+        x2apic.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+        vm.enable_cap(&x2apic).map_err(call("KVM_CAP_X2APIC_API"))?;
+    }
+    Ok(Arc::new(vm))
+}
+
+/// Gives the guest its RAM, in slots from 0. Gives back the first slot that is free.
+pub fn add_ram(vm: &VmFd, ram: &Ram) -> Result<u32, Error> {
+    let mut slot = 0;
+    for region in ram.iter() {
+        let memory = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped for the whole life of `ram`, which the machine drops after the virtual machine.
+        unsafe { vm.set_user_memory_region(memory) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        slot += 1;
+    }
+    Ok(slot)
+}
