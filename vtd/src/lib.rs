@@ -1,11 +1,49 @@
 //! An emulated Intel VT-d remapping unit: pure logic over guest memory.
+//!
+//! A [`Unit`] is the register file, the invalidation queue and the walks of the guest's tables. Two kinds of devices
+//! stand behind it:
+//!
+//! - **assigned functions** ([`Unit::add_requester`]): the unit keeps a *shadow* of each space that a function is
+//!   attached to, compares it with the guest's tables at each invalidation, and tells a [`SpaceListener`] what changed;
+//! - **emulated devices** ([`Unit::endpoint`]): their accesses go through a [`DmaSession`], which walks the tables itself.
+//!
+//! ```text
+//!  vCPU --MMIO--> unit --> queue --> spaces --> shadow: diff --> SpaceListener (the bridge to the host IOMMU)
+//!                   |                   ^
+//!                   v                   | walk, tables
+//!               registers          guest memory <-- walk -- endpoint <-- emulated device
+//! ```
+//!
+//! Legacy mode is offered, without interrupt remapping.
 #![forbid(unsafe_code)]
 
+pub mod config;
+mod endpoint;
+mod fault;
 pub mod ids;
+mod iotlb;
+mod memory;
+mod queue;
+mod registers;
+mod shadow;
 pub mod space;
+mod spaces;
+pub mod spec;
+mod state;
+mod stats;
+mod tables;
+mod unit;
+mod walk;
 
+pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
+pub use endpoint::{DmaError, DmaSession, Endpoint};
+pub use fault::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, UnitId};
 pub use space::{
     Applied, AttachRefused, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm, Refusal, RefusalCause, SpaceKey,
     SpaceListener, Stage,
 };
+pub use spaces::SpaceView;
+pub use state::{EventRegisters, FaultRecord, State};
+pub use stats::{DescriptorStats, UnitStats};
+pub use unit::Unit;

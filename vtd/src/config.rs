@@ -1,0 +1,174 @@
+//! What a unit is built from, and the capabilities that follow from it.
+
+use crate::ids::UnitId;
+use crate::spec::registers::{Capability, ExtendedCapability, offset};
+use crate::spec::second_stage::levels;
+
+/// Size of the register window in bytes.
+pub const REGISTER_WINDOW: u64 = 4096;
+/// Number of fault recording registers.
+pub const FAULT_RECORDS: usize = 8;
+/// Largest address mask of a page-selective invalidation: 2^18 pages, 1 GiB.
+pub const MAX_ADDRESS_MASK: u8 = 18;
+
+/// What a guest can make the unit keep or do, at most.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bounds {
+    /// Extents in the shadow of one space.
+    pub shadow_entries: usize,
+    /// Spaces that have members.
+    pub spaces: usize,
+    /// Table entries visited by one walk of one range (tables that point at themselves have no end).
+    pub table_entries: u64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { shadow_entries: 1 << 20, spaces: 1 << 12, table_entries: 1 << 26 }
+    }
+}
+
+/// The description of a unit, fixed when the machine starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UnitConfig {
+    /// Which unit it is.
+    pub id: UnitId,
+    /// PCI segment of its requesters.
+    pub segment: u16,
+    /// Widest guest address (IOVA) in bits: 39, 48 or 57.
+    pub aw_bits: u8,
+    /// Width of a guest-physical address in bits, 32 to 52; address bits above it are reserved in every structure.
+    pub host_address_width: u8,
+    /// Caching Mode: the guest invalidates what it adds, too. Needed as soon as a function is assigned.
+    pub caching_mode: bool,
+    /// Offer the pass-through translation type.
+    pub pass_through: bool,
+    /// Bounds against a hostile guest.
+    pub bounds: Bounds,
+}
+
+/// Why a configuration cannot be built.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not a width that a second-stage table can have.
+    #[error("a guest address width of {0} bits does not exist: 39, 48 and 57 do")]
+    AddressWidth(u8),
+    /// Outside 32 to 52 bits.
+    #[error("a host address width of {0} bits is outside 32 to 52")]
+    HostAddressWidth(u8),
+    /// A bound of 0 would block everything.
+    #[error("the bound on {0} is 0, which would block every space")]
+    ZeroBound(&'static str),
+}
+
+impl UnitConfig {
+    /// Caching Mode and pass-through on, segment 0, 48 bits of guest-physical address, default bounds.
+    pub fn new(id: UnitId, aw_bits: u8) -> Self {
+        Self {
+            id,
+            segment: 0,
+            aw_bits,
+            host_address_width: 48,
+            caching_mode: true,
+            pass_through: true,
+            bounds: Bounds::default(),
+        }
+    }
+
+    /// Whether a unit can be built from it.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !matches!(self.aw_bits, 39 | 48 | 57) {
+            return Err(ConfigError::AddressWidth(self.aw_bits));
+        }
+        if !(32..=52).contains(&self.host_address_width) {
+            return Err(ConfigError::HostAddressWidth(self.host_address_width));
+        }
+        let bounds = [
+            (self.bounds.shadow_entries as u64, "shadow entries"),
+            (self.bounds.spaces as u64, "spaces"),
+            (self.bounds.table_entries, "table entries"),
+        ];
+        bounds.iter().find(|(value, _)| *value == 0).map_or(Ok(()), |(_, name)| Err(ConfigError::ZeroBound(name)))
+    }
+
+    /// Version register: 1.0. Section 11.4.1.
+    pub const fn version(&self) -> u32 {
+        0x10
+    }
+
+    /// Capability register.
+    pub const fn capability(&self) -> Capability {
+        // SAGAW bit 1 is 3 levels: the widest width of the unit and every narrower one.
+        let adjusted_widths = (1u8 << (levels(self.aw_bits) - 1)) - 2;
+        Capability::new()
+            .with_number_of_domains(6)
+            .with_caching_mode(self.caching_mode)
+            .with_adjusted_widths(adjusted_widths)
+            .with_max_guest_width(self.aw_bits - 1)
+            .with_zero_length_read(true)
+            .with_fault_record_offset((offset::FRCD / 16) as u16)
+            .with_large_pages(0b11)
+            .with_page_selective(true)
+            .with_fault_records(FAULT_RECORDS as u8 - 1)
+            .with_max_address_mask(MAX_ADDRESS_MASK)
+            .with_drain_writes(true)
+            .with_drain_reads(true)
+            .with_enhanced_srtp(true)
+    }
+
+    /// Extended capability register.
+    pub const fn extended_capability(&self) -> ExtendedCapability {
+        ExtendedCapability::new()
+            .with_coherent(true)
+            .with_queued_invalidation(true)
+            .with_pass_through(self.pass_through)
+            .with_iotlb_offset((offset::IVA / 16) as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a4_widths_follow_the_configuration() {
+        for (aw, sagaw) in [(39, 0b0010), (48, 0b0110), (57, 0b1110)] {
+            let capability = UnitConfig::new(UnitId(0), aw).capability();
+            assert_eq!((capability.adjusted_widths(), capability.max_guest_width()), (sagaw, aw - 1));
+        }
+    }
+
+    #[test]
+    fn a4_capabilities_are_what_linux_reads() {
+        let capability = UnitConfig::new(UnitId(0), 48).capability().into_bits();
+        assert_eq!(capability & 7, 6);
+        assert_eq!(capability >> 7 & 1, 1, "CM");
+        assert_eq!(capability >> 34 & 0xf, 3, "SLLPS");
+        assert_eq!((capability >> 24 & 0x3ff) * 16, 0x220, "FRO");
+        assert_eq!(capability >> 39 & 1, 1, "PSI");
+        assert_eq!(capability >> 40 & 0xff, 7, "NFR");
+        assert_eq!(capability >> 48 & 0x3f, 18, "MAMV");
+        assert_eq!(capability >> 54 & 3, 3, "DWD, DRD");
+        assert_eq!(capability >> 63, 1, "ESRTPS");
+        let mut config = UnitConfig::new(UnitId(0), 48);
+        let extended = config.extended_capability().into_bits();
+        assert_eq!(extended & 0xff, 0b0100_0011, "C, QI, PT; no IR, no SC, no DT");
+        assert_eq!(extended >> 8 & 0x3ff, 0xf, "IRO");
+        config.pass_through = false;
+        config.caching_mode = false;
+        assert!(!config.extended_capability().pass_through());
+        assert!(!config.capability().caching_mode());
+    }
+
+    #[test]
+    fn a4_impossible_configurations_are_refused() {
+        assert_eq!(UnitConfig::new(UnitId(0), 40).validate(), Err(ConfigError::AddressWidth(40)));
+        let mut config = UnitConfig::new(UnitId(0), 57);
+        assert_eq!(config.validate(), Ok(()));
+        config.host_address_width = 53;
+        assert_eq!(config.validate(), Err(ConfigError::HostAddressWidth(53)));
+        config.host_address_width = 39;
+        config.bounds.table_entries = 0;
+        assert_eq!(config.validate(), Err(ConfigError::ZeroBound("table entries")));
+    }
+}

@@ -1,0 +1,108 @@
+//! Faults: what a guest's device did wrong, and how it is told to the guest. Sections 7.2 and 7.3.
+
+use crate::ids::{Iova, Requester};
+use crate::registers::Registers;
+use crate::space::Msi;
+use crate::spec::fault::{FaultReason, FaultRecordHigh};
+use crate::spec::registers::FaultStatus;
+
+/// What a device wants to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// A read of no bytes: it needs no more than a present translation. Section 3.7.
+    ZeroLengthRead,
+}
+
+/// A request that the unit blocked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{requester} was blocked at {iova} ({access:?}): {reason:?} ({:#x})", .reason.code())]
+pub struct Fault {
+    /// Who made it.
+    pub requester: Requester,
+    /// Where.
+    pub iova: Iova,
+    /// What it wanted.
+    pub access: Access,
+    /// Why it was blocked.
+    pub reason: FaultReason,
+    /// FPD of the context entry silences it: it is not recorded.
+    pub silenced: bool,
+}
+
+/// What became of a fault that was to be recorded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Recorded {
+    /// It has a record.
+    Yes,
+    /// The source id has a record that the guest has not read, or all records are full.
+    Dropped,
+}
+
+impl Registers {
+    /// Records `fault`, and says which message to send.
+    pub(crate) fn record_fault(&mut self, fault: &Fault) -> (Recorded, Option<Msi>) {
+        let before = self.fault_status();
+        if before.overflow() {
+            return (Recorded::Dropped, None);
+        }
+        let full = |high: u64| FaultRecordHigh::from_bits(high);
+        let same_source = |high: u64| full(high).fault() && full(high).source() == fault.requester.sid.0;
+        if self.state.fault_records.iter().any(|record| same_source(record.high)) {
+            // One record a source id until the guest has read it: a device that faults in a loop cannot hide the others.
+            return (Recorded::Dropped, None);
+        }
+        let index = usize::from(self.state.next_fault_record) % self.state.fault_records.len();
+        if full(self.state.fault_records[index].high).fault() {
+            self.set_fault_status(|status| status.with_overflow(true));
+            return (Recorded::Dropped, self.raise_fault_event(before));
+        }
+        let record = &mut self.state.fault_records[index];
+        record.low = fault.iova.0 & !0xfff;
+        record.high = FaultRecordHigh::new()
+            .with_source(fault.requester.sid.0)
+            .with_reason(fault.reason.code())
+            .with_type_1(fault.access != Access::Write)
+            .with_fault(true)
+            .into_bits();
+        self.state.next_fault_record = ((index + 1) % self.state.fault_records.len()) as u8;
+        if !before.pending() {
+            self.set_fault_status(|status| status.with_record(index as u8));
+        }
+        (Recorded::Yes, self.raise_fault_event(before))
+    }
+
+    /// FSTS, with PPF as it follows from the records.
+    pub(crate) fn fault_status(&self) -> FaultStatus {
+        let pending = self.state.fault_records.iter().any(|record| FaultRecordHigh::from_bits(record.high).fault());
+        FaultStatus::from_bits(self.state.fault_status).with_pending(pending)
+    }
+
+    pub(crate) fn set_fault_status(&mut self, change: impl FnOnce(FaultStatus) -> FaultStatus) {
+        let changed = change(FaultStatus::from_bits(self.state.fault_status));
+        self.state.fault_status = changed.with_pending(false).into_bits();
+    }
+
+    /// A condition was added to FSTS, which was `before`. The event is raised for the first condition only; the next
+    /// one comes when the guest has served them all. Section 7.3.
+    pub(crate) fn raise_fault_event(&mut self, before: FaultStatus) -> Option<Msi> {
+        if has_condition(before) {
+            return None;
+        }
+        self.state.fault_event.raise()
+    }
+
+    /// Conditions were taken out of FSTS: with none left, a message that was held back is no longer due.
+    pub(crate) fn fault_conditions_cleared(&mut self) {
+        if !has_condition(self.fault_status()) {
+            self.state.fault_event.withdraw();
+        }
+    }
+}
+
+const fn has_condition(status: FaultStatus) -> bool {
+    status.overflow() || status.pending() || status.queue_error() || status.completion_error() || status.timeout_error()
+}

@@ -1,0 +1,191 @@
+//! The invalidation queue, with descriptors of 128 bits. Section 6.5.2.
+//!
+//! It is drained in the vCPU thread that moved the tail. Every descriptor before an erroneous one takes effect; the head
+//! stays at the erroneous one, and the queue goes on from there when the guest clears IQE.
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::config::MAX_ADDRESS_MASK;
+use crate::ids::{DomainId, Gpa, SourceId};
+use crate::iotlb::Scope;
+use crate::memory::{read_pair, write_status};
+use crate::spaces::{ContextScope, Spaces};
+use crate::spec::invalidation::{
+    ContextCacheLow, Descriptor, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, granularity, kind,
+};
+use crate::spec::registers::{Global, QueueAddress, QueueErrorRecord};
+use crate::unit::Shared;
+
+/// The queue in use.
+struct Queue {
+    base: u64,
+    /// Number of descriptors.
+    size: u64,
+    head: u64,
+    tail: u64,
+    wide: bool,
+}
+
+impl Queue {
+    /// The queue, if it is enabled and not stopped by an error.
+    fn running<M>(shared: &Shared<M>) -> Option<Self> {
+        let registers = shared.registers();
+        let state = &registers.state;
+        if !Global::from_bits(state.global_status).queued_invalidation() || registers.fault_status().queue_error() {
+            return None;
+        }
+        let address = QueueAddress::from_bits(state.queue_in_use);
+        Some(Self {
+            base: address.page() << 12,
+            size: 1 << (address.size() + 8),
+            head: state.queue_head / Descriptor::SIZE,
+            tail: state.queue_tail / Descriptor::SIZE,
+            wide: address.wide(),
+        })
+    }
+
+    fn fetch<M: GuestMemoryBackend>(&self, memory: &M) -> Result<Descriptor, QueueError> {
+        let address = self.base.checked_add(self.head * Descriptor::SIZE).ok_or(QueueError::Fetch)?;
+        let (low, high) = read_pair(memory, Gpa(address)).ok_or(QueueError::Fetch)?;
+        Ok(Descriptor { low, high })
+    }
+}
+
+/// Processes what lies between head and tail. Bounded by the size of the queue.
+pub(crate) fn drain<M: GuestMemoryBackend>(shared: &Shared<M>, spaces: &mut Spaces) {
+    let Some(mut queue) = Queue::running(shared) else { return };
+    let result = process(shared, spaces, &mut queue);
+    spaces.flush(shared);
+    let mut registers = shared.registers();
+    registers.state.queue_head = queue.head * Descriptor::SIZE;
+    let Err(error) = result else { return };
+    shared.counters.queue_errors.add(1);
+    log::debug!("unit {}: the invalidation queue stopped at {}: {error:?}", shared.config.id.0, queue.head);
+    let before = registers.fault_status();
+    registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8).into_bits();
+    registers.set_fault_status(|status| status.with_queue_error(true));
+    let message = registers.raise_fault_event(before);
+    drop(registers);
+    shared.signal(message);
+}
+
+fn process<M: GuestMemoryBackend>(
+    shared: &Shared<M>,
+    spaces: &mut Spaces,
+    queue: &mut Queue,
+) -> Result<(), QueueError> {
+    if queue.head == queue.tail {
+        return Ok(());
+    }
+    if queue.wide {
+        return Err(QueueError::InvalidWidth);
+    }
+    // Head may be beyond the size, too: the guest can shrink a queue that it disabled and enabled again.
+    if queue.tail >= queue.size || queue.head >= queue.size {
+        return Err(QueueError::InvalidTail);
+    }
+    while queue.head != queue.tail {
+        let descriptor = queue.fetch(&shared.memory)?;
+        let wait = handle(shared, spaces, descriptor)?;
+        queue.head = (queue.head + 1) % queue.size;
+        if let Some(wait) = wait {
+            spaces.flush(shared);
+            shared.registers().state.queue_head = queue.head * Descriptor::SIZE;
+            complete(shared, wait);
+        }
+    }
+    Ok(())
+}
+
+/// What a wait descriptor asks for.
+struct Wait {
+    status: Option<(Gpa, u32)>,
+    interrupt: bool,
+}
+
+/// Takes one descriptor in; everything but a wait takes effect at the next flush.
+fn handle<M>(shared: &Shared<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Result<Option<Wait>, QueueError> {
+    match descriptor.kind() {
+        kind::CONTEXT_CACHE => {
+            let scope = context_scope(descriptor)?;
+            shared.counters.context_cache.add(1);
+            spaces.invalidate_contexts(scope);
+            Ok(None)
+        }
+        kind::IOTLB => {
+            let scope = iotlb_scope(descriptor)?;
+            shared.counters.iotlb.add(1);
+            spaces.invalidate_iotlb(scope);
+            Ok(None)
+        }
+        kind::WAIT => {
+            let (low, high) = (WaitLow::from_bits(descriptor.low), WaitHigh::from_bits(descriptor.high));
+            if low.reserved() != 0 || high.reserved() != 0 {
+                return Err(QueueError::Reserved);
+            }
+            shared.counters.wait.add(1);
+            let status = low.status_write().then_some((Gpa(high.address() << 2), low.status()));
+            Ok(Some(Wait { status, interrupt: low.interrupt() }))
+        }
+        // Device-TLB and interrupt-entry-cache descriptors belong to capabilities that are not offered.
+        _ => Err(QueueError::InvalidType),
+    }
+}
+
+fn context_scope(descriptor: Descriptor) -> Result<ContextScope, QueueError> {
+    let low = ContextCacheLow::from_bits(descriptor.low);
+    if low.reserved() != 0 || low.reserved_high() != 0 || descriptor.high != 0 {
+        return Err(QueueError::Reserved);
+    }
+    context_scope_of(low.granularity(), low.domain(), low.source(), low.function_mask()).ok_or(QueueError::Reserved)
+}
+
+/// The scope of a context-cache invalidation by descriptor or by register; `None` for the reserved granularity.
+pub(crate) fn context_scope_of(given: u8, domain: u16, source: u16, function_mask: u8) -> Option<ContextScope> {
+    match given {
+        granularity::GLOBAL => Some(ContextScope::Everything),
+        granularity::DOMAIN => Some(ContextScope::Domain(DomainId(domain))),
+        granularity::SELECTIVE => {
+            // 1 ignores bit 2 of the function number, 2 bits 2:1, 3 all of it. Section 6.5.2.1.
+            let ignored = [0, 0b100, 0b110, 0b111][usize::from(function_mask & 3)];
+            Some(ContextScope::Device { source: SourceId(source), ignored })
+        }
+        _ => None,
+    }
+}
+
+fn iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {
+    let (low, high) = (IotlbLow::from_bits(descriptor.low), IotlbHigh::from_bits(descriptor.high));
+    if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+        return Err(QueueError::Reserved);
+    }
+    iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask()).ok_or(QueueError::Reserved)
+}
+
+/// The scope of an IOTLB invalidation by descriptor or by register; `None` for the reserved granularity and for an
+/// address mask beyond MAMV.
+pub(crate) fn iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8) -> Option<Scope> {
+    let domain = DomainId(domain);
+    match given {
+        granularity::GLOBAL => Some(Scope::Everything),
+        granularity::DOMAIN => Some(Scope::Domain(domain)),
+        granularity::SELECTIVE if address_mask <= MAX_ADDRESS_MASK => {
+            let size = 4096u64 << address_mask;
+            let first = (page << 12) & !(size - 1);
+            Some(Scope::Pages(domain, first, first + (size - 1)))
+        }
+        _ => None,
+    }
+}
+
+fn complete<M: GuestMemoryBackend>(shared: &Shared<M>, wait: Wait) {
+    if let Some((address, status)) = wait.status
+        && !write_status(&shared.memory, address, status)
+    {
+        log::debug!("unit {}: there is no memory at {address} for a wait status", shared.config.id.0);
+    }
+    if wait.interrupt {
+        let message = shared.registers().raise_completion();
+        shared.signal(message);
+    }
+}

@@ -1,0 +1,260 @@
+//! The register file: what each (offset, size) reads and what a write of it changes. No register read has an effect.
+//!
+//! Defined accesses are 4 bytes at a multiple of 4 and 8 bytes at a multiple of 8. Of any other access, reads give zeros
+//! and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it is two,
+//! the lower one first (Xen writes FEADDR and FEUADDR so).
+
+use crate::config::{FAULT_RECORDS, UnitConfig};
+use crate::space::Msi;
+use crate::spec::fault::FaultRecordHigh;
+use crate::spec::registers::{ContextCommand, EventControl, FaultStatus, IotlbInvalidate, offset};
+use crate::state::{EventRegisters, State};
+
+/// The registers of a unit.
+pub(crate) struct Registers {
+    pub(crate) state: State,
+    config: UnitConfig,
+}
+
+/// What a register write asks the unit to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Command {
+    /// GCMD was written with this value.
+    Global(u32),
+    /// ICC was set in CCMD.
+    Context,
+    /// IVT was set in IOTLB.
+    Iotlb,
+    /// The tail was moved, or a queue error was cleared: there may be descriptors to process.
+    Drain,
+}
+
+/// What follows from one write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Outcome {
+    pub(crate) command: Option<Command>,
+    pub(crate) message: Option<Msi>,
+}
+
+const LOW: u64 = 0xffff_ffff;
+const HIGH: u64 = LOW << 32;
+const FRCD_END: u64 = offset::FRCD + 16 * FAULT_RECORDS as u64;
+const QUEUE_INDEX_MASK: u64 = 0x7_fff0;
+
+impl Registers {
+    pub(crate) fn new(config: UnitConfig) -> Self {
+        Self { state: State::default(), config }
+    }
+
+    /// Whether a write of `len` bytes at `at` may give a [`Command`].
+    pub(crate) fn commands(at: u64, len: usize) -> bool {
+        let end = at.saturating_add(len as u64);
+        let hits = |register: u64, size: u64| at < register + size && register < end;
+        hits(offset::GCMD, 4)
+            || hits(offset::CCMD, 8)
+            || hits(offset::FSTS, 4)
+            || hits(offset::IQT, 8)
+            || hits(offset::IOTLB, 8)
+    }
+
+    /// What `len` bytes at `at` read, little endian.
+    pub(crate) fn read(&self, at: u64, len: usize) -> u64 {
+        match len {
+            4 if at.is_multiple_of(4) => u64::from(self.read_word(at)),
+            8 if at.is_multiple_of(8) => u64::from(self.read_word(at)) | u64::from(self.read_word(at + 4)) << 32,
+            _ => 0,
+        }
+    }
+
+    fn read_word(&self, at: u64) -> u32 {
+        let quad = self.read_quad(at & !7);
+        (quad >> (8 * (at & 4))) as u32
+    }
+
+    /// The 8 bytes at `at`, a multiple of 8.
+    fn read_quad(&self, at: u64) -> u64 {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let state = &self.state;
+        match at {
+            offset::VER => pair(self.config.version(), 0),
+            offset::CAP => self.config.capability().into_bits(),
+            offset::ECAP => self.config.extended_capability().into_bits(),
+            offset::GCMD => pair(0, state.global_status),
+            offset::RTADDR => state.root_table_address,
+            offset::CCMD => state.context_command,
+            0x30 => pair(0, self.fault_status().into_bits()),
+            offset::FECTL => pair(state.fault_event.control, state.fault_event.data),
+            offset::FEADDR => pair(state.fault_event.address, state.fault_event.upper_address),
+            offset::IQH => state.queue_head,
+            offset::IQT => state.queue_tail,
+            offset::IQA => state.queue_address,
+            0x98 => pair(0, state.completion_status),
+            offset::IECTL => pair(state.completion_event.control, state.completion_event.data),
+            offset::IEADDR => pair(state.completion_event.address, state.completion_event.upper_address),
+            offset::IQERCD => state.queue_error_record,
+            // IVA is write-only. IRTA reads 0 for as long as ECAP.IR is 0.
+            offset::IOTLB => state.iotlb_invalidate,
+            offset::FRCD..FRCD_END => {
+                let record = &state.fault_records[((at - offset::FRCD) / 16) as usize];
+                if at & 8 == 0 { record.low } else { record.high }
+            }
+            _ => 0,
+        }
+    }
+
+    /// Writes `len` bytes of `value` at `at`.
+    pub(crate) fn write(&mut self, at: u64, len: usize, value: u64) -> Outcome {
+        match len {
+            4 if at.is_multiple_of(4) => {
+                let shift = 8 * (at & 4);
+                self.write_quad(at & !7, (value & LOW) << shift, LOW << shift)
+            }
+            8 if at.is_multiple_of(8) => match at {
+                offset::GCMD | 0x30 | offset::FECTL | offset::FEADDR | 0x98 | offset::IECTL | offset::IEADDR => {
+                    let low = self.write_quad(at, value, LOW);
+                    let high = self.write_quad(at, value, HIGH);
+                    Outcome { command: low.command.or(high.command), message: low.message.or(high.message) }
+                }
+                _ => self.write_quad(at, value, u64::MAX),
+            },
+            _ => Outcome::default(),
+        }
+    }
+
+    /// Writes those bits of the 8 bytes at `at` (a multiple of 8) that `mask` has.
+    fn write_quad(&mut self, at: u64, value: u64, mask: u64) -> Outcome {
+        let state = &mut self.state;
+        let merge = |old: &mut u64, writable: u64| *old = (*old & !(mask & writable)) | (value & mask & writable);
+        let high_word = (value >> 32) as u32;
+        let touches_low = mask & LOW != 0;
+        let touches_high = mask & HIGH != 0;
+        let command = |command: Command| Outcome { command: Some(command), message: None };
+        match at {
+            offset::GCMD if touches_low => return command(Command::Global(value as u32)),
+            offset::RTADDR => merge(&mut state.root_table_address, !0x3ff),
+            offset::CCMD => {
+                let writable = ContextCommand::new()
+                    .with_domain(u16::MAX)
+                    .with_source(u16::MAX)
+                    .with_function_mask(3)
+                    .with_granularity(3)
+                    .with_invalidate(true);
+                merge(&mut state.context_command, writable.into_bits());
+                if touches_high && ContextCommand::from_bits(state.context_command).invalidate() {
+                    return command(Command::Context);
+                }
+            }
+            0x30 if touches_high => return self.write_fault_status(FaultStatus::from_bits(high_word)),
+            offset::FECTL | offset::FEADDR => {
+                return event_write(&mut state.fault_event, at - offset::FECTL, value, mask);
+            }
+            offset::IQT => {
+                merge(&mut state.queue_tail, QUEUE_INDEX_MASK);
+                if touches_low {
+                    return command(Command::Drain);
+                }
+            }
+            offset::IQA => merge(&mut state.queue_address, !0xff8),
+            0x98 if touches_high => {
+                state.completion_status &= !(high_word & 1);
+                if state.completion_status & 1 == 0 {
+                    state.completion_event.withdraw();
+                }
+            }
+            offset::IECTL | offset::IEADDR => {
+                return event_write(&mut state.completion_event, at - offset::IECTL, value, mask);
+            }
+            offset::IVA => merge(&mut state.invalidate_address, !0xf80),
+            offset::IOTLB => {
+                let writable = IotlbInvalidate::new()
+                    .with_domain(u16::MAX)
+                    .with_drain_writes(true)
+                    .with_drain_reads(true)
+                    .with_granularity(3)
+                    .with_invalidate(true);
+                merge(&mut state.iotlb_invalidate, writable.into_bits());
+                if touches_high && IotlbInvalidate::from_bits(state.iotlb_invalidate).invalidate() {
+                    return command(Command::Iotlb);
+                }
+            }
+            offset::FRCD..FRCD_END if at & 8 != 0 => {
+                let cleared = FaultRecordHigh::new().with_fault(true).into_bits() & value & mask;
+                state.fault_records[((at - offset::FRCD) / 16) as usize].high &= !cleared;
+                self.fault_conditions_cleared();
+            }
+            _ => {}
+        }
+        Outcome::default()
+    }
+
+    /// FSTS is write-1-to-clear. Clearing IQE lets the queue go on.
+    fn write_fault_status(&mut self, written: FaultStatus) -> Outcome {
+        let before = FaultStatus::from_bits(self.state.fault_status);
+        self.set_fault_status(|status| {
+            status
+                .with_overflow(status.overflow() && !written.overflow())
+                .with_queue_error(status.queue_error() && !written.queue_error())
+                .with_completion_error(status.completion_error() && !written.completion_error())
+                .with_timeout_error(status.timeout_error() && !written.timeout_error())
+        });
+        self.fault_conditions_cleared();
+        let resumed = before.queue_error() && written.queue_error();
+        Outcome { command: resumed.then_some(Command::Drain), message: None }
+    }
+
+    /// Raises the invalidation completion event (section 11.4.8.5); a completion that is not yet acknowledged covers
+    /// the next ones.
+    pub(crate) fn raise_completion(&mut self) -> Option<Msi> {
+        if self.state.completion_status & 1 != 0 {
+            return None;
+        }
+        self.state.completion_status |= 1;
+        self.state.completion_event.raise()
+    }
+}
+
+/// A write to the four registers of an event, `at` bytes from its control register: 0 or 8.
+fn event_write(event: &mut EventRegisters, at: u64, value: u64, mask: u64) -> Outcome {
+    let (low, high) = (value as u32, (value >> 32) as u32);
+    let mut message = None;
+    if mask & LOW != 0 {
+        if at == 0 {
+            message = event.set_mask(EventControl::from_bits(low).masked());
+        } else {
+            event.address = low & !3;
+        }
+    }
+    if mask & HIGH != 0 {
+        if at == 0 {
+            event.data = high & 0xffff;
+        } else {
+            event.upper_address = high;
+        }
+    }
+    Outcome { command: None, message }
+}
+
+impl EventRegisters {
+    fn message(&self) -> Msi {
+        Msi { address: u64::from(self.upper_address) << 32 | u64::from(self.address), data: self.data }
+    }
+
+    /// The event happened: its message, unless the mask holds it back.
+    pub(crate) fn raise(&mut self) -> Option<Msi> {
+        let control = EventControl::from_bits(self.control);
+        self.control = control.with_pending(control.masked()).into_bits();
+        (!control.masked()).then(|| self.message())
+    }
+
+    /// The conditions of the event are gone.
+    pub(crate) fn withdraw(&mut self) {
+        self.control = EventControl::from_bits(self.control).with_pending(false).into_bits();
+    }
+
+    fn set_mask(&mut self, masked: bool) -> Option<Msi> {
+        let control = EventControl::from_bits(self.control);
+        let due = control.pending() && !masked;
+        self.control = EventControl::new().with_masked(masked).with_pending(control.pending() && masked).into_bits();
+        due.then(|| self.message())
+    }
+}

@@ -1,0 +1,243 @@
+//! The shadow of a space: what its listener was told, with exactly the boundaries that it was told, and the diff between
+//! that and what a walk found (B-1, B-2, B-7, B-14).
+//!
+//! The diff compares translations, not shapes: where an address leads to the same place with the same permission before
+//! and after, nothing is said about it, whatever leaves or extents it belonged to.
+
+use std::collections::BTreeMap;
+
+use crate::ids::{Gpa, Iova};
+use crate::space::{MapOp, Mapping, Perm};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Extent {
+    last: u64,
+    gpa: u64,
+    perm: Perm,
+}
+
+/// What a listener was told about one space.
+#[derive(Default, Debug)]
+pub(crate) struct Shadow {
+    // First IOVA -> extent. Disjoint.
+    extents: BTreeMap<u64, Extent>,
+}
+
+/// The changes of one batch. Unmaps are given before maps, whatever order they were found in.
+#[derive(Default, Debug)]
+pub(crate) struct Changes {
+    /// Inclusive ranges, ascending within one re-sync.
+    pub(crate) unmaps: Vec<(u64, u64)>,
+    pub(crate) maps: Vec<Mapping>,
+}
+
+impl Changes {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.unmaps.is_empty() && self.maps.is_empty()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.unmaps.clear();
+        self.maps.clear();
+    }
+
+    /// The batch for the listener, appended to `ops`.
+    pub(crate) fn to_ops(&self, ops: &mut Vec<MapOp>) {
+        ops.extend(self.unmaps.iter().map(|&(first, last)| MapOp::Unmap { first: Iova(first), last: Iova(last) }));
+        ops.extend(self.maps.iter().map(|&mapping| MapOp::Map(mapping)));
+    }
+
+    /// Whether some map lies in `first` to `last`.
+    fn maps_within(&self, first: u64, last: u64) -> bool {
+        self.maps.iter().any(|mapping| mapping.iova.0 <= last && mapping.last().0 >= first)
+    }
+}
+
+/// A run of addresses that is walked piece by piece.
+#[derive(Clone, Copy)]
+struct Piece {
+    first: u64,
+    last: u64,
+    gpa: u64,
+    perm: Perm,
+}
+
+impl Piece {
+    fn of(mapping: &Mapping) -> Self {
+        Self { first: mapping.iova.0, last: mapping.last().0, gpa: mapping.gpa.0, perm: mapping.perm }
+    }
+
+    fn mapping(self, last: u64) -> Mapping {
+        Mapping { iova: Iova(self.first), gpa: Gpa(self.gpa), len: last - self.first + 1, perm: self.perm }
+    }
+
+    /// What is left of it after `last`.
+    fn after(self, last: u64) -> Option<Self> {
+        (last < self.last).then(|| Self { first: last + 1, gpa: self.gpa + (last + 1 - self.first), ..self })
+    }
+}
+
+impl Shadow {
+    /// Number of extents.
+    pub(crate) fn len(&self) -> usize {
+        self.extents.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.extents.clear();
+    }
+
+    /// The extents in ascending order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Mapping> + '_ {
+        self.extents.iter().map(|(&first, extent)| mapping(first, extent))
+    }
+
+    /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
+    /// adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and `false` is
+    /// returned, when `changes` holds a map that would have to go again: then the batch must be given first.
+    pub(crate) fn sync(&mut self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) -> bool {
+        let (unmaps_before, maps_before) = (changes.unmaps.len(), changes.maps.len());
+        self.diff((first, last), runs, changes);
+        let conflict = maps_before > 0 && {
+            let earlier = Changes { unmaps: Vec::new(), maps: changes.maps[..maps_before].to_vec() };
+            changes.unmaps[unmaps_before..].iter().any(|&(first, last)| earlier.maps_within(first, last))
+        };
+        if conflict {
+            changes.unmaps.truncate(unmaps_before);
+            changes.maps.truncate(maps_before);
+            return false;
+        }
+        for &(first, last) in &changes.unmaps[unmaps_before..] {
+            self.remove(first, last);
+        }
+        for map in &changes.maps[maps_before..] {
+            let extent = Extent { last: map.last().0, gpa: map.gpa.0, perm: map.perm };
+            self.extents.insert(map.iova.0, extent);
+        }
+        join_neighbours(&mut changes.unmaps, unmaps_before);
+        true
+    }
+
+    fn diff(&self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) {
+        let unmaps_from = changes.unmaps.len();
+        // Unmaps are joined over gaps as long as nothing lies between them that stays.
+        let mut stays_since_unmap = true;
+        let mut unmap = |first: u64, last: u64, stays: &mut bool| match changes.unmaps[unmaps_from..].last_mut() {
+            Some(previous) if !*stays => previous.1 = last,
+            _ => {
+                changes.unmaps.push((first, last));
+                *stays = false;
+            }
+        };
+        // A run that is cut only where the old extents had their boundaries is one map.
+        let mut mapped_from: Option<usize> = None;
+        let maps = &mut changes.maps;
+        let mut map = |piece: Piece, last: u64, run: usize| match maps.last_mut() {
+            Some(previous) if mapped_from == Some(run) && previous.last().0.wrapping_add(1) == piece.first => {
+                previous.len += last - piece.first + 1;
+            }
+            _ => {
+                maps.push(piece.mapping(last));
+                mapped_from = Some(run);
+            }
+        };
+
+        let mut old_pieces = self.within(first, last);
+        let mut old = old_pieces.next();
+        let mut run = 0;
+        let mut new = runs.first().map(Piece::of);
+        let next_run = |run: &mut usize| {
+            *run += 1;
+            runs.get(*run).map(Piece::of)
+        };
+        loop {
+            match (old, new) {
+                (None, None) => break,
+                (Some(o), None) => {
+                    unmap(o.first, o.last, &mut stays_since_unmap);
+                    old = old_pieces.next();
+                }
+                (None, Some(n)) => {
+                    map(n, n.last, run);
+                    new = next_run(&mut run);
+                }
+                (Some(o), Some(n)) if o.first < n.first => {
+                    let last = o.last.min(n.first - 1);
+                    unmap(o.first, last, &mut stays_since_unmap);
+                    old = o.after(last).or_else(|| old_pieces.next());
+                }
+                (Some(o), Some(n)) if n.first < o.first => {
+                    let last = n.last.min(o.first - 1);
+                    map(n, last, run);
+                    new = n.after(last).or_else(|| next_run(&mut run));
+                }
+                (Some(o), Some(n)) => {
+                    let last = o.last.min(n.last);
+                    if (o.gpa, o.perm) == (n.gpa, n.perm) {
+                        stays_since_unmap = true;
+                    } else {
+                        unmap(o.first, last, &mut stays_since_unmap);
+                        map(n, last, run);
+                    }
+                    old = o.after(last).or_else(|| old_pieces.next());
+                    new = n.after(last).or_else(|| next_run(&mut run));
+                }
+            }
+        }
+    }
+
+    /// The parts of the extents that lie within `first` to `last`, ascending.
+    fn within(&self, first: u64, last: u64) -> impl Iterator<Item = Piece> + '_ {
+        let before = self.extents.range(..first).next_back().filter(|(_, extent)| extent.last >= first);
+        before.into_iter().chain(self.extents.range(first..=last)).map(move |(&start, extent)| Piece {
+            first: start.max(first),
+            last: extent.last.min(last),
+            gpa: extent.gpa + (start.max(first) - start),
+            perm: extent.perm,
+        })
+    }
+
+    /// Takes `first` to `last` (inclusive) out; extents that reach beyond it keep what is beyond.
+    pub(crate) fn remove(&mut self, first: u64, last: u64) {
+        if let Some((&start, extent)) = self.extents.range_mut(..first).next_back()
+            && extent.last >= first
+        {
+            let whole = *extent;
+            extent.last = first - 1;
+            self.insert_after(start, whole, last);
+        }
+        while let Some((&start, &extent)) = self.extents.range(first..=last).next() {
+            self.extents.remove(&start);
+            self.insert_after(start, extent, last);
+        }
+    }
+
+    /// Inserts what `extent`, which began at `start`, has beyond `last`.
+    fn insert_after(&mut self, start: u64, extent: Extent, last: u64) {
+        if extent.last > last {
+            let gpa = extent.gpa + (last + 1 - start);
+            self.extents.insert(last + 1, Extent { gpa, ..extent });
+        }
+    }
+}
+
+fn mapping(first: u64, extent: &Extent) -> Mapping {
+    Mapping { iova: Iova(first), gpa: Gpa(extent.gpa), len: extent.last - first + 1, perm: extent.perm }
+}
+
+/// Joins the first range at `from` with the one before it, if they touch: ranges of several invalidations of one drain.
+fn join_neighbours(unmaps: &mut Vec<(u64, u64)>, from: usize) {
+    if from == 0 || from >= unmaps.len() {
+        return;
+    }
+    let (previous, next) = (unmaps[from - 1], unmaps[from]);
+    if previous.1.checked_add(1) == Some(next.0) {
+        unmaps[from - 1].1 = next.1;
+        unmaps.remove(from);
+    }
+}

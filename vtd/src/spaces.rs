@@ -1,0 +1,489 @@
+//! The spaces that have members, and who is a member of which: one diff path for map, unmap, permission change, domain
+//! switch, attach, TE, SRTP and reset.
+//!
+//! Invalidations are collected first and take effect together, when a wait descriptor or the end of the queue is
+//! reached: requesters are looked up again where the context cache was invalidated, then each space is compared with
+//! the guest's tables in the ranges that were invalidated.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Weak};
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::ids::{DomainId, Iova, Requester, SourceId};
+use crate::iotlb::{Iotlb, Scope};
+use crate::shadow::{Changes, Shadow};
+use crate::space::{AttachRefused, MapOp, Mapping, PagedSpace, Refusal, RefusalCause, SpaceKey};
+use crate::spec::fault::FaultReason;
+use crate::tables::{Resolved, resolve};
+use crate::unit::Shared;
+use crate::walk::{Exhausted, Found, Merge, walk_range};
+use crate::{Access, Fault};
+
+const EVERYWHERE: (u64, u64) = (0, u64::MAX);
+
+/// Which requesters a context-cache invalidation reaches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ContextScope {
+    Everything,
+    Domain(DomainId),
+    /// A source id, and the function bits that are ignored in it.
+    Device {
+        source: SourceId,
+        ignored: u16,
+    },
+}
+
+impl ContextScope {
+    fn reaches(self, requester: Requester, member: &Member) -> bool {
+        match self {
+            Self::Everything => true,
+            // With Caching Mode, what was not present is tagged with domain 0. Section 6.1.
+            Self::Domain(domain) => member.domain == Some(domain) || member.domain.is_none() && domain == DomainId(0),
+            Self::Device { source, ignored } => (requester.sid.0 ^ source.0) & !ignored == 0,
+        }
+    }
+}
+
+/// An assigned function behind the unit.
+struct Member {
+    attached: SpaceKey,
+    /// The domain id of its context entry, if it has one.
+    domain: Option<DomainId>,
+}
+
+struct Space {
+    key: PagedSpace,
+    members: BTreeSet<Requester>,
+    shadow: Shadow,
+    /// A bound was exhausted: nothing is mapped until a whole re-sync succeeds.
+    blocked: bool,
+}
+
+/// A space as an audit sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SpaceView {
+    /// Which space.
+    pub key: PagedSpace,
+    /// The requesters attached to it.
+    pub members: Vec<Requester>,
+    /// What the listener was told, with the boundaries that it was told, in ascending order.
+    pub extents: Vec<Mapping>,
+    /// Nothing is mapped because a bound was exhausted.
+    pub blocked: bool,
+}
+
+/// Storage that is used again and again.
+#[derive(Default)]
+struct Scratch {
+    found: Found,
+    changes: Changes,
+    ops: Vec<MapOp>,
+    ranges: Vec<(u64, u64)>,
+    refused: Vec<Refusal>,
+}
+
+/// Invalidations that did not take effect yet.
+#[derive(Default)]
+struct Pending {
+    contexts: Vec<ContextScope>,
+    iotlb: Vec<Scope>,
+}
+
+/// All spaces of a unit. Stands behind the unit's queue lock.
+#[derive(Default)]
+pub(crate) struct Spaces {
+    members: BTreeMap<Requester, Member>,
+    /// By domain id first: an invalidation names nothing else.
+    spaces: BTreeMap<(DomainId, PagedSpace), Space>,
+    endpoints: Vec<Weak<Iotlb>>,
+    pending: Pending,
+    /// What a fault record was made for (B-11).
+    reported: BTreeSet<(Requester, RefusalCause)>,
+    scratch: Scratch,
+}
+
+impl Spaces {
+    /// A function joins; it is attached to what the guest's tables say.
+    pub(crate) fn add_requester<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+    ) -> Result<(), AttachRefused> {
+        if self.members.contains_key(&requester) {
+            return Ok(());
+        }
+        let (key, domain) = look_up(shared, requester);
+        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain });
+        let attached = self.attach(shared, requester, key);
+        match attached {
+            // The rest of the space is in place, and what was refused has its fault record.
+            Ok(()) | Err(AttachRefused::Partial(_)) => Ok(()),
+            Err(refused) => {
+                self.members.remove(&requester);
+                Err(refused)
+            }
+        }
+    }
+
+    /// A function leaves.
+    pub(crate) fn remove_requester<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, requester: Requester) {
+        if let Some(member) = self.members.remove(&requester) {
+            shared.listener.detach(requester, None);
+            self.leave(requester, member.attached);
+            self.reported.retain(|(reported, _)| *reported != requester);
+        }
+    }
+
+    pub(crate) fn add_endpoint(&mut self, iotlb: &Arc<Iotlb>) {
+        self.endpoints.retain(|endpoint| endpoint.strong_count() > 0);
+        self.endpoints.push(Arc::downgrade(iotlb));
+    }
+
+    pub(crate) fn views(&self) -> Vec<SpaceView> {
+        let view = |space: &Space| SpaceView {
+            key: space.key,
+            members: space.members.iter().copied().collect(),
+            extents: space.shadow.iter().collect(),
+            blocked: space.blocked,
+        };
+        self.spaces.values().map(view).collect()
+    }
+
+    /// What each function is attached to.
+    pub(crate) fn attachments(&self) -> Vec<(Requester, SpaceKey)> {
+        self.members.iter().map(|(requester, member)| (*requester, member.attached)).collect()
+    }
+
+    /// A context-cache invalidation: takes effect at the next [`Spaces::flush`].
+    pub(crate) fn invalidate_contexts(&mut self, scope: ContextScope) {
+        self.pending.contexts.push(scope);
+    }
+
+    /// An IOTLB invalidation: takes effect at the next [`Spaces::flush`].
+    pub(crate) fn invalidate_iotlb(&mut self, scope: Scope) {
+        self.pending.iotlb.push(scope);
+    }
+
+    /// TE, the root table or everything changed: requesters are looked up again and every space is compared whole.
+    pub(crate) fn refresh<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
+        self.invalidate_contexts(ContextScope::Everything);
+        self.invalidate_iotlb(Scope::Everything);
+        self.flush(shared);
+    }
+
+    /// Forgets which refusals the guest was told of.
+    pub(crate) fn forget_reports(&mut self) {
+        self.reported.clear();
+    }
+
+    /// What was invalidated takes effect: when this returns, no device can reach what the guest took away.
+    pub(crate) fn flush<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
+        if self.pending.contexts.is_empty() && self.pending.iotlb.is_empty() {
+            return;
+        }
+        let mut pending = std::mem::take(&mut self.pending);
+        self.invalidate_endpoints(&pending);
+
+        let mut whole = BTreeSet::new();
+        let mut fresh = BTreeSet::new();
+        for scope in pending.contexts.drain(..) {
+            self.look_up_again(shared, scope, &mut whole, &mut fresh);
+        }
+        self.compare(shared, &mut pending.iotlb, &whole, &fresh);
+        pending.iotlb.clear();
+        // Its storage is used again.
+        self.pending = pending;
+    }
+
+    fn invalidate_endpoints(&self, pending: &Pending) {
+        let endpoints = self.endpoints.iter().filter_map(Weak::upgrade);
+        for iotlb in endpoints {
+            if pending.contexts.is_empty() {
+                pending.iotlb.iter().for_each(|scope| iotlb.invalidate(*scope));
+            } else {
+                iotlb.invalidate(Scope::Everything);
+            }
+            iotlb.wait_for_sessions();
+        }
+    }
+
+    /// Looks the requesters in `scope` up again. Spaces of those that stay where they are go to `whole`, spaces that were
+    /// walked just now to `fresh`.
+    fn look_up_again<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        scope: ContextScope,
+        whole: &mut BTreeSet<PagedSpace>,
+        fresh: &mut BTreeSet<PagedSpace>,
+    ) {
+        let reached: Vec<Requester> = self
+            .members
+            .iter()
+            .filter(|(requester, member)| scope.reaches(**requester, member))
+            .map(|(requester, _)| *requester)
+            .collect();
+        for requester in reached {
+            let (key, domain) = look_up(shared, requester);
+            let Some(member) = self.members.get_mut(&requester) else { continue };
+            member.domain = domain;
+            if member.attached == key {
+                if let SpaceKey::Paged(space) = key {
+                    whole.insert(space);
+                }
+                continue;
+            }
+            if let SpaceKey::Paged(space) = key
+                && !self.spaces.contains_key(&(space.domain, space))
+            {
+                fresh.insert(space);
+            }
+            if let Err(refused) = self.attach(shared, requester, key) {
+                log::warn!("unit {}: {refused}", shared.config.id.0);
+            }
+        }
+    }
+
+    /// Switches a member from what it is attached to, to `key`.
+    fn attach<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+        key: SpaceKey,
+    ) -> Result<(), AttachRefused> {
+        let key = self.with_space(shared, key);
+        let nothing = Shadow::default();
+        let live = match key {
+            SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).map(|space| &space.shadow),
+            SpaceKey::Identity | SpaceKey::Blocked => None,
+        };
+        let result = shared.listener.attach(requester, None, &key, &mut live.unwrap_or(&nothing).iter());
+        let attached = match &result {
+            Ok(()) | Err(AttachRefused::Partial(_)) => key,
+            Err(_) => SpaceKey::Blocked,
+        };
+        let left = self.members.get_mut(&requester).map(|member| std::mem::replace(&mut member.attached, attached));
+        if let SpaceKey::Paged(space) = attached
+            && let Some(space) = self.spaces.get_mut(&(space.domain, space))
+        {
+            space.members.insert(requester);
+            if let Err(AttachRefused::Partial(refused)) = &result {
+                refused.iter().for_each(|refusal| space.shadow.remove(refusal.first.0, refusal.last.0));
+                report(shared, &mut self.reported, refused);
+            }
+        }
+        if let Some(left) = left.filter(|left| *left != attached) {
+            self.leave(requester, left);
+        }
+        if attached != key
+            && let SpaceKey::Paged(space) = key
+        {
+            self.forget_if_empty(space);
+        }
+        result
+    }
+
+    /// `key`, with its space made and walked if it is a paged one without members; blocked if there is no room for it.
+    fn with_space<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, key: SpaceKey) -> SpaceKey {
+        let SpaceKey::Paged(paged) = key else { return key };
+        let index = (paged.domain, paged);
+        if self.spaces.contains_key(&index) {
+            return key;
+        }
+        if self.spaces.len() >= shared.config.bounds.spaces {
+            shared.counters.bounds_exhausted.add(1);
+            log::warn!("unit {}: more than {} spaces; a device is blocked", shared.config.id.0, self.spaces.len());
+            return SpaceKey::Blocked;
+        }
+        let mut space = Space { key: paged, members: BTreeSet::new(), shadow: Shadow::default(), blocked: false };
+        space.compare_whole(shared, &mut self.scratch);
+        self.spaces.insert(index, space);
+        key
+    }
+
+    fn leave(&mut self, requester: Requester, left: SpaceKey) {
+        if let SpaceKey::Paged(space) = left {
+            if let Some(space) = self.spaces.get_mut(&(space.domain, space)) {
+                space.members.remove(&requester);
+            }
+            self.forget_if_empty(space);
+        }
+    }
+
+    fn forget_if_empty(&mut self, space: PagedSpace) {
+        let index = (space.domain, space);
+        if self.spaces.get(&index).is_some_and(|space| space.members.is_empty()) {
+            self.spaces.remove(&index);
+        }
+    }
+
+    /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables. Those in `fresh` were walked
+    /// after the invalidation was given.
+    fn compare<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        scopes: &mut [Scope],
+        whole: &BTreeSet<PagedSpace>,
+        fresh: &BTreeSet<PagedSpace>,
+    ) {
+        // In ascending order, so that neighbours are found and a space's ranges stand together.
+        scopes.sort_unstable_by_key(|scope| match *scope {
+            Scope::Everything => (0, DomainId(0), 0, 0),
+            Scope::Domain(domain) => (1, domain, 0, 0),
+            Scope::Pages(domain, first, last) => (2, domain, first, last),
+        });
+        let everything = scopes.first() == Some(&Scope::Everything);
+        let domains = scopes.iter().filter_map(|scope| match scope {
+            Scope::Domain(domain) => Some(*domain),
+            _ => None,
+        });
+        let domains: BTreeSet<DomainId> = domains.collect();
+        for space in self.spaces.values_mut() {
+            if fresh.contains(&space.key) {
+                continue;
+            }
+            if everything || domains.contains(&space.key.domain) || whole.contains(&space.key) {
+                space.compare_whole(shared, &mut self.scratch);
+            } else {
+                let domain = space.key.domain;
+                let before = |scope: &Scope| !matches!(scope, Scope::Pages(other, ..) if *other >= domain);
+                let from = scopes.partition_point(before);
+                let ranges = scopes[from..].iter().map_while(|scope| match *scope {
+                    Scope::Pages(other, first, last) if other == domain => Some((first, last)),
+                    _ => None,
+                });
+                self.scratch.ranges.clear();
+                self.scratch.ranges.extend(ranges);
+                self.scratch.ranges.dedup();
+                if !self.scratch.ranges.is_empty() {
+                    space.compare_ranges(shared, &mut self.scratch);
+                }
+            }
+            if !self.scratch.refused.is_empty() {
+                report(shared, &mut self.reported, &self.scratch.refused);
+                self.scratch.refused.clear();
+            }
+        }
+    }
+}
+
+impl Space {
+    /// Compares all of it. Nothing that stayed the same is touched (B-2).
+    fn compare_whole<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+        let Scratch { found, changes, .. } = scratch;
+        changes.clear();
+        let walked = walk_range(&shared.memory, &shared.config, &self.key, EVERYWHERE, Merge::Aligned, found);
+        shared.counters.leaves_walked.add(found.leaves);
+        if walked.is_err() {
+            return self.block(shared, scratch);
+        }
+        self.blocked = false;
+        if found.runs.is_empty() && !self.shadow.is_empty() {
+            self.shadow.clear();
+            changes.unmaps.push(EVERYWHERE);
+        } else {
+            self.shadow.sync(EVERYWHERE, &found.runs, changes);
+        }
+        self.give(shared, scratch);
+    }
+
+    /// Compares the ranges of `scratch`, each of one page-selective invalidation.
+    fn compare_ranges<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+        if self.blocked {
+            return;
+        }
+        scratch.changes.clear();
+        for index in 0..scratch.ranges.len() {
+            let range = scratch.ranges[index];
+            let found = &mut scratch.found;
+            let walked = walk_range(&shared.memory, &shared.config, &self.key, range, Merge::Range, found);
+            shared.counters.leaves_walked.add(found.leaves);
+            if let Err(Exhausted) = walked {
+                return self.block(shared, scratch);
+            }
+            let spoken_of = (found.first, found.last);
+            if !self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes) {
+                // The guest changed its mind within one drain: what was found before is given first.
+                self.give(shared, scratch);
+                self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes);
+            }
+        }
+        self.give(shared, scratch);
+    }
+
+    /// Gives the batch to the listener, if the space has members.
+    fn give<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+        if self.shadow.len() > shared.config.bounds.shadow_entries {
+            return self.block(shared, scratch);
+        }
+        if !scratch.changes.is_empty() && !self.members.is_empty() {
+            scratch.ops.clear();
+            scratch.changes.to_ops(&mut scratch.ops);
+            self.apply(shared, scratch);
+        }
+        scratch.changes.clear();
+    }
+
+    fn apply<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+        let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap { .. })).count() as u64;
+        shared.counters.unmap_ops.add(unmaps);
+        shared.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
+        let applied = shared.listener.apply(&SpaceKey::Paged(self.key), &scratch.ops);
+        for refusal in &applied.refused {
+            self.shadow.remove(refusal.first.0, refusal.last.0);
+        }
+        scratch.refused.extend(applied.refused);
+    }
+
+    /// A bound is exhausted: nothing of the space stays mapped (rule 5).
+    fn block<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+        shared.counters.bounds_exhausted.add(1);
+        if !self.blocked {
+            log::warn!(
+                "unit {}: domain {} has more mappings or tables than the bounds allow; it is blocked until the guest \
+                 invalidates all of it",
+                shared.config.id.0,
+                self.key.domain.0
+            );
+        }
+        self.blocked = true;
+        self.shadow.clear();
+        scratch.changes.clear();
+        if !self.members.is_empty() {
+            scratch.ops.clear();
+            scratch.ops.push(MapOp::Unmap { first: Iova(0), last: Iova(u64::MAX) });
+            self.apply(shared, scratch);
+        }
+    }
+}
+
+/// What the guest's tables say about a requester, and its domain id.
+fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
+    match resolve(&shared.memory, &shared.config, **shared.translation.load(), requester.sid) {
+        Ok(Resolved::Off) => (SpaceKey::Identity, None),
+        Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
+        Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),
+        Err(_) => (SpaceKey::Blocked, None),
+    }
+}
+
+/// One fault record per device and cause for what the host refused (B-11). The reason is the one of a table that could
+/// not be used: the guest's tables say yes, and still the request will be blocked.
+fn report<M: GuestMemoryBackend>(
+    shared: &Shared<M>,
+    reported: &mut BTreeSet<(Requester, RefusalCause)>,
+    refused: &[Refusal],
+) {
+    shared.counters.maps_refused.add(refused.len() as u64);
+    for refusal in refused {
+        if reported.insert((refusal.requester, refusal.cause)) {
+            shared.record(&Fault {
+                requester: refusal.requester,
+                iova: refusal.first,
+                access: Access::Read,
+                reason: FaultReason::PagingTableAccess,
+                silenced: false,
+            });
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Fault recording registers and fault reasons. Sections 7.1 and 11.4.7.6.
+
+use bitfield_struct::bitfield;
+
+/// Why a request was blocked. Legacy mode; section 7.1.3.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum FaultReason {
+    /// The root entry is not present.
+    RootNotPresent = 0x1,
+    /// The context entry is not present.
+    ContextNotPresent = 0x2,
+    /// The context entry has a width or a type that this unit does not have.
+    ContextInvalid = 0x3,
+    /// The address is beyond the width of the context entry or of the unit.
+    AddressBeyondWidth = 0x4,
+    /// A write without write permission.
+    WriteNotPermitted = 0x5,
+    /// A read without read permission.
+    ReadNotPermitted = 0x6,
+    /// A paging table could not be read.
+    PagingTableAccess = 0x7,
+    /// The root table could not be read.
+    RootTableAccess = 0x8,
+    /// The context table could not be read.
+    ContextTableAccess = 0x9,
+    /// A reserved field of a present root entry is not zero.
+    RootReserved = 0xa,
+    /// A reserved field of a present context entry is not zero.
+    ContextReserved = 0xb,
+    /// A reserved field of a present paging entry is not zero.
+    PagingReserved = 0xc,
+    /// The context entry's type blocks this kind of request.
+    RequestTypeBlocked = 0xd,
+    /// The translation leads into the interrupt address range.
+    OutputInInterruptRange = 0xe,
+}
+
+impl FaultReason {
+    /// Every reason, in ascending order of its code.
+    pub const ALL: [Self; 14] = [
+        Self::RootNotPresent,
+        Self::ContextNotPresent,
+        Self::ContextInvalid,
+        Self::AddressBeyondWidth,
+        Self::WriteNotPermitted,
+        Self::ReadNotPermitted,
+        Self::PagingTableAccess,
+        Self::RootTableAccess,
+        Self::ContextTableAccess,
+        Self::RootReserved,
+        Self::ContextReserved,
+        Self::PagingReserved,
+        Self::RequestTypeBlocked,
+        Self::OutputInInterruptRange,
+    ];
+
+    /// The code that stands in a fault record.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// Whether FPD of the context entry silences it (the "qualified" faults of section 7.1.3): all that are found at or
+    /// after a context entry that could be read.
+    pub const fn qualified(self) -> bool {
+        !matches!(self, Self::RootNotPresent | Self::RootTableAccess | Self::ContextTableAccess | Self::RootReserved)
+    }
+}
+
+/// Bits 127:64 of a fault recording register; bits 63:12 of the lower half are the faulting page. Section 11.4.7.6.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct FaultRecordHigh {
+    /// SID.
+    pub source: u16,
+    #[bits(12)]
+    __: u16,
+    /// T2.
+    pub type_2: bool,
+    /// PRIV.
+    pub privileged: bool,
+    /// EXE.
+    pub execute: bool,
+    /// PP: `pasid` is valid.
+    pub pasid_present: bool,
+    /// FR: see [`FaultReason`].
+    pub reason: u8,
+    /// PV.
+    #[bits(20)]
+    pub pasid: u32,
+    /// AT.
+    #[bits(2)]
+    pub address_type: u8,
+    /// T1: with T2 clear, 1 is a read, 0 a write.
+    pub type_1: bool,
+    /// F (W1C): the record is full.
+    pub fault: bool,
+}

@@ -1,0 +1,137 @@
+//! Descriptors of the invalidation queue, 128 bits wide. Section 6.5.2.
+
+use bitfield_struct::bitfield;
+
+/// Type fields of the descriptors (bits 11:9 are the upper part, bits 3:0 the lower).
+pub mod kind {
+    /// Context-cache invalidate. Section 6.5.2.1.
+    pub const CONTEXT_CACHE: u8 = 1;
+    /// IOTLB invalidate. Section 6.5.2.3.
+    pub const IOTLB: u8 = 2;
+    /// Device-TLB invalidate. Section 6.5.2.5.
+    pub const DEVICE_TLB: u8 = 3;
+    /// Interrupt-entry-cache invalidate. Section 6.5.2.7.
+    pub const INTERRUPT_ENTRY: u8 = 4;
+    /// Invalidation wait. Section 6.5.2.8.
+    pub const WAIT: u8 = 5;
+}
+
+/// A descriptor as it lies in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Descriptor {
+    /// Bits 63:0.
+    pub low: u64,
+    /// Bits 127:64.
+    pub high: u64,
+}
+
+impl Descriptor {
+    /// Size in bytes.
+    pub const SIZE: u64 = 16;
+
+    /// The seven bits of the type.
+    pub const fn kind(self) -> u8 {
+        (self.low & 0xf) as u8 | ((self.low >> 5) & 0x70) as u8
+    }
+}
+
+/// Granularity of a context-cache or IOTLB invalidation, in a descriptor (G) and in a register (CIRG, IIRG).
+pub mod granularity {
+    /// Everything.
+    pub const GLOBAL: u8 = 1;
+    /// One domain.
+    pub const DOMAIN: u8 = 2;
+    /// One device (context cache) or a range of pages of one domain (IOTLB).
+    pub const SELECTIVE: u8 = 3;
+}
+
+/// Bits 63:0 of a context-cache invalidate descriptor; bits 127:64 are reserved. Section 6.5.2.1.
+#[bitfield(u64)]
+pub struct ContextCacheLow {
+    #[bits(4)]
+    pub kind: u8,
+    #[bits(2)]
+    pub granularity: u8,
+    #[bits(10)]
+    pub reserved: u16,
+    pub domain: u16,
+    pub source: u16,
+    /// FM: 1 ignores bit 2 of the function, 2 bits 2:1, 3 all of it.
+    #[bits(2)]
+    pub function_mask: u8,
+    #[bits(14)]
+    pub reserved_high: u16,
+}
+
+/// Bits 63:0 of an IOTLB invalidate descriptor. Section 6.5.2.3.
+#[bitfield(u64)]
+pub struct IotlbLow {
+    #[bits(4)]
+    pub kind: u8,
+    #[bits(2)]
+    pub granularity: u8,
+    pub drain_writes: bool,
+    pub drain_reads: bool,
+    pub reserved: u8,
+    pub domain: u16,
+    pub reserved_high: u32,
+}
+
+/// Bits 127:64 of an IOTLB invalidate descriptor.
+#[bitfield(u64)]
+pub struct IotlbHigh {
+    /// AM: the range has `2^am` pages.
+    #[bits(6)]
+    pub address_mask: u8,
+    /// IH: only leaf entries changed.
+    pub leaf_only: bool,
+    #[bits(5)]
+    pub reserved: u8,
+    /// ADDR: page number.
+    #[bits(52)]
+    pub page: u64,
+}
+
+/// Bits 63:0 of an invalidation wait descriptor. Section 6.5.2.8.
+#[bitfield(u64)]
+pub struct WaitLow {
+    #[bits(4)]
+    pub kind: u8,
+    /// IF: raise the invalidation completion event.
+    pub interrupt: bool,
+    /// SW: write the status.
+    pub status_write: bool,
+    /// FN: later descriptors wait for this one.
+    pub fence: bool,
+    /// PD and reserved bits.
+    #[bits(25)]
+    pub reserved: u32,
+    /// The status that is written.
+    pub status: u32,
+}
+
+/// Bits 127:64 of an invalidation wait descriptor.
+#[bitfield(u64)]
+pub struct WaitHigh {
+    #[bits(2)]
+    pub reserved: u8,
+    /// Address of the status, in units of 4 bytes.
+    #[bits(62)]
+    pub address: u64,
+}
+
+/// IQEI: why the queue stopped. Section 11.4.8.10.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum QueueError {
+    /// The tail is beyond the queue.
+    InvalidTail = 1,
+    /// The descriptor could not be read.
+    Fetch = 2,
+    /// No such descriptor type, or one that this unit does not offer.
+    InvalidType = 3,
+    /// A reserved field is not zero, or a field has a reserved value.
+    Reserved = 4,
+    /// The descriptor width does not go with the mode.
+    InvalidWidth = 5,
+}

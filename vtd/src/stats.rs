@@ -1,0 +1,109 @@
+//! Counters of a unit: atomic, so that counting costs no lock, and read out as one serialisable struct.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+use crate::spec::fault::FaultReason;
+
+/// What a unit counted since it was made.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct UnitStats {
+    /// Descriptors of the invalidation queue, by type.
+    pub descriptors: DescriptorStats,
+    /// Invalidations through CCMD and IOTLB_REG.
+    pub register_invalidations: u64,
+    /// Times that the queue stopped with IQE.
+    pub queue_errors: u64,
+    /// Faults by reason, "0x05" for a write that is not permitted; only those that happened.
+    pub faults: BTreeMap<String, u64>,
+    /// Faults without a record of their own: collapsed with one of the same source id, or every record was full.
+    pub faults_dropped: u64,
+    /// Leaves of guest tables that re-syncs looked at.
+    pub leaves_walked: u64,
+    /// Maps given to the listener.
+    pub map_ops: u64,
+    /// Unmaps given to the listener.
+    pub unmap_ops: u64,
+    /// Pieces of mappings that the host refused.
+    pub maps_refused: u64,
+    /// Times that a space or a requester was blocked because a bound was exhausted.
+    pub bounds_exhausted: u64,
+}
+
+/// Descriptors of the invalidation queue, by type.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct DescriptorStats {
+    /// Context-cache invalidate.
+    pub context_cache: u64,
+    /// IOTLB invalidate.
+    pub iotlb: u64,
+    /// Device-TLB invalidate.
+    pub device_tlb: u64,
+    /// Interrupt-entry-cache invalidate.
+    pub interrupt_entry: u64,
+    /// Invalidation wait.
+    pub wait: u64,
+}
+
+/// A counter.
+#[derive(Default, Debug)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The living counters.
+#[derive(Default, Debug)]
+pub(crate) struct Counters {
+    pub(crate) context_cache: Counter,
+    pub(crate) iotlb: Counter,
+    pub(crate) wait: Counter,
+    pub(crate) register_invalidations: Counter,
+    pub(crate) queue_errors: Counter,
+    pub(crate) faults: [Counter; FaultReason::ALL.len()],
+    pub(crate) faults_dropped: Counter,
+    pub(crate) leaves_walked: Counter,
+    pub(crate) map_ops: Counter,
+    pub(crate) unmap_ops: Counter,
+    pub(crate) maps_refused: Counter,
+    pub(crate) bounds_exhausted: Counter,
+}
+
+impl Counters {
+    pub(crate) fn fault(&self, reason: FaultReason) {
+        if let Some(index) = FaultReason::ALL.iter().position(|each| *each == reason) {
+            self.faults[index].add(1);
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> UnitStats {
+        let faults = FaultReason::ALL.iter().zip(&self.faults).filter(|(_, counter)| counter.get() > 0);
+        UnitStats {
+            descriptors: DescriptorStats {
+                context_cache: self.context_cache.get(),
+                iotlb: self.iotlb.get(),
+                // Neither is offered yet: a descriptor of theirs is a queue error.
+                device_tlb: 0,
+                interrupt_entry: 0,
+                wait: self.wait.get(),
+            },
+            register_invalidations: self.register_invalidations.get(),
+            queue_errors: self.queue_errors.get(),
+            faults: faults.map(|(reason, counter)| (format!("{:#04x}", reason.code()), counter.get())).collect(),
+            faults_dropped: self.faults_dropped.get(),
+            leaves_walked: self.leaves_walked.get(),
+            map_ops: self.map_ops.get(),
+            unmap_ops: self.unmap_ops.get(),
+            maps_refused: self.maps_refused.get(),
+            bounds_exhausted: self.bounds_exhausted.get(),
+        }
+    }
+}

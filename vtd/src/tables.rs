@@ -1,0 +1,115 @@
+//! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
+//! and 3.4.3.
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::config::UnitConfig;
+use crate::ids::{DomainId, Gpa, SourceId};
+use crate::memory::read_pair;
+use crate::space::{PagedSpace, Stage};
+use crate::spec::fault::FaultReason;
+use crate::spec::registers::RootTableAddress;
+use crate::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow, TranslationType};
+
+/// What the guest has the unit do: the part of its state that every translation begins with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Translation {
+    /// TES.
+    pub(crate) enabled: bool,
+    /// The root table in use.
+    pub(crate) root: RootTableAddress,
+}
+
+/// What the tables say about a requester.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Resolved {
+    /// Translation is off.
+    Off,
+    /// Pass-through.
+    PassThrough { domain: DomainId, fault_processing_disable: bool },
+    /// A page table.
+    Paged { space: PagedSpace, fault_processing_disable: bool },
+}
+
+/// Why the tables say nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Unresolved {
+    pub(crate) reason: FaultReason,
+    pub(crate) fault_processing_disable: bool,
+}
+
+impl From<FaultReason> for Unresolved {
+    fn from(reason: FaultReason) -> Self {
+        Self { reason, fault_processing_disable: false }
+    }
+}
+
+/// Bits of a table address beyond the host address width.
+const fn beyond_width(config: &UnitConfig, address: u64) -> bool {
+    address >> config.host_address_width != 0
+}
+
+/// Looks `source` up. Every error means that nothing is reachable (rule 1).
+pub(crate) fn resolve<M: GuestMemoryBackend>(
+    memory: &M,
+    config: &UnitConfig,
+    translation: Translation,
+    source: SourceId,
+) -> Result<Resolved, Unresolved> {
+    if !translation.enabled {
+        return Ok(Resolved::Off);
+    }
+    let root_table = translation.root.page() << 12;
+    // Only legacy mode is offered: any other table mode makes the pointer one that cannot be used.
+    if translation.root.mode() != 0 || beyond_width(config, root_table) {
+        return Err(FaultReason::RootTableAccess.into());
+    }
+    let (low, high) =
+        read_pair(memory, Gpa(root_table + u64::from(source.bus()) * 16)).ok_or(FaultReason::RootTableAccess)?;
+    let root = RootEntryLow::from_bits(low);
+    if !root.present() {
+        return Err(FaultReason::RootNotPresent.into());
+    }
+    let context_table = root.context_table() << 12;
+    if root.reserved() != 0 || high != 0 || beyond_width(config, context_table) {
+        return Err(FaultReason::RootReserved.into());
+    }
+
+    let (low, high) = read_pair(memory, Gpa(context_table + u64::from(source.devfn()) * 16))
+        .ok_or(FaultReason::ContextTableAccess)?;
+    let (low, high) = (ContextEntryLow::from_bits(low), ContextEntryHigh::from_bits(high));
+    let fault_processing_disable = low.fault_processing_disable();
+    let unresolved = |reason| Unresolved { reason, fault_processing_disable };
+    if !low.present() {
+        return Err(unresolved(FaultReason::ContextNotPresent));
+    }
+    let kind = TranslationType::from_bits(low.translation_type());
+    let root = low.second_stage() << 12;
+    // The pointer of a pass-through entry is ignored, whatever it holds.
+    let pointer_used = kind != Some(TranslationType::PassThrough);
+    if low.reserved() != 0 || high.reserved_low() || high.reserved() != 0 || pointer_used && beyond_width(config, root)
+    {
+        return Err(unresolved(FaultReason::ContextReserved));
+    }
+    let width = supported_width(config, high.address_width()).ok_or(unresolved(FaultReason::ContextInvalid))?;
+    let domain = DomainId(high.domain());
+    match kind {
+        Some(TranslationType::PassThrough) if config.pass_through => {
+            Ok(Resolved::PassThrough { domain, fault_processing_disable })
+        }
+        Some(TranslationType::Untranslated) => {
+            let space = PagedSpace { unit: config.id, root: Gpa(root), width, stage: Stage::Second, domain };
+            Ok(Resolved::Paged { space, fault_processing_disable })
+        }
+        // Neither a device-TLB nor, then, pass-through is offered; 11 is reserved.
+        Some(TranslationType::DeviceTlb | TranslationType::PassThrough) | None => {
+            Err(unresolved(FaultReason::ContextInvalid))
+        }
+    }
+}
+
+/// The width that AW names, when SAGAW has it.
+fn supported_width(config: &UnitConfig, address_width: u8) -> Option<u8> {
+    let offered = config.capability().adjusted_widths() >> address_width & 1 != 0;
+    offered.then_some(30 + 9 * address_width)
+}

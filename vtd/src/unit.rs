@@ -1,0 +1,264 @@
+//! The unit: dispatch of register accesses, and the command state machine.
+//!
+//! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is called
+//! with it held), then `registers` (a few instructions at a time, never while the listener or the message sink is
+//! called). Register reads take the second only, so they never wait behind a drain. Emulated DMA takes neither, unless it
+//! has a fault to record (see [`crate::Endpoint`]).
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use arc_swap::ArcSwap;
+use vm_memory::GuestMemoryBackend;
+
+use crate::config::{ConfigError, UnitConfig};
+use crate::endpoint::Endpoint;
+use crate::fault::{Fault, Recorded};
+use crate::ids::Requester;
+use crate::queue::{self, context_scope_of, iotlb_scope_of};
+use crate::registers::{Command, Registers};
+use crate::space::{AttachRefused, Mapping, Msi, MsiSink, PagedSpace, SpaceKey, SpaceListener};
+use crate::spaces::{SpaceView, Spaces};
+use crate::spec::registers::{ContextCommand, Global, InvalidateAddress, IotlbInvalidate, RootTableAddress};
+use crate::stats::{Counters, UnitStats};
+use crate::tables::Translation;
+use crate::walk::{Found, Merge, walk_range};
+
+/// What every part of a unit uses.
+pub(crate) struct Shared<M> {
+    pub(crate) config: UnitConfig,
+    pub(crate) memory: M,
+    pub(crate) listener: Arc<dyn SpaceListener>,
+    messages: Arc<dyn MsiSink>,
+    registers: Mutex<Registers>,
+    pub(crate) translation: ArcSwap<Translation>,
+    pub(crate) counters: Counters,
+}
+
+impl<M> Shared<M> {
+    pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub(crate) fn signal(&self, message: Option<Msi>) {
+        if let Some(message) = message {
+            self.messages.signal(message);
+        }
+    }
+
+    /// Counts a fault and, unless the guest silenced it, records it.
+    pub(crate) fn record(&self, fault: &Fault) {
+        self.counters.fault(fault.reason);
+        if fault.silenced {
+            return;
+        }
+        let (recorded, message) = self.registers().record_fault(fault);
+        if recorded == Recorded::Dropped {
+            self.counters.faults_dropped.add(1);
+        }
+        self.signal(message);
+    }
+}
+
+/// An emulated remapping unit over guest memory `M`.
+pub struct Unit<M> {
+    pub(crate) shared: Shared<M>,
+    spaces: Mutex<Spaces>,
+}
+
+impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
+    /// A unit as it is at power-on. `listener` hears of every space that has assigned functions; `messages` delivers the
+    /// unit's own interrupts.
+    pub fn new(
+        config: UnitConfig,
+        memory: M,
+        listener: Arc<dyn SpaceListener>,
+        messages: Arc<dyn MsiSink>,
+    ) -> Result<Arc<Self>, ConfigError> {
+        config.validate()?;
+        Ok(Arc::new(Self {
+            shared: Shared {
+                config,
+                memory,
+                listener,
+                messages,
+                registers: Mutex::new(Registers::new(config)),
+                translation: ArcSwap::default(),
+                counters: Counters::default(),
+            },
+            spaces: Mutex::default(),
+        }))
+    }
+
+    /// The description that it was built from; its capability registers follow from that.
+    pub fn config(&self) -> &UnitConfig {
+        &self.shared.config
+    }
+
+    /// Reads registers at `offset` into the window. Every (offset, size) is defined; see `registers.rs`.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let value = self.shared.registers().read(offset, data.len()).to_le_bytes();
+        data.fill(0);
+        let len = data.len().min(value.len());
+        data[..len].copy_from_slice(&value[..len]);
+    }
+
+    /// Writes registers at `offset` into the window. When it returns, the commands that it gave are done.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let mut value = [0; 8];
+        let Some(bytes) = value.get_mut(..data.len()) else { return };
+        bytes.copy_from_slice(data);
+        let value = u64::from_le_bytes(value);
+        // The queue lock first: between this register write and its command no other command comes.
+        let mut spaces = Registers::commands(offset, data.len()).then(|| self.spaces());
+        let outcome = self.shared.registers().write(offset, data.len(), value);
+        self.shared.signal(outcome.message);
+        let Some((spaces, command)) = spaces.as_deref_mut().zip(outcome.command) else { return };
+        match command {
+            Command::Global(value) => self.global_command(spaces, Global::from_bits(value)),
+            Command::Context => self.context_command(spaces),
+            Command::Iotlb => self.iotlb_command(spaces),
+            Command::Drain => queue::drain(&self.shared, spaces),
+        }
+    }
+
+    /// `requester`, an assigned function, is behind the unit: it is attached to what the guest's tables say, with every
+    /// live mapping in place when this returns (B-5).
+    ///
+    /// # Errors
+    /// The listener's, when it could not attach the function at all; it is then not behind the unit.
+    pub fn add_requester(&self, requester: Requester) -> Result<(), AttachRefused> {
+        self.spaces().add_requester(&self.shared, requester)
+    }
+
+    /// `requester` is not behind the unit any more; nothing of it stays mapped.
+    pub fn remove_requester(&self, requester: Requester) {
+        self.spaces().remove_requester(&self.shared, requester);
+    }
+
+    /// The way to guest memory for an emulated device.
+    pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
+        let endpoint = Endpoint::new(self.clone(), requester);
+        self.spaces().add_endpoint(endpoint.iotlb());
+        endpoint
+    }
+
+    /// Power-on state: translation off, every function in the identity space. Functions must be quiet before (rule 12).
+    pub fn reset(&self) {
+        let mut spaces = self.spaces();
+        self.shared.registers().state.reset();
+        self.shared.translation.store(Arc::default());
+        spaces.refresh(&self.shared);
+        spaces.forget_reports();
+    }
+
+    /// What it counted so far.
+    pub fn stats(&self) -> UnitStats {
+        self.shared.counters.snapshot()
+    }
+
+    /// The spaces that have members, with their shadows. Waits for a drain.
+    pub fn spaces_snapshot(&self) -> Vec<SpaceView> {
+        self.spaces().views()
+    }
+
+    /// What each assigned function is attached to. Waits for a drain.
+    pub fn attachments(&self) -> Vec<(Requester, SpaceKey)> {
+        self.spaces().attachments()
+    }
+
+    /// What the guest's tables say about a space now, for an audit; `None` when the bounds do not allow to say. Runs of
+    /// contiguous leaves are joined.
+    pub fn walk(&self, space: &PagedSpace) -> Option<Vec<Mapping>> {
+        let mut found = Found::default();
+        let everywhere = (0, u64::MAX);
+        let (memory, config) = (&self.shared.memory, &self.shared.config);
+        walk_range(memory, config, space, everywhere, Merge::Range, &mut found).ok()?;
+        Some(found.runs)
+    }
+
+    fn spaces(&self) -> MutexGuard<'_, Spaces> {
+        self.spaces.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
+    /// order queue, root table, translation. Section 11.4.4.1. Commands of what is not offered are dropped.
+    fn global_command(&self, spaces: &mut Spaces, command: Global) {
+        let shared = &self.shared;
+        let status = |change: &dyn Fn(Global) -> Global| {
+            let mut registers = shared.registers();
+            let changed = change(Global::from_bits(registers.state.global_status));
+            registers.state.global_status = changed.into_bits();
+        };
+        let before = Global::from_bits(shared.registers().state.global_status);
+
+        if command.queued_invalidation() != before.queued_invalidation() {
+            let mut registers = shared.registers();
+            // The head is 0 whenever the queue is off. Windows enables the queue with a non-zero tail: it is drained.
+            registers.state.queue_head = 0;
+            registers.state.queue_in_use = registers.state.queue_address;
+            let on = command.queued_invalidation();
+            let status = Global::from_bits(registers.state.global_status).with_queued_invalidation(on);
+            registers.state.global_status = status.into_bits();
+            drop(registers);
+            queue::drain(shared, spaces);
+        }
+
+        let mut translation = **shared.translation.load();
+        if command.root_table_pointer() {
+            let mut registers = shared.registers();
+            registers.state.root_table_in_use = registers.state.root_table_address;
+            translation.root = RootTableAddress::from_bits(registers.state.root_table_in_use);
+        }
+        translation.enabled = command.translation();
+        // ESRTPS: setting the root pointer invalidates every cache, also when it is the same pointer again (kdump).
+        if command.root_table_pointer() || translation.enabled != before.translation() {
+            shared.translation.store(Arc::new(translation));
+            spaces.refresh(shared);
+        }
+        status(&|status| {
+            status
+                .with_root_table_pointer(status.root_table_pointer() || command.root_table_pointer())
+                .with_translation(command.translation())
+        });
+    }
+
+    /// CCMD with ICC set. Section 11.4.6.1. Refused (CAIG 0, no effect) while the queue is on.
+    fn context_command(&self, spaces: &mut Spaces) {
+        let command = ContextCommand::from_bits(self.shared.registers().state.context_command);
+        let scope = (!self.queue_is_on())
+            .then(|| {
+                context_scope_of(command.granularity(), command.domain(), command.source(), command.function_mask())
+            })
+            .flatten();
+        let done = scope.map_or(0, |scope| {
+            self.shared.counters.register_invalidations.add(1);
+            spaces.invalidate_contexts(scope);
+            spaces.flush(&self.shared);
+            command.granularity()
+        });
+        self.shared.registers().state.context_command = command.with_actual(done).with_invalidate(false).into_bits();
+    }
+
+    /// IOTLB_REG with IVT set. Section 11.4.6.4. Refused (IAIG 0, no effect) while the queue is on.
+    fn iotlb_command(&self, spaces: &mut Spaces) {
+        let (command, address) = {
+            let registers = self.shared.registers();
+            let address = InvalidateAddress::from_bits(registers.state.invalidate_address);
+            (IotlbInvalidate::from_bits(registers.state.iotlb_invalidate), address)
+        };
+        let scope = (!self.queue_is_on())
+            .then(|| iotlb_scope_of(command.granularity(), command.domain(), address.page(), address.address_mask()))
+            .flatten();
+        let done = scope.map_or(0, |scope| {
+            self.shared.counters.register_invalidations.add(1);
+            spaces.invalidate_iotlb(scope);
+            spaces.flush(&self.shared);
+            command.granularity()
+        });
+        self.shared.registers().state.iotlb_invalidate = command.with_actual(done).with_invalidate(false).into_bits();
+    }
+
+    fn queue_is_on(&self) -> bool {
+        Global::from_bits(self.shared.registers().state.global_status).queued_invalidation()
+    }
+}

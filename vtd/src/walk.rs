@@ -1,0 +1,276 @@
+//! Walks of second-stage tables: of one address, for a request, and of a range, for a re-sync. Section 3.7.
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::config::UnitConfig;
+use crate::fault::Access;
+use crate::ids::{Gpa, Iova};
+use crate::memory::Words;
+use crate::space::{Mapping, PagedSpace, Perm};
+use crate::spec::fault::FaultReason;
+use crate::spec::second_stage::{LEVEL_BITS, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
+use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+
+/// Naturally aligned span within which a whole-space re-sync merges leaves (B-7).
+const MERGE_SPAN: u64 = 2 << 20;
+
+/// The reserved bits of a present entry, by what it is.
+#[derive(Clone, Copy)]
+struct Reserved {
+    host_address_width: u8,
+}
+
+/// What a present entry leads to.
+enum Entry {
+    /// A table of the next level.
+    Table(Gpa),
+    /// A page of the size of this level's span.
+    Leaf(Gpa),
+}
+
+impl Reserved {
+    /// What `entry`, of `level`, is; an error if a reserved bit is set.
+    fn check(self, entry: SecondStageEntry, level: u8) -> Result<Entry, FaultReason> {
+        let address = entry.page() << 12;
+        // Neither snoop control nor a device-TLB is offered, so SNP and TM are reserved everywhere.
+        if address >> self.host_address_width != 0 || entry.snoop() || entry.transient() {
+            return Err(FaultReason::PagingReserved);
+        }
+        match level {
+            1 => Ok(Entry::Leaf(Gpa(address))),
+            2 | 3 if entry.page_size() => match address & (entry_span(level) - 1) {
+                0 => Ok(Entry::Leaf(Gpa(address))),
+                _ => Err(FaultReason::PagingReserved),
+            },
+            _ if entry.page_size() => Err(FaultReason::PagingReserved),
+            _ => Ok(Entry::Table(Gpa(address))),
+        }
+    }
+}
+
+/// The translation of one page, whatever leaf it came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Translated {
+    /// Where the page of the IOVA is.
+    pub(crate) page: Gpa,
+    pub(crate) perm: Perm,
+    /// Whether the leaf is larger than a page.
+    pub(crate) large: bool,
+}
+
+/// Whether `perm` lets `access` through; else the reason.
+pub(crate) const fn permits(perm: Perm, access: Access) -> Result<(), FaultReason> {
+    match access {
+        Access::Read if !perm.readable() => Err(FaultReason::ReadNotPermitted),
+        Access::Write if !perm.writable() => Err(FaultReason::WriteNotPermitted),
+        _ => Ok(()),
+    }
+}
+
+const fn denied(access: Access) -> FaultReason {
+    match access {
+        Access::Write => FaultReason::WriteNotPermitted,
+        Access::Read | Access::ZeroLengthRead => FaultReason::ReadNotPermitted,
+    }
+}
+
+/// Translates one address. Section 3.7; each fault with its reason of section 7.1.3.
+pub(crate) fn translate<M: GuestMemoryBackend>(
+    memory: &M,
+    config: &UnitConfig,
+    space: &PagedSpace,
+    iova: Iova,
+    access: Access,
+) -> Result<Translated, FaultReason> {
+    if iova.0 >> space.width.min(config.aw_bits) != 0 {
+        return Err(FaultReason::AddressBeyondWidth);
+    }
+    let reserved = Reserved { host_address_width: config.host_address_width };
+    let (mut read, mut write) = (true, true);
+    let mut table = space.root;
+    let mut level = levels(space.width);
+    loop {
+        let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
+        let word = Words::at(memory, Gpa(table.0 + index * 8), 1).and_then(|words| words.get(0));
+        let entry = SecondStageEntry::from_bits(word.ok_or(FaultReason::PagingTableAccess)?);
+        if !entry.read() && !entry.write() {
+            return Err(denied(access));
+        }
+        let next = reserved.check(entry, level)?;
+        (read, write) = (read && entry.read(), write && entry.write());
+        match next {
+            Entry::Table(next) => table = next,
+            Entry::Leaf(leaf) => {
+                let perm = Perm::from_bits(read, write).ok_or(denied(access))?;
+                permits(perm, access)?;
+                let page = Gpa(leaf.0 + (iova.0 & (entry_span(level) - 1) & !0xfff));
+                if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&page.0) {
+                    return Err(FaultReason::OutputInInterruptRange);
+                }
+                return Ok(Translated { page, perm, large: level > 1 });
+            }
+        }
+        level -= 1;
+    }
+}
+
+/// How neighbouring leaves become one run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Merge {
+    /// As long as they are contiguous: they are of one invalidation.
+    Range,
+    /// Within naturally aligned 2 MiB: nobody knows which of them belong together.
+    Aligned,
+}
+
+/// A bound of [`crate::Bounds`] was exhausted; what was found is not all that there is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Exhausted;
+
+/// What a walk of a range found.
+#[derive(Default, Debug)]
+pub(crate) struct Found {
+    /// Translations, ascending and disjoint.
+    pub(crate) runs: Vec<Mapping>,
+    /// First address that the walk speaks of: everything from here to `last` that is in no run is not mapped.
+    pub(crate) first: u64,
+    /// Last address that it speaks of, inclusive.
+    pub(crate) last: u64,
+    /// Leaves seen.
+    pub(crate) leaves: u64,
+}
+
+/// Walks `first` to `last` (inclusive) of `space`, into `found`, whose storage is reused.
+///
+/// The range that the walk speaks of grows to the whole span of an entry above level 1 at which the walk ended: a
+/// cleared directory entry takes away all that it covered (B-1). A table that cannot be read, and an entry with a
+/// reserved bit, lead nowhere (rule 1).
+pub(crate) fn walk_range<M: GuestMemoryBackend>(
+    memory: &M,
+    config: &UnitConfig,
+    space: &PagedSpace,
+    (first, last): (u64, u64),
+    merge: Merge,
+    found: &mut Found,
+) -> Result<(), Exhausted> {
+    found.runs.clear();
+    (found.first, found.last, found.leaves) = (first, last, 0);
+    let top = (1u64 << space.width.min(config.aw_bits)) - 1;
+    if first > top {
+        return Ok(());
+    }
+    let mut walker = Walker {
+        memory,
+        reserved: Reserved { host_address_width: config.host_address_width },
+        range: (first, last.min(top)),
+        merge,
+        entries_left: config.bounds.table_entries,
+        runs_allowed: config.bounds.shadow_entries,
+        found,
+    };
+    walker.table(space.root, levels(space.width), 0, (true, true))
+}
+
+struct Walker<'a, M> {
+    memory: &'a M,
+    reserved: Reserved,
+    range: (u64, u64),
+    merge: Merge,
+    entries_left: u64,
+    runs_allowed: usize,
+    found: &'a mut Found,
+}
+
+impl<M: GuestMemoryBackend> Walker<'_, M> {
+    fn table(&mut self, table: Gpa, level: u8, base: u64, (read, write): (bool, bool)) -> Result<(), Exhausted> {
+        let span = entry_span(level);
+        let table_last = base + (span * TABLE_ENTRIES - 1);
+        let from = (self.range.0.max(base) - base) / span;
+        let to = (self.range.1.min(table_last) - base) / span;
+        let count = to - from + 1;
+        self.entries_left = self.entries_left.checked_sub(count).ok_or(Exhausted)?;
+        let Some(words) = Words::at(self.memory, Gpa(table.0 + from * 8), count as usize) else {
+            self.speaks_of(base, table_last);
+            return Ok(());
+        };
+        for index in 0..count {
+            let first = base + (from + index) * span;
+            let last = first + (span - 1);
+            let entry = SecondStageEntry::from_bits(words.get(index as usize).unwrap_or(0));
+            let (read, write) = (read && entry.read(), write && entry.write());
+            // An entry whose permissions leave nothing leads nowhere, whatever lies below it.
+            let next = Perm::from_bits(read, write).map(|perm| (perm, self.reserved.check(entry, level)));
+            match next {
+                Some((_, Ok(Entry::Table(next)))) => self.table(next, level - 1, first, (read, write))?,
+                Some((perm, Ok(Entry::Leaf(gpa)))) => {
+                    self.found.leaves += 1;
+                    self.speaks_of(first, last);
+                    self.leaf(Mapping { iova: Iova(first), gpa, len: span, perm })?;
+                }
+                Some((_, Err(_))) | None => self.speaks_of(first, last),
+            }
+        }
+        Ok(())
+    }
+
+    fn speaks_of(&mut self, first: u64, last: u64) {
+        self.found.first = self.found.first.min(first);
+        self.found.last = self.found.last.max(last);
+    }
+
+    /// Adds a leaf, without what lies in the interrupt range or leads there (A-12, B-6).
+    fn leaf(&mut self, leaf: Mapping) -> Result<(), Exhausted> {
+        let window = (INTERRUPT_FIRST, INTERRUPT_LAST);
+        let touches = |first: u64| first <= window.1 && first + (leaf.len - 1) >= window.0;
+        if !touches(leaf.iova.0) && !touches(leaf.gpa.0) {
+            return self.run(leaf);
+        }
+        for piece in outside(leaf, window, |mapping| mapping.iova.0) {
+            for piece in outside(piece, window, |mapping| mapping.gpa.0) {
+                self.run(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, piece: Mapping) -> Result<(), Exhausted> {
+        if let Some(run) = self.found.runs.last_mut() {
+            let contiguous =
+                run.iova.0 + run.len == piece.iova.0 && run.gpa.0 + run.len == piece.gpa.0 && run.perm == piece.perm;
+            let together = match self.merge {
+                Merge::Range => true,
+                Merge::Aligned => run.iova.0 / MERGE_SPAN == piece.last().0 / MERGE_SPAN,
+            };
+            if contiguous && together {
+                run.len += piece.len;
+                return Ok(());
+            }
+        }
+        if self.found.runs.len() >= self.runs_allowed {
+            return Err(Exhausted);
+        }
+        self.found.runs.push(piece);
+        Ok(())
+    }
+}
+
+/// The parts of `mapping` before and after `window`, by the address that `address` picks. The physical address of the
+/// part after it advances with its IOVA.
+fn outside(mapping: Mapping, window: (u64, u64), address: fn(&Mapping) -> u64) -> impl Iterator<Item = Mapping> {
+    let first = address(&mapping);
+    let last = first + (mapping.len - 1);
+    let before = (first < window.0).then(|| Mapping { len: mapping.len.min(window.0 - first), ..mapping });
+    let after = (last > window.1).then(|| {
+        let skipped = (window.1 + 1).saturating_sub(first);
+        let moved = |from: u64| from + skipped;
+        Mapping {
+            iova: Iova(moved(mapping.iova.0)),
+            gpa: Gpa(moved(mapping.gpa.0)),
+            len: mapping.len - skipped,
+            perm: mapping.perm,
+        }
+    });
+    // A mapping on one side of the window is both "before" or "after" as a whole, never twice.
+    let (before, after) = if last < window.0 { (Some(mapping), None) } else { (before, after) };
+    before.into_iter().chain(after)
+}
