@@ -97,6 +97,8 @@ pub struct Images {
     pub kernel: PathBuf,
     /// L1's initramfs without what a run brings.
     pub base: PathBuf,
+    /// A guest's initramfs without a script.
+    pub guest_base: PathBuf,
     /// QEMU for L1, a cpio archive on a disk.
     pub qemu_disk: PathBuf,
     pub nvme: PathBuf,
@@ -153,14 +155,17 @@ impl Qemu {
         })
     }
 
-    fn check(&self) -> Result<()> {
+    /// `QEMU emulator version 10.0.2 (...)`.
+    pub fn version(&self) -> Result<String> {
         let result = self.command().arg("--version").output().context("cannot start QEMU")?;
-        let text = String::from_utf8_lossy(&result.stdout).into_owned();
+        ensure!(result.status.success(), "QEMU does not start: {}", String::from_utf8_lossy(&result.stderr));
+        Ok(String::from_utf8_lossy(&result.stdout).lines().next().unwrap_or_default().to_owned())
+    }
+
+    fn check(&self) -> Result<()> {
+        let text = self.version()?;
         let major = text.split("version ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
-        ensure!(
-            result.status.success() && major.is_some_and(|m| m >= OLDEST_QEMU),
-            "QEMU {OLDEST_QEMU} or newer is needed, not: {text}"
-        );
+        ensure!(major.is_some_and(|major| major >= OLDEST_QEMU), "QEMU {OLDEST_QEMU} or newer is needed, not: {text}");
         Ok(())
     }
 
@@ -216,6 +221,7 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
         qemu,
         kernel,
         base: cache.path("l1.cpio"),
+        guest_base: cache.path("guest.cpio"),
         qemu_disk: cache.path("qemu.cpio"),
         nvme: cache.path("nvme.img"),
         disk_sha256: disk(cache)?,
@@ -378,7 +384,8 @@ fn l1_base(cache: &Cache, tree: &Path, images: &Images) -> Result<()> {
     }
     archive.symlink("causeway/bin/busybox", "/bin/busybox")?;
     archive.copy("causeway/guest/vmlinuz", &images.kernel)?;
-    archive.file("causeway/guest/base.cpio", 0o644, &guest_base(tree, &release, &modules)?)?;
+    std::fs::write(&images.guest_base, guest_base(tree, &release, &modules)?)?;
+    archive.copy("causeway/guest/base.cpio", &images.guest_base)?;
     archive.file("etc/boot-modules", 0o644, (L1_BOOT_MODULES.join(" ") + "\n").as_bytes())?;
     archive.finish()?;
     std::fs::rename(temporary, &images.base)?;

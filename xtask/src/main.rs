@@ -1,15 +1,19 @@
 //! `cargo xtask`: what the project needs around the product.
 
 mod apt;
+mod bench;
 mod cache;
 mod cases;
 mod cpio;
 mod crate_tests;
+mod demo;
+mod host_device;
 mod kernel_modules;
 mod l1;
 mod nested;
 mod programs;
 mod report;
+mod table;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -24,17 +28,27 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Boots a guest with an NVMe disk assigned behind the emulated VT-d, reads 64 MiB, and says how that went
+    ///
+    /// The exit status is 0 for PASS, 1 for FAIL, 125 if the bench could not start.
+    Demo(demo::DemoArgs),
     /// Runs a script in the nested bench: a Linux host with KVM, VFIO and assignable functions
     ///
     /// The exit status is the script's (0 to 123); 124 is its time limit, 125 a bench that failed.
     Nested(nested::NestedArgs),
+    /// Measures: the crates' criterion benchmarks, and `nested`, a guest under Causeway and under QEMU
+    ///
+    /// Writes bench-report.json and bench-report.md into the target folder.
+    Bench(bench::BenchArgs),
     /// Runs every check and test; the last line is `N passed, N failed, N skipped`
     Test(test::TestArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Task::Demo(args) => demo::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Nested(args) => nested::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
+        Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),
     };
     match result {

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Reads the assigned NVMe disk as `reads=` on the kernel command line says, and prints how long each took.
+reads=$(sed -n 's/.*reads=\([a-z,]*\).*/\1/p' /proc/cmdline)
+wait-for /dev/nvme0n1 20 || exit 1
+# Held open: the last close of a disk drops what was read of it.
+exec 3</dev/nvme0n1
+echo 3 >/proc/sys/vm/drop_caches
+for read in $(echo "$reads" | tr ',' ' '); do
+    case "$read" in
+    buffered) set -- buffered 1048576 64 ;;
+    direct) set -- direct 1048576 64 ;;
+    small) set -- direct 4096 2000 ;;
+    idle) continue ;;
+    # Of what the buffered read left in memory.
+    checksum) blkread /dev/nvme0n1 buffered 1048576 64 --sha256 | grep sha256; continue ;;
+    *) echo "no read '$read'"; exit 1 ;;
+    esac
+    blkread /dev/nvme0n1 "$@" | sed "s/^/$read /" || exit 1
+done
+echo "kernel $(uname -r)"
+for device in /sys/bus/pci/devices/*; do
+    read -r class <"$device/class"
+    [ "$class" = 0x010802 ] || continue
+    echo "function ${device##*/}"
+    echo "domain $(cat "$device/iommu_group/type" 2>/dev/null || echo none)"
+done
+[ ! -e /sys/class/iommu/dmar0 ] || echo "capabilities $(cat /sys/class/iommu/dmar0/intel-iommu/cap)"
+echo "faults $(dmesg | grep -c 'DMAR:.*fault')"
