@@ -154,6 +154,7 @@ impl Registers {
                     return command(Command::Drain);
                 }
             }
+            // DW is reserved without scalable mode.
             offset::IQA => merge(&mut state.queue_address, !0xff8),
             0x98 if touches_high => {
                 state.completion_status &= !(high_word & 1);

@@ -83,6 +83,18 @@ struct Scratch {
     refused: Vec<Refusal>,
 }
 
+impl Scratch {
+    /// Gives back what an exceptionally large re-sync took.
+    fn shrink(&mut self) {
+        const KEPT: usize = 1 << 14;
+        self.found.runs.shrink_to(KEPT);
+        self.changes.unmaps.shrink_to(KEPT);
+        self.changes.maps.shrink_to(KEPT);
+        self.ops.shrink_to(KEPT);
+        self.ranges.shrink_to(KEPT);
+    }
+}
+
 /// Invalidations that did not take effect yet.
 #[derive(Default)]
 struct Pending {
@@ -194,6 +206,7 @@ impl Spaces {
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;
+        self.scratch.shrink();
     }
 
     fn invalidate_endpoints(&self, pending: &Pending) {
@@ -239,7 +252,7 @@ impl Spaces {
                 fresh.insert(space);
             }
             if let Err(refused) = self.attach(shared, requester, key) {
-                log::warn!("unit {}: {refused}", shared.config.id.0);
+                self.not_attached(shared, requester, &refused);
             }
         }
     }
@@ -251,7 +264,7 @@ impl Spaces {
         requester: Requester,
         key: SpaceKey,
     ) -> Result<(), AttachRefused> {
-        let key = self.with_space(shared, key);
+        let key = self.with_space(shared, requester, key);
         let nothing = Shadow::default();
         let live = match key {
             SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).map(|space| &space.shadow),
@@ -283,16 +296,36 @@ impl Spaces {
         result
     }
 
+    /// A member could not be attached whole. Said once a function: a guest could make it happen again and again.
+    fn not_attached<M>(&mut self, shared: &Shared<M>, requester: Requester, refused: &AttachRefused) {
+        if matches!(refused, AttachRefused::Partial(_)) {
+            return;
+        }
+        if self.reported.insert((requester, RefusalCause::Other)) {
+            log::warn!("unit {}: {requester} is blocked: {refused}", shared.config.id.0);
+            shared.record(&refused_fault(requester, Iova(0)));
+        }
+    }
+
     /// `key`, with its space made and walked if it is a paged one without members; blocked if there is no room for it.
-    fn with_space<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, key: SpaceKey) -> SpaceKey {
+    fn with_space<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+        key: SpaceKey,
+    ) -> SpaceKey {
         let SpaceKey::Paged(paged) = key else { return key };
         let index = (paged.domain, paged);
         if self.spaces.contains_key(&index) {
             return key;
         }
         if self.spaces.len() >= shared.config.bounds.spaces {
-            shared.counters.bounds_exhausted.add(1);
-            log::warn!("unit {}: more than {} spaces; a device is blocked", shared.config.id.0, self.spaces.len());
+            log::log!(
+                bound_exhausted(shared),
+                "unit {}: more than {} spaces; {requester} is blocked",
+                shared.config.id.0,
+                self.spaces.len()
+            );
             return SpaceKey::Blocked;
         }
         let mut space = Space { key: paged, members: BTreeSet::new(), shadow: Shadow::default(), blocked: false };
@@ -372,6 +405,7 @@ impl Space {
     fn compare_whole<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
         let Scratch { found, changes, .. } = scratch;
         changes.clear();
+        found.entries_left = shared.config.bounds.table_entries;
         let walked = walk_range(&shared.memory, &shared.config, &self.key, EVERYWHERE, Merge::Aligned, found);
         shared.counters.leaves_walked.add(found.leaves);
         if walked.is_err() {
@@ -393,6 +427,8 @@ impl Space {
             return;
         }
         scratch.changes.clear();
+        // One budget for all ranges of a re-sync: a queue full of overlapping ranges is no way around it.
+        scratch.found.entries_left = shared.config.bounds.table_entries;
         for index in 0..scratch.ranges.len() {
             let range = scratch.ranges[index];
             let found = &mut scratch.found;
@@ -437,9 +473,10 @@ impl Space {
 
     /// A bound is exhausted: nothing of the space stays mapped (rule 5).
     fn block<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
-        shared.counters.bounds_exhausted.add(1);
+        let level = bound_exhausted(shared);
         if !self.blocked {
-            log::warn!(
+            log::log!(
+                level,
                 "unit {}: domain {} has more mappings or tables than the bounds allow; it is blocked until the guest \
                  invalidates all of it",
                 shared.config.id.0,
@@ -457,6 +494,13 @@ impl Space {
     }
 }
 
+/// Counts a bound that was exhausted. The first one is a warning; a guest must not be able to fill the log.
+fn bound_exhausted<M>(shared: &Shared<M>) -> log::Level {
+    let first = shared.counters.bounds_exhausted.get() == 0;
+    shared.counters.bounds_exhausted.add(1);
+    if first { log::Level::Warn } else { log::Level::Debug }
+}
+
 /// What the guest's tables say about a requester, and its domain id.
 fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
     match resolve(&shared.memory, &shared.config, **shared.translation.load(), requester.sid) {
@@ -467,23 +511,18 @@ fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (
     }
 }
 
-/// One fault record per device and cause for what the host refused (B-11). The reason is the one of a table that could
-/// not be used: the guest's tables say yes, and still the request will be blocked.
-fn report<M: GuestMemoryBackend>(
-    shared: &Shared<M>,
-    reported: &mut BTreeSet<(Requester, RefusalCause)>,
-    refused: &[Refusal],
-) {
+/// The fault of a device that cannot reach what the guest's tables grant. Its reason is the one of a table that could not
+/// be used.
+fn refused_fault(requester: Requester, iova: Iova) -> Fault {
+    Fault { requester, iova, access: Access::Read, reason: FaultReason::PagingTableAccess, silenced: false }
+}
+
+/// One fault record per device and cause for what the host refused (B-11).
+fn report<M>(shared: &Shared<M>, reported: &mut BTreeSet<(Requester, RefusalCause)>, refused: &[Refusal]) {
     shared.counters.maps_refused.add(refused.len() as u64);
     for refusal in refused {
         if reported.insert((refusal.requester, refusal.cause)) {
-            shared.record(&Fault {
-                requester: refusal.requester,
-                iova: refusal.first,
-                access: Access::Read,
-                reason: FaultReason::PagingTableAccess,
-                silenced: false,
-            });
+            shared.record(&refused_fault(refusal.requester, refusal.first));
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::registers::{Command, Registers};
 use crate::space::{AttachRefused, Mapping, Msi, MsiSink, PagedSpace, SpaceKey, SpaceListener};
 use crate::spaces::{SpaceView, Spaces};
 use crate::spec::registers::{ContextCommand, Global, InvalidateAddress, IotlbInvalidate, RootTableAddress};
+use crate::state::State;
 use crate::stats::{Counters, UnitStats};
 use crate::tables::Translation;
 use crate::walk::{Found, Merge, walk_range};
@@ -151,6 +152,26 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         spaces.forget_reports();
     }
 
+    /// The registers, to be saved. Waits for a drain.
+    pub fn save(&self) -> State {
+        let _spaces = self.spaces();
+        self.shared.registers().state.clone()
+    }
+
+    /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must be
+    /// in place. Descriptors between head and tail are processed.
+    pub fn restore(&self, state: State) {
+        let mut spaces = self.spaces();
+        let translation = Translation {
+            enabled: Global::from_bits(state.global_status).translation(),
+            root: RootTableAddress::from_bits(state.root_table_in_use),
+        };
+        self.shared.registers().state = state;
+        self.shared.translation.store(Arc::new(translation));
+        spaces.refresh(&self.shared);
+        queue::drain(&self.shared, &mut spaces);
+    }
+
     /// What it counted so far.
     pub fn stats(&self) -> UnitStats {
         self.shared.counters.snapshot()
@@ -169,7 +190,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// What the guest's tables say about a space now, for an audit; `None` when the bounds do not allow to say. Runs of
     /// contiguous leaves are joined.
     pub fn walk(&self, space: &PagedSpace) -> Option<Vec<Mapping>> {
-        let mut found = Found::default();
+        let entries_left = self.shared.config.bounds.table_entries;
+        let mut found = Found { entries_left, ..Found::default() };
         let everywhere = (0, u64::MAX);
         let (memory, config) = (&self.shared.memory, &self.shared.config);
         walk_range(memory, config, space, everywhere, Merge::Range, &mut found).ok()?;

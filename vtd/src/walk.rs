@@ -138,13 +138,15 @@ pub(crate) struct Found {
     pub(crate) last: u64,
     /// Leaves seen.
     pub(crate) leaves: u64,
+    /// Table entries that may still be visited.
+    pub(crate) entries_left: u64,
 }
 
 /// Walks `first` to `last` (inclusive) of `space`, into `found`, whose storage is reused.
 ///
 /// The range that the walk speaks of grows to the whole span of an entry above level 1 at which the walk ended: a
 /// cleared directory entry takes away all that it covered (B-1). A table that cannot be read, and an entry with a
-/// reserved bit, lead nowhere (rule 1).
+/// reserved bit, lead nowhere (rule 1). `found.entries_left` is what the walk may still visit, and goes down.
 pub(crate) fn walk_range<M: GuestMemoryBackend>(
     memory: &M,
     config: &UnitConfig,
@@ -164,7 +166,6 @@ pub(crate) fn walk_range<M: GuestMemoryBackend>(
         reserved: Reserved { host_address_width: config.host_address_width },
         range: (first, last.min(top)),
         merge,
-        entries_left: config.bounds.table_entries,
         runs_allowed: config.bounds.shadow_entries,
         found,
     };
@@ -176,7 +177,6 @@ struct Walker<'a, M> {
     reserved: Reserved,
     range: (u64, u64),
     merge: Merge,
-    entries_left: u64,
     runs_allowed: usize,
     found: &'a mut Found,
 }
@@ -188,7 +188,7 @@ impl<M: GuestMemoryBackend> Walker<'_, M> {
         let from = (self.range.0.max(base) - base) / span;
         let to = (self.range.1.min(table_last) - base) / span;
         let count = to - from + 1;
-        self.entries_left = self.entries_left.checked_sub(count).ok_or(Exhausted)?;
+        self.found.entries_left = self.found.entries_left.checked_sub(count).ok_or(Exhausted)?;
         let Some(words) = Words::at(self.memory, Gpa(table.0 + from * 8), count as usize) else {
             self.speaks_of(base, table_last);
             return Ok(());
