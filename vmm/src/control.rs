@@ -4,11 +4,13 @@
 //! threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so with
 //! [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has dealt with it.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::SIGRTMIN;
 
 /// Why the guest does not run on.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -60,6 +62,29 @@ pub struct Control {
     changed: Condvar,
     event: EventFd,
     vcpus: usize,
+    // The vCPU threads that are alive. Each leaves before it ends.
+    threads: Mutex<Vec<libc::pthread_t>>,
+}
+
+thread_local! {
+    static IS_VCPU: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The signal that gets a vCPU thread out of the guest.
+pub fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+/// Membership of a vCPU thread, until it is dropped.
+pub struct Enrolled<'a>(&'a Control);
+
+impl Drop for Enrolled<'_> {
+    fn drop(&mut self) {
+        IS_VCPU.set(false);
+        // SAFETY: this only asks.
+        let this = unsafe { libc::pthread_self() };
+        self.0.threads.lock().unwrap().retain(|thread| *thread != this);
+    }
 }
 
 impl Control {
@@ -71,7 +96,25 @@ impl Control {
             changed: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             vcpus,
+            threads: Mutex::default(),
         })
+    }
+
+    /// For vCPU threads: from now on a stop kicks this thread.
+    pub fn enroll(&self) -> Enrolled<'_> {
+        IS_VCPU.set(true);
+        // SAFETY: this only asks.
+        self.threads.lock().unwrap().push(unsafe { libc::pthread_self() });
+        Enrolled(self)
+    }
+
+    fn kick(&self) {
+        for thread in self.threads.lock().unwrap().iter() {
+            // SAFETY: the thread is alive, because it needs the lock that we hold to leave the list.
+            if unsafe { libc::pthread_kill(*thread, kick_signal()) } != 0 {
+                log::error!("a vCPU thread could not be kicked");
+            }
+        }
     }
 
     /// Becomes readable when somebody requests a stop.
@@ -134,12 +177,36 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// No vCPU enters the guest any more; `kick` makes those that are inside come out. Returns when all are parked.
-    pub fn pause(&self, kick: impl Fn()) {
+    /// No vCPU enters the guest any more, and those that are inside come out. Returns when all are parked.
+    pub fn pause(&self) {
         self.want(PAUSE);
-        kick();
-        let state = self.state.lock().unwrap();
+        self.kick();
+        self.all_parked(self.state.lock().unwrap());
+    }
+
+    fn all_parked(&self, state: MutexGuard<'_, State>) {
         drop(self.changed.wait_while(state, |state| state.parked < self.vcpus).unwrap());
+    }
+
+    /// Stops for good, from any thread, also a vCPU's own: when it returns, no vCPU runs guest code again.
+    pub fn halt(&self, stop: Stop) {
+        self.request(stop);
+        self.pause_others();
+    }
+
+    fn pause_others(&self) {
+        self.want(PAUSE);
+        self.kick();
+        let mut state = self.state.lock().unwrap();
+        if !IS_VCPU.get() {
+            return self.all_parked(state);
+        }
+        // This thread is out of the guest, and the next thing it asks for is its turn. It counts as parked, also for others
+        // that wait here.
+        state.parked += 1;
+        self.changed.notify_all();
+        let mut state = self.changed.wait_while(state, |state| state.parked < self.vcpus).unwrap();
+        state.parked -= 1;
     }
 
     /// While paused: every vCPU takes its state after a reset. Returns when all have.
@@ -164,10 +231,10 @@ impl Control {
         }
     }
 
-    /// The vCPU threads end; `kick` makes those that are inside the guest come out.
-    pub fn quit(&self, kick: impl Fn()) {
+    /// The vCPU threads end.
+    pub fn quit(&self) {
         self.want(QUIT);
-        kick();
+        self.kick();
     }
 }
 
@@ -208,13 +275,13 @@ mod tests {
             while entries.load(Ordering::Relaxed) < round {
                 thread::yield_now();
             }
-            control.pause(|| {});
+            control.pause();
             let inside = entries.load(Ordering::Relaxed);
             control.reset_vcpus();
             assert_eq!(resets.load(Ordering::Relaxed), 3 * round);
             assert_eq!(entries.load(Ordering::Relaxed), inside);
         }
-        control.quit(|| {});
+        control.quit();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
     }
 
@@ -226,11 +293,11 @@ mod tests {
         control.request(Stop::TimeLimit);
         control.resume();
         let thread = spawn(&control, &resets, &entries);
-        control.pause(|| {});
+        control.pause();
         assert_eq!(entries.load(Ordering::Relaxed), 0);
         assert_eq!(control.take_stop(), Some(Stop::PowerOff));
         assert_eq!(control.take_stop(), None);
-        control.quit(|| {});
+        control.quit();
         thread.join().unwrap();
     }
 }

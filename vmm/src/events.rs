@@ -1,12 +1,14 @@
 //! What reaches the main thread from outside: signals, and the end of the time limit.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use devices::vfio_pci::VfioPci;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::{Control, Stop};
@@ -110,5 +112,48 @@ impl MutEventSubscriber for Outside {
             self.control.request(Stop::TimeLimit);
         }
         // The control's own event only wakes the loop, whose caller asks the control.
+    }
+}
+
+/// What an assigned function's host tells us outside of the guest's own accesses.
+pub struct FunctionEvents {
+    id: String,
+    function: Arc<VfioPci>,
+    control: Arc<Control>,
+}
+
+impl FunctionEvents {
+    /// For the function with this id.
+    pub fn new(id: String, function: Arc<VfioPci>, control: Arc<Control>) -> Self {
+        Self { id, function, control }
+    }
+
+    fn is(event: Option<&EventFd>, fd: RawFd) -> bool {
+        event.is_some_and(|event| event.as_raw_fd() == fd)
+    }
+}
+
+impl MutEventSubscriber for FunctionEvents {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let function = &self.function;
+        for event in [function.intx_event(), function.error_event(), function.request_event()].into_iter().flatten() {
+            if let Err(e) = ops.add(Events::new(event, EventSet::IN)) {
+                self.control.request(Stop::Error(format!("the events of {} cannot be watched: {e}", self.id)));
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if Self::is(self.function.intx_event(), events.fd()) {
+            return self.function.intx_fired();
+        }
+        // The others are said once: they end the run.
+        let _ = ops.remove(Events::empty_raw(events.fd()));
+        let what = if Self::is(self.function.request_event(), events.fd()) {
+            "the host wants the device back"
+        } else {
+            "the device reported an error that it cannot correct"
+        };
+        self.control.request(Stop::Error(format!("{}: {what}", self.id)));
     }
 }

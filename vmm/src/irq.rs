@@ -98,14 +98,11 @@ impl KvmInterrupts {
             ..Default::default()
         };
         // 0 means that the guest blocks the interrupt, which is its right.
-        if let Err(e) = self.vm.signal_msi(message) {
-            if !self.complained.swap(true, Ordering::Relaxed) {
-                log::warn!(
-                    "a message {:#x} to {:#x} reached no processor ({e}); further ones are not logged",
-                    msi.data,
-                    msi.address
-                );
-            }
+        if let Err(e) = self.vm.signal_msi(message)
+            && !self.complained.swap(true, Ordering::Relaxed)
+        {
+            let Msi { address, data } = msi;
+            log::warn!("a message {data:#x} to {address:#x} reached no processor ({e}); further ones are not logged");
         }
     }
 }
@@ -139,10 +136,10 @@ impl IoapicRoutes for KvmInterrupts {
         }
         let data = if level { msi.data | DATA_LEVEL } else { msi.data & !DATA_LEVEL };
         let mut table = self.table.lock().unwrap();
-        if table.set(pin.into(), Msi { data, ..msi }) {
-            if let Err(e) = self.commit(&table) {
-                log::error!("the route of interrupt pin {pin} could not be set: {e}");
-            }
+        if table.set(pin.into(), Msi { data, ..msi })
+            && let Err(e) = self.commit(&table)
+        {
+            log::error!("the route of interrupt pin {pin} could not be set: {e}");
         }
     }
 }

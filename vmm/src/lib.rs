@@ -2,12 +2,13 @@
 //! its home in the crates below.
 
 mod acpi;
+mod assign;
 mod boot;
 mod cli;
 mod console;
 mod control;
 mod cpuid;
-mod dmar;
+pub mod dmar;
 mod dsdt;
 mod events;
 mod irq;

@@ -1,26 +1,33 @@
-//! The machine: everything wired together.
+//! The machine: everything wired together, and started anew.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use devices::Bus;
-use devices::host::{Interrupts, PowerControl};
-use devices::ioapic::IoApic;
+use devices::bus::Overlap;
+use devices::host::PowerControl;
+use devices::ioapic::{EoiListener, IoApic};
 use devices::legacy::I8042;
-use devices::pci::{ConfigPorts, Ecam, PciRoot};
+use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, SlotError, gsi_of};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
-use kvm_ioctls::{Kvm, VmFd};
+use devices::vfio_pci::{AssignedHost, VfioPci, VfioPciWiring};
+use devices::{Bus, BusDevice};
+use kvm_ioctls::Kvm;
+use vfio_bridge::{Bdf, Bridge, CheckedFunction, GroupId, HostFunction};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Requester, SourceId};
+use vtd::{Requester, SourceId, Unit, UnitConfig, UnitId};
 
+use crate::assign::{self, Assigned};
 use crate::boot::Payload;
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
+use crate::dmar::{Scope, UnitDescription};
 use crate::irq::KvmInterrupts;
 use crate::memory::Ram;
+use crate::options::{DeviceKind, DeviceOption};
 use crate::slots::KvmSlots;
+use crate::stats::{self, Device, Stats};
 use crate::vcpu::{self, Buses};
 use crate::{acpi, cpuid, layout, memory, vm};
 
@@ -30,6 +37,18 @@ impl PowerControl for Control {
     }
     fn reset(&self) {
         self.request(Stop::Reset);
+    }
+}
+
+/// The unit's register window on the MMIO bus.
+struct UnitWindow(Arc<Unit<Ram>>);
+
+impl BusDevice for UnitWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
     }
 }
 
@@ -45,21 +64,26 @@ pub enum Error {
     /// RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    /// Two things want one address, or there is none left.
-    #[error("a device has no place in the guest: {0}")]
-    Place(String),
-    /// A file descriptor or a thread could not be made.
-    #[error("{what} could not be made: {source}")]
-    Host {
-        /// What.
-        what: &'static str,
+    /// An assigned function.
+    #[error(transparent)]
+    Assign(#[from] assign::Error),
+    /// The remapping unit.
+    #[error("the remapping unit cannot be built: {0}")]
+    Unit(#[from] vtd::ConfigError),
+    /// A device got no address in the guest.
+    #[error("{id} has no place in the guest: {source}")]
+    Slot {
+        /// Its id.
+        id: String,
         /// Why.
-        source: std::io::Error,
+        source: SlotError,
     },
-}
-
-fn host(what: &'static str) -> impl Fn(std::io::Error) -> Error {
-    move |source| Error::Host { what, source }
+    /// Two things want one address.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// A thread could not be made.
+    #[error("a vCPU thread could not be started: {0}")]
+    Thread(std::io::Error),
 }
 
 /// A machine whose vCPUs do not run yet, or are paused, or run.
@@ -69,92 +93,152 @@ pub struct Machine {
     control: Arc<Control>,
     entry: Arc<AtomicU64>,
     payload: Payload,
+    platform: Platform,
+    placed: Vec<Placed>,
+    assigned: Vec<(String, Arc<VfioPci>)>,
+    unit: Option<Arc<Unit<Ram>>>,
+    bridge: Arc<Bridge>,
+    tables: Tables,
+    ram: Arc<Ram>,
+    ram_size: u64,
+    resets: u64,
+}
+
+/// The devices that every machine has.
+struct Platform {
+    pio: Arc<Bus>,
+    mmio: Arc<Bus>,
     root: Arc<PciRoot>,
     ioapic: Arc<IoApic>,
     serial: Arc<SerialPort>,
     power: Arc<PmBlock>,
-    tables: Tables,
-    vm: Arc<VmFd>,
-    ram: Arc<Ram>,
-    ram_size: u64,
-    resets: u64,
 }
 
 /// What the ACPI tables are made from, kept because a reset writes them again.
 struct Tables {
     cpus: u8,
     pci64: Option<layout::Window>,
+    units: Option<(u8, Vec<UnitDescription>)>,
 }
 
-fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn devices::BusDevice>) -> Result<(), Error> {
-    bus.insert(first, first + (len - 1), device).map_err(|e| Error::Place(e.to_string()))
+/// A device of the command line, in its place.
+struct Placed {
+    id: String,
+    kind: &'static str,
+    requester: Requester,
+    host: Option<(Bdf, GroupId)>,
 }
 
-impl Machine {
-    /// Checks everything, then makes everything. On an error nothing is left behind.
-    pub fn new(
-        args: &RunArgs,
-        kvm: &Kvm,
-        payload: Payload,
-        control: Arc<Control>,
-        drained: EventFd,
-    ) -> Result<Self, Error> {
-        let vm = vm::create(kvm)?;
-        let ram = memory::create(args.memory)?;
-        let first_free_slot = vm::add_ram(&vm, &ram)?;
-        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
-        let interrupts = KvmInterrupts::new(vm.clone());
-        let _ = slots;
+fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
+    bus.insert(first, first + (len - 1), device)
+}
 
-        let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
-        let pci64 = layout::pci64_window(args.memory, cpuid::physical_bits(&supported));
-
+impl Platform {
+    fn new(interrupts: &Arc<KvmInterrupts>, control: &Arc<Control>, drained: EventFd) -> Result<Self, Overlap> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::new(mmio.clone());
         let (bus, device, function) = layout::IOAPIC_SOURCE;
-        let ioapic_requester = Requester { segment: 0, sid: SourceId::new(bus, device, function) };
-        let messages: Arc<dyn Interrupts> = interrupts.clone();
-        let ioapic = IoApic::new(ioapic_requester, messages, Some(interrupts.clone()));
+        let requester = Requester { segment: 0, sid: SourceId::new(bus, device, function) };
+        let ioapic = IoApic::new(requester, interrupts.clone(), Some(interrupts.clone()));
+        let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
+        let output = Box::new(std::io::stdout());
+        let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), output, Some(drained)));
+        let keyboard = Arc::new(I8042::new(control.clone()));
+        let config = Arc::new(ConfigPorts::new(root.clone(), control.clone()));
+
         insert(&mmio, layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone())?;
         insert(&mmio, layout::ECAM, layout::ECAM_SIZE, Arc::new(Ecam::new(root.clone())))?;
-        let ports = Arc::new(ConfigPorts::new(root.clone(), control.clone()));
-        insert(&pio, ConfigPorts::FIRST, ConfigPorts::LAST - ConfigPorts::FIRST + 1, ports)?;
-        let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
+        pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config)?;
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
-        let line = ioapic.line(SerialPort::GSI);
-        let serial = Arc::new(SerialPort::new(line, Box::new(std::io::stdout()), Some(drained)));
-        insert(&pio, SerialPort::FIRST, SerialPort::LAST - SerialPort::FIRST + 1, serial.clone())?;
-        let keyboard = Arc::new(I8042::new(control.clone()));
-        insert(&pio, I8042::FIRST, I8042::LAST - I8042::FIRST + 1, keyboard)?;
+        pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
+        pio.insert(I8042::FIRST, I8042::LAST, keyboard)?;
+        Ok(Self { pio, mmio, root, ioapic, serial, power })
+    }
+}
+
+/// What a machine is made from: all of it checked.
+pub struct Parts<'a> {
+    /// The command line.
+    pub args: &'a RunArgs,
+    /// The devices' ids, in the order of the command line.
+    pub names: &'a [String],
+    /// Kernel, initrd and command line.
+    pub payload: Payload,
+    /// The assigned functions, in the order of the command line.
+    pub checked: &'a [CheckedFunction],
+    /// Stops and starts the vCPUs.
+    pub control: Arc<Control>,
+    /// Signalled when the guest took its serial input.
+    pub drained: EventFd,
+}
+
+impl Machine {
+    /// Makes everything. On an error nothing ran and nothing is left behind.
+    pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
+        let Parts { args, names, payload, checked, control, drained } = parts;
+        let vm = vm::create(kvm)?;
+        let ram = memory::create(args.memory)?;
+        let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
+        let physical_bits = cpuid::physical_bits(&supported);
+
+        let assigned = assign::open(&vm, &ram, args.memory, checked, &control)?;
+        let width = assign::unit_width(args.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
+        assign::report(&assigned.limits, args.memory);
+
+        let first_free_slot = vm::add_ram(&vm, &ram)?;
+        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
+        let interrupts = KvmInterrupts::new(vm.clone());
+        let platform = Platform::new(&interrupts, &control, drained)?;
+
+        let unit = match args.vtd() {
+            None => None,
+            Some(option) => {
+                let mut config = UnitConfig::new(UnitId(0), width);
+                config.host_address_width = physical_bits;
+                config.caching_mode = option.caching_mode;
+                config.pass_through = option.pass_through;
+                let unit = Unit::new(config, (*ram).clone(), assigned.bridge.clone(), interrupts.clone())?;
+                insert(&platform.mmio, layout::VTD_UNIT, layout::VTD_UNIT_SIZE, Arc::new(UnitWindow(unit.clone())))?;
+                Some(unit)
+            }
+        };
+        let tables = Tables {
+            cpus: args.cpus,
+            pci64: layout::pci64_window(args.memory, physical_bits),
+            units: unit.as_ref().map(|_| (physical_bits, vec![describe_unit()])),
+        };
+
+        let bridge = assigned.bridge.clone();
+        let mut plug = Plug { platform: &platform, unit: unit.as_ref(), interrupts, slots, assigned: Vec::new() };
+        let placed = plug.devices(&args.devices, names, assigned)?;
+        let assigned = plug.assigned;
 
         vcpu::register_kick()?;
-        let entry = Arc::new(AtomicU64::new(0));
-        let buses = Buses { pio, mmio, ioapic: ioapic.clone() };
+        let buses = Buses { pio: platform.pio.clone(), mmio: platform.mmio.clone(), ioapic: platform.ioapic.clone() };
         let vcpus =
             (0..args.cpus).map(|index| vcpu::create(kvm, &vm, index, args.cpus)).collect::<Result<Vec<_>, _>>()?;
         let mut machine = Self {
             threads: Vec::new(),
             control,
-            entry,
+            entry: Arc::default(),
             payload,
-            root,
-            ioapic,
-            serial,
-            power,
-            tables: Tables { cpus: args.cpus, pci64 },
-            vm,
+            platform,
+            placed,
+            assigned,
+            unit,
+            bridge,
+            tables,
             ram,
             ram_size: args.memory,
             resets: 0,
         };
         machine.load()?;
         for vcpu in vcpus {
-            let thread = vcpu.start(machine.control.clone(), buses.clone(), machine.entry.clone());
-            match thread {
+            match vcpu.start(machine.control.clone(), buses.clone(), machine.entry.clone()) {
                 Ok(thread) => machine.threads.push(thread),
                 Err(e) => {
                     machine.stop();
-                    return Err(host("a vCPU thread")(e));
+                    return Err(Error::Thread(e));
                 }
             }
         }
@@ -164,25 +248,22 @@ impl Machine {
 
     /// The serial port, for input.
     pub fn serial(&self) -> &Arc<SerialPort> {
-        &self.serial
+        &self.platform.serial
     }
 
-    /// Resets that the guest went through.
-    pub fn resets(&self) -> u64 {
-        self.resets
+    /// The assigned functions with their ids, for their events.
+    pub fn assigned(&self) -> &[(String, Arc<VfioPci>)] {
+        &self.assigned
     }
 
     /// Writes the kernel and what describes the machine into RAM.
     fn load(&mut self) -> Result<(), Error> {
-        let description = acpi::Description { cpus: self.tables.cpus, pci64: self.tables.pci64, units: None };
+        let units = self.tables.units.as_ref().map(|(width, units)| (*width, units.as_slice()));
+        let description = acpi::Description { cpus: self.tables.cpus, pci64: self.tables.pci64, units };
         let rsdp = acpi::write(&self.ram, &description)?;
         let entry = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         self.entry.store(entry, Ordering::Relaxed);
         Ok(())
-    }
-
-    fn kick(&self) {
-        self.threads.iter().for_each(vcpu::kick);
     }
 
     /// Lets the vCPUs run.
@@ -190,13 +271,16 @@ impl Machine {
         self.control.resume();
     }
 
-    /// Starts the guest anew: vCPUs out, functions quiesced, then everything else, then the boot state.
+    /// Starts the guest anew: vCPUs out, functions quiesced, then the unit, then the rest, then the boot state.
     pub fn reset(&mut self) -> Result<(), Error> {
-        self.control.pause(|| self.kick());
+        self.control.pause();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
-        self.root.reset();
-        self.ioapic.reset();
-        self.power.reset();
+        self.platform.root.reset();
+        if let Some(unit) = &self.unit {
+            unit.reset();
+        }
+        self.platform.ioapic.reset();
+        self.platform.power.reset();
         self.load()?;
         self.control.reset_vcpus();
         self.resets += 1;
@@ -206,12 +290,112 @@ impl Machine {
 
     /// Ends the vCPU threads and quiesces the functions.
     pub fn stop(&mut self) {
-        self.control.quit(|| self.kick());
+        self.control.quit();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU thread panicked");
             }
         }
-        self.root.reset();
+        self.platform.root.reset();
+    }
+
+    /// What the whole run did so far.
+    pub fn stats(&self) -> Stats {
+        let devices = self.placed.iter().map(|placed| Device {
+            id: placed.id.clone(),
+            kind: placed.kind,
+            host: placed.host.map(|(bdf, _)| bdf.to_string()),
+            addr: placed.requester.sid.to_string(),
+            group: placed.host.map(|(_, group)| group.0.into()),
+            bridge: self
+                .bridge
+                .stats(placed.requester)
+                .map(|counts| stats::Bridge { backend: self.bridge.backend(), counts }),
+        });
+        let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
+        Stats {
+            version: 1,
+            guest_resets: self.resets,
+            devices: devices.collect(),
+            units: units.collect(),
+            ..Default::default()
+        }
+    }
+}
+
+/// The one unit: all of segment 0, and the IOAPIC by the name that it makes requests with.
+fn describe_unit() -> UnitDescription {
+    UnitDescription {
+        segment: 0,
+        base: layout::VTD_UNIT,
+        include_all: true,
+        scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
+    }
+}
+
+/// Puts the devices of the command line into a machine.
+struct Plug<'a> {
+    platform: &'a Platform,
+    unit: Option<&'a Arc<Unit<Ram>>>,
+    interrupts: Arc<KvmInterrupts>,
+    slots: Arc<KvmSlots>,
+    /// Assigned functions, with their ids.
+    assigned: Vec<(String, Arc<VfioPci>)>,
+}
+
+impl Plug<'_> {
+    fn devices(&mut self, wanted: &[DeviceOption], names: &[String], assigned: Assigned) -> Result<Vec<Placed>, Error> {
+        let mut functions = assigned.functions.into_iter();
+        let mut placed = Vec::with_capacity(wanted.len());
+        for (option, id) in wanted.iter().zip(names) {
+            let slot = option.addr.map(|slot| (slot.device, slot.function));
+            let place = |source| Error::Slot { id: id.clone(), source };
+            let sid = self.platform.root.allocate(slot).map_err(place)?;
+            let requester = self.platform.root.requester(sid);
+            let mut host = None;
+            let function: Arc<dyn PciFunction> = match &option.kind {
+                DeviceKind::Vfio { .. } => {
+                    // One open function for each vfio device, in the same order.
+                    let Some(function) = functions.next() else { continue };
+                    host = Some((function.bdf(), function.group()));
+                    let vfio = self.assign(requester, function, &assigned.bridge)?;
+                    assigned.breaker.add(requester, &vfio);
+                    self.assigned.push((id.clone(), vfio.clone()));
+                    vfio
+                }
+                DeviceKind::Edu => {
+                    return Err(Error::Slot { id: id.clone(), source: SlotError::Full });
+                }
+            };
+            self.platform.root.insert(sid, function).map_err(place)?;
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host });
+        }
+        Ok(placed)
+    }
+
+    /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
+    /// function of the guest.
+    fn assign(&self, requester: Requester, function: HostFunction, bridge: &Bridge) -> Result<Arc<VfioPci>, Error> {
+        let bdf = function.bdf();
+        bridge.register(requester, function.group()).map_err(assign::Error::from)?;
+        if let Some(unit) = self.unit {
+            unit.add_requester(requester).map_err(|source| assign::Error::Attach { bdf, source })?;
+        }
+        let host: Arc<dyn AssignedHost> = Arc::new(function);
+        let gsi = VfioPci::pin_of(&*host).map(|pin| gsi_of(requester.sid.device(), pin) as u8);
+        let vfio = VfioPci::new(VfioPciWiring {
+            requester,
+            host,
+            decoder: self.platform.root.decoder(),
+            slots: self.slots.clone(),
+            interrupts: self.interrupts.clone(),
+            intx: gsi.map(|gsi| (self.platform.ioapic.line(gsi), gsi)),
+        })
+        .map_err(|source| assign::Error::Function { bdf, source })?;
+        if let Some(gsi) = gsi {
+            let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
+            self.platform.ioapic.add_eoi_listener(gsi, listener);
+        }
+        Ok(vfio)
     }
 }

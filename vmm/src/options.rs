@@ -222,6 +222,14 @@ impl DeviceKind {
             Self::Edu => "edu",
         }
     }
+
+    /// The host's function, for those that have one.
+    pub fn host(&self) -> Option<Bdf> {
+        match self {
+            Self::Vfio { host } => Some(*host),
+            Self::Edu => None,
+        }
+    }
 }
 
 fn identifier(text: &str) -> Result<String, BadOption> {
@@ -265,10 +273,8 @@ pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> 
     }
     let mut hosts = std::collections::BTreeSet::new();
     for device in devices {
-        if let DeviceKind::Vfio { host } = device.kind {
-            if !hosts.insert(host) {
-                return bad(format!("host={host} is given to two devices"));
-            }
+        if let Some(host) = device.kind.host().filter(|host| !hosts.insert(*host)) {
+            return bad(format!("host={host} is given to two devices"));
         }
     }
     let mut names = Vec::with_capacity(devices.len());

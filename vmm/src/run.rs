@@ -7,16 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use vfio_bridge::Bdf;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::Payload;
 use crate::cli::RunArgs;
 use crate::console::Console;
 use crate::control::{Control, Stop};
-use crate::events::{self, Outside, Signals};
-use crate::machine::Machine;
+use crate::events::{self, FunctionEvents, Outside, Signals};
+use crate::machine::{Machine, Parts};
 use crate::stats::{Exit, Stats};
-use crate::{options, terminal, vm};
+use crate::{assign, options, terminal, vm};
 
 /// Exit code of a usage error.
 pub const USAGE: u8 = 2;
@@ -110,14 +111,14 @@ pub fn run(args: &RunArgs) -> ExitCode {
     let (run, signals) = match run {
         Ok(run) => run,
         Err(e) => {
-            eprintln!("causeway: {e:#}");
+            eprintln!("causeway: {e}");
             return ExitCode::from(REFUSED);
         }
     };
     let stop = match run.guest(signals) {
         Ok(stop) => stop,
         Err(e) => {
-            log::error!("{e:#}");
+            log::error!("{e}");
             return ExitCode::from(REFUSED);
         }
     };
@@ -135,9 +136,19 @@ impl Run<'_> {
     fn guest(&self, signals: Signals) -> anyhow::Result<Stop> {
         let args = self.args;
         let payload = Payload::open(&args.kernel, args.initrd.as_deref(), &args.cmdline, args.memory)?;
+        let wanted: Vec<Bdf> = args.devices.iter().filter_map(|device| device.kind.host()).collect();
+        let checked = assign::check(&wanted, args.vtd(), args.memory)?;
         let kvm = vm::open().map_err(remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mut machine = Machine::new(args, &kvm, payload, self.control.clone(), drained.try_clone()?)?;
+        let parts = Parts {
+            args,
+            names: &self.names,
+            payload,
+            checked: &checked,
+            control: self.control.clone(),
+            drained: drained.try_clone()?,
+        };
+        let mut machine = Machine::new(&kvm, parts)?;
 
         let report = Arc::new(AtomicBool::new(false));
         let mut events: EventManager<Subscriber> =
@@ -146,6 +157,13 @@ impl Run<'_> {
         let raw = terminal::is_ours() && terminal::make_raw().is_ok();
         let console = Console::new(machine.serial().clone(), drained, self.control.clone(), raw);
         events.add_subscriber(Box::new(console));
+        for (id, function) in machine.assigned() {
+            log::info!(
+                "{id}: the device can reach all of the guest's memory until the guest turns translation on, as on hardware"
+            );
+            let watched = FunctionEvents::new(id.clone(), function.clone(), self.control.clone());
+            events.add_subscriber(Box::new(watched));
+        }
 
         machine.resume();
         let stop = self.watch(&mut machine, &mut events, &report);
@@ -177,14 +195,8 @@ impl Run<'_> {
 
     fn write_stats(&self, machine: &Machine, exit: Option<Exit>) {
         let Some(file) = &self.args.stats else { return };
-        let stats = Stats {
-            version: 1,
-            exit,
-            wall_ms: self.start.elapsed().as_millis() as u64,
-            guest_resets: machine.resets(),
-            ..Default::default()
-        };
-        let _ = &self.names;
+        let wall_ms = self.start.elapsed().as_millis() as u64;
+        let stats = Stats { exit, wall_ms, ..machine.stats() };
         if let Err(e) = stats.write(file) {
             log::error!("the statistics could not be written to {}: {e}", file.display());
         }

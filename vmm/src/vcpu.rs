@@ -13,12 +13,12 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libc::{c_int, c_void, siginfo_t};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::register_signal_handler;
 
 use crate::boot::{CODE, DATA, GDT_ENTRIES, Segment};
 use crate::control::{Control, Stop, Turn};
 use crate::vm::{Error, call};
-use crate::{cpuid, layout};
+use crate::{control, cpuid, layout};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -174,16 +174,9 @@ extern "C" fn kicked(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     }
 }
 
-/// Gets a vCPU thread out of the guest.
-pub fn kick(thread: &JoinHandle<()>) {
-    if let Err(e) = thread.kill(SIGRTMIN()) {
-        log::debug!("a vCPU thread could not be kicked: {e}");
-    }
-}
-
-/// Registers the signal that [`kick`] sends. Once, before the first vCPU thread.
+/// Registers the handler of the kick. Once, before the first vCPU thread.
 pub fn register_kick() -> Result<(), Error> {
-    register_signal_handler(SIGRTMIN(), kicked).map_err(call("sigaction"))
+    register_signal_handler(control::kick_signal(), kicked).map_err(call("sigaction"))
 }
 
 impl Vcpu {
@@ -191,6 +184,7 @@ impl Vcpu {
     pub fn start(self, control: Arc<Control>, buses: Buses, entry: Arc<AtomicU64>) -> std::io::Result<JoinHandle<()>> {
         thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             let mut fd = self.fd;
+            let _enrolled = control.enroll();
             RUN_PAGE.set(std::ptr::from_mut(fd.get_kvm_run()));
             let state = State { index: self.index, power_on: self.power_on, entry };
             run(&mut fd, &state, &control, &buses);
