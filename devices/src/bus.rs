@@ -24,9 +24,11 @@ pub struct Overlap {
 /// A map from disjoint address ranges to devices.
 #[derive(Default)]
 pub struct Bus {
-    // First address -> (last address, device).
-    ranges: RwLock<BTreeMap<u64, (u64, Arc<dyn BusDevice>)>>,
+    ranges: RwLock<Ranges>,
 }
+
+/// First address -> (last address, device).
+type Ranges = BTreeMap<u64, (u64, Arc<dyn BusDevice>)>;
 
 impl Bus {
     /// Puts `device` at `first` to `last`, both inclusive.

@@ -50,7 +50,7 @@ impl Cmos {
             _ => return memory[usize::from(index)],
         };
         // Register B bit 2: binary instead of decimal digits.
-        if memory[0x0b] & 0x04 != 0 { number } else { number / 10 << 4 | number % 10 }
+        if memory[0x0b] & 0x04 != 0 { number } else { ((number / 10) << 4) | (number % 10) }
     }
 }
 

@@ -10,5 +10,7 @@ pub mod pm;
 pub mod serial;
 #[cfg(test)]
 mod testing;
+mod told;
+pub mod vfio_pci;
 
 pub use bus::{Bus, BusDevice};

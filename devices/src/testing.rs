@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::{Msi, Requester};
 
-use crate::host::{Interrupts, IoapicRoutes, IrqLine, IrqRoute, PowerControl};
+use crate::host::{HostWindow, Interrupts, IoapicRoutes, IrqLine, IrqRoute, MemorySlots, PowerControl, SlotId};
 
 /// Records messages; routes deliver when [`FakeInterrupts::pump`] is called, as KVM does by itself.
 #[derive(Default)]
@@ -110,5 +110,44 @@ impl PowerControl for FakePower {
     }
     fn reset(&self) {
         self.reset.store(true, Ordering::SeqCst);
+    }
+}
+
+/// What is mapped into the guest: guest-physical address, offset into the file, length.
+#[derive(Default)]
+pub struct FakeSlots {
+    /// Called inside each unmap.
+    pub on_unmap: Mutex<Option<Box<dyn Fn() + Send>>>,
+    state: Mutex<(u32, BTreeMap<SlotId, Mapped>)>,
+}
+
+/// Guest-physical address, offset into the file, length.
+pub type Mapped = (u64, u64, u64);
+
+impl FakeSlots {
+    pub fn mapped(&self) -> Vec<Mapped> {
+        let mut all: Vec<_> = self.state.lock().unwrap().1.values().copied().collect();
+        all.sort_unstable();
+        all
+    }
+}
+
+impl MemorySlots for FakeSlots {
+    fn map(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
+        let mut state = self.state.lock().unwrap();
+        let overlaps = |&(first, _, len): &Mapped| gpa < first + len && first < gpa + window.len;
+        if state.1.values().any(overlaps) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        state.0 += 1;
+        let slot = SlotId(state.0);
+        state.1.insert(slot, (gpa, window.offset, window.len));
+        Ok(slot)
+    }
+    fn unmap(&self, slot: SlotId) {
+        if let Some(hook) = &*self.on_unmap.lock().unwrap() {
+            hook();
+        }
+        self.state.lock().unwrap().1.remove(&slot).expect("a slot that is mapped");
     }
 }

@@ -65,6 +65,8 @@ pub struct Identity {
 pub enum BarKind {
     /// 32-bit, not prefetchable.
     Memory32,
+    /// 32-bit, prefetchable.
+    Prefetchable32,
     /// 64-bit (takes the next BAR too), not prefetchable.
     Memory64,
     /// 64-bit, prefetchable.
@@ -76,13 +78,24 @@ impl BarKind {
     const fn flags(self) -> u32 {
         match self {
             Self::Memory32 => 0x0,
+            Self::Prefetchable32 => 0x8,
             Self::Memory64 => 0x4,
             Self::Prefetchable64 => 0xc,
         }
     }
+    /// The kind that bits 3:0 of a BAR say; `None` for an I/O BAR and for reserved types.
+    pub const fn of(bar: u32) -> Option<Self> {
+        match bar & 0xf {
+            0x0 => Some(Self::Memory32),
+            0x8 => Some(Self::Prefetchable32),
+            0x4 => Some(Self::Memory64),
+            0xc => Some(Self::Prefetchable64),
+            _ => None,
+        }
+    }
     /// Whether the next BAR holds the upper half.
     pub const fn is_64(self) -> bool {
-        !matches!(self, Self::Memory32)
+        matches!(self, Self::Memory64 | Self::Prefetchable64)
     }
 }
 
@@ -224,7 +237,8 @@ impl ConfigSpace {
         }
         // Address 0 is what an unassigned BAR holds, and ones in all writable bits is a sizing probe.
         let last = first.checked_add(size - 1)?;
-        (first != 0 && last != u64::MAX && !(last == u64::from(u32::MAX) && !kind.is_64())).then_some((first, last))
+        let probed = if kind.is_64() { u64::MAX } else { u64::from(u32::MAX) };
+        (first != 0 && last != probed).then_some((first, last))
     }
 
     /// Gives BAR `index` an address before the guest runs (a guest without its own PCI assignment needs that).

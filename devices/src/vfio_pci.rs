@@ -1,0 +1,600 @@
+//! A PCI function of the host, assigned to the guest through VFIO.
+//!
+//! Configuration space is the host's, as VFIO virtualises it, but for what is ours: BARs, MSI, MSI-X, the interrupt line,
+//! the command register's enables, and the capabilities that are hidden. I/O BARs and the expansion ROM are not offered.
+//!
+//! # Order (F-3)
+//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest; take the BARs
+//! off the bus; then write the host's configuration space. Memory on runs in reverse.
+//!
+//! # Locks
+//! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped. [`HostCommand`]
+//! is held for one host access only, so [`VfioPci::quarantine`], which takes nothing else, can be called from inside
+//! anything that an unmapped window leads to.
+
+mod bars;
+mod capabilities;
+pub mod host;
+mod intx;
+mod msi;
+mod msix;
+mod vectors;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vtd::Requester;
+
+use self::bars::{Bar, Trapped, TrappedBar, windows};
+pub use self::host::AssignedHost;
+use self::host::{IrqKind, RegionKind};
+use self::intx::Intx;
+use self::msi::MsiCapability;
+use self::msix::{Layout, Msix};
+use self::vectors::Vectors;
+use crate::BusDevice;
+use crate::host::{HostWindow, Interrupts, IrqLine, MemorySlots, SlotId};
+use crate::ioapic::EoiListener;
+use crate::pci::config::{
+    BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY,
+    CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
+};
+use crate::pci::{BarKind, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::told::Told;
+
+/// What an assigned function is wired to.
+pub struct VfioPciWiring {
+    /// Its address in the guest.
+    pub requester: Requester,
+    /// The function of the host.
+    pub host: Arc<dyn AssignedHost>,
+    /// Puts its BARs on the MMIO bus.
+    pub decoder: Arc<Decoder>,
+    /// Puts its BARs into the guest's memory.
+    pub slots: Arc<dyn MemorySlots>,
+    /// Message routes.
+    pub interrupts: Arc<dyn Interrupts>,
+    /// The line of its interrupt pin (see [`VfioPci::pin_of`]), and what the interrupt line register says: the pin's
+    /// global system interrupt. `None`: no legacy interrupt.
+    pub intx: Option<(Arc<dyn IrqLine>, u8)>,
+}
+
+/// Why a function cannot be assigned.
+#[derive(Debug, thiserror::Error)]
+pub enum VfioPciError {
+    /// A BAR that PCI does not allow.
+    #[error("BAR {bar} has {size:#x} bytes, which is no size of a BAR")]
+    BarSize {
+        /// Which.
+        bar: u8,
+        /// Bytes.
+        size: u64,
+    },
+    /// An eventfd could not be made.
+    #[error("no eventfd could be made")]
+    Event(#[source] io::Error),
+}
+
+/// The assigned function.
+pub struct VfioPci {
+    requester: Requester,
+    host: Arc<dyn AssignedHost>,
+    decoder: Arc<Decoder>,
+    slots: Arc<dyn MemorySlots>,
+    trapped: Arc<Trapped>,
+    bars: [Option<Bar>; 6],
+    intx: Option<Intx>,
+    error: Option<EventFd>,
+    request: Option<EventFd>,
+    /// Which bytes of configuration space are ours.
+    owned: Box<[bool; CONFIG_SIZE]>,
+    places: Places,
+    command: HostCommand,
+    config: Mutex<Config>,
+}
+
+/// Where the capabilities are whose registers do something here.
+#[derive(Default)]
+struct Places {
+    msix: Option<u16>,
+    /// The power-management control and status register.
+    power: Option<u16>,
+    /// The byte with the bit that starts a function-level reset, and the bit.
+    resets: Vec<(u16, u8)>,
+}
+
+/// The bits of the command register that mean something; the others read as 0.
+const COMMAND_BITS: u16 = 0x07ff;
+
+/// What configuration writes change.
+struct Config {
+    /// Our bytes; only those that `owned` names mean anything.
+    space: ConfigSpace,
+    /// The guest's command register; the host's may have less.
+    command: u16,
+    /// In power state D0.
+    is_d0: bool,
+    msi: Option<MsiCapability>,
+    /// Where each BAR is decoded now.
+    decoded: [Option<(u64, u64)>; 6],
+    /// The windows in the guest, by BAR.
+    slots: [Vec<SlotId>; 6],
+}
+
+/// The command register of the host's function. Bus Master never comes back once the function is quarantined.
+struct HostCommand {
+    host: Arc<dyn AssignedHost>,
+    quarantined: Mutex<bool>,
+    told: Told,
+}
+
+impl HostCommand {
+    fn write(&self, value: u16) {
+        let quarantined = self.quarantined.lock().unwrap();
+        let value = if *quarantined { value & !COMMAND_MASTER } else { value };
+        if let Err(e) = self.host.write(RegionKind::Config, COMMAND.into(), &value.to_le_bytes()) {
+            self.told.once(|| log::warn!("the host's command register could not be written: {e}"));
+        }
+    }
+
+    fn quarantine(&self) -> Result<(), String> {
+        let mut quarantined = self.quarantined.lock().unwrap();
+        *quarantined = true;
+        let read = || {
+            let mut data = [0; 2];
+            self.host.read(RegionKind::Config, COMMAND.into(), &mut data);
+            u16::from_le_bytes(data)
+        };
+        let off = read() & !COMMAND_MASTER;
+        let written = self.host.write(RegionKind::Config, COMMAND.into(), &off.to_le_bytes());
+        // Ones are what a read gives that failed.
+        let now = read();
+        if written.is_err() || now == u16::MAX || now & COMMAND_MASTER != 0 {
+            return Err(format!("Bus Master could not be cleared (the command register reads {now:#06x})"));
+        }
+        if self.host.can_reset()
+            && let Err(e) = self.host.reset()
+        {
+            log::warn!("the quarantined function could not be reset ({e}); its Bus Master bit is clear");
+        }
+        Ok(())
+    }
+}
+
+impl VfioPci {
+    /// The interrupt pin of `host`'s function: 1 (INTA) to 4; `None` when it has no legacy interrupt.
+    pub fn pin_of(host: &dyn AssignedHost) -> Option<u8> {
+        let mut pin = [0];
+        host.read(RegionKind::Config, INTERRUPT_PIN.into(), &mut pin);
+        (host.irq_count(IrqKind::Intx) > 0 && (1..=4).contains(&pin[0])).then_some(pin[0])
+    }
+
+    /// Assigns the function. Its memory is disabled, it masters no bus, and no vector is enabled.
+    pub fn new(wiring: VfioPciWiring) -> Result<Arc<Self>, VfioPciError> {
+        let VfioPciWiring { requester, host, decoder, slots, interrupts, intx } = wiring;
+        let mut snapshot = [0xff; CONFIG_SIZE];
+        let size = host.region(RegionKind::Config).size.min(CONFIG_SIZE as u64) as usize;
+        for (index, word) in snapshot[..size & !3].chunks_mut(4).enumerate() {
+            host.read(RegionKind::Config, 4 * index as u64, word);
+        }
+
+        // The identity is the host's: those bytes are not ours.
+        let id = Identity { vendor: 0, device: 0, revision: 0, class: 0, subsystem: (0, 0) };
+        let mut space = ConfigSpace::new(&id);
+        let mut owned = Box::new([false; CONFIG_SIZE]);
+        let mut own = |range: std::ops::Range<u16>| owned[usize::from(range.start)..usize::from(range.end)].fill(true);
+        own(BAR0..BAR0 + 24);
+        own(ROM..ROM + 4);
+        own(INTERRUPT_LINE..INTERRUPT_PIN + 1);
+        space.set_interrupt_pin(
+            if intx.is_some() { Self::pin_of(&*host).unwrap_or(0) } else { 0 },
+            intx.as_ref().map_or(0xff, |(_, line)| *line),
+        );
+        // A capability that VFIO does not serve would lose interrupts.
+        let unusable: Vec<u8> = [(CAP_MSI, IrqKind::Msi), (CAP_MSIX, IrqKind::Msix)]
+            .into_iter()
+            .filter_map(|(id, kind)| (host.irq_count(kind) == 0).then_some(id))
+            .collect();
+        for patch in capabilities::hide(&snapshot, &unusable) {
+            own(patch.at..patch.at + patch.bytes.len() as u16);
+            space.put(patch.at, &patch.bytes);
+        }
+
+        let mut places = Places::default();
+        let mut msi = None;
+        let mut msix = None;
+        let word = |at: u16| u16::from_le_bytes([snapshot[usize::from(at)], snapshot[usize::from(at) + 1]]);
+        let dword = |at: u16| u32::from(word(at)) | (u32::from(word(at + 2)) << 16);
+        let vectors =
+            |kind| Vectors::new(kind, requester, Arc::clone(&host), Arc::<dyn Interrupts>::clone(&interrupts));
+        for capability in capabilities::list(&snapshot) {
+            let at = capability.at;
+            match (capability.id as u8, 0x100 - at) {
+                (id, _) if unusable.contains(&id) => {}
+                (CAP_MSI, 4..) if msi.is_none() && at + MsiCapability::len(word(at + 2)) <= 0x100 => {
+                    let found = MsiCapability::new(at, word(at + 2), &mut space, vectors(IrqKind::Msi));
+                    own(found.owned());
+                    msi = Some(found);
+                }
+                (CAP_MSIX, 12..) if msix.is_none() => {
+                    let layout = Layout::new(word(at + 2), dword(at + 4), dword(at + 8));
+                    let count = layout.count.min(host.irq_count(IrqKind::Msix) as usize);
+                    msix = Some((layout, Msix::new(count, vectors(IrqKind::Msix))));
+                    own(at + 2..at + 4);
+                    space.put(at + 2, &(word(at + 2) & 0x7ff).to_le_bytes());
+                    space.allow(at + 2, &(msix::CONTROL_ENABLE | msix::CONTROL_MASK).to_le_bytes());
+                    places.msix = Some(at + 2);
+                }
+                (CAP_POWER, 8..) => places.power = Some(at + 4),
+                // Device Control, Initiate Function Level Reset; and the same in Advanced Features.
+                (CAP_EXPRESS, 20..) if dword(at + 4) >> 28 & 1 == 1 => places.resets.push((at + 9, 0x80)),
+                (CAP_ADVANCED, 6..) => places.resets.push((at + 4, 0x01)),
+                _ => {}
+            }
+        }
+
+        let layout = msix.as_ref().map(|(layout, _)| layout.clone());
+        let trapped = Trapped::new(host.clone(), msix);
+        let bars = Self::bars(&host, &snapshot, layout.as_ref(), &trapped, &mut space)?;
+        let intx = match intx {
+            Some((line, _)) => Some(Intx::new(host.clone(), line).map_err(VfioPciError::Event)?),
+            None => None,
+        };
+        let event = |kind| -> Result<_, VfioPciError> {
+            if host.irq_count(kind) == 0 {
+                return Ok(None);
+            }
+            let event = EventFd::new(EFD_NONBLOCK).map_err(VfioPciError::Event)?;
+            Ok(host.set_irqs(kind, &[Some(&event)]).is_ok().then_some(event))
+        };
+        let (error, request) = (event(IrqKind::Error)?, event(IrqKind::Request)?);
+
+        let command = HostCommand { host: host.clone(), quarantined: Mutex::new(false), told: Told::default() };
+        command.write(0);
+        let is_d0 = places.power.is_none_or(|at| word(at) & 3 == 0);
+        let config =
+            Config { space, command: 0, is_d0, msi, decoded: [None; 6], slots: std::array::from_fn(|_| Vec::new()) };
+        let config = Mutex::new(config);
+        if let Some(intx) = &intx {
+            intx.enable();
+        }
+        Ok(Arc::new(Self {
+            requester,
+            host,
+            decoder,
+            slots,
+            trapped,
+            bars,
+            intx,
+            error,
+            request,
+            owned,
+            places,
+            command,
+            config,
+        }))
+    }
+
+    fn bars(
+        host: &Arc<dyn AssignedHost>,
+        snapshot: &capabilities::Snapshot,
+        layout: Option<&Layout>,
+        trapped: &Arc<Trapped>,
+        space: &mut ConfigSpace,
+    ) -> Result<[Option<Bar>; 6], VfioPciError> {
+        let mut bars = [const { None }; 6];
+        let mut upper_half = false;
+        for bar in 0..6u8 {
+            if std::mem::take(&mut upper_half) {
+                continue;
+            }
+            let region = host.region(RegionKind::Bar(bar));
+            let Some(kind) = BarKind::of(u32::from(snapshot[usize::from(BAR0) + 4 * usize::from(bar)])) else {
+                continue;
+            };
+            if region.size == 0 {
+                continue;
+            }
+            upper_half = kind.is_64();
+            let fits = if kind.is_64() { bar < 5 } else { region.size <= 1 << 31 };
+            if !region.size.is_power_of_two() || region.size < 16 || !fits {
+                return Err(VfioPciError::BarSize { bar, size: region.size });
+            }
+            space.add_bar(bar.into(), kind, region.size);
+            let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
+            let window = |(offset, len): (u64, u64)| {
+                let file_offset = region.file_offset + offset;
+                (offset, HostWindow { fd: host.fd(), offset: file_offset, len, writable: region.writable })
+            };
+            let windows = windows(&region, &holes).into_iter().map(window).collect();
+            let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });
+            bars[usize::from(bar)] = Some(Bar { kind, size: region.size, windows, device });
+        }
+        Ok(bars)
+    }
+
+    /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls [`VfioPci::intx_fired`].
+    pub fn intx_event(&self) -> Option<&EventFd> {
+        self.intx.as_ref().map(Intx::event)
+    }
+
+    /// The legacy interrupt's eventfd is readable.
+    pub fn intx_fired(&self) {
+        if let Some(intx) = &self.intx {
+            intx.fired();
+        }
+    }
+
+    /// Signalled when the device reported an error that it cannot correct.
+    pub fn error_event(&self) -> Option<&EventFd> {
+        self.error.as_ref()
+    }
+
+    /// Signalled when the host wants the device back.
+    pub fn request_event(&self) -> Option<&EventFd> {
+        self.request.as_ref()
+    }
+
+    /// The BARs: number, kind, size in bytes.
+    pub fn bar_sizes(&self) -> Vec<(u8, BarKind, u64)> {
+        self.bars.iter().zip(0..).filter_map(|(bar, i)| bar.as_ref().map(|bar| (i, bar.kind, bar.size))).collect()
+    }
+
+    /// Stops the function's DMA for good (B-11): Bus Master off, then reset. After `Ok` it does none, whatever the guest
+    /// writes. Takes no lock that is held while anything outside is called.
+    pub fn quarantine(&self) -> Result<(), String> {
+        log::error!("{}: the function is quarantined: it does no more DMA", self.requester);
+        self.command.quarantine()
+    }
+
+    /// Where BAR `index` belongs with the guest's registers as they are.
+    fn wanted(config: &Config) -> [Option<(u64, u64)>; 6] {
+        let on = config.command & COMMAND_MEMORY != 0 && config.is_d0;
+        std::array::from_fn(|index| config.space.decoded(index).filter(|_| on))
+    }
+
+    /// Makes the change `host_write` of the host's configuration space between taking away what must not be there after
+    /// it and putting in place what must not be there before it.
+    fn change(&self, config: &mut Config, host_write: impl FnOnce()) {
+        let on = config.command & COMMAND_MEMORY != 0 && config.is_d0;
+        // The overlay decodes by its own copy of the bit.
+        config.space.put(COMMAND, &config.command.to_le_bytes());
+        let wanted = Self::wanted(config);
+        if !on {
+            self.trapped.close();
+        }
+        for (index, wanted) in wanted.iter().enumerate() {
+            if config.decoded[index] != *wanted {
+                self.withdraw(config, index);
+            }
+        }
+        host_write();
+        for (index, wanted) in wanted.iter().enumerate() {
+            if config.decoded[index] != *wanted {
+                self.place(config, index, *wanted);
+            }
+        }
+        if on {
+            self.trapped.open();
+        }
+    }
+
+    fn withdraw(&self, config: &mut Config, index: usize) {
+        for slot in config.slots[index].drain(..) {
+            self.slots.unmap(slot);
+        }
+        if let Some(bar) = &self.bars[index] {
+            self.decoder.set(self.requester.sid, index as u8, None, &bar.device);
+        }
+        config.decoded[index] = None;
+    }
+
+    fn place(&self, config: &mut Config, index: usize, range: Option<(u64, u64)>) {
+        let (Some(bar), Some((first, _))) = (&self.bars[index], range) else { return };
+        config.decoded[index] = range;
+        // Where something else answers, mapping over it would hide that.
+        if !self.decoder.set(self.requester.sid, index as u8, range, &bar.device) {
+            return;
+        }
+        for (offset, window) in &bar.windows {
+            match self.slots.map(first + offset, window) {
+                Ok(slot) => config.slots[index].push(slot),
+                Err(e) => log::debug!("{}: BAR {index} stays trapped: {e}", self.requester),
+            }
+        }
+    }
+
+    /// Everything to the state after a reset (F-4): mappings out, quiesce, reset, restore.
+    fn reset_function(&self, config: &mut Config) {
+        config.command = 0;
+        self.change(config, || self.command.write(0));
+        if let Some(msix) = self.trapped.msix() {
+            msix.lock().unwrap().reset();
+        }
+        if let Some(msi) = &mut config.msi {
+            msi.disable();
+        }
+        if let Some(intx) = &self.intx {
+            intx.disable();
+        }
+        if self.host.can_reset() {
+            // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
+            let _quarantined = self.command.quarantined.lock().unwrap();
+            if let Err(e) = self.host.reset() {
+                let requester = self.requester;
+                self.command.told.once(|| log::warn!("{requester}: the host could not reset the function: {e}"));
+            }
+        }
+        config.space.reset();
+        config.is_d0 = true;
+        if let Some(intx) = &self.intx {
+            intx.enable();
+        }
+    }
+
+    fn forward(&self, offset: u16, data: &[u8]) {
+        if let Err(e) = self.host.write(RegionKind::Config, offset.into(), data) {
+            log::debug!("{}: a configuration write at {offset:#x} was dropped: {e}", self.requester);
+        }
+    }
+
+    /// A write of 1, 2 or 4 bytes whose bytes are all ours, or all the host's and not the command register's.
+    fn write_uniform(&self, config: &mut Config, offset: u16, data: &[u8]) {
+        let touches = |at: u16, len: u16| offset < at + len && at < offset + data.len() as u16;
+        if self.owned[usize::from(offset)] {
+            config.space.write(offset, data);
+            if touches(BAR0, 24) {
+                self.change(config, || {});
+            }
+            if let Some(at) = self.places.msix.filter(|at| touches(*at, 2)) {
+                self.switch_msix(config, config.space.u16(at));
+            }
+            self.update_msi(config, offset);
+            return;
+        }
+        if let Some((at, bit)) = self.places.resets.iter().copied().find(|(at, _)| touches(*at, 1)) {
+            let index = usize::from(at - offset);
+            let mut data = data.to_vec();
+            let starts = data[index] & bit != 0;
+            data[index] &= !bit;
+            self.forward(offset, &data);
+            if starts {
+                self.reset_function(config);
+            }
+            return;
+        }
+        if let Some(at) = self.places.power.filter(|at| touches(*at, 1)) {
+            config.is_d0 = data[usize::from(at - offset)] & 3 == 0;
+            self.change(config, || self.forward(offset, data));
+            return;
+        }
+        self.forward(offset, data);
+    }
+
+    fn write_command(&self, config: &mut Config, offset: u16, data: &[u8]) {
+        let mut bytes = config.command.to_le_bytes();
+        for (i, byte) in data.iter().enumerate() {
+            bytes[usize::from(offset - COMMAND) + i] = *byte;
+        }
+        // No I/O BAR is offered, so there is nothing to enable.
+        config.command = u16::from_le_bytes(bytes) & COMMAND_BITS & !COMMAND_IO;
+        let command = config.command;
+        self.change(config, || self.command.write(command));
+    }
+
+    /// VFIO has one kind of interrupt at a time: the legacy one gives way to messages and comes back after them.
+    fn switch_msix(&self, config: &Config, control: u16) {
+        let Some(msix) = self.trapped.msix() else { return };
+        if control & msix::CONTROL_ENABLE != 0 {
+            self.disable_intx();
+        }
+        msix.lock().unwrap().set_control(control);
+        self.enable_intx_without_messages(config);
+    }
+
+    fn update_msi(&self, config: &mut Config, offset: u16) {
+        let Config { msi: Some(msi), space, .. } = config else { return };
+        if !msi.owned().contains(&offset) {
+            return;
+        }
+        if msi.is_enabled(space) {
+            self.disable_intx();
+        }
+        msi.update(space);
+        self.enable_intx_without_messages(config);
+    }
+
+    fn disable_intx(&self) {
+        if let Some(intx) = &self.intx {
+            intx.disable();
+        }
+    }
+
+    fn enable_intx_without_messages(&self, config: &Config) {
+        let msi = config.msi.as_ref().is_some_and(|msi| msi.is_enabled(&config.space));
+        let msix = self.trapped.msix().is_some_and(|msix| msix.lock().unwrap().is_enabled());
+        if let Some(intx) = self.intx.as_ref().filter(|_| !msi && !msix) {
+            intx.enable();
+        }
+    }
+
+    /// The end of the longest run from `start` with one owner (ours, the command register, the host's).
+    fn run(&self, offset: u16, len: usize, start: usize) -> usize {
+        let owner = |i: usize| {
+            let at = offset + i as u16;
+            (self.owned[usize::from(at)], (COMMAND..STATUS).contains(&at))
+        };
+        (start + 1..len).find(|i| owner(*i) != owner(start)).unwrap_or(len)
+    }
+}
+
+impl PciFunction for VfioPci {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let mut config = self.config.lock().unwrap();
+        if let Config { msi: Some(msi), space, .. } = &mut *config
+            && msi.owned().contains(&offset)
+        {
+            msi.refresh_pending(space);
+        }
+        let places = usize::from(offset)..usize::from(offset) + data.len();
+        if !self.owned[places.clone()].iter().all(|owned| *owned) {
+            self.host.read(RegionKind::Config, offset.into(), data);
+        }
+        for (at, byte) in places.zip(data) {
+            let at = at as u16;
+            if self.owned[usize::from(at)] {
+                config.space.read(at, std::slice::from_mut(byte));
+            } else if (COMMAND..STATUS).contains(&at) {
+                *byte = config.command.to_le_bytes()[usize::from(at - COMMAND)];
+            }
+        }
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut config = self.config.lock().unwrap();
+        let mut start = 0;
+        while start < data.len() {
+            let mut end = self.run(offset, data.len(), start);
+            // The host takes aligned accesses of 1, 2 and 4 bytes.
+            let at = offset + start as u16;
+            let len = [4, 2, 1].into_iter().find(|n| *n <= end - start && usize::from(at) % n == 0).unwrap_or(1);
+            end = start + len;
+            let part = &data[start..end];
+            if (COMMAND..STATUS).contains(&at) {
+                self.write_command(&mut config, at, part);
+            } else {
+                self.write_uniform(&mut config, at, part);
+            }
+            start = end;
+        }
+    }
+
+    fn reset(&self) {
+        self.reset_function(&mut self.config.lock().unwrap());
+    }
+}
+
+impl EoiListener for VfioPci {
+    fn end_of_interrupt(&self) {
+        if let Some(intx) = &self.intx {
+            intx.end_of_interrupt();
+        }
+    }
+}
+
+impl Drop for VfioPci {
+    fn drop(&mut self) {
+        let config = self.config.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let slots: Vec<_> = config.slots.iter_mut().flat_map(|slots| slots.drain(..)).collect();
+        self.trapped.close();
+        for slot in slots {
+            self.slots.unmap(slot);
+        }
+        self.command.write(0);
+    }
+}
+
+#[cfg(test)]
+#[path = "vfio_pci_test.rs"]
+mod vfio_pci_test;

@@ -1,0 +1,65 @@
+//! What the assigned function asks of the host. [`vfio_bridge::HostFunction`] is the real one; tests have their own.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+pub use vfio_bridge::{IrqKind, RegionInfo, RegionKind};
+use vmm_sys_util::eventfd::EventFd;
+
+/// A function of the host, open.
+pub trait AssignedHost: Send + Sync {
+    /// What is known of `region`.
+    fn region(&self, region: RegionKind) -> RegionInfo;
+    /// Reads; all ones where that fails.
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]);
+    /// Writes; dropped where that fails, and the result says so.
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// The file whose parts become windows.
+    fn fd(&self) -> Arc<OwnedFd>;
+    /// How many vectors of `kind` there are.
+    fn irq_count(&self, kind: IrqKind) -> u32;
+    /// Vectors from 0 on signal `triggers` from now on; the first call enables the kind.
+    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()>;
+    /// Disables `kind`.
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
+    /// Unmasks the legacy line, which the host masks each time it fires.
+    fn unmask_intx(&self) -> io::Result<()>;
+    /// Whether [`AssignedHost::reset`] can work.
+    fn can_reset(&self) -> bool;
+    /// Resets the function; its configuration space is afterwards what it was before.
+    fn reset(&self) -> io::Result<()>;
+}
+
+impl AssignedHost for vfio_bridge::HostFunction {
+    fn region(&self, region: RegionKind) -> RegionInfo {
+        self.region(region)
+    }
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        self.read(region, offset, data);
+    }
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(region, offset, data)
+    }
+    fn fd(&self) -> Arc<OwnedFd> {
+        self.fd().clone()
+    }
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        self.irq_count(kind)
+    }
+    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        self.set_irqs(kind, 0, triggers)
+    }
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.disable_irqs(kind)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.unmask_intx()
+    }
+    fn can_reset(&self) -> bool {
+        self.can_reset()
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.reset()
+    }
+}

@@ -1,0 +1,85 @@
+//! The legacy interrupt of the assigned function. VFIO masks it each time it fires; the guest's end of interrupt, which KVM
+//! brings to the IOAPIC, unmasks it (F-5: with a split irqchip the kernel's resampler never fires).
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::host::{AssignedHost, IrqKind};
+use crate::host::IrqLine;
+use crate::told::Told;
+
+/// The line, and what VFIO signals.
+pub struct Intx {
+    host: Arc<dyn AssignedHost>,
+    line: Arc<dyn IrqLine>,
+    event: EventFd,
+    // Held while the line is set, so that levels arrive in the order of their causes.
+    state: Mutex<State>,
+    told: Told,
+}
+
+#[derive(Default)]
+struct State {
+    enabled: bool,
+    /// The line is high because the device fired; VFIO has it masked.
+    pending: bool,
+}
+
+impl Intx {
+    /// A disabled interrupt.
+    pub fn new(host: Arc<dyn AssignedHost>, line: Arc<dyn IrqLine>) -> io::Result<Self> {
+        Ok(Self { host, line, event: EventFd::new(EFD_NONBLOCK)?, state: Mutex::default(), told: Told::default() })
+    }
+
+    /// What VFIO signals.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Lets the device raise the line.
+    pub fn enable(&self) {
+        let mut state = self.state.lock().unwrap();
+        if !state.enabled {
+            match self.host.set_irqs(IrqKind::Intx, &[Some(&self.event)]) {
+                Ok(()) => state.enabled = true,
+                Err(e) => self.told.once(|| log::warn!("the host refused the legacy interrupt: {e}")),
+            }
+        }
+    }
+
+    /// The device no longer raises the line.
+    pub fn disable(&self) {
+        let mut state = self.state.lock().unwrap();
+        if state.enabled {
+            if let Err(e) = self.host.disable_irqs(IrqKind::Intx) {
+                log::debug!("the legacy interrupt could not be disabled: {e}");
+            }
+            let _ = self.event.read();
+            self.line.set_level(false);
+            *state = State::default();
+        }
+    }
+
+    /// The eventfd was signalled.
+    pub fn fired(&self) {
+        let mut state = self.state.lock().unwrap();
+        if self.event.read().is_ok() && state.enabled {
+            state.pending = true;
+            self.line.set_level(true);
+        }
+    }
+
+    /// The guest is done with it: if the device still wants service, VFIO signals again at once.
+    pub fn end_of_interrupt(&self) {
+        let mut state = self.state.lock().unwrap();
+        if state.pending {
+            state.pending = false;
+            self.line.set_level(false);
+            if let Err(e) = self.host.unmask_intx() {
+                log::debug!("the legacy interrupt could not be unmasked: {e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! MSI of the assigned function (PCI Express base specification 6.0, section 7.7.1). The capability's registers are ours,
+//! kept in the guest's configuration space; this says what they mean.
+
+use vtd::Msi;
+
+use super::vectors::Vectors;
+use crate::pci::ConfigSpace;
+
+const CONTROL_ENABLE: u16 = 1;
+const CONTROL_64: u16 = 1 << 7;
+const CONTROL_MASKABLE: u16 = 1 << 8;
+
+/// The capability and its vectors.
+pub struct MsiCapability {
+    at: u16,
+    is_64: bool,
+    is_maskable: bool,
+    /// How many vectors the function has.
+    capable: u16,
+    vectors: Vectors,
+}
+
+impl MsiCapability {
+    /// The capability at `at` with the host's `control` register, put into `config` for the guest.
+    pub fn new(at: u16, control: u16, config: &mut ConfigSpace, vectors: Vectors) -> Self {
+        let control = control & (0x0e | CONTROL_64 | CONTROL_MASKABLE);
+        let (is_64, is_maskable) = (control & CONTROL_64 != 0, control & CONTROL_MASKABLE != 0);
+        let capable = 1 << (control >> 1 & 7).min(5);
+        let this = Self { at, is_64, is_maskable, capable, vectors };
+        config.put(at + 2, &control.to_le_bytes());
+        // Enable, and how many of the vectors are enabled.
+        config.allow(at + 2, &0x71u16.to_le_bytes());
+        config.allow(at + 4, &0xffff_fffcu32.to_le_bytes());
+        if is_64 {
+            config.allow(at + 8, &u32::MAX.to_le_bytes());
+        }
+        config.allow(this.data_at(), &u16::MAX.to_le_bytes());
+        if is_maskable {
+            let implemented = u32::MAX >> (32 - u32::from(capable));
+            config.allow(this.mask_at(), &implemented.to_le_bytes());
+        }
+        this
+    }
+
+    /// Bytes of a capability with this control register.
+    pub fn len(control: u16) -> u16 {
+        10 + if control & CONTROL_64 != 0 { 4 } else { 0 } + if control & CONTROL_MASKABLE != 0 { 10 } else { 0 }
+    }
+
+    /// The bytes of the capability that are ours.
+    pub fn owned(&self) -> std::ops::Range<u16> {
+        let end = if self.is_maskable { self.mask_at() + 8 } else { self.data_at() + 2 };
+        self.at + 2..end
+    }
+
+    fn data_at(&self) -> u16 {
+        self.at + if self.is_64 { 12 } else { 8 }
+    }
+    fn mask_at(&self) -> u16 {
+        self.data_at() + 4
+    }
+
+    /// Whether the guest has it enabled.
+    pub fn is_enabled(&self, config: &ConfigSpace) -> bool {
+        config.u16(self.at + 2) & CONTROL_ENABLE != 0
+    }
+
+    fn message(&self, config: &ConfigSpace, enabled: u16, index: usize) -> Option<Msi> {
+        let mask = if self.is_maskable { config.u32(self.mask_at()) } else { 0 };
+        let upper = if self.is_64 { config.u32(self.at + 8) } else { 0 };
+        let address = u64::from(config.u32(self.at + 4)) | (u64::from(upper) << 32);
+        // The function puts the vector into the low bits of the data.
+        let data = u32::from(config.u16(self.data_at()) & !(enabled - 1)) | index as u32;
+        (mask >> index & 1 == 0).then_some(Msi { address, data })
+    }
+
+    /// Makes real what the registers say.
+    pub fn update(&mut self, config: &ConfigSpace) {
+        if !self.is_enabled(config) {
+            self.vectors.disable();
+            return;
+        }
+        let enabled = (1 << (config.u16(self.at + 2) >> 4 & 7).min(5)).min(self.capable);
+        let messages: Vec<_> = (0..usize::from(enabled)).map(|i| self.message(config, enabled, i)).collect();
+        if !self.vectors.is_enabled() {
+            self.vectors.enable(messages.len(), |index| messages[index]);
+            return;
+        }
+        for (index, message) in messages.into_iter().enumerate() {
+            self.vectors.program(index, message);
+        }
+    }
+
+    /// Puts the pending bits where the guest reads them.
+    pub fn refresh_pending(&mut self, config: &mut ConfigSpace) {
+        if self.is_maskable {
+            let capable = usize::from(self.capable);
+            let bits = (0..capable).fold(0, |bits, i| bits | u32::from(self.vectors.is_pending(i)) << i);
+            config.put(self.mask_at() + 4, &bits.to_le_bytes());
+        }
+    }
+
+    /// Disables it.
+    pub fn disable(&mut self) {
+        self.vectors.disable();
+    }
+}

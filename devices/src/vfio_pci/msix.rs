@@ -1,0 +1,133 @@
+//! MSI-X of the assigned function (PCI Express base specification 6.0, section 7.7.2): the guest's table and pending bits
+//! are ours, the host's are VFIO's.
+
+use std::ops::Range;
+
+use vtd::Msi;
+
+use super::vectors::Vectors;
+
+/// Control: MSI-X Enable.
+pub const CONTROL_ENABLE: u16 = 1 << 15;
+/// Control: Function Mask.
+pub const CONTROL_MASK: u16 = 1 << 14;
+/// Vector control: masked.
+const VECTOR_MASKED: u32 = 1;
+
+/// Where the table and the pending bits are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Layout {
+    /// How many vectors.
+    pub count: usize,
+    /// BAR and range of the table in it.
+    pub table: (u8, Range<u64>),
+    /// BAR and range of the pending bits in it.
+    pub pba: (u8, Range<u64>),
+}
+
+impl Layout {
+    /// From the capability's three registers: control, table and pending-bit array (BAR in bits 2:0 of the last two).
+    pub fn new(control: u16, table: u32, pba: u32) -> Self {
+        let count = usize::from(control & 0x7ff) + 1;
+        let place = |register: u32, len: u64| {
+            let first = u64::from(register & !7);
+            ((register & 7) as u8, first..first + len)
+        };
+        Self { count, table: place(table, 16 * count as u64), pba: place(pba, 8 * (count as u64).div_ceil(64)) }
+    }
+
+    /// The ranges of `bar` that the guest must not have mapped.
+    pub fn trapped(&self, bar: u8) -> impl Iterator<Item = &Range<u64>> {
+        [&self.table, &self.pba].into_iter().filter(move |(b, _)| *b == bar).map(|(_, range)| range)
+    }
+}
+
+/// The guest's view of MSI-X.
+pub struct Msix {
+    entries: Vec<[u32; 4]>,
+    enabled: bool,
+    masked: bool,
+    vectors: Vectors,
+}
+
+impl Msix {
+    /// Disabled, `count` vectors, all masked.
+    pub fn new(count: usize, vectors: Vectors) -> Self {
+        Self { entries: vec![Self::RESET_ENTRY; count], enabled: false, masked: false, vectors }
+    }
+
+    const RESET_ENTRY: [u32; 4] = [0, 0, 0, VECTOR_MASKED];
+
+    /// Back to power-on.
+    pub fn reset(&mut self) {
+        let Self { entries, enabled, masked, vectors } = self;
+        entries.fill(Self::RESET_ENTRY);
+        *enabled = false;
+        *masked = false;
+        vectors.disable();
+    }
+
+    /// Whether the guest has it enabled.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// The guest writes the control register.
+    pub fn set_control(&mut self, control: u16) {
+        let enable = control & CONTROL_ENABLE != 0;
+        self.masked = control & CONTROL_MASK != 0;
+        self.enabled = enable;
+        if !enable {
+            self.vectors.disable();
+        } else if self.vectors.is_enabled() {
+            for index in 0..self.entries.len() {
+                self.vectors.program(index, self.message(index));
+            }
+        } else {
+            let (entries, masked) = (&self.entries, self.masked);
+            let message = |index: usize| if masked { None } else { Self::entry_message(&entries[index]) };
+            self.vectors.enable(entries.len(), message);
+        }
+    }
+
+    fn entry_message(entry: &[u32; 4]) -> Option<Msi> {
+        let address = u64::from(entry[0] & !3) | (u64::from(entry[1]) << 32);
+        (entry[3] & VECTOR_MASKED == 0).then_some(Msi { address, data: entry[2] })
+    }
+
+    fn message(&self, index: usize) -> Option<Msi> {
+        if self.enabled && !self.masked { Self::entry_message(&self.entries[index]) } else { None }
+    }
+
+    /// Reads 1, 2 or 4 bytes of the table, inside one 32-bit word.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let Some(entry) = self.entries.get((offset / 16) as usize) else { return };
+        let word = entry[(offset / 4 % 4) as usize].to_le_bytes();
+        for (to, from) in data.iter_mut().zip(&word[(offset % 4) as usize..]) {
+            *to = *from;
+        }
+    }
+
+    /// Writes 1, 2 or 4 bytes of the table, inside one 32-bit word.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let index = (offset / 16) as usize;
+        let Some(entry) = self.entries.get_mut(index) else { return };
+        let word = &mut entry[(offset / 4 % 4) as usize];
+        let mut bytes = word.to_le_bytes();
+        for (to, from) in bytes[(offset % 4) as usize..].iter_mut().zip(data) {
+            *to = *from;
+        }
+        *word = u32::from_le_bytes(bytes);
+        // Bits 31:1 of the vector control are reserved.
+        entry[3] &= VECTOR_MASKED;
+        self.vectors.program(index, self.message(index));
+    }
+
+    /// Reads 1, 2 or 4 bytes of the pending bits.
+    pub fn read_pba(&mut self, offset: u64, data: &mut [u8]) {
+        for (i, byte) in data.iter_mut().enumerate() {
+            let first = 8 * (offset as usize + i);
+            *byte = (0..8).fold(0, |bits, bit| bits | u8::from(self.vectors.is_pending(first + bit)) << bit);
+        }
+    }
+}

@@ -1,0 +1,539 @@
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use vtd::SourceId;
+
+use super::host::RegionInfo;
+use super::*;
+use crate::Bus;
+use crate::host::IrqRoute;
+use crate::pci::PciRoot;
+use crate::testing::{FakeInterrupts, FakeLine, FakeSlots};
+
+const SID: SourceId = SourceId::new(0, 5, 0);
+const BAR_GPA: u64 = 0x80_0000_0000;
+const POWER: u16 = 0x40;
+const MSIX: u16 = 0x50;
+const EXPRESS: u16 = 0x60;
+const MSI: u16 = 0xa0;
+const TABLE: u64 = BAR_GPA + 0x2000;
+const PBA: u64 = BAR_GPA + 0x3000;
+
+/// A function with a 64-bit BAR 0 of 16 KiB (MSI-X table at 0x2000, pending bits at 0x3000), power management, MSI-X (4),
+/// MSI (2, with masks), FLR, and an ATS capability. It checks what F-1 to F-3 promise at each access.
+struct FakeHost {
+    config: Mutex<[u8; CONFIG_SIZE]>,
+    bar: Mutex<Vec<u8>>,
+    slots: Arc<FakeSlots>,
+    triggers: Mutex<Vec<(IrqKind, Vec<EventFd>)>>,
+    enables: AtomicU32,
+    accesses: AtomicU32,
+    violations: AtomicU32,
+    resets: AtomicU32,
+    unmasks: AtomicU32,
+    /// Bus Master does not go off.
+    stuck: AtomicBool,
+}
+
+impl FakeHost {
+    fn new(slots: Arc<FakeSlots>) -> Self {
+        let mut config = [0; CONFIG_SIZE];
+        let mut put = |at: u16, bytes: &[u8]| config[usize::from(at)..][..bytes.len()].copy_from_slice(bytes);
+        put(0x00, &[0x36, 0x1b, 0x10, 0x00, 0, 0, 0x10, 0]);
+        put(0x0e, &[0x80]);
+        put(0x10, &[0x04]);
+        put(0x30, &[0x01, 0, 0xc0, 0xfe]);
+        put(0x34, &[POWER as u8]);
+        put(0x3d, &[1]);
+        put(POWER, &[CAP_POWER, MSIX as u8, 3, 0]);
+        put(MSIX, &[CAP_MSIX, EXPRESS as u8, 3, 0, 0, 0x20, 0, 0, 0, 0x30, 0, 0]);
+        put(EXPRESS, &[CAP_EXPRESS, MSI as u8, 2, 0, 0, 0, 0, 0x10]);
+        put(MSI, &[CAP_MSI, 0, 0x82, 0x01]);
+        put(0x100, &[0x01, 0, 0x01, 0x14]);
+        put(0x140, &[0x0f, 0, 0x01, 0, 0x55, 0x55, 0x55, 0x55]);
+        Self {
+            config: Mutex::new(config),
+            bar: Mutex::new(vec![0; 0x4000]),
+            slots,
+            triggers: Mutex::default(),
+            enables: AtomicU32::new(0),
+            accesses: AtomicU32::new(0),
+            violations: AtomicU32::new(0),
+            resets: AtomicU32::new(0),
+            unmasks: AtomicU32::new(0),
+            stuck: AtomicBool::new(false),
+        }
+    }
+
+    fn command(&self) -> u16 {
+        let config = self.config.lock().unwrap();
+        u16::from_le_bytes([config[4], config[5]])
+    }
+    fn is_enabled(&self) -> bool {
+        self.command() & COMMAND_MEMORY != 0 && self.config.lock().unwrap()[usize::from(POWER) + 4] & 3 == 0
+    }
+    fn check(&self, holds: bool) {
+        self.violations.fetch_add(u32::from(!holds), Ordering::SeqCst);
+    }
+    /// The device raises vector `index` of `kind`.
+    fn raise(&self, kind: IrqKind, index: usize) {
+        let triggers = self.triggers.lock().unwrap();
+        let (_, events) = triggers.iter().find(|(k, _)| *k == kind).expect("enabled on the host");
+        events[index].write(1).unwrap();
+    }
+    fn live(&self, kind: IrqKind) -> bool {
+        self.triggers.lock().unwrap().iter().any(|(k, _)| *k == kind)
+    }
+}
+
+impl AssignedHost for FakeHost {
+    fn region(&self, region: RegionKind) -> RegionInfo {
+        let info = |size, mappable| RegionInfo { size, file_offset: 0, readable: true, writable: true, mappable };
+        match region {
+            RegionKind::Bar(0) => info(0x4000, vec![(0, 0x4000)]),
+            RegionKind::Rom => info(0x1000, vec![]),
+            RegionKind::Config => info(0x1000, vec![]),
+            RegionKind::Bar(_) => info(0, vec![]),
+        }
+    }
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        let at = offset as usize;
+        if region == RegionKind::Config {
+            data.copy_from_slice(&self.config.lock().unwrap()[at..at + data.len()]);
+            return;
+        }
+        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.check(self.is_enabled());
+        data.copy_from_slice(&self.bar.lock().unwrap()[at..at + data.len()]);
+        self.check(self.is_enabled());
+    }
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        let at = offset as usize;
+        if region == RegionKind::Config {
+            let was_enabled = self.is_enabled();
+            let mut data = data.to_vec();
+            if at == 4 && self.stuck.load(Ordering::SeqCst) {
+                data[0] |= COMMAND_MASTER as u8;
+            }
+            self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(&data);
+            // F-1, F-3: nothing is mapped when memory goes off, nor before it comes on.
+            if !was_enabled || !self.is_enabled() {
+                self.check(self.slots.mapped().is_empty());
+            }
+            return Ok(());
+        }
+        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.check(self.is_enabled());
+        self.bar.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+    fn fd(&self) -> Arc<std::os::fd::OwnedFd> {
+        Arc::new(std::fs::File::open("/dev/null").unwrap().into())
+    }
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        match kind {
+            IrqKind::Intx => 1,
+            IrqKind::Msi => 2,
+            IrqKind::Msix => 4,
+            IrqKind::Error | IrqKind::Request => 0,
+        }
+    }
+    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        let mut all = self.triggers.lock().unwrap();
+        // VFIO has one kind at a time.
+        self.check(all.is_empty());
+        self.enables.fetch_add(1, Ordering::SeqCst);
+        all.push((kind, triggers.iter().map(|t| t.unwrap().try_clone().unwrap()).collect()));
+        Ok(())
+    }
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.triggers.lock().unwrap().retain(|(k, _)| *k != kind);
+        Ok(())
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.unmasks.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+    fn can_reset(&self) -> bool {
+        true
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.check(self.command() & (COMMAND_MASTER | COMMAND_MEMORY) == 0 || self.command() & COMMAND_MASTER == 0);
+        self.resets.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+struct Bench {
+    bus: Arc<Bus>,
+    root: Arc<PciRoot>,
+    host: Arc<FakeHost>,
+    slots: Arc<FakeSlots>,
+    interrupts: Arc<FakeInterrupts>,
+    line: Arc<FakeLine>,
+    function: Arc<VfioPci>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let bus = Arc::new(Bus::default());
+        let root = PciRoot::new(bus.clone());
+        let (slots, interrupts, line) =
+            (Arc::new(FakeSlots::default()), Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
+        let host = Arc::new(FakeHost::new(slots.clone()));
+        let function = VfioPci::new(VfioPciWiring {
+            requester: root.requester(SID),
+            host: host.clone(),
+            decoder: root.decoder(),
+            slots: slots.clone(),
+            interrupts: interrupts.clone(),
+            intx: Some((line.clone(), 21)),
+        })
+        .unwrap();
+        root.insert(SID, function.clone()).unwrap();
+        Self { bus, root, host, slots, interrupts, line, function }
+    }
+    /// With BAR 0 placed and memory on.
+    fn running() -> Self {
+        let bench = Self::new();
+        bench.config32(0x10, BAR_GPA as u32);
+        bench.config32(0x14, (BAR_GPA >> 32) as u32);
+        bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+        bench
+    }
+    fn config(&self, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        self.root.config_read(SID, offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+    fn config32(&self, offset: u16, value: u32) {
+        self.root.config_write(SID, offset, &value.to_le_bytes());
+    }
+    fn config16(&self, offset: u16, value: u16) {
+        self.root.config_write(SID, offset, &value.to_le_bytes());
+    }
+    fn command(&self, value: u16) {
+        self.config16(COMMAND, value);
+    }
+    fn read(&self, address: u64) -> u32 {
+        let mut data = [0; 4];
+        self.bus.read(address, &mut data);
+        u32::from_le_bytes(data)
+    }
+    fn write(&self, address: u64, value: u32) {
+        self.bus.write(address, &value.to_le_bytes());
+    }
+    fn vector(&self, index: u64, data: u32, masked: bool) {
+        self.write(TABLE + 16 * index, 0xfee0_0000);
+        self.write(TABLE + 16 * index + 4, 0);
+        self.write(TABLE + 16 * index + 8, data);
+        self.write(TABLE + 16 * index + 12, u32::from(masked));
+    }
+    fn delivered(&self) -> Vec<u32> {
+        self.interrupts.take().iter().map(|msi| msi.data).collect()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        assert_eq!(self.host.violations.load(Ordering::SeqCst), 0, "the host saw what it must never see");
+    }
+}
+
+/// Everything but the pages of the MSI-X table and the pending bits.
+const WINDOWS: [(u64, u64, u64); 1] = [(BAR_GPA, 0, 0x2000)];
+
+#[test]
+fn f1_bars_are_mapped_only_while_memory_is_enabled() {
+    let bench = Bench::running();
+    assert_eq!(bench.slots.mapped(), WINDOWS);
+    bench.command(COMMAND_MASTER);
+    assert_eq!(bench.slots.mapped(), []);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!(bench.slots.mapped(), WINDOWS);
+}
+
+#[test]
+fn f1_bars_are_not_mapped_outside_d0() {
+    let bench = Bench::running();
+    bench.config16(POWER + 4, 3);
+    assert_eq!(bench.slots.mapped(), []);
+    assert_eq!(bench.read(BAR_GPA), u32::MAX);
+    bench.config16(POWER + 4, 0);
+    assert_eq!(bench.slots.mapped(), WINDOWS);
+    assert_eq!(bench.read(BAR_GPA), 0);
+}
+
+#[test]
+fn f1_a_moved_bar_moves_its_windows() {
+    let bench = Bench::running();
+    bench.config32(0x14, 0x81);
+    assert_eq!(bench.slots.mapped(), [(0x81_0000_0000, 0, 0x2000)]);
+    assert_eq!((bench.read(BAR_GPA), bench.read(0x81_0000_0000)), (u32::MAX, 0));
+}
+
+#[test]
+fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
+    let bench = Bench::running();
+    bench.write(BAR_GPA + 0x100, 0x1234_5678);
+    assert_eq!(bench.read(BAR_GPA + 0x100), 0x1234_5678);
+    // What a vCPU that was already on its way to the BAR reaches.
+    let bar = bench.function.bars[0].as_ref().unwrap().device.clone();
+    bench.command(0);
+    let before = bench.host.accesses.load(Ordering::SeqCst);
+    let mut data = [0; 4];
+    bar.read(0x100, &mut data);
+    bar.write(0x100, &[0; 4]);
+    bar.write(0x2000, &[0; 4]);
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!(bench.read(BAR_GPA + 0x100), 0x1234_5678);
+}
+
+#[test]
+fn f3_toggling_from_several_threads_lets_no_access_through() {
+    let bench = Bench::running();
+    let bar = bench.function.bars[0].as_ref().unwrap().device.clone();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let accessors: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut seen = (0u64, 0u64);
+                    while !done.load(Ordering::SeqCst) {
+                        let mut data = [0; 4];
+                        bar.read(0x10, &mut data);
+                        bar.write(0x2000, &[0; 4]);
+                        bar.write(0x20, &[1; 4]);
+                        if data == [0xff; 4] { seen.1 += 1 } else { seen.0 += 1 }
+                    }
+                    seen
+                })
+            })
+            .collect();
+        let togglers: Vec<_> = (0..2u16)
+            .map(|n| {
+                let bench = &bench;
+                scope.spawn(move || {
+                    for round in 0..300 {
+                        bench.command(COMMAND_MEMORY * ((round + n) & 1));
+                        match round % 50 {
+                            7 => bench.config16(POWER + 4, 3),
+                            8 => bench.config16(POWER + 4, 0),
+                            30 if n == 0 => bench.root.reset(),
+                            31 => bench.config32(0x14, 0x80),
+                            _ => {}
+                        }
+                    }
+                })
+            })
+            .collect();
+        togglers.into_iter().for_each(|t| t.join().unwrap());
+        bench.config16(POWER + 4, 0);
+        bench.config32(0x14, 0x80);
+        bench.command(COMMAND_MEMORY);
+        while bench.host.accesses.load(Ordering::SeqCst) == 0 {}
+        done.store(true, Ordering::SeqCst);
+        accessors.into_iter().for_each(|a| assert_ne!(a.join().unwrap(), (0, 0)));
+    });
+    assert_eq!(bench.slots.mapped(), WINDOWS);
+}
+
+#[test]
+fn f4_a_guest_reset_takes_the_mappings_and_quiesces_before_it_resets() {
+    let bench = Bench::running();
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.root.reset();
+    assert_eq!(bench.slots.mapped(), []);
+    assert_eq!(bench.host.resets.load(Ordering::SeqCst), 1);
+    assert_eq!((bench.host.command(), bench.config(4) & 0xffff, bench.config(0x14)), (0, 0, 0));
+    assert_eq!(bench.config(MSIX) >> 16, 3, "MSI-X is disabled");
+    assert!(bench.host.live(IrqKind::Intx) && !bench.host.live(IrqKind::Msix));
+}
+
+#[test]
+fn f4_a_function_level_reset_goes_the_same_way() {
+    let bench = Bench::running();
+    bench.config16(EXPRESS + 8, 0x8010);
+    assert_eq!(bench.host.resets.load(Ordering::SeqCst), 1);
+    assert_eq!(bench.slots.mapped(), []);
+    assert_eq!(bench.config(EXPRESS + 8) & 0xffff, 0x0010, "the host never sees the reset bit");
+}
+
+#[test]
+fn f5_all_vectors_are_enabled_at_once_and_one_more_loses_none() {
+    let bench = Bench::running();
+    bench.vector(0, 0x40, false);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    let enables = bench.host.enables.load(Ordering::SeqCst);
+    bench.host.raise(IrqKind::Msix, 0);
+    bench.vector(3, 0x43, false);
+    bench.host.raise(IrqKind::Msix, 3);
+    assert_eq!(bench.delivered(), [0x40, 0x43]);
+    assert_eq!(bench.host.enables.load(Ordering::SeqCst), enables);
+}
+
+#[test]
+fn f5_a_masked_vector_is_pending_and_delivered_once_at_unmask() {
+    let bench = Bench::running();
+    bench.vector(1, 0x41, true);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert_eq!(bench.read(PBA), 0);
+    bench.host.raise(IrqKind::Msix, 1);
+    assert_eq!(bench.read(PBA), 2);
+    assert_eq!(bench.read(PBA), 2, "reading does not clear it");
+    assert!(bench.delivered().is_empty());
+    bench.write(TABLE + 16 + 12, 0);
+    assert_eq!(bench.delivered(), [0x41]);
+    assert_eq!(bench.read(PBA), 0);
+    bench.write(TABLE + 16 + 12, 1);
+    bench.write(TABLE + 16 + 12, 0);
+    assert!(bench.delivered().is_empty());
+}
+
+#[test]
+fn f5_the_function_mask_masks_all_and_keeps_what_came() {
+    let bench = Bench::running();
+    bench.vector(0, 0x40, false);
+    bench.vector(1, 0x41, true);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+    bench.host.raise(IrqKind::Msix, 0);
+    bench.host.raise(IrqKind::Msix, 1);
+    assert_eq!(bench.read(PBA), 3);
+    assert!(bench.delivered().is_empty());
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert_eq!(bench.delivered(), [0x40]);
+    assert_eq!(bench.read(PBA), 2);
+}
+
+#[test]
+fn f5_the_table_is_ours_and_pieces_of_wide_accesses_find_their_owner() {
+    let bench = Bench::running();
+    let before = bench.host.accesses.load(Ordering::SeqCst);
+    bench.bus.write(TABLE, &[0x00, 0x10, 0xe0, 0xfe, 0, 0, 0, 0]);
+    let mut wide = [0; 8];
+    bench.bus.read(TABLE, &mut wide);
+    assert_eq!(wide, [0x00, 0x10, 0xe0, 0xfe, 0, 0, 0, 0]);
+    assert_eq!(bench.read(TABLE + 12), 1, "comes up masked");
+    bench.write(PBA, u32::MAX);
+    assert_eq!(bench.read(PBA), 0);
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
+    bench.write(TABLE + 0x40, 7);
+    assert_eq!(bench.read(TABLE + 0x40), 7, "past the table the device answers");
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before + 2);
+}
+
+#[test]
+fn f5_msi_vectors_are_in_the_low_bits_of_the_data_and_masks_hold() {
+    let bench = Bench::running();
+    bench.config32(MSI + 4, 0xfee0_1000);
+    bench.config32(MSI + 12, 0x4050);
+    bench.config32(MSI + 16, 0x2);
+    bench.config16(MSI + 2, 0x0011);
+    assert!(!bench.host.live(IrqKind::Intx));
+    bench.host.raise(IrqKind::Msi, 0);
+    bench.host.raise(IrqKind::Msi, 1);
+    assert_eq!(bench.delivered(), [0x4050]);
+    assert_eq!(bench.config(MSI + 20), 2);
+    bench.config32(MSI + 16, 0);
+    assert_eq!(bench.delivered(), [0x4051]);
+    bench.config16(MSI + 2, 0);
+    assert!(bench.host.live(IrqKind::Intx), "the legacy interrupt is back");
+}
+
+#[test]
+fn f5_disabling_forgets_what_was_pending() {
+    let bench = Bench::running();
+    bench.vector(0, 0x40, true);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.host.raise(IrqKind::Msix, 0);
+    bench.config16(MSIX + 2, 0);
+    bench.vector(0, 0x40, false);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert!(bench.delivered().is_empty());
+    let masked = bench.interrupts.routes.lock().unwrap().iter().filter(|route| route.take_pending()).count();
+    assert_eq!(masked, 0);
+}
+
+#[test]
+fn f5_intx_raises_the_line_until_the_end_of_interrupt_unmasks_it() {
+    let bench = Bench::running();
+    bench.host.raise(IrqKind::Intx, 0);
+    bench.function.intx_fired();
+    assert!(bench.line.is_high());
+    assert_eq!(bench.host.unmasks.load(Ordering::SeqCst), 0);
+    bench.function.end_of_interrupt();
+    assert!(!bench.line.is_high());
+    assert_eq!(bench.host.unmasks.load(Ordering::SeqCst), 1);
+    bench.function.end_of_interrupt();
+    assert_eq!(bench.host.unmasks.load(Ordering::SeqCst), 1, "an end that is another function's");
+}
+
+#[test]
+fn f5_enabling_messages_lowers_the_line() {
+    let bench = Bench::running();
+    bench.host.raise(IrqKind::Intx, 0);
+    bench.function.intx_fired();
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert!(!bench.line.is_high() && !bench.host.live(IrqKind::Intx));
+    bench.config16(MSIX + 2, 0);
+    assert!(bench.host.live(IrqKind::Intx));
+}
+
+#[test]
+fn f6_identity_is_the_hosts_and_bars_rom_line_and_topology_are_ours() {
+    let bench = Bench::new();
+    assert_eq!(bench.config(0), 0x0010_1b36);
+    assert_eq!(bench.config(0x0c) >> 16 & 0x80, 0, "not multi-function here");
+    for offset in [0x10, 0x14, 0x18, 0x30] {
+        bench.config32(offset, u32::MAX);
+    }
+    let bars = [0x10, 0x14, 0x18, 0x30].map(|offset| bench.config(offset));
+    assert_eq!(bars, [0xffff_c004, u32::MAX, 0, 0]);
+    assert_eq!(bench.config(0x3c) & 0xffff, 0x0115);
+}
+
+#[test]
+fn f6_ats_is_hidden() {
+    let bench = Bench::new();
+    assert_eq!((bench.config(0x100), bench.config(0x140), bench.config(0x144)), (0x0001_0001, 0, 0));
+}
+
+#[test]
+fn f6_bus_master_is_forwarded_and_an_unaligned_write_reaches_every_field() {
+    let bench = Bench::new();
+    bench.command(COMMAND_MASTER);
+    assert_eq!(bench.host.command() & COMMAND_MASTER, COMMAND_MASTER);
+    bench.root.config_write(SID, 0x03, &[0xaa, 0x00, 0x04, 0x00]);
+    assert_eq!((bench.host.command(), bench.config(4) & 0xffff), (0x0400, 0x0400));
+}
+
+#[test]
+fn b11_a_quarantined_function_never_masters_the_bus_again() {
+    let bench = Bench::running();
+    assert_eq!(bench.function.quarantine(), Ok(()));
+    assert_eq!(bench.host.command() & COMMAND_MASTER, 0);
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    assert_eq!(bench.host.command() & COMMAND_MASTER, 0);
+    bench.root.reset();
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    assert_eq!(bench.host.command() & COMMAND_MASTER, 0);
+}
+
+#[test]
+fn b11_quarantine_from_inside_an_unmap_does_not_deadlock() {
+    let bench = Bench::running();
+    let function = Arc::downgrade(&bench.function);
+    let hook = move || assert_eq!(function.upgrade().unwrap().quarantine(), Ok(()));
+    *bench.slots.on_unmap.lock().unwrap() = Some(Box::new(hook));
+    bench.command(COMMAND_MASTER);
+    assert_eq!(bench.host.command(), 0);
+    *bench.slots.on_unmap.lock().unwrap() = None;
+}
+
+#[test]
+fn b11_a_bus_master_bit_that_stays_set_is_an_error() {
+    let bench = Bench::running();
+    bench.host.stuck.store(true, Ordering::SeqCst);
+    assert!(bench.function.quarantine().is_err());
+}
