@@ -92,7 +92,7 @@ impl Apt {
                 config.push('\n');
             }
         }
-        config += "Acquire::Languages \"none\";\n";
+        config += "Acquire::Languages \"none\";\nAcquire::Retries \"3\";\n";
         std::fs::write(self.folder.join("apt.conf"), config)?;
         Ok(())
     }

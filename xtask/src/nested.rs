@@ -256,13 +256,13 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
     let copier = running.0.stdout.take().map(|mut from| {
         std::thread::spawn(move || -> std::io::Result<()> {
             let mut buffer = [0; 65536];
+            // Nobody may be listening any more: L1 is still to be heard out, or it would wait for us.
+            let mut heard = Ok(());
             loop {
                 match from.read(&mut buffer)? {
-                    0 => return Ok(()),
-                    size => {
-                        output.write_all(&buffer[..size])?;
-                        output.flush()?;
-                    }
+                    0 => return heard,
+                    size if heard.is_ok() => heard = output.write_all(&buffer[..size]).and_then(|()| output.flush()),
+                    _ => {}
                 }
             }
         })
@@ -304,7 +304,9 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
         (None, None) => End::Broken(format!("L1 was not up after {} s", BOOT_LIMIT.as_secs())),
         (None, Some(status)) => {
             let text = std::fs::read_to_string(&messages).unwrap_or_default();
-            End::Broken(format!("L1 ended before its script did ({status}) {}", text.trim()))
+            // TCG's list of what it lacks of a processor model is of no interest.
+            let text: Vec<&str> = text.lines().filter(|line| !line.contains("TCG doesn't support")).collect();
+            End::Broken(format!("L1 ended before its script did ({status}) {}", text.join("\n")))
         }
     };
     if let (Some(into), End::Exit(_)) = (job.out, &end) {
@@ -351,7 +353,7 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
     let khz = tsc_khz();
     let append = format!(
         "tsc_early_khz={khz} kvm.tsc_tolerance_ppm=100000 console=ttyS0 quiet intel_iommu=on mitigations=off nokaslr no_timer_check \
-         tsc=reliable clocksource=tsc random.trust_cpu=on {}",
+         tsc=reliable clocksource=tsc random.trust_cpu=on panic=-1 {}",
         job.machine.append
     );
     let mut command = images.qemu.command();
