@@ -64,7 +64,8 @@ start() {
             -display none -serial stdio $(as_qemu --memory 512M "$@") -kernel "$KERNEL" -initrd "$cpio" -append "$cmdline" \
             </dev/null >"$name.log" 2>"$name.err"
     else
-        causeway run --kernel "$KERNEL" --initrd "$cpio" --cmdline "$cmdline" --timeout $LIMIT --stats "$name.json" "$@" \
+        case " $* " in *" --timeout "*) ;; *) set -- "$@" --timeout $LIMIT ;; esac
+        causeway run --kernel "$KERNEL" --initrd "$cpio" --cmdline "$cmdline" --stats "$name.json" "$@" \
             </dev/null >"$name.log" 2>"$name.err"
     fi
     STATUS=$?

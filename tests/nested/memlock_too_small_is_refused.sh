@@ -8,10 +8,10 @@ bind-vfio "$EDU" || fail "binding"
 group=$(basename "$(readlink "/sys/bus/pci/devices/$EDU/iommu_group")")
 user=1000
 grep -q "^guest:" /etc/passwd 2>/dev/null || echo "guest:x:$user:$user::/:/bin/sh" >>/etc/passwd
-chmod 666 /dev/kvm /dev/vfio/vfio
+chmod 666 /dev/kvm
 chown $user "/dev/vfio/$group"
 trap 'exit 143' TERM
-trap 'chmod 600 /dev/kvm /dev/vfio/vfio; chown 0 "/dev/vfio/$group"' EXIT
+trap 'chmod 600 /dev/kvm; chown 0 "/dev/vfio/$group"' EXIT
 mkdir -p /tmp/owner
 cp never.cpio /tmp/owner
 chmod -R a+rX /tmp/owner
