@@ -2,4 +2,5 @@
 
 mod behaviours;
 mod property;
+mod with_unit;
 mod world;
