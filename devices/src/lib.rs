@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+pub mod dma;
+pub mod edu;
 pub mod host;
 pub mod ioapic;
 pub mod legacy;

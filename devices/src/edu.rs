@@ -1,0 +1,404 @@
+//! `edu`, the teaching device that QEMU has too (1234:11e8): a factorial, an interrupt, and DMA between memory and a buffer
+//! of 4 KiB. Drivers written for the one work with the other.
+//!
+//! Where it differs: a transfer that would leave the buffer, has Bus Master clear, or that the remapping unit blocks, is
+//! refused and sets [`STATUS_DMA_FAILED`] until the next one starts; addresses have 64 bits; a transfer takes as long as it
+//! takes instead of 100 ms.
+//!
+//! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
+//! command was written is not reached.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use vtd::{Iova, Msi, Requester};
+
+use crate::BusDevice;
+use crate::dma::DmaTarget;
+use crate::host::{Interrupts, IrqLine};
+use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, STATUS, STATUS_INTX};
+use crate::pci::{BarKind, ConfigSpace, Decoder, Identity, PciFunction};
+
+/// Bytes of BAR 0.
+pub const BAR_SIZE: u64 = 1 << 20;
+/// Where the buffer is, as the DMA engine sees it.
+pub const BUFFER: u64 = 0x40000;
+/// Bytes of the buffer.
+pub const BUFFER_SIZE: usize = 4096;
+
+/// Status: a factorial is being computed.
+pub const STATUS_COMPUTING: u32 = 0x01;
+/// Status: interrupt when a factorial is done.
+pub const STATUS_IRQ_FACTORIAL: u32 = 0x80;
+/// Status: the last transfer was refused.
+pub const STATUS_DMA_FAILED: u32 = 0x100;
+
+/// Command: start; reads as 1 while the transfer goes on.
+pub const DMA_START: u64 = 1;
+/// Command: from the buffer to memory, instead of the reverse.
+pub const DMA_TO_MEMORY: u64 = 2;
+/// Command: interrupt at the end.
+pub const DMA_IRQ: u64 = 4;
+
+/// Interrupt status: a factorial is done.
+const IRQ_FACTORIAL: u32 = 0x001;
+/// Interrupt status: a transfer is done.
+const IRQ_DMA: u32 = 0x100;
+
+const IDENTIFICATION: u32 = 0x0100_00ed;
+
+/// The function. Dropping it ends the worker, after the transfer in flight.
+pub struct Edu {
+    shared: Arc<Shared>,
+    decoder: Arc<Decoder>,
+    bar: Arc<dyn BusDevice>,
+    worker: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    requester: Requester,
+    interrupts: Arc<dyn Interrupts>,
+    line: Option<Arc<dyn IrqLine>>,
+    dma: Box<dyn DmaTarget>,
+    state: Mutex<State>,
+    /// There is something to do, or something was done.
+    changed: Condvar,
+}
+
+struct State {
+    config: ConfigSpace,
+    /// Offset of the MSI capability.
+    msi: u16,
+    registers: Registers,
+    buffer: Box<[u8; BUFFER_SIZE]>,
+    /// The worker has taken a task and works on it without the lock.
+    busy: bool,
+    stop: bool,
+}
+
+#[derive(Default)]
+struct Registers {
+    liveness: u32,
+    factorial: u32,
+    status: u32,
+    irq_status: u32,
+    source: u64,
+    destination: u64,
+    count: u64,
+    command: u64,
+}
+
+/// What the worker does without the lock.
+enum Task {
+    Factorial(u32),
+    /// Memory to buffer: from, and the range of the buffer.
+    FromMemory(Iova, std::ops::Range<usize>),
+    /// Buffer to memory: the bytes, and to where.
+    ToMemory(Vec<u8>, Iova),
+    Refuse,
+}
+
+impl Edu {
+    /// The function for `requester`, whose DMA goes to `dma`. `intx` is the line of pin A and its global system interrupt
+    /// (for the interrupt line register); messages go to `interrupts`.
+    ///
+    /// # Errors
+    /// The worker thread could not be started.
+    pub fn new(
+        requester: Requester,
+        decoder: Arc<Decoder>,
+        interrupts: Arc<dyn Interrupts>,
+        intx: Option<(Arc<dyn IrqLine>, u8)>,
+        dma: Box<dyn DmaTarget>,
+    ) -> std::io::Result<Arc<Self>> {
+        let id =
+            Identity { vendor: 0x1234, device: 0x11e8, revision: 0x10, class: 0x00_ff_00, subsystem: (0x1af4, 0x1100) };
+        let mut config = ConfigSpace::new(&id);
+        config.add_bar(0, BarKind::Memory32, BAR_SIZE);
+        if let Some((_, gsi)) = &intx {
+            config.set_interrupt_pin(1, *gsi);
+        }
+        // One vector, 64-bit addresses.
+        let mut body = [0; 12];
+        body[0] = 0x80;
+        let mut writable = [0xff; 12];
+        writable[..3].copy_from_slice(&[0x01, 0x00, 0xfc]);
+        let msi = config.add_capability(CAP_MSI, &body, &writable);
+
+        let state = State {
+            config,
+            msi,
+            registers: Registers::default(),
+            buffer: Box::new([0; BUFFER_SIZE]),
+            busy: false,
+            stop: false,
+        };
+        let line = intx.map(|(line, _)| line);
+        let shared =
+            Arc::new(Shared { requester, interrupts, line, dma, state: Mutex::new(state), changed: Condvar::new() });
+        let worker = {
+            let shared = shared.clone();
+            std::thread::Builder::new().name("edu".to_owned()).spawn(move || shared.work())?
+        };
+        let bar: Arc<dyn BusDevice> = Arc::new(Bar(shared.clone()));
+        Ok(Arc::new(Self { shared, decoder, bar, worker: Some(worker) }))
+    }
+}
+
+impl Drop for Edu {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_all();
+        if let Some(Err(_)) = self.worker.take().map(JoinHandle::join) {
+            log::error!("{}: the worker ended in a panic", self.shared.requester);
+        }
+    }
+}
+
+impl PciFunction for Edu {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.shared.lock().config.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut state = self.shared.lock();
+        state.config.write(offset, data);
+        self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
+        self.shared.update_line(&mut state);
+    }
+
+    fn reset(&self) {
+        let mut state = self.shared.lock();
+        state.config.reset();
+        state.registers = Registers::default();
+        // After a reset nothing of before it reaches memory: the unit may be reset next (rule 12).
+        state = self.shared.changed.wait_while(state, |state| state.busy).unwrap();
+        let State { config, registers, buffer, .. } = &mut *state;
+        *registers = Registers::default();
+        buffer.fill(0);
+        self.decoder.set(self.shared.requester.sid, 0, config.decoded(0), &self.bar);
+        self.shared.update_line(&mut state);
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            state = self.changed.wait_while(state, |state| !state.stop && !state.has_task()).unwrap();
+            if state.stop {
+                return;
+            }
+            let task = state.take_task();
+            state.busy = true;
+            drop(state);
+            let done = self.perform(&task);
+            state = self.lock();
+            state.busy = false;
+            let interrupt = state.finish(task, done);
+            let message = self.raise(&mut state, interrupt);
+            self.changed.notify_all();
+            if let Some(message) = message {
+                drop(state);
+                self.interrupts.signal(self.requester, message);
+                state = self.lock();
+            }
+        }
+    }
+
+    /// What came of it: the bytes read, or the factorial's; `None`: refused.
+    fn perform(&self, task: &Task) -> Option<Vec<u8>> {
+        match task {
+            Task::Factorial(n) => Some(factorial(*n).to_le_bytes().to_vec()),
+            Task::FromMemory(from, range) => {
+                let mut data = vec![0; range.len()];
+                self.dma.read(*from, &mut data).ok().map(|()| data)
+            }
+            Task::ToMemory(data, to) => self.dma.write(*to, data).ok().map(|()| Vec::new()),
+            Task::Refuse => None,
+        }
+    }
+
+    /// Sets bits of the interrupt status; the message to send, with the lock dropped.
+    fn raise(&self, state: &mut State, bits: u32) -> Option<Msi> {
+        state.registers.irq_status |= bits;
+        self.update_line(state);
+        if bits == 0 { None } else { state.message() }
+    }
+
+    /// The line is high while there is an interrupt and no message stands for it.
+    fn update_line(&self, state: &mut State) {
+        let pending = state.registers.irq_status != 0;
+        let status = state.config.u16(STATUS) & !STATUS_INTX;
+        state.config.put(STATUS, &(status | if pending { STATUS_INTX } else { 0 }).to_le_bytes());
+        if let Some(line) = &self.line {
+            line.set_level(pending && !state.has_msi() && state.config.command() & COMMAND_INTX_OFF == 0);
+        }
+    }
+
+    fn read(&self, offset: u64) -> u64 {
+        let registers = &self.lock().registers;
+        match offset {
+            0x00 => IDENTIFICATION.into(),
+            0x04 => registers.liveness.into(),
+            0x08 => registers.factorial.into(),
+            0x20 => registers.status.into(),
+            0x24 => registers.irq_status.into(),
+            0x80 => registers.source,
+            0x84 => registers.source >> 32,
+            0x88 => registers.destination,
+            0x8c => registers.destination >> 32,
+            0x90 => registers.count,
+            0x94 => registers.count >> 32,
+            0x98 => registers.command,
+            _ => u64::MAX,
+        }
+    }
+
+    /// The message to send, if any.
+    fn write(&self, offset: u64, value: u64) -> Option<Msi> {
+        let mut state = self.lock();
+        let registers = &mut state.registers;
+        let word = value as u32;
+        match offset {
+            0x04 => registers.liveness = !word,
+            0x08 if registers.status & STATUS_COMPUTING == 0 => {
+                registers.factorial = word;
+                registers.status |= STATUS_COMPUTING;
+                self.changed.notify_all();
+            }
+            0x20 => registers.status = registers.status & !STATUS_IRQ_FACTORIAL | word & STATUS_IRQ_FACTORIAL,
+            0x60 => return self.raise(&mut state, word),
+            0x64 => {
+                registers.irq_status &= !word;
+                self.update_line(&mut state);
+            }
+            // While a transfer goes on its registers do not change.
+            _ if registers.command & DMA_START != 0 => {}
+            0x80 => registers.source = value,
+            0x84 => registers.source = registers.source & 0xffff_ffff | value << 32,
+            0x88 => registers.destination = value,
+            0x8c => registers.destination = registers.destination & 0xffff_ffff | value << 32,
+            0x90 => registers.count = value,
+            0x94 => registers.count = registers.count & 0xffff_ffff | value << 32,
+            0x98 if value & DMA_START != 0 => {
+                registers.command = value & (DMA_START | DMA_TO_MEMORY | DMA_IRQ);
+                registers.status &= !STATUS_DMA_FAILED;
+                self.changed.notify_all();
+            }
+            _ => {}
+        }
+        None
+    }
+}
+
+impl State {
+    fn has_task(&self) -> bool {
+        self.registers.status & STATUS_COMPUTING != 0 || self.registers.command & DMA_START != 0
+    }
+
+    fn take_task(&self) -> Task {
+        let registers = &self.registers;
+        if registers.status & STATUS_COMPUTING != 0 {
+            return Task::Factorial(registers.factorial);
+        }
+        let to_memory = registers.command & DMA_TO_MEMORY != 0;
+        let (inner, outer) = if to_memory {
+            (registers.source, registers.destination)
+        } else {
+            (registers.destination, registers.source)
+        };
+        match in_buffer(inner, registers.count).filter(|_| self.is_master()) {
+            Some(range) if to_memory => Task::ToMemory(self.buffer[range].to_vec(), Iova(outer)),
+            Some(range) => Task::FromMemory(Iova(outer), range),
+            None => Task::Refuse,
+        }
+    }
+
+    /// Puts the result where it belongs; which interrupts follow. A task that a reset overtook has none.
+    fn finish(&mut self, task: Task, done: Option<Vec<u8>>) -> u32 {
+        let registers = &mut self.registers;
+        if let Task::Factorial(_) = task {
+            if registers.status & STATUS_COMPUTING == 0 {
+                return 0;
+            }
+            let bytes = done.and_then(|bytes| bytes.try_into().ok()).unwrap_or_default();
+            registers.factorial = u32::from_le_bytes(bytes);
+            registers.status &= !STATUS_COMPUTING;
+            return if registers.status & STATUS_IRQ_FACTORIAL != 0 { IRQ_FACTORIAL } else { 0 };
+        }
+        if registers.command & DMA_START == 0 {
+            return 0;
+        }
+        match (done, task) {
+            (Some(data), Task::FromMemory(_, range)) => self.buffer[range].copy_from_slice(&data),
+            (Some(_), _) => {}
+            (None, _) => registers.status |= STATUS_DMA_FAILED,
+        }
+        registers.command &= !DMA_START;
+        if registers.command & DMA_IRQ != 0 { IRQ_DMA } else { 0 }
+    }
+
+    fn is_master(&self) -> bool {
+        self.config.command() & COMMAND_MASTER != 0
+    }
+
+    fn has_msi(&self) -> bool {
+        self.config.u16(self.msi + 2) & 1 != 0
+    }
+
+    /// The message, while MSI is enabled. A message is a memory write, so it needs Bus Master.
+    fn message(&self) -> Option<Msi> {
+        let address = u64::from(self.config.u32(self.msi + 4)) | (u64::from(self.config.u32(self.msi + 8)) << 32);
+        let data = self.config.u16(self.msi + 12).into();
+        (self.has_msi() && self.is_master()).then_some(Msi { address, data })
+    }
+}
+
+/// The part of the buffer from `address` on, if all of it lies inside.
+fn in_buffer(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
+    let first = usize::try_from(address.checked_sub(BUFFER)?).ok()?;
+    let end = first.checked_add(usize::try_from(count).ok()?)?;
+    (end <= BUFFER_SIZE).then_some(first..end)
+}
+
+/// Modulo 2^32: from 34 on it is 0, which saves a guest's 2^32 multiplications.
+fn factorial(n: u32) -> u32 {
+    if n >= 34 { 0 } else { (1..=n).fold(1, u32::wrapping_mul) }
+}
+
+/// BAR 0 on the bus: registers take 4 bytes, from 0x80 on 8 too.
+struct Bar(Arc<Shared>);
+
+fn is_access(offset: u64, len: usize) -> bool {
+    len == 4 || (len == 8 && offset >= 0x80)
+}
+
+impl BusDevice for Bar {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if is_access(offset, data.len()) {
+            let len = data.len();
+            data.copy_from_slice(&self.0.read(offset).to_le_bytes()[..len]);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if !is_access(offset, data.len()) {
+            return;
+        }
+        let mut value = [0; 8];
+        value[..data.len()].copy_from_slice(data);
+        if let Some(message) = self.0.write(offset, u64::from_le_bytes(value)) {
+            self.0.interrupts.signal(self.0.requester, message);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "edu_test.rs"]
+mod edu_test;

@@ -1,0 +1,261 @@
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use vtd::SourceId;
+
+use super::*;
+use crate::Bus;
+use crate::dma::{DirectMemory, DmaFailed};
+use crate::pci::PciRoot;
+use crate::pci::config::COMMAND_MEMORY;
+use crate::testing::{FakeInterrupts, FakeLine};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+const SID: SourceId = SourceId::new(0, 3, 0);
+const BAR_GPA: u64 = 0xe000_0000;
+
+struct Bench {
+    bus: Arc<Bus>,
+    root: Arc<PciRoot>,
+    interrupts: Arc<FakeInterrupts>,
+    line: Arc<FakeLine>,
+}
+
+impl Bench {
+    fn with(dma: Box<dyn DmaTarget>) -> Self {
+        let bus = Arc::new(Bus::default());
+        let root = PciRoot::new(bus.clone());
+        let (interrupts, line) = (Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
+        let edu =
+            Edu::new(root.requester(SID), root.decoder(), interrupts.clone(), Some((line.clone(), 19)), dma).unwrap();
+        root.insert(SID, edu).unwrap();
+        let bench = Self { bus, root, interrupts, line };
+        bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
+        bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+        bench
+    }
+    fn command(&self, value: u16) {
+        self.root.config_write(SID, 4, &value.to_le_bytes());
+    }
+    fn read(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.bus.read(BAR_GPA + offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+    fn write(&self, offset: u64, value: u32) {
+        self.bus.write(BAR_GPA + offset, &value.to_le_bytes());
+    }
+    fn write64(&self, offset: u64, value: u64) {
+        self.bus.write(BAR_GPA + offset, &value.to_le_bytes());
+    }
+    fn enable_msi(&self) {
+        self.root.config_write(SID, 0x44, &0xfee0_0000u32.to_le_bytes());
+        self.root.config_write(SID, 0x4c, &[0x31, 0]);
+        self.root.config_write(SID, 0x42, &[1, 0]);
+    }
+    fn transfer(&self, source: u64, destination: u64, count: u64, command: u64) {
+        self.write64(0x80, source);
+        self.write64(0x88, destination);
+        self.write64(0x90, count);
+        self.write64(0x98, command);
+        while self.read(0x98) & 1 != 0 {
+            std::thread::yield_now();
+        }
+    }
+    fn failed(&self) -> bool {
+        self.read(0x20) & STATUS_DMA_FAILED != 0
+    }
+}
+
+fn memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap()
+}
+
+fn with_memory() -> (Bench, GuestMemoryMmap) {
+    let memory = memory();
+    (Bench::with(Box::new(DirectMemory(memory.clone()))), memory)
+}
+
+#[test]
+fn edu_says_who_it_is_and_lives() {
+    let (bench, _) = with_memory();
+    assert_eq!(bench.read(0x00), 0x0100_00ed);
+    bench.write(0x04, 0x1234_5678);
+    assert_eq!(bench.read(0x04), 0xedcb_a987);
+    let mut byte = [0];
+    bench.bus.read(BAR_GPA, &mut byte);
+    assert_eq!(byte, [0xff], "bytes are not served");
+}
+
+#[test]
+fn edu_factorials_interrupt_when_asked_to() {
+    let (bench, _) = with_memory();
+    bench.enable_msi();
+    for (n, result) in [(5, 120), (12, 479_001_600), (u32::MAX, 0), (0, 1)] {
+        bench.write(0x08, n);
+        while bench.read(0x20) & STATUS_COMPUTING != 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(bench.read(0x08), result);
+    }
+    assert_eq!(bench.read(0x24), 0);
+    bench.write(0x20, STATUS_IRQ_FACTORIAL);
+    bench.write(0x08, 3);
+    while bench.read(0x24) == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.read(0x24), IRQ_FACTORIAL);
+}
+
+#[test]
+fn edu_moves_memory_through_its_buffer() {
+    let (bench, memory) = with_memory();
+    let pattern: Vec<u8> = (0..BUFFER_SIZE).map(|i| (i * 7) as u8).collect();
+    memory.write_slice(&pattern, GuestAddress(0x1000)).unwrap();
+    bench.transfer(0x1000, BUFFER, BUFFER_SIZE as u64, DMA_START);
+    bench.transfer(BUFFER + 0x10, 0x5010, 0x100, DMA_START | DMA_TO_MEMORY);
+    let mut back = [0; 0x100];
+    memory.read_slice(&mut back, GuestAddress(0x5010)).unwrap();
+    assert_eq!(back, pattern[0x10..0x110]);
+    assert!(!bench.failed());
+}
+
+#[test]
+fn edu_refuses_what_leaves_its_buffer() {
+    let (bench, memory) = with_memory();
+    let refused = [
+        (0, 1),
+        (BUFFER - 1, 1),
+        (BUFFER, BUFFER_SIZE as u64 + 1),
+        (BUFFER + 0xfff, 2),
+        (BUFFER, u64::MAX),
+        (u64::MAX, 1),
+    ];
+    for (inner, count) in refused {
+        bench.transfer(inner, 0, count, DMA_START | DMA_TO_MEMORY);
+        assert!(bench.failed(), "{inner:#x} {count:#x}");
+        bench.transfer(0, inner, count, DMA_START);
+        assert!(bench.failed(), "{inner:#x} {count:#x}");
+    }
+    bench.transfer(BUFFER, 0, 4, DMA_START | DMA_TO_MEMORY);
+    assert!(!bench.failed(), "the next one is clean");
+    drop(memory);
+}
+
+#[test]
+fn edu_does_nothing_on_the_bus_without_bus_master() {
+    let (bench, memory) = with_memory();
+    memory.write_slice(&[0x55; 16], GuestAddress(0x2000)).unwrap();
+    bench.enable_msi();
+    bench.command(COMMAND_MEMORY);
+    bench.transfer(BUFFER, 0x2000, 16, DMA_START | DMA_TO_MEMORY | DMA_IRQ);
+    assert!(bench.failed());
+    let mut there = [0; 16];
+    memory.read_slice(&mut there, GuestAddress(0x2000)).unwrap();
+    assert_eq!(there, [0x55; 16]);
+    assert!(bench.interrupts.take().is_empty(), "a message is a write too");
+}
+
+#[test]
+fn edu_interrupts_by_message_or_by_line_until_acknowledged() {
+    let (bench, _) = with_memory();
+    bench.write(0x60, 0x11);
+    assert!(bench.line.is_high());
+    assert_eq!(bench.read(0x24), 0x11);
+    bench.write(0x64, 0x01);
+    assert!(bench.line.is_high());
+    bench.write(0x64, 0x10);
+    assert!(!bench.line.is_high());
+    bench.enable_msi();
+    bench.write(0x60, 2);
+    assert!(!bench.line.is_high());
+    assert_eq!(bench.interrupts.take(), [Msi { address: 0xfee0_0000, data: 0x31 }]);
+}
+
+#[test]
+fn edu_interrupt_disable_lowers_the_line_and_clearing_it_raises_it_again() {
+    let (bench, _) = with_memory();
+    bench.write(0x60, 1);
+    bench.command(COMMAND_MEMORY | COMMAND_INTX_OFF);
+    assert!(!bench.line.is_high());
+    bench.command(COMMAND_MEMORY);
+    assert!(bench.line.is_high());
+}
+
+/// A target that waits for the test: it says what is asked, and answers what it is told.
+struct Slow {
+    asked: Sender<(Iova, usize)>,
+    answer: Mutex<Receiver<Result<(), DmaFailed>>>,
+}
+
+impl DmaTarget for Slow {
+    fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaFailed> {
+        self.asked.send((iova, data.len())).unwrap();
+        self.answer.lock().unwrap().recv().unwrap()
+    }
+    fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaFailed> {
+        self.asked.send((iova, data.len())).unwrap();
+        self.answer.lock().unwrap().recv().unwrap()
+    }
+}
+
+fn slow() -> (Bench, Receiver<(Iova, usize)>, Sender<Result<(), DmaFailed>>) {
+    let ((asked, asks), (answers, answer)) = (channel(), channel());
+    (Bench::with(Box::new(Slow { asked, answer: Mutex::new(answer) })), asks, answers)
+}
+
+#[test]
+fn edu_transfers_off_the_vcpu_and_registers_hold_still_meanwhile() {
+    let (bench, asks, answers) = slow();
+    bench.write64(0x80, BUFFER);
+    bench.write64(0x88, 0x1_0000_0000);
+    bench.write64(0x90, 8);
+    bench.write64(0x98, DMA_START | DMA_TO_MEMORY);
+    assert_eq!(asks.recv().unwrap(), (Iova(0x1_0000_0000), 8));
+    assert_eq!(bench.read(0x98) & 1, 1);
+    bench.write64(0x88, 0);
+    answers.send(Err(DmaFailed)).unwrap();
+    while bench.read(0x98) & 1 != 0 {
+        std::thread::yield_now();
+    }
+    assert!(bench.failed());
+    assert_eq!((bench.read(0x88), bench.read(0x8c)), (0, 1));
+}
+
+#[test]
+fn edu_reset_waits_for_the_transfer_in_flight_and_drops_its_result() {
+    let (bench, asks, answers) = slow();
+    bench.write64(0x80, BUFFER);
+    bench.write64(0x90, 8);
+    bench.write64(0x98, DMA_START | DMA_TO_MEMORY | DMA_IRQ);
+    asks.recv().unwrap();
+    std::thread::scope(|scope| {
+        let reset = scope.spawn(|| bench.root.reset());
+        while bench.read_config_command() != 0 {
+            std::thread::yield_now();
+        }
+        assert!(!reset.is_finished());
+        answers.send(Ok(())).unwrap();
+        reset.join().unwrap();
+    });
+    bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
+    bench.command(COMMAND_MEMORY);
+    assert_eq!((bench.read(0x24), bench.read(0x98), bench.read(0x90)), (0, 0, 0));
+}
+
+impl Bench {
+    fn read_config_command(&self) -> u16 {
+        let mut data = [0; 2];
+        self.root.config_read(SID, 4, &mut data);
+        u16::from_le_bytes(data)
+    }
+}
+
+#[test]
+fn edu_shutdown_joins_its_worker() {
+    let root = PciRoot::new(Arc::default());
+    let interrupts = Arc::new(FakeInterrupts::default());
+    let dma = Box::new(DirectMemory(memory()));
+    let edu = Edu::new(root.requester(SID), root.decoder(), interrupts.clone(), None, dma).unwrap();
+    drop(edu);
+    assert_eq!(Arc::strong_count(&interrupts), 1, "the worker's share is gone");
+}
