@@ -198,7 +198,10 @@ impl DmaTarget for Slow {
     }
 }
 
-fn slow() -> (Bench, Receiver<(Iova, usize)>, Sender<Result<(), DmaFailed>>) {
+type Asks = Receiver<(Iova, usize)>;
+type Answers = Sender<Result<(), DmaFailed>>;
+
+fn slow() -> (Bench, Asks, Answers) {
     let ((asked, asks), (answers, answer)) = (channel(), channel());
     (Bench::with(Box::new(Slow { asked, answer: Mutex::new(answer) })), asks, answers)
 }
