@@ -66,6 +66,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         self.requester
     }
 
+    /// The unit that it stands behind.
+    pub fn unit(&self) -> &Arc<Unit<M>> {
+        &self.unit
+    }
+
     /// Opens a session; it ends when the result is dropped.
     pub fn enter(&self) -> DmaSession<'_, M> {
         DmaSession { endpoint: self, token: self.iotlb.open_session() }

@@ -241,3 +241,7 @@ fn join_neighbours(unmaps: &mut Vec<(u64, u64)>, from: usize) {
         unmaps.remove(from);
     }
 }
+
+#[cfg(test)]
+#[path = "shadow_test.rs"]
+mod shadow_test;

@@ -1,6 +1,10 @@
 //! The unit as a guest and a listener see it. Tests are named by the behaviours that they show.
 
+mod bounds;
+mod endpoints;
+mod faults;
 mod queue;
+mod random;
 mod registers;
 mod rig;
 mod shadowing;

@@ -1,0 +1,208 @@
+//! Emulated DMA: endpoints, sessions, and what an invalidation does to them (rule 6).
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vtd::{Access, DmaError, Gpa, Iova, Perm};
+
+use crate::rig::{NIC, NVME, Rig, context_global, iotlb_domain, iotlb_pages};
+
+/// NVME in domain 1 with `pages` pages at 0x10_0000, which lead to 0x80_0000.
+fn rig(pages: u64) -> (Rig, u64) {
+    let (mut rig, root) = Rig::with_nvme();
+    rig.pages(root, 0x10_0000, 0x80_0000, pages);
+    (rig, root)
+}
+
+#[test]
+fn an_access_goes_over_pages_that_lead_to_different_places() {
+    let (mut rig, root) = rig(1);
+    rig.pages(root, 0x10_1000, 0x90_0000, 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    endpoint.write(Iova(0x10_0ffe), &[1, 2, 3, 4]).unwrap();
+    assert_eq!(rig.load(0x80_0ff8) >> 48, 0x0201);
+    assert_eq!(rig.load(0x90_0000), 0x0403);
+    let mut data = [0; 4];
+    endpoint.read(Iova(0x10_0ffe), &mut data).unwrap();
+    assert_eq!(data, [1, 2, 3, 4]);
+    // The second page is gone: the first is written, then a fault.
+    rig.clear(root, 0x10_1000, 1);
+    assert!(rig.submit(&[iotlb_pages(1, 0x10_1000, 0)]));
+    let error = endpoint.write(Iova(0x10_0ffe), &[9; 4]).unwrap_err();
+    assert!(matches!(error, DmaError::Fault(fault) if fault.iova == Iova(0x10_1000)));
+    assert_eq!(rig.load(0x80_0ff8) >> 48, 0x0909);
+    assert_eq!(rig.fault_records().len(), 1);
+}
+
+#[test]
+fn a_translation_is_cached_until_its_invalidation() {
+    let (mut rig, root) = rig(3);
+    let endpoint = rig.unit.endpoint(NVME);
+    let page = |number: u64| endpoint.enter().translate(Iova(0x10_0000 + (number << 12)), Access::Read);
+    for number in 0..3 {
+        assert!(page(number).is_ok());
+    }
+    rig.clear(root, 0x10_0000, 3);
+    assert_eq!(page(0), Ok(Gpa(0x80_0000)), "cached");
+    assert!(rig.submit(&[iotlb_pages(2, 0x10_0000, 0)]));
+    assert_eq!(page(0), Ok(Gpa(0x80_0000)), "another domain");
+    assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
+    assert!(page(0).is_err());
+    assert_eq!(page(1), Ok(Gpa(0x80_1000)), "only that page");
+    assert!(rig.submit(&[iotlb_domain(2)]));
+    assert_eq!(page(1), Ok(Gpa(0x80_1000)));
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    assert!(page(1).is_err() && page(2).is_err());
+}
+
+#[test]
+fn what_is_not_present_is_not_cached() {
+    let (mut rig, root) = rig(0);
+    let endpoint = rig.unit.endpoint(NVME);
+    assert!(endpoint.read(Iova(0x10_0000), &mut [0]).is_err());
+    rig.pages(root, 0x10_0000, 0x80_0000, 1);
+    assert!(endpoint.read(Iova(0x10_0000), &mut [0]).is_ok());
+}
+
+#[test]
+fn an_invalidation_of_a_part_of_a_large_leaf_reaches_all_of_it() {
+    let (mut rig, root) = rig(0);
+    rig.leaf(root, 48, 0x20_0000, 0x100_0000, Some(Perm::ReadWrite), 2);
+    let endpoint = rig.unit.endpoint(NVME);
+    assert!(endpoint.read(Iova(0x23_4000), &mut [0]).is_ok());
+    rig.leaf(root, 48, 0x20_0000, 0, None, 2);
+    assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 0)]));
+    assert!(endpoint.read(Iova(0x23_4000), &mut [0]).is_err());
+}
+
+#[test]
+fn a_context_invalidation_and_translation_off_reach_what_is_cached() {
+    let (mut rig, _) = rig(1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let translate = || endpoint.enter().translate(Iova(0x10_0000), Access::Read);
+    assert_eq!(translate(), Ok(Gpa(0x80_0000)));
+    rig.command(|on| on.with_translation(false));
+    assert_eq!(translate(), Ok(Gpa(0x10_0000)));
+    rig.command(|on| on.with_translation(true));
+    assert_eq!(translate(), Ok(Gpa(0x80_0000)));
+    rig.clear_context(NVME);
+    assert!(rig.submit(&[context_global()]));
+    assert!(translate().is_err());
+    rig.unit.reset();
+    assert_eq!(translate(), Ok(Gpa(0x10_0000)));
+}
+
+#[test]
+fn a_cached_page_that_denies_an_access_is_walked_again() {
+    let (mut rig, root) = rig(0);
+    rig.leaf(root, 48, 0x10_0000, 0x80_0000, Some(Perm::Read), 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    assert!(endpoint.read(Iova(0x10_0000), &mut [0]).is_ok());
+    assert!(endpoint.write(Iova(0x10_0000), &[0]).is_err());
+    rig.leaf(root, 48, 0x10_0000, 0x80_0000, Some(Perm::ReadWrite), 1);
+    assert!(endpoint.write(Iova(0x10_0000), &[0]).is_ok());
+}
+
+#[test]
+fn a_translation_to_no_memory_is_no_fault() {
+    let (mut rig, root) = rig(0);
+    rig.pages(root, 0x10_0000, 0x7000_0000, 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let error = endpoint.read(Iova(0x10_0010), &mut [0]).unwrap_err();
+    assert_eq!(error, DmaError::NoMemory { iova: Iova(0x10_0010), gpa: Gpa(0x7000_0010) });
+    assert_eq!(rig.fault_records(), []);
+}
+
+#[test]
+fn a_session_is_guest_memory_at_iovas() {
+    let (mut rig, root) = rig(2);
+    rig.pages(root, 0x10_2000, 0xa0_0000, 1);
+    rig.leaf(root, 48, 0x10_3000, 0xb0_0000, Some(Perm::Read), 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    // Two contiguous pages are one slice, and the third is another.
+    let slices = session.get_slices(GuestAddress(0x10_0800), 0x2000, Permissions::ReadWrite).unwrap();
+    let lengths: Vec<usize> = slices.map(|slice| slice.unwrap().len()).collect();
+    assert_eq!(lengths, [0x1800, 0x800]);
+    session.write_slice(&[7; 0x2000], GuestAddress(0x10_0800)).unwrap();
+    assert_eq!((rig.load(0x80_0800), rig.load(0xa0_07f8)), (0x0707_0707_0707_0707, 0x0707_0707_0707_0707));
+    assert!(session.check_range(GuestAddress(0x10_0000), 0x4000, Permissions::Read));
+    assert!(!session.check_range(GuestAddress(0x10_0000), 0x4000, Permissions::Write));
+    assert!(!session.check_range(GuestAddress(0x10_0000), 0x4001, Permissions::Read));
+    assert_eq!(rig.fault_records(), [], "asking is no request");
+    assert!(session.write_slice(&[1; 8], GuestAddress(0x10_3000)).is_err());
+    assert_eq!(rig.fault_records(), [(0, NVME.sid, 5, 0x10_3000, false)]);
+}
+
+#[test]
+fn an_invalidation_waits_for_the_sessions_that_are_open() {
+    let (mut rig, root) = rig(1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    assert!(session.translate(Iova(0x10_0000), Access::Write).is_ok());
+    rig.clear(root, 0x10_0000, 1);
+    std::thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel();
+        let invalidation = scope.spawn(move || {
+            assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
+            done.send(()).unwrap();
+            rig
+        });
+        // It cannot be done while the session is open, however long that takes.
+        assert_eq!(is_done.recv_timeout(Duration::from_millis(200)), Err(mpsc::RecvTimeoutError::Timeout));
+        // Register reads and a session that begins now do not wait.
+        assert!(endpoint.enter().translate(Iova(0x10_0000), Access::Write).is_err());
+        let mut status = [0; 4];
+        endpoint_unit_read(&endpoint, &mut status);
+        drop(session);
+        is_done.recv().unwrap();
+        drop(invalidation.join());
+    });
+}
+
+fn endpoint_unit_read(endpoint: &vtd::Endpoint<crate::rig::Memory>, status: &mut [u8]) {
+    endpoint.unit().read(vtd::spec::registers::offset::GSTS, status);
+    assert_ne!(status, [0; 4]);
+}
+
+#[test]
+fn no_access_comes_after_the_wait_status_of_its_unmap() {
+    // The guest gives a page to a device, takes it back, and then uses it for something else: from then on it never
+    // changes, whatever the device does meanwhile.
+    let (mut rig, root) = rig(0);
+    let endpoint = rig.unit.endpoint(NVME);
+    let other = rig.unit.endpoint(NIC);
+    let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    if endpoint.write(Iova(0x10_0008), &[0xdd; 8]).is_ok() {
+                        writes.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let _ = other.write(Iova(0x10_0008), &[0xdd; 8]);
+                }
+            });
+        }
+        for round in 0..200u64 {
+            let gpa = 0x80_0000 + (round % 16) * 4096;
+            rig.pages(root, 0x10_0000, gpa, 1);
+            assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
+            let before = writes.load(Ordering::Relaxed);
+            while round % 8 == 0 && writes.load(Ordering::Relaxed) == before {
+                std::thread::yield_now();
+            }
+            rig.clear(root, 0x10_0000, 1);
+            let invalidation = if round % 3 == 0 { iotlb_domain(1) } else { iotlb_pages(1, 0x10_0000, 0) };
+            assert!(rig.submit(&[invalidation]));
+            rig.store(gpa + 8, round);
+            for _ in 0..200 {
+                assert_eq!(rig.load(gpa + 8), round);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(writes.load(Ordering::Relaxed) > 0);
+}
