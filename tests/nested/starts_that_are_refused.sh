@@ -38,7 +38,7 @@ boot="--kernel $KERNEL --initrd initrd.cpio --cmdline console=ttyS0"
 
 # shellcheck disable=SC2086
 {
-    refused "no such device" "1e:1f\.7" "no such|does not exist|no function|not found" -- $boot --device vfio,host=1e:1f.7
+    refused "no such device" "1e:1f\.7" "has no PCI function" "/sys/bus/pci/devices" -- $boot --device vfio,host=1e:1f.7
 
     unbind-vfio "$NVME"
     echo "$NVME" >/sys/bus/pci/drivers_probe
