@@ -5,7 +5,9 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
-use devices::host::PowerControl;
+use devices::dma::{DirectMemory, DmaTarget};
+use devices::edu::Edu;
+use devices::host::{IrqLine, PowerControl};
 use devices::ioapic::{EoiListener, IoApic};
 use devices::legacy::I8042;
 use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, SlotError, gsi_of};
@@ -82,7 +84,7 @@ pub enum Error {
     #[error(transparent)]
     Overlap(#[from] Overlap),
     /// A thread could not be made.
-    #[error("a vCPU thread could not be started: {0}")]
+    #[error("a thread could not be started: {0}")]
     Thread(std::io::Error),
 }
 
@@ -209,7 +211,8 @@ impl Machine {
         };
 
         let bridge = assigned.bridge.clone();
-        let mut plug = Plug { platform: &platform, unit: unit.as_ref(), interrupts, slots, assigned: Vec::new() };
+        let mut plug =
+            Plug { platform: &platform, unit: unit.as_ref(), interrupts, slots, ram: &ram, assigned: Vec::new() };
         let placed = plug.devices(&args.devices, names, assigned)?;
         let assigned = plug.assigned;
 
@@ -339,6 +342,7 @@ struct Plug<'a> {
     unit: Option<&'a Arc<Unit<Ram>>>,
     interrupts: Arc<KvmInterrupts>,
     slots: Arc<KvmSlots>,
+    ram: &'a Arc<Ram>,
     /// Assigned functions, with their ids.
     assigned: Vec<(String, Arc<VfioPci>)>,
 }
@@ -363,14 +367,29 @@ impl Plug<'_> {
                     self.assigned.push((id.clone(), vfio.clone()));
                     vfio
                 }
-                DeviceKind::Edu => {
-                    return Err(Error::Slot { id: id.clone(), source: SlotError::Full });
-                }
+                DeviceKind::Edu => self.edu(requester)?,
             };
             self.platform.root.insert(sid, function).map_err(place)?;
             placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host });
         }
         Ok(placed)
+    }
+
+    /// The pin `pin` of the function at `requester`: its line, and the line's number.
+    fn line(&self, requester: Requester, pin: u8) -> (Arc<dyn IrqLine>, u8) {
+        let gsi = gsi_of(requester.sid.device(), pin) as u8;
+        (self.platform.ioapic.line(gsi), gsi)
+    }
+
+    /// An emulated device, whose DMA goes through its endpoint of the unit.
+    fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
+        let memory: Box<dyn DmaTarget> = match self.unit {
+            Some(unit) => Box::new(unit.endpoint(requester)),
+            None => Box::new(DirectMemory((**self.ram).clone())),
+        };
+        let line = self.line(requester, 1);
+        Edu::new(requester, self.platform.root.decoder(), self.interrupts.clone(), Some(line), memory)
+            .map_err(Error::Thread)
     }
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
@@ -382,14 +401,15 @@ impl Plug<'_> {
             unit.add_requester(requester).map_err(|source| assign::Error::Attach { bdf, source })?;
         }
         let host: Arc<dyn AssignedHost> = Arc::new(function);
-        let gsi = VfioPci::pin_of(&*host).map(|pin| gsi_of(requester.sid.device(), pin) as u8);
+        let intx = VfioPci::pin_of(&*host).map(|pin| self.line(requester, pin));
+        let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
             requester,
             host,
             decoder: self.platform.root.decoder(),
             slots: self.slots.clone(),
             interrupts: self.interrupts.clone(),
-            intx: gsi.map(|gsi| (self.platform.ioapic.line(gsi), gsi)),
+            intx,
         })
         .map_err(|source| assign::Error::Function { bdf, source })?;
         if let Some(gsi) = gsi {

@@ -1,11 +1,12 @@
-//! Guest RAM: one memfd, shared, so that other processes and iommufd can be given the file.
+//! Guest RAM: a shared memfd where the host gives huge pages to shared memory, else anonymous memory, which gets them
+//! nearly everywhere. Start-up pays for each page of it once: pinned for a device, or faulted in by the guest.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
 
@@ -45,8 +46,33 @@ fn memory_file(size: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Where the kernel says who gets huge pages of shared memory.
+const SHARED_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+/// Whether `setting` (the file's text, the choice in brackets) gives huge pages to shared memory that asks for them.
+fn shares_huge_pages(setting: &str) -> bool {
+    ["[always]", "[within_size]", "[advise]", "[force]"].iter().any(|choice| setting.contains(choice))
+}
+
 /// Makes `size` bytes of RAM (a multiple of 4096), laid out as [`layout::ram_regions`] says. Nothing is touched yet.
 pub fn create(size: u64) -> Result<Arc<Ram>, Error> {
+    let shared = fs::read_to_string(SHARED_HUGE_PAGES).is_ok_and(|setting| shares_huge_pages(&setting));
+    log::debug!("guest memory is {}", if shared { "a shared file" } else { "anonymous" });
+    let ram = if shared { shared_ram(size)? } else { anonymous_ram(size)? };
+    for region in ram.iter() {
+        // SAFETY: advice on a mapping of our own; it changes no content.
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_HUGEPAGE) } != 0 {
+            log::debug!("no huge pages for guest memory: {}", io::Error::last_os_error());
+        }
+    }
+    Ok(Arc::new(ram))
+}
+
+fn map_error(size: u64) -> impl Fn(vm_memory::mmap::FromRangesError) -> Error {
+    move |e| Error::Map { size, reason: e.to_string() }
+}
+
+fn shared_ram(size: u64) -> Result<Ram, Error> {
     let file = Arc::new(memory_file(size).map_err(|source| Error::File { size, source })?);
     let mut offset = 0;
     let mut ranges = Vec::new();
@@ -54,17 +80,23 @@ pub fn create(size: u64) -> Result<Arc<Ram>, Error> {
         ranges.push((GuestAddress(gpa), len as usize, Some(FileOffset::from_arc(file.clone(), offset))));
         offset += len;
     }
-    Ram::from_ranges_with_files(ranges).map(Arc::new).map_err(|e| Error::Map { size, reason: e.to_string() })
+    Ram::from_ranges_with_files(ranges).map_err(map_error(size))
+}
+
+fn anonymous_ram(size: u64) -> Result<Ram, Error> {
+    let ranges: Vec<_> =
+        layout::ram_regions(size).into_iter().map(|(gpa, len)| (GuestAddress(gpa), len as usize)).collect();
+    Ram::from_ranges(&ranges).map_err(map_error(size))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::Bytes;
 
     #[test]
-    fn ram_is_one_shared_file_in_two_regions() {
-        let ram = create(layout::LOW_RAM_MAX + (1 << 20)).unwrap();
+    fn shared_ram_is_one_file_in_two_regions() {
+        let ram = shared_ram(layout::LOW_RAM_MAX + (1 << 20)).unwrap();
         assert_eq!(ram.num_regions(), 2);
         ram.write_obj(0x1122_3344u32, GuestAddress(layout::FOUR_GIB)).unwrap();
         let high = ram.find_region(GuestAddress(layout::FOUR_GIB)).unwrap();
@@ -74,5 +106,19 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut bytes, file.start()).unwrap();
         assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
         assert!(ram.read_obj::<u8>(GuestAddress(0xfee0_0000)).is_err());
+    }
+
+    #[test]
+    fn anonymous_ram_has_the_same_layout() {
+        let size = layout::LOW_RAM_MAX + (1 << 20);
+        let regions = |ram: Ram| ram.iter().map(|region| (region.start_addr(), region.len())).collect::<Vec<_>>();
+        assert_eq!(regions(anonymous_ram(size).unwrap()), regions(shared_ram(size).unwrap()));
+    }
+
+    #[test]
+    fn the_hosts_choice_is_the_word_in_brackets() {
+        assert!(shares_huge_pages("always within_size [advise] never deny force"));
+        assert!(!shares_huge_pages("always within_size advise [never] deny force"));
+        assert!(!shares_huge_pages("always within_size advise never [deny] force"));
     }
 }
