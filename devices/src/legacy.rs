@@ -126,7 +126,8 @@ impl Time {
     }
 }
 
-/// A keyboard controller without a keyboard: the guest can reset the machine through it.
+/// A keyboard controller without a keyboard: the guest can reset the machine through it. Port 0x61, which lies in its
+/// range, says that the timer it belongs to has run out.
 pub struct I8042(Mutex<I8042Device<ResetTrigger>>);
 
 struct ResetTrigger(Arc<dyn PowerControl>);
@@ -154,7 +155,11 @@ impl I8042 {
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        data[0] = self.0.lock().unwrap().read(offset as u8);
+        data[0] = match offset {
+            // Port 0x61: timer 2 has run out. Linux waits for that bit without end when it measures the TSC's rate.
+            1 => 0x20,
+            _ => self.0.lock().unwrap().read(offset as u8),
+        };
     }
     fn write(&self, offset: u64, data: &[u8]) {
         let Ok(()) = self.0.lock().unwrap().write(offset as u8, data[0]);

@@ -392,6 +392,18 @@ fn f5_a_masked_vector_is_pending_and_delivered_once_at_unmask() {
 }
 
 #[test]
+fn f5_signals_before_and_after_a_look_at_the_pending_bits_are_one_message() {
+    let bench = Bench::running();
+    bench.vector(1, 0x41, true);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.host.raise(IrqKind::Msix, 1);
+    assert_eq!(bench.read(PBA), 2);
+    bench.host.raise(IrqKind::Msix, 1);
+    bench.write(TABLE + 16 + 12, 0);
+    assert_eq!(bench.delivered(), [0x41]);
+}
+
+#[test]
 fn f5_the_function_mask_masks_all_and_keeps_what_came() {
     let bench = Bench::running();
     bench.vector(0, 0x40, false);
