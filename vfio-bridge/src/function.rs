@@ -240,7 +240,12 @@ impl HostFunction {
         // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
         // reads them.
         let result = unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        match result {
+            0 => Ok(()),
+            // Nothing is enabled: the host has only this many vectors.
+            1.. => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Whether [`HostFunction::reset`] can work.
