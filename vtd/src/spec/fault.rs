@@ -67,6 +67,49 @@ impl FaultReason {
     }
 }
 
+/// Why an interrupt request was blocked. Section 5.1.4.1, table of fault conditions.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum InterruptFaultReason {
+    /// A reserved field of a request in remappable format is not zero.
+    RequestReserved = 0x20,
+    /// The interrupt index is beyond the table.
+    IndexBeyondTable = 0x21,
+    /// The entry is not present.
+    EntryNotPresent = 0x22,
+    /// The entry could not be read.
+    TableAccess = 0x23,
+    /// A reserved field of a present entry is not zero, or a field has a reserved value.
+    EntryReserved = 0x24,
+    /// A request in compatibility format, while EIME is set or CFIS is clear.
+    CompatibilityBlocked = 0x25,
+    /// The requester is not who the entry is for.
+    SourceBlocked = 0x26,
+}
+
+impl InterruptFaultReason {
+    /// Every reason, in ascending order of its code.
+    pub const ALL: [Self; 7] = [
+        Self::RequestReserved,
+        Self::IndexBeyondTable,
+        Self::EntryNotPresent,
+        Self::TableAccess,
+        Self::EntryReserved,
+        Self::CompatibilityBlocked,
+        Self::SourceBlocked,
+    ];
+
+    /// The code that stands in a fault record.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// Whether FPD of the entry silences it: all that are found in an entry that could be read.
+    pub const fn qualified(self) -> bool {
+        matches!(self, Self::EntryNotPresent | Self::EntryReserved | Self::SourceBlocked)
+    }
+}
+
 /// Bits 127:64 of a fault recording register; bits 63:12 of the lower half are the faulting page. Section 11.4.7.6.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]

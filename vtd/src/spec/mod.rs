@@ -5,6 +5,7 @@
 
 pub mod fault;
 pub mod invalidation;
+pub mod irte;
 pub mod registers;
 pub mod root_context;
 pub mod second_stage;

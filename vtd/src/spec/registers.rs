@@ -300,6 +300,29 @@ pub struct QueueAddress {
     pub page: u64,
 }
 
+/// Interrupt remapping table address register (64 bits, RW). Section 11.4, IRTA_REG.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct InterruptTableAddress {
+    /// S: the table has `2^(size + 1)` entries.
+    #[bits(4)]
+    pub size: u8,
+    #[bits(7)]
+    __: u8,
+    /// EIME: destinations have 32 bits. Reserved unless the unit has extended interrupt mode.
+    pub extended_mode: bool,
+    /// IRTA: page number of the table.
+    #[bits(52)]
+    pub page: u64,
+}
+
+impl InterruptTableAddress {
+    /// Number of entries, 2 to 65536.
+    pub const fn entries(self) -> u32 {
+        2 << self.size()
+    }
+}
+
 /// Invalidation queue error record register (64 bits, RO). Section 11.4.8.10.
 #[bitfield(u64)]
 pub struct QueueErrorRecord {
