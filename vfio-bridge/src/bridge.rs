@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A mapping of a paged space is real for all of its groups or for none: the unit forgets a mapping that is refused,
-//! so it must not stay in the container of a group whose host took it.
+//! so it must not stay in the container of a group whose host took it. For the same reason a group that joins a space of others
+//! joins it with all of its mappings or not at all: then it is blocked, and the others are not touched.
 //!
 //! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read without it.
 
@@ -199,6 +200,14 @@ impl Bridge {
         entry.space = space;
     }
 
+    /// Blocks `requester`, and so its group, after an attach that could not be completed (C-2).
+    fn keep_out(&self, state: &mut State, id: GroupId, requester: Requester) {
+        if let Some(entry) = state.groups.get_mut(&id) {
+            entry.group.set(requester, Some(SpaceKey::Blocked));
+            self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), &mut Vec::new());
+        }
+    }
+
     /// All guest RAM at its guest-physical addresses.
     fn identity(&self) -> impl Iterator<Item = Mapping> {
         self.guest.regions().iter().map(|region| Mapping {
@@ -259,7 +268,19 @@ impl SpaceListener for Bridge {
         entry.group.set(requester, Some(*space));
         let mut lost = Vec::new();
         self.settle(entry, space, live, &mut lost);
-        let refused = self.level(&mut state, space, requester, lost);
+        let shared = matches!(space, SpaceKey::Paged(_)) && state.following(space).any(|(other, _)| other != id);
+        if shared && let Some(first) = lost.first() {
+            // The others keep what they have, so this group cannot be there with less (as Linux: a group joins a container
+            // with all of its mappings or not at all).
+            let why =
+                format!("{} of the space's mappings were refused ({:?}: {})", lost.len(), first.cause, first.range);
+            self.keep_out(&mut state, id, requester);
+            let broken = state.newly_broken();
+            drop(state);
+            self.stop(&broken);
+            return Err(host(why));
+        }
+        let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
         let broken = state.newly_broken();
         let stopped = state.groups.get(&id).filter(|e| e.quarantined).and_then(|e| e.container.broken());
         let stopped = stopped.map(str::to_owned);

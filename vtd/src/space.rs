@@ -151,8 +151,8 @@ pub enum AttachRefused {
     /// The requester was never registered with the listener.
     #[error("{0} is not a device that the bridge knows")]
     UnknownRequester(Requester),
-    /// The host refused some of the mappings of the space; the rest are in place. In a paged space what was refused is mapped
-    /// for no member any more, and the shadow forgets it, as with [`Applied::refused`].
+    /// The host refused some of the mappings of the space; the rest are in place. The shadow of a paged space forgets what was
+    /// refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is [`Self::Host`].)
     #[error("{} mappings of the space were refused by the host", .0.len())]
     Partial(Vec<Refusal>),
     /// The host could not switch the device.

@@ -274,6 +274,33 @@ fn b11_what_one_group_cannot_have_no_group_of_the_space_keeps() {
 }
 
 #[test]
+fn b11_c2_a_group_that_cannot_have_all_of_a_shared_space_stays_out_and_the_others_keep_it() {
+    let world = World::new(Kernel::new(48), SMALL, &[(1, 1), (2, 2)]);
+    let space = paged(1, 48);
+    let live = [mapping(0, 0, KIB4), mapping(GIB, 0, KIB4)];
+    world.attach(1, &space, &live).expect("attached");
+    world.model.inject(|_, op| matches!(op, HostOp::Map(held) if held.iova == GIB).then_some(libc::ENOSPC));
+    let before = world.contents();
+    let refused = world.attach(2, &space, &live).expect_err("not all of it");
+    assert!(refused.to_string().contains("1 of the space's mappings were refused (Limit: 0x40000000-0x40000fff)"));
+    assert_eq!(world.contents(), before);
+    assert!(world.model.contents(GroupId(2)).is_empty());
+    assert_eq!(world.bridge.space_of(requester(2)), Some(SpaceKey::Blocked));
+    world.model.stop_injecting();
+    world.attach(2, &space, &live).expect("attached");
+    assert_eq!(world.model.contents(GroupId(2)), before);
+}
+
+#[test]
+fn b11_a_group_that_is_alone_in_its_space_has_the_rest_of_it() {
+    let world = World::new(Kernel { entries: 1, ..Kernel::new(48) }, SMALL, &[(1, 1)]);
+    let attached = world.attach(1, &paged(1, 48), &[mapping(0, 0, KIB4), mapping(GIB, 0, KIB4)]);
+    let refused = refusal(GIB, GIB + KIB4 - 1, RefusalCause::Limit);
+    assert_eq!(attached, Err(AttachRefused::Partial(vec![refused])));
+    assert_eq!(world.shape(), [(0, KIB4)]);
+}
+
+#[test]
 fn b11_a_refused_unmap_stops_the_function_before_the_call_returns() {
     let (world, space) = World::one(Kernel::new(48), 48);
     world.done(&space, &[map(0, 0, KIB4), map(GIB, 0, KIB4)]);

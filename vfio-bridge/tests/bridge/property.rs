@@ -449,6 +449,12 @@ impl Run {
         let refused = match attached {
             Ok(()) => Vec::new(),
             Err(AttachRefused::Partial(refused)) => refused,
+            // A group joins a space of others whole or not at all.
+            Err(AttachRefused::Host { .. }) if !self.unlimited && self.unit.effective == [space; 2] => {
+                self.unit.attached[device] = Some(BLOCKED);
+                self.unit.effective[group] = BLOCKED;
+                return (wish, Vec::new());
+            }
             Err(AttachRefused::Host { .. }) => {
                 self.host_failed = true;
                 Vec::new()

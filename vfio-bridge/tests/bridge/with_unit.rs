@@ -169,6 +169,13 @@ enum Step {
     SetRoot,
     /// Until the next re-sync the host refuses one map in this many.
     Refuse(u64),
+    /// A directory entry changes, and one page that it covers is invalidated (B-1).
+    Directory {
+        root: usize,
+        index: u64,
+        value: Value,
+        page: u64,
+    },
 }
 
 fn place() -> impl Strategy<Value = Place> {
@@ -229,7 +236,9 @@ fn context() -> impl Strategy<Value = Context> {
 
 fn step() -> impl Strategy<Value = Step> {
     let root = prop_oneof![4 => Just(0usize), 1 => Just(1), 1 => Just(2)];
+    let directory = (root.clone(), 0u64..2, value(), 0u64..512);
     prop_oneof![
+        3 => directory.prop_map(|(root, index, value, page)| Step::Directory { root, index, value, page }),
         6 => (root.clone(), place(), value()).prop_map(|(root, place, value)| Step::Set { root, place, value }),
         6 => (root, 0u64..2, prop_oneof![0u64..16, Just(504u64)], 1u64..9, 0u64..1000, perm()).prop_map(
             |(root, table, from, count, target, perm)| Step::Fill { root, table, from, count, target, perm }
@@ -495,9 +504,8 @@ impl Machine {
     }
 
     /// The host takes every map again.
-    fn recover(&mut self) {
+    fn recover(&self) {
         self.model.stop_injecting();
-        self.refusing = false;
     }
 
     fn wish(&self, device: usize) -> Wish {
@@ -540,6 +548,7 @@ impl Machine {
             self.splits.insert(self.groups[device], splits);
         }
         self.seen.lock().expect("whole").clear();
+        self.refusing = false;
     }
 
     fn members(&self, group: u32) -> impl Iterator<Item = usize> {
@@ -568,6 +577,24 @@ impl Machine {
                 }
             }
             self.check_untouched(*group, held)?;
+        }
+        self.check_books()
+    }
+
+    /// What a group holds is in the shadow of its space: what the unit forgot, nobody would ever take away.
+    fn check_books(&self) -> Result<(), TestCaseError> {
+        for view in self.unit.spaces_snapshot() {
+            for requester in &view.members {
+                if self.bridge.space_of(*requester) != Some(SpaceKey::Paged(view.key)) {
+                    continue;
+                }
+                for held in self.bridge.holds(*requester) {
+                    for iova in (held.first..=held.last).step_by(4096) {
+                        let known = view.extents.iter().any(|m| m.iova.0 <= iova && iova <= m.last().0);
+                        prop_assert!(known, "{iova:#x} is mapped for {requester}, and the unit does not know");
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -651,6 +678,11 @@ impl Machine {
 
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match step {
+            Step::Directory { root, index, value, page } => {
+                self.step(&Step::Set { root: *root, place: Place::Level2(*index), value: *value })?;
+                let iova = index * MIB2 + page * KIB4;
+                return self.step(&Step::Invalidate(vec![Invalidate::Pages { domain: 1, iova, mask: 0 }]));
+            }
             Step::Set { root, place, value } => {
                 let tables = Tables::of(*root);
                 let (entry, level) = place.entry(tables);
@@ -698,8 +730,10 @@ impl Machine {
             }
             Step::Translation(on) => {
                 // Setting the bit to what it is already is no command.
-                self.recover();
                 let changes = *on != self.translating;
+                if changes {
+                    self.recover();
+                }
                 self.command(*on);
                 self.remember([]);
                 self.check_between()?;
