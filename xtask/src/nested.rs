@@ -232,6 +232,23 @@ impl Drop for Running {
     }
 }
 
+/// Gives the terminal back as it was: a QEMU that is ended cannot.
+struct Terminal(String);
+
+impl Terminal {
+    fn save() -> Option<Self> {
+        let settings = Command::new("stty").arg("-g").stdin(Stdio::inherit()).output().ok()?;
+        settings.status.success().then(|| Self(String::from_utf8_lossy(&settings.stdout).trim().to_owned()))
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // There is no more to be done about a terminal that is gone.
+        let _ = Command::new("stty").arg(&self.0).stdin(Stdio::inherit()).status();
+    }
+}
+
 /// Boots L1, runs the script, and copies its output to `output` as it comes.
 pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write + Send>) -> Result<Report> {
     let folder = RunFolder::new(cache)?;
@@ -243,6 +260,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
     out_disk.set_len(OUT_BYTES)?;
     std::fs::write(folder.path("status"), "")?;
 
+    let _terminal = job.interactive.then(Terminal::save);
     let mut command = qemu(images, job, &folder, &console)?;
     command.stderr(File::create(&messages)?);
     if job.interactive {
