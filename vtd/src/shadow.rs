@@ -29,6 +29,8 @@ pub(crate) struct Changes {
     /// Inclusive ranges, ascending within one re-sync.
     pub(crate) unmaps: Vec<(u64, u64)>,
     pub(crate) maps: Vec<Mapping>,
+    // First and last IOVA of all maps.
+    mapped: Option<(u64, u64)>,
 }
 
 impl Changes {
@@ -39,17 +41,13 @@ impl Changes {
     pub(crate) fn clear(&mut self) {
         self.unmaps.clear();
         self.maps.clear();
+        self.mapped = None;
     }
 
     /// The batch for the listener, appended to `ops`.
     pub(crate) fn to_ops(&self, ops: &mut Vec<MapOp>) {
         ops.extend(self.unmaps.iter().map(|&(first, last)| MapOp::Unmap { first: Iova(first), last: Iova(last) }));
         ops.extend(self.maps.iter().map(|&mapping| MapOp::Map(mapping)));
-    }
-
-    /// Whether some map lies in `first` to `last`.
-    fn maps_within(&self, first: u64, last: u64) -> bool {
-        self.maps.iter().any(|mapping| mapping.iova.0 <= last && mapping.last().0 >= first)
     }
 }
 
@@ -99,14 +97,14 @@ impl Shadow {
 
     /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
     /// adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and `false` is
-    /// returned, when `changes` holds a map that would have to go again: then the batch must be given first.
+    /// returned, when `changes` may hold a map that would have to go again: then the batch must be given first.
     pub(crate) fn sync(&mut self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) -> bool {
         let (unmaps_before, maps_before) = (changes.unmaps.len(), changes.maps.len());
         self.diff((first, last), runs, changes);
-        let conflict = maps_before > 0 && {
-            let earlier = Changes { unmaps: Vec::new(), maps: changes.maps[..maps_before].to_vec() };
-            changes.unmaps[unmaps_before..].iter().any(|&(first, last)| earlier.maps_within(first, last))
-        };
+        // By the span of the maps: looking at each of them would let a guest make one drain quadratic.
+        let conflict = changes.mapped.is_some_and(|(mapped_first, mapped_last)| {
+            changes.unmaps[unmaps_before..].iter().any(|&(first, last)| first <= mapped_last && last >= mapped_first)
+        });
         if conflict {
             changes.unmaps.truncate(unmaps_before);
             changes.maps.truncate(maps_before);
@@ -118,6 +116,8 @@ impl Shadow {
         for map in &changes.maps[maps_before..] {
             let extent = Extent { last: map.last().0, gpa: map.gpa.0, perm: map.perm };
             self.extents.insert(map.iova.0, extent);
+            let (first, last) = changes.mapped.unwrap_or((map.iova.0, 0));
+            changes.mapped = Some((first.min(map.iova.0), last.max(map.last().0)));
         }
         join_neighbours(&mut changes.unmaps, unmaps_before);
         true

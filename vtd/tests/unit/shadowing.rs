@@ -4,7 +4,7 @@ use vtd::{MapOp, Perm, SpaceKey};
 
 use crate::rig::{
     Event, NIC, NVME, Rig, context_device, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages,
-    map, mapping, unmap,
+    joined, map, mapping, unmap,
 };
 
 const RW: Option<Perm> = Some(Perm::ReadWrite);
@@ -34,6 +34,24 @@ fn a10_a_context_entry_made_present_takes_effect_at_its_invalidation_with_domain
     assert!(rig.submit(&[context_device(0, NVME.sid, 0), iotlb_domain(7)]));
     let live = vec![mapping(0x5000, 0x9000, 0x1000, Perm::ReadWrite)];
     assert_eq!(rig.listener.take_events(), [Event::Attach(NVME, space, live)]);
+}
+
+#[test]
+fn a1_permissions_are_anded_downwards_and_write_only_stays_apart() {
+    for upper in 1..4u64 {
+        let (mut rig, root) = Rig::with_nvme();
+        let perms = [Perm::Read, Perm::Write, Perm::ReadWrite];
+        for (page, perm) in (0x20_0000u64..).step_by(4096).zip(perms) {
+            rig.leaf(root, 48, page, page, Some(perm), 1);
+        }
+        let directory = rig.entry_address(root, 48, 0x20_0000, 2);
+        rig.store(directory, rig.load(directory) & !3 | upper);
+        assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 2)]));
+        let both = |perm: Perm| Perm::from_bits(perm.readable() && upper & 1 != 0, perm.writable() && upper & 2 != 0);
+        let expected = (0x20_0000u64..).step_by(4096).zip(perms);
+        let expected = expected.filter_map(|(page, perm)| both(perm).map(|perm| mapping(page, page, 4096, perm)));
+        assert_eq!(rig.listener.reach(NVME), joined(expected));
+    }
 }
 
 #[test]
