@@ -237,3 +237,55 @@ impl Iotlb {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FOUND: Translated = Translated { page: Gpa(0x9000), perm: Perm::ReadWrite, large: false };
+    const DOMAIN: DomainId = DomainId(1);
+
+    #[test]
+    fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
+        // Also when the invalidation had nothing of its domain to empty: the walk may be about to find just that.
+        for scope in [Scope::Everything, Scope::Domain(DOMAIN), Scope::Pages(DOMAIN, 0x5000, 0x5fff)] {
+            let iotlb = Iotlb::default();
+            let sampled = iotlb.sample();
+            iotlb.invalidate(scope);
+            iotlb.insert(sampled, Some(DOMAIN), 5, FOUND);
+            assert_eq!(iotlb.get(5), None, "{scope:?}");
+            iotlb.insert(iotlb.sample(), Some(DOMAIN), 5, FOUND);
+            assert_eq!(iotlb.get(5), Some((Gpa(0x9000), Perm::ReadWrite)));
+        }
+    }
+
+    #[test]
+    fn rule6_an_invalidation_of_a_few_pages_empties_just_their_slots() {
+        let iotlb = Iotlb::default();
+        // The third has the same slot as the first.
+        for page in [5, 6, 5 + SLOTS as u64] {
+            iotlb.insert(iotlb.sample(), Some(DOMAIN), page, FOUND);
+        }
+        assert_eq!((iotlb.get(5), iotlb.get(5 + SLOTS as u64)), (None, Some((Gpa(0x9000), Perm::ReadWrite))));
+        iotlb.invalidate(Scope::Pages(DOMAIN, 0x5000, 0x5fff));
+        assert!(iotlb.get(5 + SLOTS as u64).is_some(), "another page in that slot");
+        iotlb.invalidate(Scope::Pages(DOMAIN, 0x6000, 0x6fff));
+        assert_eq!(iotlb.get(6), None);
+        iotlb.invalidate(Scope::Pages(DOMAIN, 0x100_0000, 0x1ff_ffff));
+        assert!(iotlb.get(5 + SLOTS as u64).is_none(), "many pages take the generation forward");
+    }
+
+    #[test]
+    fn rule6_translations_of_several_domains_are_reached_by_each() {
+        let iotlb = Iotlb::default();
+        iotlb.insert(iotlb.sample(), Some(DOMAIN), 5, FOUND);
+        iotlb.insert(iotlb.sample(), Some(DomainId(2)), 6, FOUND);
+        iotlb.invalidate(Scope::Domain(DOMAIN));
+        assert_eq!(iotlb.get(5), None);
+        iotlb.insert(iotlb.sample(), None, 7, FOUND);
+        iotlb.invalidate(Scope::Domain(DomainId(0)));
+        assert!(iotlb.get(7).is_some(), "what is not translated belongs to no domain");
+        iotlb.invalidate(Scope::Everything);
+        assert_eq!(iotlb.get(7), None);
+    }
+}

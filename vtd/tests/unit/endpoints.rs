@@ -186,12 +186,12 @@ fn no_access_comes_after_the_wait_status_of_its_unmap() {
                 }
             });
         }
-        for round in 0..200u64 {
+        for round in 0..100u64 {
             let gpa = 0x80_0000 + (round % 16) * 4096;
             rig.pages(root, 0x10_0000, gpa, 1);
             assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
             let before = writes.load(Ordering::Relaxed);
-            while round % 8 == 0 && writes.load(Ordering::Relaxed) == before {
+            while round % 16 == 0 && writes.load(Ordering::Relaxed) == before {
                 std::thread::yield_now();
             }
             rig.clear(root, 0x10_0000, 1);

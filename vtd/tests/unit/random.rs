@@ -251,7 +251,10 @@ proptest! {
         let mut world = World::new();
         for step in &steps {
             world.step(step);
-            world.check();
+            // An edit alone tells nobody anything.
+            if !matches!(step, Step::Pages { .. } | Step::Large { .. } | Step::Split { .. } | Step::Corrupt { .. }) {
+                world.check();
+            }
         }
         world.hold = false;
         world.flush();
