@@ -71,6 +71,9 @@ fn rule5_tables_that_point_at_themselves_block_the_space() {
     assert_eq!(rig.listener.take_ops(), []);
     assert!(rig.submit(&[iotlb_domain(1)]));
     assert_eq!(rig.listener.take_ops(), [map(0x4000, 0x8000, 0x1000)]);
+    rig.pages(root, 0x6000, 0x8000, 1);
+    assert!(rig.submit(&[iotlb_pages(1, 0x6000, 0)]));
+    assert_eq!(rig.listener.take_ops(), [map(0x6000, 0x8000, 0x1000)]);
 }
 
 #[test]
