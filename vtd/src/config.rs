@@ -11,6 +11,9 @@ pub const FAULT_RECORDS: usize = 8;
 /// Largest address mask of a page-selective invalidation: 2^18 pages, 1 GiB.
 pub const MAX_ADDRESS_MASK: u8 = 18;
 
+/// MHMV: largest mask of an index-selective invalidation of the interrupt entry cache: 2^15 entries.
+pub const MAX_HANDLE_MASK: u8 = 15;
+
 /// What a guest can make the unit keep or do, at most.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bounds {
@@ -43,6 +46,10 @@ pub struct UnitConfig {
     pub caching_mode: bool,
     /// Offer the pass-through translation type.
     pub pass_through: bool,
+    /// Offer interrupt remapping.
+    pub interrupt_remapping: bool,
+    /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
+    pub extended_interrupt_mode: bool,
     /// Bounds against a hostile guest.
     pub bounds: Bounds,
 }
@@ -56,13 +63,16 @@ pub enum ConfigError {
     /// Outside 32 to 52 bits.
     #[error("a host address width of {0} bits is outside 32 to 52")]
     HostAddressWidth(u8),
+    /// Extended interrupt mode is a mode of interrupt remapping.
+    #[error("extended interrupt mode needs interrupt remapping")]
+    ExtendedModeAlone,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
 }
 
 impl UnitConfig {
-    /// Caching Mode and pass-through on, segment 0, 48 bits of guest-physical address, default bounds.
+    /// Caching Mode and pass-through on, no interrupt remapping, segment 0, 48 bits of guest-physical address, default bounds.
     pub fn new(id: UnitId, aw_bits: u8) -> Self {
         Self {
             id,
@@ -71,6 +81,8 @@ impl UnitConfig {
             host_address_width: 48,
             caching_mode: true,
             pass_through: true,
+            interrupt_remapping: false,
+            extended_interrupt_mode: false,
             bounds: Bounds::default(),
         }
     }
@@ -82,6 +94,9 @@ impl UnitConfig {
         }
         if !(32..=52).contains(&self.host_address_width) {
             return Err(ConfigError::HostAddressWidth(self.host_address_width));
+        }
+        if self.extended_interrupt_mode && !self.interrupt_remapping {
+            return Err(ConfigError::ExtendedModeAlone);
         }
         let bounds = [
             (self.bounds.shadow_entries as u64, "shadow entries"),
@@ -114,6 +129,7 @@ impl UnitConfig {
             .with_drain_writes(true)
             .with_drain_reads(true)
             .with_enhanced_srtp(true)
+            .with_enhanced_sirtp(self.interrupt_remapping)
     }
 
     /// Extended capability register.
@@ -122,6 +138,9 @@ impl UnitConfig {
             .with_coherent(true)
             .with_queued_invalidation(true)
             .with_pass_through(self.pass_through)
+            .with_interrupt_remapping(self.interrupt_remapping)
+            .with_extended_interrupt_mode(self.extended_interrupt_mode)
+            .with_max_handle_mask(if self.interrupt_remapping { MAX_HANDLE_MASK } else { 0 })
             .with_iotlb_offset((offset::IVA / 16) as u16)
     }
 }
@@ -158,6 +177,22 @@ mod tests {
         config.caching_mode = false;
         assert!(!config.extended_capability().pass_through());
         assert!(!config.capability().caching_mode());
+    }
+
+    #[test]
+    fn a4_interrupt_remapping_is_offered_when_asked_for() {
+        let mut config = UnitConfig::new(UnitId(0), 48);
+        assert!(!config.capability().enhanced_sirtp() && config.extended_capability().max_handle_mask() == 0);
+        config.interrupt_remapping = true;
+        let extended = config.extended_capability().into_bits();
+        assert_eq!((extended >> 3 & 1, extended >> 4 & 1, extended >> 20 & 0xf), (1, 0, 15), "IR, EIM, MHMV");
+        let capability = config.capability().into_bits();
+        assert_eq!((capability >> 62 & 1, capability >> 59 & 1), (1, 0), "ESIRTPS, PI");
+        config.extended_interrupt_mode = true;
+        assert_eq!(config.extended_capability().into_bits() >> 4 & 1, 1, "EIM");
+        assert_eq!(config.validate(), Ok(()));
+        config.interrupt_remapping = false;
+        assert_eq!(config.validate(), Err(ConfigError::ExtendedModeAlone));
     }
 
     #[test]

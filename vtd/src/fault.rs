@@ -2,9 +2,11 @@
 
 use crate::ids::{Iova, Requester};
 use crate::registers::Registers;
+use crate::remap::RemapFault;
 use crate::space::Msi;
 use crate::spec::fault::{FaultReason, FaultRecordHigh};
 use crate::spec::registers::FaultStatus;
+use crate::state::FaultRecord;
 
 /// What a device wants to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,12 +47,26 @@ pub(crate) enum Recorded {
 impl Registers {
     /// Records `fault`, and says which message to send.
     pub(crate) fn record_fault(&mut self, fault: &Fault) -> (Recorded, Option<Msi>) {
+        let high = FaultRecordHigh::new()
+            .with_source(fault.requester.sid.0)
+            .with_reason(fault.reason.code())
+            .with_type_1(fault.access != Access::Write);
+        self.record(fault.iova.0 & !0xfff, high)
+    }
+
+    /// The same for an interrupt: FI has its index in bits 63:48.
+    pub(crate) fn record_remap_fault(&mut self, fault: &RemapFault) -> (Recorded, Option<Msi>) {
+        let high = FaultRecordHigh::new().with_source(fault.requester.sid.0).with_reason(fault.reason.code());
+        self.record(u64::from(fault.index) << 48, high)
+    }
+
+    fn record(&mut self, low: u64, high: FaultRecordHigh) -> (Recorded, Option<Msi>) {
         let before = self.fault_status();
         if before.overflow() {
             return (Recorded::Dropped, None);
         }
         let full = |high: u64| FaultRecordHigh::from_bits(high);
-        let same_source = |high: u64| full(high).fault() && full(high).source() == fault.requester.sid.0;
+        let same_source = |record: u64| full(record).fault() && full(record).source() == high.source();
         if self.state.fault_records.iter().any(|record| same_source(record.high)) {
             // One record a source id until the guest has read it: a device that faults in a loop cannot hide the others.
             return (Recorded::Dropped, None);
@@ -60,14 +76,7 @@ impl Registers {
             self.set_fault_status(|status| status.with_overflow(true));
             return (Recorded::Dropped, self.raise_fault_event(before));
         }
-        let record = &mut self.state.fault_records[index];
-        record.low = fault.iova.0 & !0xfff;
-        record.high = FaultRecordHigh::new()
-            .with_source(fault.requester.sid.0)
-            .with_reason(fault.reason.code())
-            .with_type_1(fault.access != Access::Write)
-            .with_fault(true)
-            .into_bits();
+        self.state.fault_records[index] = FaultRecord { low, high: high.with_fault(true).into_bits() };
         self.state.next_fault_record = ((index + 1) % self.state.fault_records.len()) as u8;
         if !before.pending() {
             self.set_fault_status(|status| status.with_record(index as u8));

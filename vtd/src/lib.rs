@@ -14,7 +14,10 @@
 //!               registers          guest memory <-- walk -- endpoint <-- emulated device
 //! ```
 //!
-//! Legacy mode is offered, without interrupt remapping.
+//! Messages of both kinds go through [`Unit::remap`] or [`Unit::deliver`]: interrupt remapping (a [`RemapListener`] hears
+//! when routes are to be made again).
+//!
+//! Legacy mode is offered.
 #![forbid(unsafe_code)]
 
 pub mod config;
@@ -25,6 +28,7 @@ mod iotlb;
 mod memory;
 mod queue;
 mod registers;
+mod remap;
 mod shadow;
 pub mod space;
 mod spaces;
@@ -39,6 +43,7 @@ pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
 pub use endpoint::{DmaError, DmaSession, Endpoint};
 pub use fault::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, UnitId};
+pub use remap::{EntriesChanged, RemapError, RemapFault, RemapListener, interrupt_index};
 pub use space::{
     Applied, AttachRefused, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm, Refusal, RefusalCause, SpaceKey,
     SpaceListener, Stage,

@@ -5,13 +5,15 @@
 
 use vm_memory::GuestMemoryBackend;
 
-use crate::config::MAX_ADDRESS_MASK;
+use crate::config::{MAX_ADDRESS_MASK, MAX_HANDLE_MASK};
 use crate::ids::{DomainId, Gpa, SourceId};
 use crate::iotlb::Scope;
 use crate::memory::{read_pair, write_status};
+use crate::remap::EntriesChanged;
 use crate::spaces::{ContextScope, Spaces};
 use crate::spec::invalidation::{
-    ContextCacheLow, Descriptor, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, granularity, kind,
+    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, granularity,
+    kind,
 };
 use crate::spec::registers::{Global, QueueAddress, QueueErrorRecord};
 use crate::unit::Shared;
@@ -127,7 +129,13 @@ fn handle<M>(shared: &Shared<M>, spaces: &mut Spaces, descriptor: Descriptor) ->
             let status = low.status_write().then_some((Gpa(high.address() << 2), low.status()));
             Ok(Some(Wait { status, interrupt: low.interrupt() }))
         }
-        // Device-TLB and interrupt-entry-cache descriptors belong to capabilities that are not offered.
+        kind::INTERRUPT_ENTRY if shared.config.interrupt_remapping => {
+            let changed = changed_entries(descriptor)?;
+            shared.counters.interrupt_entry.add(1);
+            spaces.invalidate_interrupt_entries(changed);
+            Ok(None)
+        }
+        // Device-TLB descriptors belong to a capability that is not offered.
         _ => Err(QueueError::InvalidType),
     }
 }
@@ -175,6 +183,18 @@ pub(crate) fn iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8
             Some(Scope::Pages(domain, first, first + (size - 1)))
         }
         _ => None,
+    }
+}
+
+fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError> {
+    let low = InterruptEntryLow::from_bits(descriptor.low);
+    if low.reserved() != 0 || low.reserved_high() != 0 || descriptor.high != 0 {
+        return Err(QueueError::Reserved);
+    }
+    match (low.selective(), low.index_mask()) {
+        (false, _) => Ok(EntriesChanged::All),
+        (true, mask) if mask <= MAX_HANDLE_MASK => Ok(EntriesChanged::masked(low.index(), mask)),
+        (true, _) => Err(QueueError::Reserved),
     }
 }
 

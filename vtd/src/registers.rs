@@ -7,7 +7,9 @@
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::space::Msi;
 use crate::spec::fault::FaultRecordHigh;
-use crate::spec::registers::{ContextCommand, EventControl, FaultStatus, IotlbInvalidate, offset};
+use crate::spec::registers::{
+    ContextCommand, EventControl, FaultStatus, InterruptTableAddress, IotlbInvalidate, offset,
+};
 use crate::state::{EventRegisters, State};
 
 /// The registers of a unit.
@@ -92,7 +94,8 @@ impl Registers {
             offset::IECTL => pair(state.completion_event.control, state.completion_event.data),
             offset::IEADDR => pair(state.completion_event.address, state.completion_event.upper_address),
             offset::IQERCD => state.queue_error_record,
-            // IVA is write-only. IRTA reads 0 for as long as ECAP.IR is 0.
+            // IVA is write-only.
+            offset::IRTA => state.interrupt_table_address,
             offset::IOTLB => state.iotlb_invalidate,
             offset::FRCD..FRCD_END => {
                 let record = &state.fault_records[((at - offset::FRCD) / 16) as usize];
@@ -164,6 +167,11 @@ impl Registers {
             }
             offset::IECTL | offset::IEADDR => {
                 return event_write(&mut state.completion_event, at - offset::IECTL, value, mask);
+            }
+            offset::IRTA if self.config.interrupt_remapping => {
+                let writable = InterruptTableAddress::new().with_size(0xf).with_page(u64::MAX >> 12);
+                let writable = writable.with_extended_mode(self.config.extended_interrupt_mode);
+                merge(&mut state.interrupt_table_address, writable.into_bits());
             }
             offset::IVA => merge(&mut state.invalidate_address, !0xf80),
             offset::IOTLB => {

@@ -12,6 +12,7 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::ids::{DomainId, Iova, Requester, SourceId};
 use crate::iotlb::{Iotlb, Scope};
+use crate::remap::EntriesChanged;
 use crate::shadow::{Changes, Shadow};
 use crate::space::{AttachRefused, MapOp, Mapping, PagedSpace, Refusal, RefusalCause, SpaceKey};
 use crate::spec::fault::FaultReason;
@@ -100,6 +101,8 @@ impl Scratch {
 struct Pending {
     contexts: Vec<ContextScope>,
     iotlb: Vec<Scope>,
+    /// One range for all: routes are replaced once a flush.
+    interrupt_entries: Option<EntriesChanged>,
 }
 
 /// All spaces of a unit. Stands behind the unit's queue lock.
@@ -177,6 +180,12 @@ impl Spaces {
         self.pending.iotlb.push(scope);
     }
 
+    /// An interrupt-entry-cache invalidation: takes effect at the next [`Spaces::flush`].
+    pub(crate) fn invalidate_interrupt_entries(&mut self, changed: EntriesChanged) {
+        let pending = &mut self.pending.interrupt_entries;
+        *pending = Some(pending.map_or(changed, |before| before.join(changed)));
+    }
+
     /// TE, the root table or everything changed: requesters are looked up again and every space is compared whole.
     pub(crate) fn refresh<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
         self.invalidate_contexts(ContextScope::Everything);
@@ -191,6 +200,9 @@ impl Spaces {
 
     /// What was invalidated takes effect: when this returns, no device can reach what the guest took away.
     pub(crate) fn flush<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
+        if let Some(changed) = self.pending.interrupt_entries.take() {
+            shared.entries_changed(changed);
+        }
         if self.pending.contexts.is_empty() && self.pending.iotlb.is_empty() {
             return;
         }

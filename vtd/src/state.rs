@@ -9,7 +9,7 @@ use crate::spec::registers::EventControl;
 /// A fault recording register: its two halves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct FaultRecord {
-    /// Bits 63:0: the faulting page.
+    /// Bits 63:0: the faulting page, or the index of the interrupt in bits 63:48.
     pub low: u64,
     /// Bits 127:64.
     pub high: u64,
@@ -43,6 +43,10 @@ pub struct State {
     pub root_table_address: u64,
     /// RTADDR as it was when SRTP was last given: what is in use.
     pub root_table_in_use: u64,
+    /// IRTA as last written.
+    pub interrupt_table_address: u64,
+    /// IRTA as it was when SIRTP was last given: what is in use.
+    pub interrupt_table_in_use: u64,
     /// CCMD.
     pub context_command: u64,
     /// PFO, IQE, ICE, ITE and FRI of FSTS; PPF follows from the records.
@@ -81,6 +85,8 @@ impl State {
             global_status,
             root_table_address,
             root_table_in_use,
+            interrupt_table_address,
+            interrupt_table_in_use,
             context_command,
             fault_status,
             fault_event,
@@ -99,6 +105,8 @@ impl State {
         *global_status = 0;
         *root_table_address = 0;
         *root_table_in_use = 0;
+        *interrupt_table_address = 0;
+        *interrupt_table_in_use = 0;
         *context_command = 0;
         *fault_status = 0;
         *fault_event = EventRegisters::default();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 
-use crate::spec::fault::FaultReason;
+use crate::spec::fault::{FaultReason, InterruptFaultReason};
 
 /// What a unit counted since it was made.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
@@ -65,10 +65,12 @@ impl Counter {
 pub(crate) struct Counters {
     pub(crate) context_cache: Counter,
     pub(crate) iotlb: Counter,
+    pub(crate) interrupt_entry: Counter,
     pub(crate) wait: Counter,
     pub(crate) register_invalidations: Counter,
     pub(crate) queue_errors: Counter,
     pub(crate) faults: [Counter; FaultReason::ALL.len()],
+    pub(crate) interrupt_faults: [Counter; InterruptFaultReason::ALL.len()],
     pub(crate) faults_dropped: Counter,
     pub(crate) leaves_walked: Counter,
     pub(crate) map_ops: Counter,
@@ -84,20 +86,28 @@ impl Counters {
         }
     }
 
+    pub(crate) fn interrupt_fault(&self, reason: InterruptFaultReason) {
+        if let Some(index) = InterruptFaultReason::ALL.iter().position(|each| *each == reason) {
+            self.interrupt_faults[index].add(1);
+        }
+    }
+
     pub(crate) fn snapshot(&self) -> UnitStats {
-        let faults = FaultReason::ALL.iter().zip(&self.faults).filter(|(_, counter)| counter.get() > 0);
+        let faults = FaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.faults);
+        let interrupts = InterruptFaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.interrupt_faults);
+        let faults = faults.chain(interrupts).filter(|(_, counter)| counter.get() > 0);
         UnitStats {
             descriptors: DescriptorStats {
                 context_cache: self.context_cache.get(),
                 iotlb: self.iotlb.get(),
-                // Neither is offered yet: a descriptor of theirs is a queue error.
+                // Not offered yet: a descriptor of it is a queue error.
                 device_tlb: 0,
-                interrupt_entry: 0,
+                interrupt_entry: self.interrupt_entry.get(),
                 wait: self.wait.get(),
             },
             register_invalidations: self.register_invalidations.get(),
             queue_errors: self.queue_errors.get(),
-            faults: faults.map(|(reason, counter)| (format!("{:#04x}", reason.code()), counter.get())).collect(),
+            faults: faults.map(|(code, counter)| (format!("{code:#04x}"), counter.get())).collect(),
             faults_dropped: self.faults_dropped.get(),
             leaves_walked: self.leaves_walked.get(),
             map_ops: self.map_ops.get(),

@@ -16,9 +16,12 @@ use crate::fault::{Fault, Recorded};
 use crate::ids::Requester;
 use crate::queue::{self, context_scope_of, iotlb_scope_of};
 use crate::registers::{Command, Registers};
+use crate::remap::{EntriesChanged, RemapError, RemapFault, RemapListener, Remapping};
 use crate::space::{AttachRefused, Mapping, Msi, MsiSink, PagedSpace, SpaceKey, SpaceListener};
 use crate::spaces::{SpaceView, Spaces};
-use crate::spec::registers::{ContextCommand, Global, InvalidateAddress, IotlbInvalidate, RootTableAddress};
+use crate::spec::registers::{
+    ContextCommand, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, RootTableAddress,
+};
 use crate::state::State;
 use crate::stats::{Counters, UnitStats};
 use crate::tables::Translation;
@@ -32,6 +35,8 @@ pub(crate) struct Shared<M> {
     messages: Arc<dyn MsiSink>,
     registers: Mutex<Registers>,
     pub(crate) translation: ArcSwap<Translation>,
+    remapping: ArcSwap<Remapping>,
+    remap_listener: Mutex<Option<Arc<dyn RemapListener>>>,
     pub(crate) counters: Counters,
 }
 
@@ -52,11 +57,39 @@ impl<M> Shared<M> {
         if fault.silenced {
             return;
         }
-        let (recorded, message) = self.registers().record_fault(fault);
+        let recorded = self.registers().record_fault(fault);
+        self.recorded(recorded);
+    }
+
+    /// The same for an interrupt that fired.
+    fn record_remap_fault(&self, fault: &RemapFault) {
+        self.counters.interrupt_fault(fault.reason);
+        if fault.silenced {
+            return;
+        }
+        let recorded = self.registers().record_remap_fault(fault);
+        self.recorded(recorded);
+    }
+
+    fn recorded(&self, (recorded, message): (Recorded, Option<Msi>)) {
         if recorded == Recorded::Dropped {
             self.counters.faults_dropped.add(1);
         }
         self.signal(message);
+    }
+
+    /// Tells the remap listener; the queue lock is held.
+    pub(crate) fn entries_changed(&self, changed: EntriesChanged) {
+        let listener = self.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        if let Some(listener) = listener {
+            listener.entries_changed(changed);
+        }
+    }
+
+    /// How interrupts are remapped changes as a whole.
+    fn set_remapping(&self, remapping: Remapping) {
+        self.remapping.store(Arc::new(remapping));
+        self.entries_changed(EntriesChanged::All);
     }
 }
 
@@ -84,6 +117,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 messages,
                 registers: Mutex::new(Registers::new(config)),
                 translation: ArcSwap::default(),
+                remapping: ArcSwap::default(),
+                remap_listener: Mutex::default(),
                 counters: Counters::default(),
             },
             spaces: Mutex::default(),
@@ -143,11 +178,48 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         endpoint
     }
 
-    /// Power-on state: translation off, every function in the identity space. Functions must be quiet before (rule 12).
+    /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit keeps it
+    /// alive: it should hold the unit weakly.
+    pub fn set_remap_listener(&self, listener: Arc<dyn RemapListener>) {
+        *self.shared.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(listener);
+    }
+
+    /// What the processors get when `requester` sends `msi`, as the guest's tables say now: to make a route of it, until
+    /// [`RemapListener::entries_changed`] says that it is to be asked again. Takes no lock; records nothing.
+    ///
+    /// In the address, bits 63:40 are bits 31:8 of the destination, as KVM takes it with KVM_X2APIC_API_USE_32BIT_IDS.
+    ///
+    /// # Errors
+    /// The message is not delivered. If it fires all the same, its fault is to be given to [`Self::record_remap_fault`], or
+    /// the message to [`Self::deliver`], which asks again.
+    pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+        self.shared.remapping.load().remap(&self.shared.memory, requester, msi)
+    }
+
+    /// `requester` sends `msi` now: as [`Self::remap`], and a fault is recorded.
+    ///
+    /// # Errors
+    /// The message is not delivered.
+    pub fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+        self.remap(requester, msi).inspect_err(|error| {
+            if let RemapError::Fault(fault) = error {
+                self.record_remap_fault(fault);
+            }
+        })
+    }
+
+    /// An interrupt that [`Self::remap`] refused with `fault` fired. Never to be called for one that did not: Windows stops
+    /// at a fault that no device made.
+    pub fn record_remap_fault(&self, fault: &RemapFault) {
+        self.shared.record_remap_fault(fault);
+    }
+
+    /// Power-on state: translation and interrupt remapping off, every function in the identity space. Functions must be quiet before (rule 12).
     pub fn reset(&self) {
         let mut spaces = self.spaces();
         self.shared.registers().state.reset();
         self.shared.translation.store(Arc::default());
+        self.shared.set_remapping(Remapping::default());
         spaces.refresh(&self.shared);
         spaces.forget_reports();
     }
@@ -162,12 +234,17 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// in place. Descriptors between head and tail are processed.
     pub fn restore(&self, state: State) {
         let mut spaces = self.spaces();
-        let translation = Translation {
-            enabled: Global::from_bits(state.global_status).translation(),
-            root: RootTableAddress::from_bits(state.root_table_in_use),
+        let status = Global::from_bits(state.global_status);
+        let translation =
+            Translation { enabled: status.translation(), root: RootTableAddress::from_bits(state.root_table_in_use) };
+        let remapping = Remapping {
+            enabled: status.interrupt_remapping(),
+            compatibility: status.compatibility_format(),
+            table: InterruptTableAddress::from_bits(state.interrupt_table_in_use),
         };
         self.shared.registers().state = state;
         self.shared.translation.store(Arc::new(translation));
+        self.shared.set_remapping(remapping);
         spaces.refresh(&self.shared);
         queue::drain(&self.shared, &mut spaces);
     }
@@ -203,7 +280,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     }
 
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
-    /// order queue, root table, translation. Section 11.4.4.1. Commands of what is not offered are dropped.
+    /// order queue, root table, translation, interrupt remapping. Section 11.4.4.1. Commands of what is not offered are dropped.
     fn global_command(&self, spaces: &mut Spaces, command: Global) {
         let shared = &self.shared;
         let status = |change: &dyn Fn(Global) -> Global| {
@@ -242,6 +319,36 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 .with_root_table_pointer(status.root_table_pointer() || command.root_table_pointer())
                 .with_translation(command.translation())
         });
+        if shared.config.interrupt_remapping {
+            self.interrupt_command(command);
+        }
+    }
+
+    /// SIRTP, IRE and CFI of GCMD. The table can be set while remapping is on (kdump).
+    fn interrupt_command(&self, command: Global) {
+        let shared = &self.shared;
+        let before = **shared.remapping.load();
+        let table = if command.interrupt_table_pointer() {
+            let mut registers = shared.registers();
+            registers.state.interrupt_table_in_use = registers.state.interrupt_table_address;
+            InterruptTableAddress::from_bits(registers.state.interrupt_table_in_use)
+        } else {
+            before.table
+        };
+        let enabled = command.interrupt_remapping();
+        let remapping = Remapping { enabled, compatibility: command.compatibility_format(), table };
+        // ESIRTPS: setting the table pointer invalidates the whole cache, also when it is the same pointer again.
+        if command.interrupt_table_pointer() || remapping != before {
+            shared.set_remapping(remapping);
+        }
+        // The guest polls for these: every route is in place.
+        let mut registers = shared.registers();
+        let status = Global::from_bits(registers.state.global_status);
+        registers.state.global_status = status
+            .with_interrupt_table_pointer(status.interrupt_table_pointer() || command.interrupt_table_pointer())
+            .with_interrupt_remapping(enabled)
+            .with_compatibility_format(remapping.compatibility)
+            .into_bits();
     }
 
     /// CCMD with ICC set. Section 11.4.6.1. Refused (CAIG 0, no effect) while the queue is on.

@@ -92,6 +92,23 @@ pub struct IotlbHigh {
     pub page: u64,
 }
 
+/// Bits 63:0 of an interrupt-entry-cache invalidate descriptor; bits 127:64 are reserved. Section 6.5.2.7.
+#[bitfield(u64)]
+pub struct InterruptEntryLow {
+    #[bits(4)]
+    pub kind: u8,
+    /// G: 0 is global, 1 index-selective.
+    pub selective: bool,
+    #[bits(22)]
+    pub reserved: u32,
+    /// IM: `2^im` entries.
+    #[bits(5)]
+    pub index_mask: u8,
+    /// IIDX.
+    pub index: u16,
+    pub reserved_high: u16,
+}
+
 /// Bits 63:0 of an invalidation wait descriptor. Section 6.5.2.8.
 #[bitfield(u64)]
 pub struct WaitLow {

@@ -6,5 +6,6 @@ mod faults;
 mod queue;
 mod random;
 mod registers;
+mod remapping;
 mod rig;
 mod shadowing;

@@ -306,7 +306,7 @@ impl Rig {
     /// GCMD: what is on, with `change`.
     pub fn command(&self, change: impl FnOnce(Global) -> Global) {
         // One-shot bits of the status are not written back. Section 11.4.4.1.
-        let on = self.status().with_root_table_pointer(false);
+        let on = self.status().with_root_table_pointer(false).with_interrupt_table_pointer(false);
         self.write32(offset::GCMD, change(on).into_bits());
     }
 

@@ -1,0 +1,254 @@
+//! Interrupt remapping: what becomes of a message that a device sends (A-9). Section 5.1.
+//!
+//! Pure logic: nothing is cached and nothing is recorded here. A message is looked up when it is programmed, to make a
+//! route of it, and again when the guest invalidates its entry; whether it faults is told to the guest only when it
+//! fires.
+//!
+//! ```text
+//!  device --Msi--> outside 0xfeexxxxx?  no interrupt
+//!                  IRE off?             as it is
+//!                  compatibility?       as it is with CFIS and without EIME, else fault 0x25
+//!                  remappable?          handle (+ subhandle) -> IRTE: present, reserved, source -> Msi for the processors
+//! ```
+
+use std::sync::atomic::{Ordering, fence};
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::ids::{Gpa, Requester};
+use crate::memory::Words;
+use crate::space::Msi;
+use crate::spec::fault::InterruptFaultReason;
+use crate::spec::irte::{
+    CompatibilityAddress, CompatibilityData, DeliveryMode, Irte, IrteHigh, IrteLow, RemappableAddress, RemappableData,
+    SourceValidation,
+};
+use crate::spec::registers::InterruptTableAddress;
+use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+
+/// How often an entry is read at most, when the guest changes it meanwhile.
+const READS: usize = 8;
+
+/// An interrupt that the unit blocked. It is told to the guest when the interrupt fires, and never before.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
+#[error("an interrupt of {requester} was blocked at entry {index}: {reason:?} ({:#x})", .reason.code())]
+pub struct RemapFault {
+    /// Who sent it.
+    pub requester: Requester,
+    /// Index into the interrupt remapping table, 0 if the request has none, 0xffff if it is beyond that.
+    pub index: u16,
+    /// Why it was blocked.
+    pub reason: InterruptFaultReason,
+    /// FPD of the entry silences it: it is not recorded.
+    pub silenced: bool,
+}
+
+/// Why a message is not delivered.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
+pub enum RemapError {
+    /// The unit blocked it.
+    #[error(transparent)]
+    Fault(#[from] RemapFault),
+    /// Its address (the value) is outside the interrupt address range: to a bus it is a write to memory.
+    #[error("a message to {0:#x} is no interrupt: the address is outside 0xfee00000 to 0xfeefffff")]
+    NotAnInterrupt(u64),
+}
+
+/// Which entries of the interrupt remapping table a guest invalidated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EntriesChanged {
+    /// All of them, or how they are used: every message is to be remapped again, compatibility format too.
+    All,
+    /// Those from `first` on.
+    Range {
+        /// First index.
+        first: u16,
+        /// Number of entries, 1 to 65536; `first + count` is at most 65536.
+        count: u32,
+    },
+}
+
+impl EntriesChanged {
+    /// The `2^mask` entries around `index`, as an index-selective invalidation names them; `mask` is 0 to 15.
+    pub(crate) fn masked(index: u16, mask: u8) -> Self {
+        let count = 1u32 << mask;
+        Self::Range { first: index & !((count - 1) as u16), count }
+    }
+
+    /// Both, and what lies between them.
+    pub(crate) fn join(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Range { first: a, count: of_a }, Self::Range { first: b, count: of_b }) => {
+                let end = (u32::from(a) + of_a).max(u32::from(b) + of_b);
+                let first = a.min(b);
+                Self::Range { first, count: end - u32::from(first) }
+            }
+            _ => Self::All,
+        }
+    }
+
+    /// Whether a route that was made of `msi` is to be made again.
+    pub fn concerns(&self, msi: Msi) -> bool {
+        match *self {
+            Self::All => true,
+            Self::Range { first, count } => interrupt_index(msi)
+                .and_then(|index| index.checked_sub(u32::from(first)))
+                .is_some_and(|offset| offset < count),
+        }
+    }
+}
+
+/// Hears of changes to interrupt remapping.
+pub trait RemapListener: Send + Sync {
+    /// The guest invalidated `changed`, or interrupt remapping was turned on or off. Routes that it
+    /// [concerns](EntriesChanged::concerns) must be made again with [`crate::Unit::remap`] before this returns, all of them
+    /// at once: the guest is told that nothing reaches the old target.
+    ///
+    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap and to record
+    /// faults, and must not access its registers. A route that another thread is making at the same time must be made
+    /// under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation could win.
+    fn entries_changed(&self, changed: EntriesChanged);
+}
+
+/// The index that a request in remappable format computes, up to 2 * 65535; `None` for any other message.
+pub fn interrupt_index(msi: Msi) -> Option<u32> {
+    let address = RemappableAddress::from_bits(in_range(msi)?);
+    let data = RemappableData::from_bits(msi.data);
+    let subhandle = if address.subhandle_valid() { data.subhandle() } else { 0 };
+    // Not 16 bits wide: a sum that wrapped would lead to somebody else's entry.
+    address.remappable().then(|| u32::from(address.handle()) + u32::from(subhandle))
+}
+
+/// Bits 31:0 of the address, if it is in the interrupt address range.
+fn in_range(msi: Msi) -> Option<u32> {
+    (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address).then_some(msi.address as u32)
+}
+
+/// How interrupts are remapped now: what the guest's last commands left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Remapping {
+    /// IRES.
+    pub(crate) enabled: bool,
+    /// CFIS.
+    pub(crate) compatibility: bool,
+    /// IRTA as it was when SIRTP was last given.
+    pub(crate) table: InterruptTableAddress,
+}
+
+impl Remapping {
+    /// What the processors get when `requester` sends `msi`.
+    pub(crate) fn remap<M: GuestMemoryBackend>(
+        &self,
+        memory: &M,
+        requester: Requester,
+        msi: Msi,
+    ) -> Result<Msi, RemapError> {
+        let address = RemappableAddress::from_bits(in_range(msi).ok_or(RemapError::NotAnInterrupt(msi.address))?);
+        if !self.enabled {
+            return Ok(msi);
+        }
+        let fault = |index: u32, reason, silenced| {
+            let index = u16::try_from(index).unwrap_or(u16::MAX);
+            RemapError::Fault(RemapFault { requester, index, reason, silenced })
+        };
+        let Some(index) = interrupt_index(msi) else {
+            // With EIME the processors have ids that this format cannot name. Section 5.1.4.
+            return if self.compatibility && !self.table.extended_mode() {
+                Ok(msi)
+            } else {
+                Err(fault(0, InterruptFaultReason::CompatibilityBlocked, false))
+            };
+        };
+        if address.subhandle_valid() && RemappableData::from_bits(msi.data).reserved() != 0 {
+            return Err(fault(0, InterruptFaultReason::RequestReserved, false));
+        }
+        if index >= self.table.entries() {
+            return Err(fault(index, InterruptFaultReason::IndexBeyondTable, false));
+        }
+        let entry = self.read(memory, index).ok_or_else(|| fault(index, InterruptFaultReason::TableAccess, false))?;
+        let silenced = entry.low.fault_processing_disable();
+        self.apply(&entry, requester).map_err(|reason| fault(index, reason, silenced))
+    }
+
+    /// The entry at `index`, as it stood in memory at one moment; as not present if the guest does not stop changing it.
+    /// `None` where there is no memory.
+    ///
+    /// Hardware reads the 16 bytes at once. Of the two words, Linux writes the lower one first, both to set an entry up
+    /// and to clear it, so no order of two reads is safe: the upper word of a cleared entry asks for no source validation,
+    /// and must not be taken together with the lower word from before. If the lower word is the same before and after the
+    /// upper one was read, the two belong together.
+    fn read<M: GuestMemoryBackend>(&self, memory: &M, index: u32) -> Option<Irte> {
+        let address = (self.table.page() << 12).checked_add(u64::from(index) * Irte::SIZE)?;
+        let words = Words::at(memory, Gpa(address), 2)?;
+        read_whole(|word| {
+            let value = words.get(word);
+            fence(Ordering::Acquire);
+            value
+        })
+    }
+
+    /// What `entry` says about a request of `requester`.
+    fn apply(&self, entry: &Irte, requester: Requester) -> Result<Msi, InterruptFaultReason> {
+        let (low, high) = (entry.low, entry.high);
+        if !low.present() {
+            return Err(InterruptFaultReason::EntryNotPresent);
+        }
+        let extended = self.table.extended_mode();
+        let destination = if extended { low.destination() } else { low.destination() >> 8 & 0xff };
+        let destination_reserved = !extended && low.destination() & !0xff00 != 0;
+        // Posted interrupts are not offered (CAP.PI is 0), which makes IM reserved.
+        if low.posted() || low.reserved() != 0 || low.reserved_high() != 0 || destination_reserved {
+            return Err(InterruptFaultReason::EntryReserved);
+        }
+        let validation = SourceValidation::from_bits(high.validation()).filter(|_| high.reserved() == 0);
+        let validation = validation.ok_or(InterruptFaultReason::EntryReserved)?;
+        let mode = DeliveryMode::from_bits(low.delivery_mode()).ok_or(InterruptFaultReason::EntryReserved)?;
+        if !may_use(validation, high, requester) {
+            return Err(InterruptFaultReason::SourceBlocked);
+        }
+        let address = CompatibilityAddress::new()
+            .with_logical(low.logical())
+            .with_redirection_hint(low.redirection_hint())
+            .with_destination(destination as u8)
+            .with_destination_high(destination >> 8);
+        let data = CompatibilityData::new()
+            .with_vector(low.vector())
+            .with_delivery_mode(mode as u8)
+            .with_assert(low.level())
+            .with_level(low.level());
+        Ok(Msi { address: address.into_bits(), data: data.into_bits() })
+    }
+}
+
+/// An entry of which `word` reads the lower (0) and the upper (1) half.
+fn read_whole(mut word: impl FnMut(usize) -> Option<u64>) -> Option<Irte> {
+    let mut low = word(0)?;
+    for _ in 0..READS {
+        let high = word(1)?;
+        let again = word(0)?;
+        if again == low {
+            return Some(Irte { low: IrteLow::from_bits(low), high: IrteHigh::from_bits(high) });
+        }
+        low = again;
+    }
+    Some(Irte { low: IrteLow::from_bits(low).with_present(false), high: IrteHigh::new() })
+}
+
+/// Whether an entry may be used by `requester`.
+fn may_use(validation: SourceValidation, entry: IrteHigh, requester: Requester) -> bool {
+    match validation {
+        SourceValidation::None => true,
+        SourceValidation::SourceId => {
+            let ignored = [0, 0b100, 0b110, 0b111][usize::from(entry.source_qualifier() & 3)];
+            (entry.source() ^ requester.sid.0) & !ignored == 0
+        }
+        SourceValidation::BusRange => {
+            let [first, last] = entry.source().to_be_bytes();
+            (first..=last).contains(&requester.sid.bus())
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "remap_test.rs"]
+mod tests;
