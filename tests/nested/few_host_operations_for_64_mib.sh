@@ -5,13 +5,17 @@
 bind-vfio "$NVME" || fail "binding"
 guest idle <<'GUEST'
 wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+join_free_memory
 GUEST
 guest buffered <<'GUEST'
-checksum
+wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+join_free_memory
+checksum buffered
 GUEST
 guest direct <<'GUEST'
 wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
-blkread /dev/nvme0n1 direct 1048576 64 --sha256 || fail "reading the disk"
+join_free_memory
+checksum direct
 GUEST
 
 # Sets MAPS and UNMAPS.
