@@ -20,6 +20,10 @@
 //! Legacy mode is offered.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+extern crate self as vtd;
+
+pub mod audit;
 pub mod config;
 mod endpoint;
 mod fault;
@@ -29,6 +33,9 @@ mod memory;
 mod queue;
 mod registers;
 mod remap;
+#[cfg(test)]
+#[path = "../tests/unit/rig.rs"]
+mod rig;
 mod shadow;
 pub mod space;
 mod spaces;
@@ -39,6 +46,7 @@ mod tables;
 mod unit;
 mod walk;
 
+pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
 pub use endpoint::{DmaError, DmaSession, Endpoint};
 pub use fault::{Access, Fault};

@@ -95,6 +95,11 @@ impl Shadow {
         self.extents.iter().map(|(&first, extent)| mapping(first, extent))
     }
 
+    /// The parts of the extents in `first` to `last` (inclusive), in ascending order.
+    pub(crate) fn part(&self, (first, last): (u64, u64)) -> impl Iterator<Item = Mapping> + '_ {
+        self.within(first, last).map(|piece| piece.mapping(piece.last))
+    }
+
     /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
     /// adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and `false` is
     /// returned, when `changes` may hold a map that would have to go again: then the batch must be given first.

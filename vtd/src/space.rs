@@ -1,6 +1,8 @@
 //! The seam between the unit and whatever makes its translations real: spaces, map operations, and the listener
 //! that the unit notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
 
+use std::fmt;
+
 use crate::ids::{DomainId, Gpa, Iova, Pasid, Requester, UnitId};
 
 /// What an endpoint is attached to.
@@ -41,6 +43,25 @@ pub enum Stage {
     Second,
 }
 
+impl fmt::Display for SpaceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Identity => f.write_str("identity"),
+            Self::Blocked => f.write_str("blocked"),
+            Self::Paged(space) => space.fmt(f),
+        }
+    }
+}
+
+/// `unit0/domain1/root0x1000/48bit`, and `/first` for a first stage: one word.
+impl fmt::Display for PagedSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { unit, root, width, stage, domain } = self;
+        let stage = if *stage == Stage::First { "/first" } else { "" };
+        write!(f, "unit{}/domain{}/root{root}/{width}bit{stage}", unit.0, domain.0)
+    }
+}
+
 /// What a mapping lets a device do. A mapping that lets it do nothing does not exist.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Perm {
@@ -69,6 +90,17 @@ impl Perm {
     /// Whether a device may write.
     pub const fn writable(self) -> bool {
         !matches!(self, Self::Read)
+    }
+}
+
+/// `r`, `w` or `rw`.
+impl fmt::Display for Perm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "r",
+            Self::Write => "w",
+            Self::ReadWrite => "rw",
+        })
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 
 use vm_memory::GuestMemoryBackend;
 
+use crate::audit::Book;
 use crate::ids::{DomainId, Iova, Requester, SourceId};
 use crate::iotlb::{Iotlb, Scope};
 use crate::remap::EntriesChanged;
@@ -116,6 +117,8 @@ pub(crate) struct Spaces {
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
     scratch: Scratch,
+    /// What the last audit found to disagree.
+    pub(crate) book: Book,
 }
 
 impl Spaces {
@@ -208,6 +211,8 @@ impl Spaces {
         }
         let mut pending = std::mem::take(&mut self.pending);
         self.invalidate_endpoints(&pending);
+        self.book.covers(&pending.iotlb);
+        self.note_contexts(&pending.contexts);
 
         let mut whole = BTreeSet::new();
         let mut fresh = BTreeSet::new();
@@ -215,6 +220,7 @@ impl Spaces {
             self.look_up_again(shared, scope, &mut whole, &mut fresh);
         }
         self.compare(shared, &mut pending.iotlb, &whole, &fresh);
+        self.look_again(shared);
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;
@@ -242,12 +248,7 @@ impl Spaces {
         whole: &mut BTreeSet<PagedSpace>,
         fresh: &mut BTreeSet<PagedSpace>,
     ) {
-        let reached: Vec<Requester> = self
-            .members
-            .iter()
-            .filter(|(requester, member)| scope.reaches(**requester, member))
-            .map(|(requester, _)| *requester)
-            .collect();
+        let reached: Vec<Requester> = self.reached_by(scope).collect();
         for requester in reached {
             let (key, domain) = look_up(shared, requester);
             let Some(member) = self.members.get_mut(&requester) else { continue };
@@ -269,14 +270,61 @@ impl Spaces {
         }
     }
 
+    /// The members that a context-cache invalidation reaches.
+    pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
+        let reached = move |(requester, member): &(&Requester, &Member)| scope.reaches(**requester, member);
+        self.members.iter().filter(reached).map(|(requester, _)| *requester)
+    }
+
+    /// What a member is attached to.
+    pub(crate) fn attached_to(&self, requester: Requester) -> Option<SpaceKey> {
+        self.members.get(&requester).map(|member| member.attached)
+    }
+
+    pub(crate) fn is_member(&self, space: PagedSpace, requester: Requester) -> bool {
+        self.spaces.get(&(space.domain, space)).is_some_and(|space| space.members.contains(&requester))
+    }
+
+    /// The spaces that no bound has blocked, with their shadows.
+    pub(crate) fn open_shadows(&self) -> impl Iterator<Item = (PagedSpace, impl Iterator<Item = Mapping> + '_)> + '_ {
+        self.spaces.values().filter(|space| !space.blocked).map(|space| (space.key, space.shadow.iter()))
+    }
+
+    /// The part of a space's shadow in `range` (inclusive), unless a bound has blocked the space.
+    pub(crate) fn open_shadow(
+        &self,
+        space: PagedSpace,
+        range: (u64, u64),
+    ) -> Option<impl Iterator<Item = Mapping> + '_> {
+        let space = self.spaces.get(&(space.domain, space)).filter(|space| !space.blocked)?;
+        Some(space.shadow.part(range))
+    }
+
+    /// A shadow that says something else than its listener was told: what an audit is there to find.
+    #[cfg(test)]
+    pub(crate) fn falsify(&mut self, first: u64, last: u64) {
+        self.spaces.values_mut().for_each(|space| space.shadow.remove(first, last));
+    }
+
+    /// What the listener was told about the space that `key` names; nothing unless it is a paged one.
+    pub(crate) fn granted(&self, key: &SpaceKey) -> Box<dyn Iterator<Item = Mapping> + '_> {
+        match key {
+            SpaceKey::Paged(space) => match self.spaces.get(&(space.domain, *space)) {
+                Some(space) => Box::new(space.shadow.iter()),
+                None => Box::new(std::iter::empty()),
+            },
+            SpaceKey::Identity | SpaceKey::Blocked => Box::new(std::iter::empty()),
+        }
+    }
+
     /// Switches a member from what it is attached to, to `key`.
     fn attach<M: GuestMemoryBackend>(
         &mut self,
         shared: &Shared<M>,
         requester: Requester,
-        key: SpaceKey,
+        wanted: SpaceKey,
     ) -> Result<(), AttachRefused> {
-        let key = self.with_space(shared, requester, key);
+        let key = self.with_space(shared, requester, wanted);
         let nothing = Shadow::default();
         let live = match key {
             SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).map(|space| &space.shadow),
@@ -294,9 +342,11 @@ impl Spaces {
             space.members.insert(requester);
             if let Err(AttachRefused::Partial(refused)) = &result {
                 refused.iter().for_each(|refusal| space.shadow.remove(refusal.first.0, refusal.last.0));
+                self.book.refused(space.key, refused);
                 report(shared, &mut self.reported, refused);
             }
         }
+        self.book.attached(requester, attached == wanted);
         if let Some(left) = left.filter(|left| *left != attached) {
             self.leave(requester, left);
         }
@@ -405,6 +455,7 @@ impl Spaces {
                 }
             }
             if !self.scratch.refused.is_empty() {
+                self.book.refused(space.key, &self.scratch.refused);
                 report(shared, &mut self.reported, &self.scratch.refused);
                 self.scratch.refused.clear();
             }
@@ -514,7 +565,7 @@ fn bound_exhausted<M>(shared: &Shared<M>) -> log::Level {
 }
 
 /// What the guest's tables say about a requester, and its domain id.
-fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
+pub(crate) fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
     match resolve(&shared.memory, &shared.config, **shared.translation.load(), requester.sid) {
         Ok(Resolved::Off) => (SpaceKey::Identity, None),
         Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),

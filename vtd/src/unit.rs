@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
 
+use crate::audit::{Audit, AuditHost};
 use crate::config::{ConfigError, UnitConfig};
 use crate::endpoint::Endpoint;
 use crate::fault::{Fault, Recorded};
@@ -275,7 +276,13 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         Some(found.runs)
     }
 
-    fn spaces(&self) -> MutexGuard<'_, Spaces> {
+    /// Compares the guest's tables with the shadows, and has `host` compare these with what the host holds, in one moment
+    /// between two drains. See [`crate::audit`]. The lock order is that of [`SpaceListener`]: `host` may take what a listener may.
+    pub fn audit(&self, host: &mut AuditHost<'_>) -> Audit {
+        self.spaces().audit(&self.shared, host)
+    }
+
+    pub(crate) fn spaces(&self) -> MutexGuard<'_, Spaces> {
         self.spaces.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
