@@ -12,6 +12,9 @@
 //!
 //! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read without it.
 
+#[path = "audit.rs"]
+mod audit;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 

@@ -99,6 +99,10 @@ impl HostMem<'_> {
     pub fn hva(&self) -> u64 {
         self.region.hva + self.offset
     }
+    /// Guest-physical address.
+    pub fn gpa(&self) -> u64 {
+        self.region.gpa + self.offset
+    }
     /// Length in bytes, not 0.
     pub fn size(&self) -> u64 {
         self.len

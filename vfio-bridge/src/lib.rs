@@ -15,6 +15,7 @@ mod limits;
 pub mod model;
 mod open;
 mod stats;
+mod trace;
 mod type1;
 
 pub use bridge::{Bridge, Quarantine, RegisterError};
@@ -25,5 +26,6 @@ pub use host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRang
 pub use limits::{INTERRUPT_WINDOW, IovaRange, Limits, Memlock};
 pub use open::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use stats::{DeviceStats, RefusedMaps};
+pub use trace::{Trace, TracedHost, TracedListener};
 pub use type1::Type1;
 pub use vfio_ioctls::VfioDeviceFd;

@@ -1,5 +1,6 @@
 //! The bridge over the model of a host: behaviours B-3 to B-13 and C-1 to C-3, and the properties of design rules 3 and 4.
 
+mod audit;
 mod behaviours;
 mod property;
 mod with_unit;

@@ -1,0 +1,80 @@
+//! The bridge's part of an audit: what the ledger of a function's container holds, against what the function was granted.
+//! Translations are compared, not shapes; both books are read in one moment, because the unit waits.
+//!
+//! The ledger records what the host was asked for. Hosts that widen a write-only mapping (Linux up to 6.12 lets the device read it,
+//! too) do so below it; nothing else is allowed to differ.
+
+use vtd::audit::disagreements;
+use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
+
+use super::Bridge;
+use crate::ledger::Extent;
+use crate::limits::{IovaRange, without_interrupt_window};
+
+impl Bridge {
+    /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a paged
+    /// space). Identity is all RAM without the interrupt window; a group whose members disagree holds nothing (C-3). A function that
+    /// was stopped because an unmap was refused is a difference as such.
+    ///
+    /// To be called by [`vtd::Unit::audit`].
+    pub fn audit(
+        &self,
+        requester: Requester,
+        space: &SpaceKey,
+        granted: &mut dyn Iterator<Item = Mapping>,
+        audit: &mut Audit,
+    ) {
+        let state = self.state();
+        let entry = state.requesters.get(&requester).and_then(|id| state.groups.get(id));
+        let Some(entry) = entry else {
+            return audit.differ(Difference::Other(format!("{requester} is not a device that the bridge knows")));
+        };
+        let ledger = entry.container.ledger();
+        if let Some(why) = entry.container.broken() {
+            let text = format!(
+                "{requester}: it was stopped, and the host may still hold {} of its mappings: {why}",
+                ledger.len()
+            );
+            return audit.differ(Difference::Other(text));
+        }
+        if entry.group.wanted(requester) != Some(*space) {
+            let wanted = entry.group.wanted(requester).unwrap_or(SpaceKey::Blocked);
+            let text = format!("{requester}: the unit attached it to {space}, the bridge has it in {wanted}");
+            audit.differ(Difference::Other(text));
+        }
+        let expected: Vec<Mapping> = match space {
+            _ if entry.group.agreed() != *space => Vec::new(),
+            SpaceKey::Blocked => Vec::new(),
+            SpaceKey::Identity => self.identity().flat_map(outside_interrupt_window).collect(),
+            SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
+        };
+        let held = ledger.extents().map(|extent| {
+            let Extent { first, gpa, perm, .. } = *extent;
+            Mapping { iova: Iova(first), gpa: Gpa(gpa), len: extent.size(), perm }
+        });
+        for piece in disagreements(expected, held, &mut audit.checked) {
+            audit.differ(Difference::Host(requester, piece));
+        }
+        // What the host translates to is the address in this process; the guest-physical one is only its name.
+        for extent in ledger.extents() {
+            if self.guest.host_mem(extent.gpa, extent.size()).map(|mem| mem.hva()) != Some(extent.hva) {
+                let range = IovaRange { first: extent.first, last: extent.last };
+                let text = format!(
+                    "{requester}: {range}: the host leads to {:#x}, which is not {:#x}",
+                    extent.hva, extent.gpa
+                );
+                audit.differ(Difference::Other(text));
+            }
+        }
+    }
+}
+
+fn outside_interrupt_window(mapping: Mapping) -> impl Iterator<Item = Mapping> {
+    let range = IovaRange { first: mapping.iova.0, last: mapping.last().0 };
+    without_interrupt_window(range).map(move |part| Mapping {
+        iova: Iova(part.first),
+        gpa: Gpa(mapping.gpa.0 + (part.first - mapping.iova.0)),
+        len: part.last - part.first + 1,
+        perm: mapping.perm,
+    })
+}

@@ -1,0 +1,216 @@
+//! Tracing (B-16): a line for each notification of a unit and for each host operation.
+//!
+//! A [`TracedListener`] stands between a unit and the bridge, a [`TracedHost`] between the bridge and the host. Whoever does not
+//! trace does not put them there, so tracing that is off costs nothing. `docs/tracing.md` has the line format.
+
+use std::fmt;
+use std::io::{self, BufWriter, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use vtd::{
+    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey, SpaceListener,
+};
+
+use crate::guest_map::HostMem;
+use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::limits::Limits;
+
+/// Where the lines go, through a buffer.
+pub struct Trace {
+    start: Instant,
+    out: Mutex<BufWriter<Box<dyn Write + Send>>>,
+    failed: AtomicBool,
+}
+
+impl Trace {
+    /// A trace into `out`; times count from now.
+    pub fn new(out: Box<dyn Write + Send>) -> Arc<Self> {
+        Arc::new(Self {
+            start: Instant::now(),
+            out: Mutex::new(BufWriter::with_capacity(1 << 16, out)),
+            failed: AtomicBool::new(false),
+        })
+    }
+
+    fn out(&self) -> MutexGuard<'_, BufWriter<Box<dyn Write + Send>>> {
+        self.out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a line: the time, and `what`.
+    fn line(&self, what: fmt::Arguments<'_>) {
+        let mut out = self.out();
+        // Under the lock, so that times ascend.
+        let time = self.start.elapsed();
+        let written = writeln!(out, "{}.{:09} {what}", time.as_secs(), time.subsec_nanos());
+        drop(out);
+        self.check(written);
+    }
+
+    /// Brings the buffered lines out. An error is logged once.
+    pub fn flush(&self) {
+        let flushed = self.out().flush();
+        self.check(flushed);
+    }
+
+    fn check(&self, result: io::Result<()>) {
+        if let Err(e) = result
+            && !self.failed.swap(true, Ordering::Relaxed)
+        {
+            log::error!("the trace is not complete: {e}");
+        }
+    }
+}
+
+/// `ok`, or an errno's or a cause's text with no blank in it.
+struct Word<T>(T);
+
+impl<T: fmt::Display> fmt::Display for Word<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.to_string().replace(char::is_whitespace, "_"))
+    }
+}
+
+fn cause(cause: RefusalCause) -> &'static str {
+    match cause {
+        RefusalCause::Limit => "limit",
+        RefusalCause::Memlock => "memlock",
+        RefusalCause::Range => "range",
+        RefusalCause::Target => "target",
+        RefusalCause::Other => "other",
+    }
+}
+
+/// A listener whose notifications are traced.
+pub struct TracedListener {
+    inner: Arc<dyn SpaceListener>,
+    trace: Arc<Trace>,
+}
+
+impl TracedListener {
+    /// Traces what `inner` is told.
+    pub fn new(inner: Arc<dyn SpaceListener>, trace: Arc<Trace>) -> Self {
+        Self { inner, trace }
+    }
+
+    fn refused(&self, space: &SpaceKey, refused: &[Refusal]) {
+        for Refusal { first, last, cause: why, requester } in refused {
+            let why = cause(*why);
+            self.trace
+                .line(format_args!("notify refused space={space} device={requester} iova={first}-{last} cause={why}"));
+        }
+    }
+
+    fn map(&self, op: &str, space: &SpaceKey, mapping: &Mapping) {
+        let Mapping { iova, gpa, perm, .. } = mapping;
+        self.trace.line(format_args!("notify {op} space={space} iova={iova}-{} gpa={gpa} perm={perm}", mapping.last()));
+    }
+}
+
+impl SpaceListener for TracedListener {
+    fn attach(
+        &self,
+        requester: Requester,
+        pasid: Option<Pasid>,
+        space: &SpaceKey,
+        live: &mut dyn Iterator<Item = Mapping>,
+    ) -> Result<(), AttachRefused> {
+        self.trace.line(format_args!("notify attach device={requester} space={space}"));
+        let mut live = live.inspect(|mapping| self.map("replay", space, mapping));
+        let result = self.inner.attach(requester, pasid, space, &mut live);
+        match &result {
+            Ok(()) => self.trace.line(format_args!("notify attached device={requester} space={space} result=ok")),
+            Err(refused) => {
+                let word = Word(refused);
+                self.trace.line(format_args!("notify attached device={requester} space={space} result={word}"));
+                if let AttachRefused::Partial(pieces) = refused {
+                    self.refused(space, pieces);
+                }
+            }
+        }
+        result
+    }
+
+    fn detach(&self, requester: Requester, pasid: Option<Pasid>) {
+        self.trace.line(format_args!("notify detach device={requester}"));
+        self.inner.detach(requester, pasid);
+    }
+
+    fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {
+        for op in ops {
+            match op {
+                MapOp::Unmap { first, last } => {
+                    self.trace.line(format_args!("notify unmap space={space} iova={first}-{last}"));
+                }
+                MapOp::Map(mapping) => self.map("map", space, mapping),
+            }
+        }
+        let applied = self.inner.apply(space, ops);
+        self.refused(space, &applied.refused);
+        let (ops, refused) = (ops.len(), applied.refused.len());
+        self.trace.line(format_args!("notify applied space={space} ops={ops} refused={refused}"));
+        applied
+    }
+}
+
+/// A host whose operations are traced.
+pub struct TracedHost {
+    inner: Arc<dyn HostIommu>,
+    trace: Arc<Trace>,
+}
+
+impl TracedHost {
+    /// Traces what `inner` is asked for.
+    pub fn new(inner: Arc<dyn HostIommu>, trace: Arc<Trace>) -> Self {
+        Self { inner, trace }
+    }
+}
+
+impl HostIommu for TracedHost {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn container(&self, group: GroupId) -> Option<ContainerId> {
+        self.inner.container(group)
+    }
+
+    fn limits(&self, container: ContainerId) -> Limits {
+        self.inner.limits(container)
+    }
+
+    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let start = Instant::now();
+        let result = self.inner.map(container, iova, mem, perm);
+        let ns = start.elapsed().as_nanos();
+        let (last, gpa, container) = (iova + (mem.size() - 1), mem.gpa(), container.0);
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(refused) => &Word(&refused.source),
+        };
+        self.trace.line(format_args!(
+            "host map container={container} iova={iova:#x}-{last:#x} gpa={gpa:#x} perm={perm} ns={ns} result={said}"
+        ));
+        result
+    }
+
+    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+        let start = Instant::now();
+        let result = self.inner.unmap(container, range);
+        let ns = start.elapsed().as_nanos();
+        let (first, last) = match range {
+            UnmapRange::Span { first, last } => (first, last),
+            UnmapRange::All => (0, u64::MAX),
+        };
+        let container = container.0;
+        let (said, bytes): (&dyn fmt::Display, u64) = match &result {
+            Ok(bytes) => (&"ok", *bytes),
+            Err(e) => (&Word(e), 0),
+        };
+        self.trace.line(format_args!(
+            "host unmap container={container} iova={first:#x}-{last:#x} bytes={bytes:#x} ns={ns} result={said}"
+        ));
+        result
+    }
+}
