@@ -7,8 +7,8 @@ use devices::vfio_pci::{VfioPci, VfioPciError};
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_bridge::{
-    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostPaths, Limits, Memlock,
-    OpenError, Quarantine, RegisterError, Type1, VfioDeviceFd, check_memlock,
+    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Limits,
+    Memlock, OpenError, Quarantine, RegisterError, Trace, TracedHost, Type1, VfioDeviceFd, check_memlock,
 };
 use vtd::{AttachRefused, Requester};
 
@@ -77,6 +77,17 @@ pub enum Error {
         /// Bytes of RAM.
         ram: u64,
     },
+    /// What would be locked is not there.
+    #[error(
+        "an assigned device keeps the guest's {} MiB of memory locked, and the host has {} MiB left; use a smaller --memory",
+        .ram >> 20, .available >> 20
+    )]
+    HostMemory {
+        /// Bytes of RAM.
+        ram: u64,
+        /// Bytes that the host can still give.
+        available: u64,
+    },
     /// Guest memory is not as the bridge needs it.
     #[error(transparent)]
     GuestMap(#[from] GuestMapError),
@@ -123,7 +134,20 @@ pub fn check(wanted: &[Bdf], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<C
     let checked = wanted.iter().map(|bdf| paths.check(*bdf)).collect::<Result<Vec<_>, _>>()?;
     let groups: BTreeSet<GroupId> = checked.iter().map(CheckedFunction::group).collect();
     check_memlock(Memlock::of_this_process(), ram, groups.len() as u64)?;
-    Ok(checked)
+    let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_memory(&text));
+    match memory {
+        Some(available) if ram > available => Err(Error::HostMemory { ram, available }),
+        _ => Ok(checked),
+    }
+}
+
+/// Bytes that can be locked, from the text of /proc/meminfo: what is available, and what swapping makes so.
+fn available_memory(meminfo: &str) -> Option<u64> {
+    let field = |name: &str| {
+        let value = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+        value.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    Some(field("MemAvailable:")?.saturating_add(field("SwapFree:").unwrap_or(0)))
 }
 
 /// The unit's guest address width: what was asked for if every group's host can map it, else the widest that all can.
@@ -157,6 +181,7 @@ pub fn open(
     ram_size: u64,
     checked: &[CheckedFunction],
     control: &Arc<Control>,
+    trace: Option<&Arc<Trace>>,
 ) -> Result<Assigned, Error> {
     let kvm_vfio = if checked.is_empty() {
         None
@@ -178,7 +203,11 @@ pub fn open(
         }
     }
     let breaker = Arc::new(Breaker { functions: Mutex::default(), control: control.clone() });
-    let bridge = Arc::new(Bridge::new(type1, GuestMap::of_memory(ram.clone())?, breaker.clone()));
+    let host: Arc<dyn HostIommu> = match trace {
+        Some(trace) => Arc::new(TracedHost::new(type1, trace.clone())),
+        None => type1,
+    };
+    let bridge = Arc::new(Bridge::new(host, GuestMap::of_memory(ram.clone())?, breaker.clone()));
     Ok(Assigned { bridge, functions, limits, breaker })
 }
 
@@ -287,6 +316,13 @@ mod tests {
         let off = VtdOption { caching_mode: false, ..Default::default() };
         assert!(matches!(check(&[bdf], Some(&off), 1 << 20), Err(Error::NoCachingMode)));
         assert!(check(&[], None, 1 << 20).unwrap().is_empty());
+    }
+
+    #[test]
+    fn available_memory_is_read_with_swap() {
+        let text = "MemTotal: 100 kB\nMemAvailable:  3000 kB\nSwapFree:   96 kB\n";
+        assert_eq!(available_memory(text), Some(3096 * 1024));
+        assert_eq!(available_memory("MemTotal: 100 kB\n"), None);
     }
 
     #[test]

@@ -71,14 +71,15 @@ pub struct RunArgs {
     /// Write statistics (JSON) at the end and on SIGUSR1
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
+    /// Write a line for each IOMMU notification and each host operation
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Write messages to a file instead of stderr
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// More messages; up to three times
     #[arg(short = 'v', action = ArgAction::Count)]
     pub verbose: u8,
-    #[arg(long, hide = true, value_parser = options::later)]
-    trace: Option<PathBuf>,
     #[arg(long, hide = true, value_parser = options::later)]
     socket: Option<PathBuf>,
     #[arg(long, hide = true, value_parser = options::later)]
@@ -134,7 +135,6 @@ mod tests {
             (&["--kernel", "k", "--memory", "1M"], "less than 16M"),
             (&["--kernel", "k", "--iommu", "vtd,foo=on"], "the keys are"),
             (&["--kernel", "k", "--device", "vfio"], "host=BDF is missing"),
-            (&["--kernel", "k", "--trace", "x"], "not available in this version"),
             (&["--kernel", "k", "--socket", "x"], "not available in this version"),
             (&["--kernel", "k", "--image", "x"], "not available in this version"),
             (&["--kernel", "k", "--kernel", "l"], "--kernel"),

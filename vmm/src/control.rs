@@ -122,10 +122,10 @@ impl Control {
         &self.event
     }
 
-    /// Asks for a stop, from any thread. A reason given earlier stays.
+    /// Asks for a stop, from any thread. A reason given earlier stays, but for a reset: what ends the run outdoes it.
     pub fn request(&self, stop: Stop) {
         let mut state = self.state.lock().unwrap();
-        if state.stop.is_none() {
+        if matches!(state.stop, None | Some(Stop::Reset)) {
             state.stop = Some(stop);
             if self.wanted.load(Ordering::Relaxed) == RUN {
                 self.wanted.store(PAUSE, Ordering::Release);
@@ -297,6 +297,11 @@ mod tests {
         assert_eq!(entries.load(Ordering::Relaxed), 0);
         assert_eq!(control.take_stop(), Some(Stop::PowerOff));
         assert_eq!(control.take_stop(), None);
+        // A guest that resets itself all the time does not outlive its time limit.
+        control.request(Stop::Reset);
+        control.request(Stop::TimeLimit);
+        control.request(Stop::Reset);
+        assert_eq!(control.take_stop(), Some(Stop::TimeLimit));
         control.quit();
         thread.join().unwrap();
     }

@@ -3,6 +3,7 @@
 
 mod acpi;
 mod assign;
+mod audit;
 mod boot;
 mod cli;
 mod console;

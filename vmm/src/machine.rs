@@ -16,9 +16,9 @@ use devices::serial::SerialPort;
 use devices::vfio_pci::{AssignedHost, VfioPci, VfioPciWiring};
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
-use vfio_bridge::{Bdf, Bridge, CheckedFunction, GroupId, HostFunction};
+use vfio_bridge::{Bdf, Bridge, CheckedFunction, GroupId, HostFunction, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Requester, SourceId, Unit, UnitConfig, UnitId};
+use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::assign::{self, Assigned};
 use crate::boot::Payload;
@@ -172,18 +172,20 @@ pub struct Parts<'a> {
     pub control: Arc<Control>,
     /// Signalled when the guest took its serial input.
     pub drained: EventFd,
+    /// Where notifications and host operations are traced.
+    pub trace: Option<Arc<Trace>>,
 }
 
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { args, names, payload, checked, control, drained } = parts;
+        let Parts { args, names, payload, checked, control, drained, trace } = parts;
         let vm = vm::create(kvm)?;
         let ram = memory::create(args.memory)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
 
-        let assigned = assign::open(&vm, &ram, args.memory, checked, &control)?;
+        let assigned = assign::open(&vm, &ram, args.memory, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(args.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
         assign::report(&assigned.limits, args.memory);
 
@@ -199,7 +201,11 @@ impl Machine {
                 config.host_address_width = physical_bits;
                 config.caching_mode = option.caching_mode;
                 config.pass_through = option.pass_through;
-                let unit = Unit::new(config, (*ram).clone(), assigned.bridge.clone(), interrupts.clone())?;
+                let listener: Arc<dyn SpaceListener> = match trace {
+                    Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
+                    None => assigned.bridge.clone(),
+                };
+                let unit = Unit::new(config, (*ram).clone(), listener, interrupts.clone())?;
                 insert(&platform.mmio, layout::VTD_UNIT, layout::VTD_UNIT_SIZE, Arc::new(UnitWindow(unit.clone())))?;
                 Some(unit)
             }
@@ -291,14 +297,28 @@ impl Machine {
         Ok(())
     }
 
-    /// Ends the vCPU threads and quiesces the functions.
-    pub fn stop(&mut self) {
+    /// Compares the guest's tables, the shadows, and what the host was handed.
+    pub fn audit(&self) -> Audit {
+        let bridge = &self.bridge;
+        let unit = self.unit.as_ref().map(|unit| {
+            unit.audit(&mut |requester, space, granted, audit| bridge.audit(requester, space, granted, audit))
+        });
+        unit.unwrap_or_default()
+    }
+
+    /// Ends the vCPU threads.
+    pub fn halt(&mut self) {
         self.control.quit();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU thread panicked");
             }
         }
+    }
+
+    /// Ends the vCPU threads and quiesces the functions.
+    pub fn stop(&mut self) {
+        self.halt();
         self.platform.root.reset();
     }
 

@@ -1,14 +1,15 @@
 //! `causeway run`: checks, the event loop, and how it ends.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use vfio_bridge::Bdf;
+use vfio_bridge::{Bdf, Trace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vtd::Audit;
 
 use crate::boot::Payload;
 use crate::cli::RunArgs;
@@ -17,7 +18,7 @@ use crate::control::{Control, Stop};
 use crate::events::{self, FunctionEvents, Outside, Signals};
 use crate::machine::{Machine, Parts};
 use crate::stats::{Exit, Stats};
-use crate::{assign, options, terminal, vm};
+use crate::{assign, audit, options, terminal, vm};
 
 /// Exit code of a usage error.
 pub const USAGE: u8 = 2;
@@ -38,6 +39,13 @@ fn start_log(args: &RunArgs) -> anyhow::Result<()> {
     };
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
+    if args.verbose == 0 {
+        // It warns of interrupt kinds that a device simply does not have; what fails, we say ourselves.
+        builder.filter_module("vfio_ioctls", log::LevelFilter::Error);
+    }
+    if let Ok(filters) = std::env::var("RUST_LOG") {
+        builder.parse_filters(&filters);
+    }
     let start = Instant::now();
     let timed = args.log.is_some() || args.verbose > 0;
     builder.format(move |out, record| {
@@ -140,6 +148,7 @@ impl Run<'_> {
         let checked = assign::check(&wanted, args.vtd(), args.memory)?;
         let kvm = vm::open().map_err(remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let trace = self.trace()?;
         let parts = Parts {
             args,
             names: &self.names,
@@ -147,6 +156,7 @@ impl Run<'_> {
             checked: &checked,
             control: self.control.clone(),
             drained: drained.try_clone()?,
+            trace: trace.clone(),
         };
         let mut machine = Machine::new(&kvm, parts)?;
 
@@ -166,20 +176,48 @@ impl Run<'_> {
         }
 
         machine.resume();
-        let stop = self.watch(&mut machine, &mut events, &report);
-        machine.stop();
+        let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref());
+        machine.halt();
         terminal::restore();
-        self.write_stats(&machine, Some(outcome(&stop)));
+        // Before the functions are torn down.
+        let audit = self.args.stats.as_ref().map(|_| machine.audit());
+        machine.stop();
+        if let Some(trace) = &trace {
+            trace.flush();
+        }
+        if let Some(audit) = audit {
+            audit::say(&audit);
+            self.write_stats(&machine, Some(outcome(&stop)), &audit);
+        }
         Ok(stop)
     }
 
-    fn watch(&self, machine: &mut Machine, events: &mut EventManager<Subscriber>, report: &AtomicBool) -> Stop {
+    /// Where notifications and host operations are traced.
+    fn trace(&self) -> anyhow::Result<Option<Arc<Trace>>> {
+        let Some(path) = &self.args.trace else { return Ok(None) };
+        let file = File::create(path)
+            .map_err(|e| anyhow::anyhow!("the trace file {} cannot be written: {e}", path.display()))?;
+        Ok(Some(Trace::new(Box::new(file))))
+    }
+
+    fn watch(
+        &self,
+        machine: &mut Machine,
+        events: &mut EventManager<Subscriber>,
+        report: &AtomicBool,
+        trace: Option<&Trace>,
+    ) -> Stop {
         loop {
             if let Err(e) = events.run() {
                 return Stop::Error(format!("the event loop failed: {e}"));
             }
             if report.swap(false, Ordering::Relaxed) {
-                self.write_stats(machine, None);
+                let audit = machine.audit();
+                audit::say(&audit);
+                self.write_stats(machine, None, &audit);
+                if let Some(trace) = trace {
+                    trace.flush();
+                }
             }
             match self.control.take_stop() {
                 None => {}
@@ -193,10 +231,10 @@ impl Run<'_> {
         }
     }
 
-    fn write_stats(&self, machine: &Machine, exit: Option<Exit>) {
+    fn write_stats(&self, machine: &Machine, exit: Option<Exit>, audit: &Audit) {
         let Some(file) = &self.args.stats else { return };
         let wall_ms = self.start.elapsed().as_millis() as u64;
-        let stats = Stats { exit, wall_ms, ..machine.stats() };
+        let stats = Stats { exit, wall_ms, audit: audit.into(), ..machine.stats() };
         if let Err(e) = stats.write(file) {
             log::error!("the statistics could not be written to {}: {e}", file.display());
         }

@@ -304,13 +304,13 @@ fn enter(fd: &mut VcpuFd, index: u8, buses: &Buses) -> Option<Stop> {
 }
 
 /// Calls `access` for each unit of a port access: string instructions bring several at once.
-fn port_access(fd: &mut VcpuFd, at: *mut u8, len: usize, mut access: impl FnMut(&mut [u8])) {
+fn port_access(fd: &mut VcpuFd, at: *mut u8, len: usize, access: impl FnMut(&mut [u8])) {
     // SAFETY: the last exit was KVM_EXIT_IO, so this is the member in use.
     let size = usize::from(unsafe { fd.get_kvm_run().__bindgen_anon_1.io }.size).max(1);
     // SAFETY: `at` and `len` are the data of that exit in the vCPU's shared page, which only this thread uses until it enters
     // the guest again; no other reference to it is alive.
     let data = unsafe { std::slice::from_raw_parts_mut(at, len) };
-    data.chunks_exact_mut(size).for_each(|unit| access(unit));
+    data.chunks_exact_mut(size).for_each(access);
 }
 
 fn internal_error(fd: &mut VcpuFd, index: u8) -> String {

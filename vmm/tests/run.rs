@@ -1,0 +1,185 @@
+//! The program as a user sees it: exit codes and messages. Guests are a few instructions in the clothes of a Linux kernel; those
+//! tests need /dev/kvm and say so where there is none.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use vmm_sys_util::tempdir::TempDir;
+use vmm_sys_util::tempfile::TempFile;
+
+/// `mov al, 'A'; mov dx, 0x3f8; out dx, al`
+const PRINT_A: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee];
+/// `mov ax, 0x3400; mov dx, 0x604; out dx, ax`: SLP_EN and the sleep type of S5.
+const POWER_OFF: &[u8] = &[0x66, 0xb8, 0x00, 0x34, 0x66, 0xba, 0x04, 0x06, 0x66, 0xef];
+/// `mov al, 6; mov dx, 0xcf9; out dx, al`
+const RESET: &[u8] = &[0xb0, 0x06, 0x66, 0xba, 0xf9, 0x0c, 0xee];
+/// `jmp .`
+const LOOP: &[u8] = &[0xeb, 0xfe];
+/// `ud2` without an interrupt table: a triple fault.
+const CRASH: &[u8] = &[0x0f, 0x0b];
+
+fn kernel(code: &[&[u8]]) -> TempFile {
+    let mut image = vec![0u8; 1024 + 0x200];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]); // setup sectors
+    put(0x202, b"HdrS");
+    put(0x206, &0x020fu16.to_le_bytes()); // protocol version
+    put(0x211, &[1]); // loaded high
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes()); // highest initrd address
+    put(0x236, &1u16.to_le_bytes()); // 64-bit entry
+    put(0x238, &2047u32.to_le_bytes()); // command line size
+    put(0x258, &0x100_0000u64.to_le_bytes()); // preferred address
+    put(0x260, &0x10_0000u32.to_le_bytes()); // memory needed there
+    code.iter().for_each(|part| image.extend_from_slice(part));
+    let file = TempFile::new().unwrap();
+    file.as_file().write_all(&image).unwrap();
+    file
+}
+
+fn causeway(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_causeway"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> (i32, String, String) {
+    let Output { status, stdout, stderr } = causeway(args).output().unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    (status.code().unwrap_or(-1), text(&stdout), text(&stderr))
+}
+
+fn has_kvm() -> bool {
+    let there = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        eprintln!("no /dev/kvm: nothing to check");
+    }
+    there
+}
+
+fn run_guest(code: &[&[u8]], more: &[&str]) -> (i32, String, String) {
+    let kernel = kernel(code);
+    let mut args = vec!["run", "--kernel", kernel.as_path().to_str().unwrap(), "--memory", "64M"];
+    args.extend_from_slice(more);
+    run(&args)
+}
+
+#[test]
+fn nothing_prints_help() {
+    let (code, out, _) = run(&[]);
+    assert_eq!(code, 0);
+    assert!(out.contains("Usage: causeway"), "{out}");
+}
+
+#[test]
+fn wrong_usage_is_code_2_and_runs_nothing() {
+    for args in [
+        &["run"][..],
+        &["fly"],
+        &["run", "--kernel", "k", "--device", "edu,id=a", "--device", "edu,id=a"],
+        &["run", "--kernel", "k", "--iommu", "vtd,intremap=on"],
+    ] {
+        let (code, out, err) = run(args);
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}");
+        assert!(!err.is_empty());
+    }
+}
+
+#[test]
+fn a_refused_start_is_code_4_with_one_message() {
+    let text = TempFile::new().unwrap();
+    text.as_file().write_all(&[b'x'; 8192]).unwrap();
+    let text = text.as_path().to_str().unwrap();
+    let good = kernel(&[LOOP]);
+    let good = good.as_path().to_str().unwrap();
+    let vfio = "vfio,host=ffff:ff:1f.7";
+    for (args, part) in [
+        (&["run", "--kernel", "/nonexistent/kernel"][..], "/nonexistent/kernel"),
+        (&["run", "--kernel", text], "is not a kernel"),
+        (&["run", "--kernel", good, "--initrd", "/nonexistent/initrd"], "/nonexistent/initrd"),
+        (&["run", "--kernel", good, "--device", vfio], "no PCI function ffff:ff:1f.7"),
+        (&["run", "--kernel", good, "--device", vfio, "--iommu", "none"], "--iommu none"),
+        (&["run", "--kernel", good, "--device", vfio, "--iommu", "vtd,caching-mode=off"], "caching-mode=on"),
+        (&["run", "--kernel", good, "--log", "/nonexistent/log"], "/nonexistent/log"),
+    ] {
+        let (code, out, err) = run(args);
+        assert_eq!((code, out.as_str(), err.lines().count()), (4, "", 1), "{args:?}: {err}");
+        assert!(err.contains(part), "{err}");
+    }
+}
+
+#[test]
+fn power_off_is_code_0_and_the_serial_port_is_stdout() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let stats = dir.as_path().join("stats.json");
+    let (code, out, err) = run_guest(&[PRINT_A, POWER_OFF, LOOP], &["--stats", stats.to_str().unwrap()]);
+    assert_eq!((code, out.as_str(), err.as_str()), (0, "A", ""));
+    let stats: serde_json::Value = serde_json::from_slice(&std::fs::read(stats).unwrap()).unwrap();
+    assert_eq!(stats["exit"], serde_json::json!({"reason": "poweroff", "code": 0}));
+    assert_eq!(stats["units"][0]["id"], "vtd0");
+}
+
+#[test]
+fn a_reset_starts_the_guest_anew_and_is_a_crash_under_no_reboot() {
+    if !has_kvm() {
+        return;
+    }
+    let (code, out, _) = run_guest(&[PRINT_A, RESET, LOOP], &["--no-reboot", "--device", "edu"]);
+    assert_eq!((code, out.as_str()), (8, "A"));
+    let (code, out, _) = run_guest(&[PRINT_A, RESET, LOOP], &["--timeout", "3", "--cpus", "2", "--device", "edu"]);
+    assert_eq!(code, 10);
+    assert!(out.len() > 1, "the guest printed {out}");
+}
+
+#[test]
+fn a_triple_fault_is_code_8_and_the_time_limit_is_code_10() {
+    if !has_kvm() {
+        return;
+    }
+    let (code, _, err) = run_guest(&[CRASH], &[]);
+    assert_eq!(code, 8, "{err}");
+    let (code, _, err) = run_guest(&[LOOP], &["--timeout", "0.5"]);
+    assert_eq!(code, 10, "{err}");
+}
+
+#[test]
+fn a_signal_from_outside_ends_it_by_that_signal() {
+    use std::os::unix::process::ExitStatusExt;
+    if !has_kvm() {
+        return;
+    }
+    let kernel = kernel(&[PRINT_A, LOOP]);
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let mut child = causeway(&["run", "--kernel", path(kernel.as_path()), "--memory", "64M", "--cpus", "2"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // The guest runs once it has printed.
+        let mut printed = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut printed).unwrap();
+        // SAFETY: the child was not waited for, so the process id is still its own.
+        assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
+        let status = wait(&mut child);
+        assert_eq!(status.signal(), Some(signal));
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn wait(child: &mut std::process::Child) -> std::process::ExitStatus {
+    for _ in 0..1000 {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    panic!("the program did not end within 10 s");
+}
