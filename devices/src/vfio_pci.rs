@@ -8,7 +8,7 @@
 //! off the bus; then write the host's configuration space. Memory on runs in reverse.
 //!
 //! # Locks
-//! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped. [`HostCommand`]
+//! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped. `HostCommand`
 //! is held for one host access only, so [`VfioPci::quarantine`], which takes nothing else, can be called from inside
 //! anything that an unmapped window leads to.
 
