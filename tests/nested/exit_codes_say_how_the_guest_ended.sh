@@ -1,4 +1,5 @@
 # Power-off 0, reset under --no-reboot 8, triple fault 8, time limit 10; without --no-reboot a reset boots again.
+# limit: 240
 . /causeway/files/lib.sh
 
 guest off </dev/null
