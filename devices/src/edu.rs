@@ -5,12 +5,15 @@
 //! refused and sets [`STATUS_DMA_FAILED`] until the next one starts; addresses have 64 bits; a transfer takes as long as it
 //! takes instead of 100 ms.
 //!
+//! A transfer of four bytes, aligned, into the interrupt address range is a message, like any function's.
+//!
 //! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
 //! command was written is not reached.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use vtd::{Iova, Msi, Requester};
 
 use crate::BusDevice;
@@ -218,7 +221,13 @@ impl Shared {
                 let mut data = vec![0; range.len()];
                 self.dma.read(*from, &mut data).ok().map(|()| data)
             }
-            Task::ToMemory(data, to) => self.dma.write(*to, data).ok().map(|()| Vec::new()),
+            Task::ToMemory(data, to) => {
+                match message_of(*to, data) {
+                    Some(message) => self.interrupts.signal(self.requester, message),
+                    None => self.dma.write(*to, data).ok()?,
+                }
+                Some(Vec::new())
+            }
             Task::Refuse => None,
         }
     }
@@ -364,6 +373,12 @@ fn in_buffer(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
     let first = usize::try_from(address.checked_sub(BUFFER)?).ok()?;
     let end = first.checked_add(usize::try_from(count).ok()?)?;
     (end <= BUFFER_SIZE).then_some(first..end)
+}
+
+/// What a write of `data` to `to` is for the bus, if it is a message.
+fn message_of(to: Iova, data: &[u8]) -> Option<Msi> {
+    let data = u32::from_le_bytes(data.try_into().ok()?);
+    ((INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&to.0) && to.0 % 4 == 0).then_some(Msi { address: to.0, data })
 }
 
 /// Modulo 2^32: from 34 on it is 0, which saves a guest's 2^32 multiplications.

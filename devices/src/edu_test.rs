@@ -262,3 +262,22 @@ fn edu_shutdown_joins_its_worker() {
     drop(edu);
     assert_eq!(Arc::strong_count(&interrupts), 1, "the worker's share is gone");
 }
+
+#[test]
+fn a9_a_write_of_a_dword_into_the_interrupt_range_is_a_message_and_no_write() {
+    let (bench, memory) = with_memory();
+    memory.write_slice(&0x4051u32.to_le_bytes(), GuestAddress(0x1000)).unwrap();
+    bench.transfer(0x1000, BUFFER, 4, DMA_START);
+    bench.transfer(BUFFER, 0xfee0_1004, 4, DMA_START | DMA_TO_MEMORY);
+    assert!(!bench.failed());
+    assert_eq!(bench.interrupts.take(), [Msi { address: 0xfee0_1004, data: 0x4051 }]);
+    for (to, count) in [(0xfee0_1004, 8), (0xfee0_1004, 2), (0xfee0_1002, 4), (0xfedf_fffc, 4), (0xfef0_0000, 4)] {
+        bench.transfer(BUFFER, to, count, DMA_START | DMA_TO_MEMORY);
+        assert!(bench.failed() && bench.interrupts.take().is_empty(), "{count} bytes to {to:#x}");
+    }
+    bench.transfer(0xfee0_1004, BUFFER, 4, DMA_START);
+    assert!(bench.failed());
+    bench.command(COMMAND_MEMORY);
+    bench.transfer(BUFFER, 0xfee0_1004, 4, DMA_START | DMA_TO_MEMORY);
+    assert!(bench.failed() && bench.interrupts.take().is_empty(), "a message needs Bus Master");
+}

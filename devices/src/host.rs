@@ -37,7 +37,7 @@ pub trait MemorySlots: Send + Sync {
 pub trait IrqRoute: Send + Sync {
     /// The eventfd to hand to VFIO as the trigger. It stays the same for the life of the route.
     fn trigger(&self) -> &EventFd;
-    /// From now on a signal is delivered as `msi` (remapped by `requester`'s unit, once remapping exists). `None`: masked;
+    /// From now on a signal is delivered as `msi`, remapped by the requester's unit. `None`: masked;
     /// signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
     fn set(&self, msi: Option<Msi>) -> io::Result<()>;
     /// While masked: whether a signal came since; clears it.
@@ -48,7 +48,7 @@ pub trait IrqRoute: Send + Sync {
 pub trait Interrupts: Send + Sync {
     /// A new route for `requester`, masked.
     fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>>;
-    /// Deliver `msi` of `requester` now (emulated devices). Remapped, once remapping exists.
+    /// Deliver `msi` of `requester` now, remapped by its unit. What the unit blocks it records as a fault.
     fn signal(&self, requester: Requester, msi: Msi);
 }
 

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::{LE, U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::dmar::{self, UnitDescription};
+use crate::dmar::{self, Remapping};
 use crate::layout::{self, Window};
 use crate::memory::Ram;
 use crate::{boot, dsdt};
@@ -35,8 +35,8 @@ pub struct Description<'a> {
     pub cpus: u8,
     /// PCI memory above 4 GiB.
     pub pci64: Option<Window>,
-    /// The widest guest address of the units, and the units.
-    pub units: Option<(u8, &'a [UnitDescription])>,
+    /// The remapping units.
+    pub remapping: Option<&'a Remapping>,
 }
 
 /// An interrupt of the ISA numbering that is not edge-triggered, active-high (ACPI 6.5, section 5.2.12.5).
@@ -139,8 +139,8 @@ fn tables(description: &Description<'_>) -> Vec<(u64, Vec<u8>)> {
     let facs = place(bytes(&FACS::new()));
     let dsdt = place(dsdt::table(description.pci64));
     let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg())];
-    if let Some((width, units)) = description.units {
-        listed.push(place(dmar::table(width, units)));
+    if let Some(remapping) = description.remapping {
+        listed.push(place(dmar::table(remapping)));
     }
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     listed.into_iter().for_each(|at| xsdt.add_entry(at));

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dmar::Scope;
+use crate::dmar::{Scope, UnitDescription};
 use std::collections::BTreeMap;
 
 fn u32_at(table: &[u8], offset: usize) -> u32 {
@@ -46,21 +46,21 @@ fn find(description: &Description<'_>) -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn every_table_is_found_and_its_length_and_checksum_are_right() {
-    let units = [unit()];
+    let remapping = Remapping { width: 48, interrupts: true, units: vec![unit()] };
     let pci64 = layout::pci64_window(512 << 20, 40);
-    let tables = find(&Description { cpus: 4, pci64, units: Some((48, &units)) });
+    let tables = find(&Description { cpus: 4, pci64, remapping: Some(&remapping) });
     assert_eq!(tables.keys().collect::<Vec<_>>(), ["APIC", "DMAR", "DSDT", "FACP", "MCFG", "XSDT"]);
     for (name, table) in &tables {
         assert_eq!(&table[..4], name.as_bytes());
         assert_eq!(u32_at(table, 4) as usize, table.len(), "{name}");
         assert_eq!(sum(table), 0, "{name}");
     }
-    assert!(!find(&Description { cpus: 4, pci64, units: None }).contains_key("DMAR"));
+    assert!(!find(&Description { cpus: 4, pci64, remapping: None }).contains_key("DMAR"));
 }
 
 #[test]
 fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
-    let mut placed = tables(&Description { cpus: 254, pci64: layout::pci64_window(1 << 40, 46), units: None });
+    let mut placed = tables(&Description { cpus: 254, pci64: layout::pci64_window(1 << 40, 46), remapping: None });
     placed.sort();
     assert!(placed.windows(2).all(|pair| pair[0].0 + pair[0].1.len() as u64 <= pair[1].0));
     let (at, table) = placed.last().unwrap();
@@ -69,7 +69,7 @@ fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
 
 #[test]
 fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
-    let tables = find(&Description { cpus: 3, pci64: None, units: None });
+    let tables = find(&Description { cpus: 3, pci64: None, remapping: None });
     let madt = &tables["APIC"];
     assert_eq!(u32_at(madt, 40), 0);
     let mut rest = &madt[44..];
@@ -89,7 +89,7 @@ fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
 #[test]
 fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
     let pci64 = layout::pci64_window(512 << 20, 40).unwrap();
-    let tables = find(&Description { cpus: 1, pci64: Some(pci64), units: None });
+    let tables = find(&Description { cpus: 1, pci64: Some(pci64), remapping: None });
     let dsdt = &tables["DSDT"];
     let has = |part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);
     let ends = [(pci64.first).to_le_bytes(), (pci64.last).to_le_bytes()].concat();

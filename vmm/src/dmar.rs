@@ -48,18 +48,30 @@ pub struct UnitDescription {
     pub scopes: Vec<Scope>,
 }
 
+/// The remapping units of a machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Remapping {
+    /// The widest guest address of the units, in bits.
+    pub width: u8,
+    /// Whether they remap interrupts.
+    pub interrupts: bool,
+    /// The units.
+    pub units: Vec<UnitDescription>,
+}
+
+/// Interrupt remapping is supported. X2APIC_OPT_OUT (bit 1) stays clear: it would make Linux leave it off.
+const INTR_REMAP: u8 = 1;
 const DRHD: u16 = 0;
 const INCLUDE_PCI_ALL: u8 = 1;
 /// Header of the table: the ACPI header, width, flags, ten reserved bytes.
 const HEADER: u32 = 48;
 
-/// The table for `units` whose widest guest address has `width` bits. A unit that includes all functions comes last, as the
-/// specification demands.
-pub fn table(width: u8, units: &[UnitDescription]) -> Vec<u8> {
+/// The table for these units. A unit that includes all functions comes last, as the specification demands.
+pub fn table(remapping: &Remapping) -> Vec<u8> {
     let mut sdt = Sdt::new(*b"DMAR", HEADER, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    sdt.write_u8(36, width - 1);
-    // Flags stay 0: INTR_REMAP is not offered.
-    let mut sorted: Vec<&UnitDescription> = units.iter().collect();
+    sdt.write_u8(36, remapping.width - 1);
+    sdt.write_u8(37, if remapping.interrupts { INTR_REMAP } else { 0 });
+    let mut sorted: Vec<&UnitDescription> = remapping.units.iter().collect();
     sorted.sort_by_key(|unit| (unit.segment, unit.include_all));
     for unit in sorted {
         let mut scopes = Vec::new();
@@ -83,7 +95,7 @@ mod tests {
 
     #[test]
     fn a13_the_table_says_what_the_description_says_with_the_catch_all_unit_last() {
-        let units = [
+        let units = vec![
             UnitDescription {
                 segment: 0,
                 base: 0xfed9_0000,
@@ -97,7 +109,10 @@ mod tests {
                 scopes: vec![Scope::Endpoint((0, 5, 0)), Scope::Bridge((0, 6, 1))],
             },
         ];
-        let table = table(48, &units);
+        let remapping = Remapping { width: 48, interrupts: false, units };
+        let with_interrupts = table(&Remapping { interrupts: true, ..remapping.clone() });
+        assert_eq!((with_interrupts[36], with_interrupts[37]), (47, INTR_REMAP));
+        let table = table(&remapping);
         assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         assert_eq!(&table[..4], b"DMAR");
         assert_eq!(u32::from_le_bytes(table[4..8].try_into().unwrap()) as usize, table.len());

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::{Control, Stop};
+use crate::irq::KvmInterrupts;
 
 /// Signals that end us, after an orderly stop.
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
@@ -155,5 +156,30 @@ impl MutEventSubscriber for FunctionEvents {
             "the device reported an error that it cannot correct"
         };
         self.control.request(Stop::Error(format!("{}: {what}", self.id)));
+    }
+}
+
+/// Interrupts that the unit blocks: what fires there reaches the unit by way of the event loop.
+pub struct BlockedInterrupts {
+    interrupts: Arc<KvmInterrupts>,
+    control: Arc<Control>,
+}
+
+impl BlockedInterrupts {
+    /// For all functions of a machine.
+    pub fn new(interrupts: Arc<KvmInterrupts>, control: Arc<Control>) -> Self {
+        Self { interrupts, control }
+    }
+}
+
+impl MutEventSubscriber for BlockedInterrupts {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(e) = ops.add(Events::new_raw(self.interrupts.blocked_event(), EventSet::IN)) {
+            self.control.request(Stop::Error(format!("blocked interrupts cannot be watched: {e}")));
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.interrupts.serve_blocked();
     }
 }

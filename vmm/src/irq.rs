@@ -1,54 +1,153 @@
-//! Messages into the guest: the GSI routing table, irqfds, and single messages.
+//! Messages into the guest: the GSI routing table, irqfds, and single messages, each remapped by the unit of its requester.
 //!
 //! GSIs 0 to 23 are the IOAPIC's pins. KVM delivers nothing by them (our IOAPIC sends messages itself), but it looks at their
-//! routes to know which vectors are level-triggered and have to exit at their end of interrupt. GSIs from 24 on are message routes.
+//! routes to know which vectors are level-triggered and have to exit at their end of interrupt. GSIs from 24 on are vectors of
+//! functions: an eventfd that KVM turns into the remapped message by itself.
+//!
+//! ```text
+//!  masked  nobody has the eventfd; signals stay counted
+//!  Kvm     the unit remapped the message: KVM has the eventfd and the route
+//!  Served  the unit blocks the message: we have the eventfd, and ask the unit when it fires, so that the fault is recorded
+//!          then and not before (A-9)
+//! ```
+//!
+//! One lock is held from the look-up in the guest's table until the route or the message is KVM's, and by the unit's
+//! invalidation of entries, which therefore ends after everything that was looked up before it. The lock comes after the queue
+//! of the unit and before its registers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use devices::host::{Interrupts, IoapicRoutes, IrqRoute};
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
 use kvm_ioctls::VmFd;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vtd::{Msi, MsiSink, Requester};
+use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use vtd::{EntriesChanged, Msi, MsiSink, RemapError, RemapListener, Requester, SourceId, Unit};
 
-use crate::layout::IOAPIC_PINS;
+use crate::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
+use crate::memory::Ram;
 
 /// Trigger mode of the data of a message: level.
 const DATA_LEVEL: u32 = 1 << 15;
 /// KVM takes this many routes (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: usize = 4096;
+/// Blocked vectors that are served in one round of the event loop.
+const SERVED_AT_ONCE: usize = 32;
+
+/// The IOAPIC, as the unit knows it.
+pub fn ioapic_requester() -> Requester {
+    let (bus, device, function) = IOAPIC_SOURCE;
+    Requester { segment: 0, sid: SourceId::new(bus, device, function) }
+}
+
+/// What remaps messages: the unit.
+pub trait Remapper: Send + Sync {
+    /// What the processors get if this message fires; a fault is not recorded.
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError>;
+    /// The same for a message that fires now: a fault is recorded.
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError>;
+}
+
+impl Remapper for Unit<Ram> {
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+        self.remap(requester, msi)
+    }
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+        self.deliver(requester, msi)
+    }
+}
+
+/// KVM's part of it.
+trait Kvm: Send + Sync {
+    /// These are all the routes from now on. When it returns, nothing is delivered by the ones before.
+    fn set_routes(&self, entries: &[kvm_irq_routing_entry]) -> io::Result<()>;
+    /// Signals of `trigger` are delivered by the route of `gsi`, a signal that it has counted already, too.
+    fn connect(&self, trigger: &EventFd, gsi: u32) -> io::Result<()>;
+    /// Takes that back. When it returns, everything that was signalled before is delivered.
+    fn disconnect(&self, trigger: &EventFd, gsi: u32) -> io::Result<()>;
+    /// Delivers a message now.
+    fn send(&self, msi: Msi) -> io::Result<()>;
+}
 
 fn os_error(e: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(e.errno())
 }
 
-/// The GSI routing table as we want it.
+impl Kvm for VmFd {
+    fn set_routes(&self, entries: &[kvm_irq_routing_entry]) -> io::Result<()> {
+        let routing = KvmIrqRouting::from_entries(entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
+        self.set_gsi_routing(&routing).map_err(os_error)
+    }
+    fn connect(&self, trigger: &EventFd, gsi: u32) -> io::Result<()> {
+        self.register_irqfd(trigger, gsi).map_err(os_error)
+    }
+    fn disconnect(&self, trigger: &EventFd, gsi: u32) -> io::Result<()> {
+        self.unregister_irqfd(trigger, gsi).map_err(os_error)
+    }
+    fn send(&self, msi: Msi) -> io::Result<()> {
+        let (address_lo, address_hi) = halves(msi.address);
+        // 0 means that the guest blocks the interrupt, which is its right.
+        self.signal_msi(kvm_msi { address_lo, address_hi, data: msi.data, ..Default::default() })
+            .map(drop)
+            .map_err(os_error)
+    }
+}
+
+fn halves(address: u64) -> (u32, u32) {
+    (address as u32, (address >> 32) as u32)
+}
+
+/// Who has the eventfd of a vector.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Path {
+    /// Nobody.
+    Masked,
+    /// KVM.
+    Kvm,
+    /// The event loop.
+    Served,
+}
+
+/// One vector of a function.
+struct Vector {
+    requester: Requester,
+    trigger: Arc<EventFd>,
+    /// What the function sends; `None`: masked.
+    sends: Option<Msi>,
+    path: Path,
+}
+
+/// What the functions and the pins send, and what KVM is told of it.
 #[derive(Default)]
 struct Table {
+    vectors: BTreeMap<u32, Vector>,
+    /// What each pin sends, the last that it sent if it is masked.
+    pins: [Option<Msi>; IOAPIC_PINS as usize],
+    /// The routes as they should be in KVM: remapped.
     routes: BTreeMap<u32, Msi>,
-    used: std::collections::BTreeSet<u32>,
+    /// KVM does not have them yet.
+    stale: bool,
 }
 
 impl Table {
-    fn allocate(&mut self) -> io::Result<u32> {
-        let gsi = (IOAPIC_PINS..MAX_ROUTES as u32)
-            .find(|gsi| !self.used.contains(gsi))
-            .ok_or_else(|| io::Error::other("all of KVM's interrupt routes are in use"))?;
-        self.used.insert(gsi);
-        Ok(gsi)
+    /// A GSI without a vector.
+    fn free_gsi(&self) -> io::Result<u32> {
+        (IOAPIC_PINS..MAX_ROUTES as u32)
+            .find(|gsi| !self.vectors.contains_key(gsi))
+            .ok_or_else(|| io::Error::other("all of KVM's interrupt routes are in use"))
     }
 
-    fn free(&mut self, gsi: u32) {
-        self.used.remove(&gsi);
-        self.routes.remove(&gsi);
-    }
-
-    /// Whether the table differs from before.
-    fn set(&mut self, gsi: u32, msi: Msi) -> bool {
-        self.routes.insert(gsi, msi) != Some(msi)
+    fn set_route(&mut self, gsi: u32, msi: Option<Msi>) {
+        let before = match msi {
+            Some(msi) => self.routes.insert(gsi, msi),
+            None => self.routes.remove(&gsi),
+        };
+        self.stale |= before != msi;
     }
 
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
@@ -56,8 +155,7 @@ impl Table {
             .iter()
             .map(|(gsi, msi)| {
                 let mut entry = kvm_irq_routing_entry { gsi: *gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-                entry.u.msi.address_lo = msi.address as u32;
-                entry.u.msi.address_hi = (msi.address >> 32) as u32;
+                (entry.u.msi.address_lo, entry.u.msi.address_hi) = halves(msi.address);
                 entry.u.msi.data = msi.data;
                 entry
             })
@@ -65,64 +163,208 @@ impl Table {
     }
 }
 
-/// [`Interrupts`], [`IoapicRoutes`] and [`MsiSink`] over KVM.
+/// [`Interrupts`], [`IoapicRoutes`] and [`MsiSink`] over KVM, and the unit's [`RemapListener`].
 pub struct KvmInterrupts {
-    vm: Arc<VmFd>,
+    kvm: Arc<dyn Kvm>,
+    remapper: OnceLock<Weak<dyn Remapper>>,
     table: Mutex<Table>,
+    /// Watches the eventfds of blocked vectors, by their GSI.
+    blocked: Epoll,
     // So that a guest that sends messages into nowhere fills no log.
     complained: AtomicBool,
     this: Weak<Self>,
 }
 
 impl KvmInterrupts {
-    /// For a virtual machine with a split interrupt chip.
-    pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
-        Arc::new_cyclic(|this| Self {
-            vm,
+    /// For a virtual machine with a split interrupt chip. Nothing is remapped.
+    ///
+    /// # Errors
+    /// The host has no file descriptors left.
+    pub fn new(vm: Arc<VmFd>) -> io::Result<Arc<Self>> {
+        Self::over(vm)
+    }
+
+    fn over(kvm: Arc<dyn Kvm>) -> io::Result<Arc<Self>> {
+        let blocked = Epoll::new()?;
+        Ok(Arc::new_cyclic(|this| Self {
+            kvm,
+            remapper: OnceLock::new(),
             table: Mutex::default(),
+            blocked,
             complained: AtomicBool::new(false),
             this: this.clone(),
-        })
+        }))
     }
 
-    fn commit(&self, table: &Table) -> io::Result<()> {
-        let routing = KvmIrqRouting::from_entries(&table.entries()).map_err(|e| io::Error::other(format!("{e:?}")))?;
-        self.vm.set_gsi_routing(&routing).map_err(os_error)
+    /// From now on every message goes through `remapper`; nothing is delivered once that is gone. To be called once, before
+    /// there is any vector.
+    pub fn remap_by(&self, remapper: Weak<dyn Remapper>) {
+        if self.remapper.set(remapper).is_err() {
+            log::error!("a second unit was to remap the same interrupts");
+        }
     }
 
-    fn deliver(&self, msi: Msi) {
-        let message = kvm_msi {
-            address_lo: msi.address as u32,
-            address_hi: (msi.address >> 32) as u32,
-            data: msi.data,
-            ..Default::default()
+    /// Readable while a blocked vector has fired: the event loop then calls [`Self::serve_blocked`].
+    pub fn blocked_event(&self) -> RawFd {
+        self.blocked.as_raw_fd()
+    }
+
+    /// Gives what blocked vectors sent to the unit, which records their faults.
+    pub fn serve_blocked(&self) {
+        let mut events = [EpollEvent::default(); SERVED_AT_ONCE];
+        let ready = match self.blocked.wait(0, &mut events) {
+            Ok(ready) => ready,
+            Err(e) => {
+                if e.kind() != io::ErrorKind::Interrupted {
+                    log::error!("blocked interrupts could not be served: {e}");
+                }
+                return;
+            }
         };
-        // 0 means that the guest blocks the interrupt, which is its right.
-        if let Err(e) = self.vm.signal_msi(message)
+        for event in &events[..ready] {
+            let table = self.table();
+            let vector = table.vectors.get(&(event.data() as u32)).filter(|vector| vector.path == Path::Served);
+            // Where KVM got the eventfd meanwhile, it has delivered what was counted.
+            let Some(Vector { requester, trigger, sends: Some(msi), .. }) = vector else { continue };
+            if trigger.read().is_ok() {
+                self.fire(&table, *requester, *msi);
+            }
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap()
+    }
+
+    fn ask(
+        &self,
+        msi: Msi,
+        ask: impl FnOnce(&dyn Remapper) -> Result<Msi, RemapError>,
+    ) -> Result<Option<Msi>, RemapError> {
+        match self.remapper.get() {
+            None if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address) => Ok(Some(msi)),
+            None => Err(RemapError::NotAnInterrupt(msi.address)),
+            Some(remapper) => remapper.upgrade().map(|remapper| ask(&*remapper)).transpose(),
+        }
+    }
+
+    /// What the processors get if `requester` sends `msi`; `None`: nothing.
+    fn look_up(&self, requester: Requester, msi: Msi) -> Option<Msi> {
+        self.ask(msi, |remapper| remapper.remap(requester, msi)).ok().flatten()
+    }
+
+    /// `requester` sends `msi`. The table is held until it is KVM's, so that an invalidation waits for it.
+    fn fire(&self, _table: &Table, requester: Requester, msi: Msi) {
+        match self.ask(msi, |remapper| remapper.deliver(requester, msi)) {
+            Ok(Some(remapped)) => self.send(remapped),
+            Ok(None) => {}
+            Err(e) => log::debug!("a message of {requester} was dropped: {e}"),
+        }
+    }
+
+    fn send(&self, msi: Msi) {
+        if let Err(e) = self.kvm.send(msi)
             && !self.complained.swap(true, Ordering::Relaxed)
         {
             let Msi { address, data } = msi;
             log::warn!("a message {data:#x} to {address:#x} reached no processor ({e}); further ones are not logged");
         }
     }
+
+    /// Looks up what these vectors and pins send, and makes it so: all of it in one change of KVM's routes.
+    fn resolve(&self, table: &mut Table, gsis: &BTreeSet<u32>) {
+        let mut routed = Vec::new();
+        for gsi in gsis {
+            if let Some(Some(sends)) = table.pins.get(*gsi as usize).copied() {
+                table.set_route(*gsi, self.look_up(ioapic_requester(), sends));
+            } else if let Some(Vector { requester, sends: Some(sends), .. }) = table.vectors.get(gsi) {
+                match self.look_up(*requester, *sends) {
+                    Some(remapped) => {
+                        routed.push(*gsi);
+                        table.set_route(*gsi, Some(remapped));
+                    }
+                    None => self.take_path(table, *gsi, Path::Served),
+                }
+            }
+        }
+        let path = match self.commit(table) {
+            Ok(()) => Path::Kvm,
+            Err(e) => {
+                // Nothing may be delivered by the routes of before.
+                log::error!("the interrupt routes could not be set, and interrupts become slow: {e}");
+                Path::Served
+            }
+        };
+        for gsi in routed {
+            self.take_path(table, gsi, path);
+        }
+    }
+
+    fn commit(&self, table: &mut Table) -> io::Result<()> {
+        if table.stale {
+            self.kvm.set_routes(&table.entries())?;
+            table.stale = false;
+        }
+        Ok(())
+    }
+
+    /// Hands the eventfd of `gsi` over. Where KVM does not take it, it is served.
+    fn take_path(&self, table: &mut Table, gsi: u32, path: Path) {
+        let Some(vector) = table.vectors.get_mut(&gsi) else { return };
+        if vector.path == path {
+            return;
+        }
+        let watch = |operation| {
+            self.blocked.ctl(operation, vector.trigger.as_raw_fd(), EpollEvent::new(EventSet::IN, gsi.into()))
+        };
+        let left = match vector.path {
+            Path::Masked => Ok(()),
+            Path::Kvm => self.kvm.disconnect(&vector.trigger, gsi),
+            Path::Served => watch(ControlOperation::Delete),
+        };
+        let mut taken = path;
+        let entered = match path {
+            Path::Masked => Ok(()),
+            Path::Kvm => self.kvm.connect(&vector.trigger, gsi).or_else(|e| {
+                log::warn!("{}: KVM refused an eventfd, and the interrupt becomes slow: {e}", vector.requester);
+                taken = Path::Served;
+                watch(ControlOperation::Add)
+            }),
+            Path::Served => watch(ControlOperation::Add),
+        };
+        if taken == Path::Kvm {
+            // What was counted before KVM has delivered just now, but it leaves the count. It would fire again, as a fault
+            // perhaps, when the eventfd is handed over next. What comes from now on KVM takes away itself.
+            let _ = vector.trigger.read();
+        }
+        if let Err(e) = left.and(entered) {
+            log::error!("{}: an interrupt could not be handed over: {e}", vector.requester);
+        }
+        vector.path = taken;
+    }
 }
 
 impl Interrupts for KvmInterrupts {
-    fn route(&self, _requester: Requester) -> io::Result<Arc<dyn IrqRoute>> {
-        let trigger = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let gsi = self.table.lock().unwrap().allocate()?;
+    fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>> {
+        let trigger = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let owner = self.this.upgrade().ok_or_else(|| io::Error::other("the machine is going away"))?;
-        Ok(Arc::new(Route { owner, gsi, trigger, attached: Mutex::new(false) }))
+        let mut table = self.table();
+        let gsi = table.free_gsi()?;
+        let vector = Vector { requester, trigger: trigger.clone(), sends: None, path: Path::Masked };
+        table.vectors.insert(gsi, vector);
+        drop(table);
+        Ok(Arc::new(Route { owner, gsi, trigger }))
     }
 
-    fn signal(&self, _requester: Requester, msi: Msi) {
-        self.deliver(msi);
+    fn signal(&self, requester: Requester, msi: Msi) {
+        self.fire(&self.table(), requester, msi);
     }
 }
 
+/// The unit's own messages are not remapped (section 5.1.6).
 impl MsiSink for KvmInterrupts {
     fn signal(&self, msi: Msi) {
-        self.deliver(msi);
+        self.send(msi);
     }
 }
 
@@ -134,32 +376,30 @@ impl IoapicRoutes for KvmInterrupts {
         if u32::from(pin) >= IOAPIC_PINS {
             return;
         }
+        // Without remapping the processors learn the trigger mode from here, with it from the entry.
         let data = if level { msi.data | DATA_LEVEL } else { msi.data & !DATA_LEVEL };
-        let mut table = self.table.lock().unwrap();
-        if table.set(pin.into(), Msi { data, ..msi })
-            && let Err(e) = self.commit(&table)
-        {
-            log::error!("the route of interrupt pin {pin} could not be set: {e}");
-        }
+        let mut table = self.table();
+        table.pins[usize::from(pin)] = Some(Msi { data, ..msi });
+        self.resolve(&mut table, &BTreeSet::from([pin.into()]));
     }
 }
 
-/// One message route. Masked, it has no irqfd, and signals stay counted in the eventfd.
+impl RemapListener for KvmInterrupts {
+    fn entries_changed(&self, changed: EntriesChanged) {
+        let mut table = self.table();
+        let concerned = |sends: &Option<Msi>| sends.is_some_and(|msi| changed.concerns(msi));
+        let pins = (0..IOAPIC_PINS).zip(&table.pins).filter(|(_, sends)| concerned(sends)).map(|(gsi, _)| gsi);
+        let vectors = table.vectors.iter().filter(|(_, vector)| concerned(&vector.sends)).map(|(gsi, _)| *gsi);
+        let gsis = pins.chain(vectors).collect();
+        self.resolve(&mut table, &gsis);
+    }
+}
+
+/// One vector of a function.
 struct Route {
     owner: Arc<KvmInterrupts>,
     gsi: u32,
-    trigger: EventFd,
-    attached: Mutex<bool>,
-}
-
-impl Route {
-    fn detach(&self, attached: &mut bool) -> io::Result<()> {
-        if *attached {
-            self.owner.vm.unregister_irqfd(&self.trigger, self.gsi).map_err(os_error)?;
-            *attached = false;
-        }
-        Ok(())
-    }
+    trigger: Arc<EventFd>,
 }
 
 impl IrqRoute for Route {
@@ -168,101 +408,37 @@ impl IrqRoute for Route {
     }
 
     fn set(&self, msi: Option<Msi>) -> io::Result<()> {
-        let mut attached = self.attached.lock().unwrap();
-        let Some(msi) = msi else {
-            // The route stays in the table: a vector that is masked and unmasked costs no new table.
-            return self.detach(&mut attached);
-        };
-        let mut table = self.owner.table.lock().unwrap();
-        if table.set(self.gsi, msi) {
-            self.owner.commit(&table)?;
+        let mut table = self.owner.table();
+        if let Some(vector) = table.vectors.get_mut(&self.gsi) {
+            vector.sends = msi;
         }
-        drop(table);
-        if !*attached {
-            // A signal that is counted already is delivered by this call.
-            self.owner.vm.register_irqfd(&self.trigger, self.gsi).map_err(os_error)?;
-            *attached = true;
+        match msi {
+            // The route stays in the table: a vector that is masked and unmasked costs no new table.
+            None => self.owner.take_path(&mut table, self.gsi, Path::Masked),
+            Some(_) => self.owner.resolve(&mut table, &BTreeSet::from([self.gsi])),
         }
         Ok(())
     }
 
     fn take_pending(&self) -> bool {
-        let attached = self.attached.lock().unwrap();
-        !*attached && self.trigger.read().is_ok_and(|count| count > 0)
+        let table = self.owner.table();
+        let masked = table.vectors.get(&self.gsi).is_some_and(|vector| vector.path == Path::Masked);
+        masked && self.trigger.read().is_ok_and(|count| count > 0)
     }
 }
 
 impl Drop for Route {
     fn drop(&mut self) {
-        let mut attached = *self.attached.lock().unwrap();
-        if let Err(e) = self.detach(&mut attached) {
-            log::warn!("interrupt route {} could not be taken away: {e}", self.gsi);
-        }
-        let mut table = self.owner.table.lock().unwrap();
-        table.free(self.gsi);
-        if let Err(e) = self.owner.commit(&table) {
+        let mut table = self.owner.table();
+        self.owner.take_path(&mut table, self.gsi, Path::Masked);
+        table.vectors.remove(&self.gsi);
+        table.set_route(self.gsi, None);
+        if let Err(e) = self.owner.commit(&mut table) {
             log::warn!("the interrupt routes could not be updated: {e}");
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vm;
-    use vtd::SourceId;
-
-    const MSI: Msi = Msi { address: 0xfee0_1000, data: 0x41 };
-
-    #[test]
-    fn the_table_hands_out_gsis_above_the_pins_and_takes_them_back() {
-        let mut table = Table::default();
-        let (a, b) = (table.allocate().unwrap(), table.allocate().unwrap());
-        assert_eq!((a, b), (24, 25));
-        assert!(table.set(a, MSI));
-        assert!(!table.set(a, MSI));
-        assert!(table.set(a, Msi { data: 0x42, ..MSI }));
-        table.free(a);
-        assert!(table.entries().is_empty());
-        assert_eq!(table.allocate().unwrap(), 24);
-        while table.allocate().is_ok() {}
-        assert_eq!(table.used.len(), MAX_ROUTES - IOAPIC_PINS as usize);
-    }
-
-    #[test]
-    fn entries_carry_the_whole_message() {
-        let mut table = Table::default();
-        table.set(30, Msi { address: 0x1_fee0_2000, data: 0x55 });
-        let entry = table.entries()[0];
-        assert_eq!((entry.gsi, entry.type_), (30, KVM_IRQ_ROUTING_MSI));
-        // SAFETY: the entry's type says that this is the member in use.
-        let msi = unsafe { entry.u.msi };
-        assert_eq!((msi.address_lo, msi.address_hi, msi.data), (0xfee0_2000, 1, 0x55));
-    }
-
-    #[test]
-    fn a_masked_route_counts_signals_and_a_level_pin_says_so() {
-        let Ok(kvm) = vm::open() else {
-            eprintln!("no /dev/kvm: nothing to check");
-            return;
-        };
-        let interrupts = KvmInterrupts::new(vm::create(&kvm).unwrap());
-        let requester = Requester { segment: 0, sid: SourceId::new(0, 5, 0) };
-        let route = interrupts.route(requester).unwrap();
-        route.trigger().write(1).unwrap();
-        assert!(route.take_pending());
-        assert!(!route.take_pending());
-        route.set(Some(MSI)).unwrap();
-        route.set(Some(Msi { data: 0x43, ..MSI })).unwrap();
-        route.set(None).unwrap();
-        route.trigger().write(1).unwrap();
-        assert!(route.take_pending());
-        drop(route);
-
-        interrupts.set_pin(9, Some((MSI, true)));
-        assert_eq!(interrupts.table.lock().unwrap().routes[&9].data, 0x41 | DATA_LEVEL);
-        interrupts.set_pin(9, None);
-        interrupts.set_pin(200, Some((MSI, false)));
-        assert_eq!(interrupts.table.lock().unwrap().routes.keys().collect::<Vec<_>>(), [&9]);
-    }
-}
+#[path = "irq_test.rs"]
+mod irq_test;

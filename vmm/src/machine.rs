@@ -18,14 +18,14 @@ use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
 use vfio_bridge::{Bdf, Bridge, CheckedFunction, GroupId, HostFunction, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
+use vtd::{Audit, Requester, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::assign::{self, Assigned};
 use crate::boot::Payload;
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
-use crate::dmar::{Scope, UnitDescription};
-use crate::irq::KvmInterrupts;
+use crate::dmar::{Remapping, Scope, UnitDescription};
+use crate::irq::{self, KvmInterrupts, Remapper};
 use crate::memory::Ram;
 use crate::options::{DeviceKind, DeviceOption};
 use crate::slots::KvmSlots;
@@ -83,6 +83,9 @@ pub enum Error {
     /// Two things want one address.
     #[error(transparent)]
     Overlap(#[from] Overlap),
+    /// Interrupts cannot be delivered.
+    #[error("interrupts cannot be set up: {0}")]
+    Interrupts(std::io::Error),
     /// A thread could not be made.
     #[error("a thread could not be started: {0}")]
     Thread(std::io::Error),
@@ -98,6 +101,7 @@ pub struct Machine {
     platform: Platform,
     placed: Vec<Placed>,
     assigned: Vec<(String, Arc<VfioPci>)>,
+    interrupts: Arc<KvmInterrupts>,
     unit: Option<Arc<Unit<Ram>>>,
     bridge: Arc<Bridge>,
     tables: Tables,
@@ -120,7 +124,7 @@ struct Platform {
 struct Tables {
     cpus: u8,
     pci64: Option<layout::Window>,
-    units: Option<(u8, Vec<UnitDescription>)>,
+    remapping: Option<Remapping>,
 }
 
 /// A device of the command line, in its place.
@@ -139,9 +143,7 @@ impl Platform {
     fn new(interrupts: &Arc<KvmInterrupts>, control: &Arc<Control>, drained: EventFd) -> Result<Self, Overlap> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::new(mmio.clone());
-        let (bus, device, function) = layout::IOAPIC_SOURCE;
-        let requester = Requester { segment: 0, sid: SourceId::new(bus, device, function) };
-        let ioapic = IoApic::new(requester, interrupts.clone(), Some(interrupts.clone()));
+        let ioapic = IoApic::new(irq::ioapic_requester(), interrupts.clone(), Some(interrupts.clone()));
         let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
         let output = Box::new(std::io::stdout());
         let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), output, Some(drained)));
@@ -191,7 +193,7 @@ impl Machine {
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
-        let interrupts = KvmInterrupts::new(vm.clone());
+        let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let platform = Platform::new(&interrupts, &control, drained)?;
 
         let unit = match args.vtd() {
@@ -201,11 +203,16 @@ impl Machine {
                 config.host_address_width = physical_bits;
                 config.caching_mode = option.caching_mode;
                 config.pass_through = option.pass_through;
+                config.interrupt_remapping = option.interrupt_remapping;
+                config.extended_interrupt_mode = option.extended_interrupt_mode;
                 let listener: Arc<dyn SpaceListener> = match trace {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
                 let unit = Unit::new(config, (*ram).clone(), listener, interrupts.clone())?;
+                let remapper: Weak<dyn Remapper> = Arc::<Unit<Ram>>::downgrade(&unit);
+                interrupts.remap_by(remapper);
+                unit.set_remap_listener(interrupts.clone());
                 insert(&platform.mmio, layout::VTD_UNIT, layout::VTD_UNIT_SIZE, Arc::new(UnitWindow(unit.clone())))?;
                 Some(unit)
             }
@@ -213,12 +220,22 @@ impl Machine {
         let tables = Tables {
             cpus: args.cpus,
             pci64: layout::pci64_window(args.memory, physical_bits),
-            units: unit.as_ref().map(|_| (physical_bits, vec![describe_unit()])),
+            remapping: unit.as_ref().map(|unit| Remapping {
+                width: physical_bits,
+                interrupts: unit.config().interrupt_remapping,
+                units: vec![describe_unit()],
+            }),
         };
 
         let bridge = assigned.bridge.clone();
-        let mut plug =
-            Plug { platform: &platform, unit: unit.as_ref(), interrupts, slots, ram: &ram, assigned: Vec::new() };
+        let mut plug = Plug {
+            platform: &platform,
+            unit: unit.as_ref(),
+            interrupts: interrupts.clone(),
+            slots,
+            ram: &ram,
+            assigned: Vec::new(),
+        };
         let placed = plug.devices(&args.devices, names, assigned)?;
         let assigned = plug.assigned;
 
@@ -234,6 +251,7 @@ impl Machine {
             platform,
             placed,
             assigned,
+            interrupts,
             unit,
             bridge,
             tables,
@@ -260,6 +278,11 @@ impl Machine {
         &self.platform.serial
     }
 
+    /// The interrupts, for those that the unit blocks.
+    pub fn interrupts(&self) -> &Arc<KvmInterrupts> {
+        &self.interrupts
+    }
+
     /// The assigned functions with their ids, for their events.
     pub fn assigned(&self) -> &[(String, Arc<VfioPci>)] {
         &self.assigned
@@ -267,8 +290,8 @@ impl Machine {
 
     /// Writes the kernel and what describes the machine into RAM.
     fn load(&mut self) -> Result<(), Error> {
-        let units = self.tables.units.as_ref().map(|(width, units)| (*width, units.as_slice()));
-        let description = acpi::Description { cpus: self.tables.cpus, pci64: self.tables.pci64, units };
+        let Tables { cpus, pci64, remapping } = &self.tables;
+        let description = acpi::Description { cpus: *cpus, pci64: *pci64, remapping: remapping.as_ref() };
         let rsdp = acpi::write(&self.ram, &description)?;
         let entry = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         self.entry.store(entry, Ordering::Relaxed);

@@ -124,11 +124,21 @@ pub struct VtdOption {
     pub caching_mode: bool,
     /// Whether pass-through translation is offered.
     pub pass_through: bool,
+    /// Whether interrupt remapping is offered.
+    pub interrupt_remapping: bool,
+    /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
+    pub extended_interrupt_mode: bool,
 }
 
 impl Default for VtdOption {
     fn default() -> Self {
-        Self { aw_bits: None, caching_mode: true, pass_through: true }
+        Self {
+            aw_bits: None,
+            caching_mode: true,
+            pass_through: true,
+            interrupt_remapping: true,
+            extended_interrupt_mode: true,
+        }
     }
 }
 
@@ -145,7 +155,7 @@ impl std::str::FromStr for IommuOption {
             }
             "vtd" => {
                 let keys = Keys::parse(kind, rest, &KEYS)?;
-                for later in ["intremap", "eim", "scalable", "ioapic-check"] {
+                for later in ["scalable", "ioapic-check"] {
                     if keys.switch(later)? == Some(true) {
                         return unavailable(&format!("vtd: {later}=on"));
                     }
@@ -155,10 +165,17 @@ impl std::str::FromStr for IommuOption {
                     _ => bad(format!("`{value}` is not 39, 48 or 57")),
                 })?;
                 let default = VtdOption::default();
+                let interrupt_remapping = keys.switch("intremap")?.unwrap_or(default.interrupt_remapping);
+                let extended_interrupt_mode = keys.switch("eim")?.unwrap_or(interrupt_remapping);
+                if extended_interrupt_mode && !interrupt_remapping {
+                    return bad("vtd: eim=on needs intremap=on: it is a mode of interrupt remapping");
+                }
                 Ok(Self::Vtd(VtdOption {
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
+                    interrupt_remapping,
+                    extended_interrupt_mode,
                 }))
             }
             _ => bad(format!("unknown IOMMU `{kind}`; it is vtd or none")),

@@ -30,8 +30,24 @@ fn iommu_keys() {
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
         "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off".parse(),
-        Ok(IommuOption::Vtd(VtdOption { aw_bits: Some(39), caching_mode: false, pass_through: false }))
+        Ok(IommuOption::Vtd(VtdOption {
+            aw_bits: Some(39),
+            caching_mode: false,
+            pass_through: false,
+            interrupt_remapping: false,
+            extended_interrupt_mode: false,
+        }))
     );
+    for (text, interrupt_remapping, extended_interrupt_mode) in [
+        ("vtd", true, true),
+        ("vtd,eim=on", true, true),
+        ("vtd,intremap=on", true, true),
+        ("vtd,intremap=on,eim=off", true, false),
+        ("vtd,eim=off,intremap=off", false, false),
+    ] {
+        let expected = VtdOption { interrupt_remapping, extended_interrupt_mode, ..VtdOption::default() };
+        assert_eq!(text.parse(), Ok(IommuOption::Vtd(expected)), "{text}");
+    }
     for (text, part) in [
         ("vtd,aw-bits=40", "not 39, 48 or 57"),
         ("vtd,foo=1", "the keys are aw-bits, caching-mode"),
@@ -41,8 +57,7 @@ fn iommu_keys() {
         ("vtd,pt=yes", "`on` or `off`"),
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
-        ("vtd,intremap=on", "not available in this version"),
-        ("vtd,eim=on", "not available in this version"),
+        ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
         ("vtd,scalable=on", "not available in this version"),
     ] {
         let message = error::<IommuOption>(text);

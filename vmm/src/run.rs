@@ -15,7 +15,7 @@ use crate::boot::Payload;
 use crate::cli::RunArgs;
 use crate::console::Console;
 use crate::control::{Control, Stop};
-use crate::events::{self, FunctionEvents, Outside, Signals};
+use crate::events::{self, BlockedInterrupts, FunctionEvents, Outside, Signals};
 use crate::machine::{Machine, Parts};
 use crate::stats::{Exit, Stats};
 use crate::{assign, audit, options, terminal, vm};
@@ -167,6 +167,8 @@ impl Run<'_> {
         let raw = terminal::is_ours() && terminal::make_raw().is_ok();
         let console = Console::new(machine.serial().clone(), drained, self.control.clone(), raw);
         events.add_subscriber(Box::new(console));
+        let blocked = BlockedInterrupts::new(machine.interrupts().clone(), self.control.clone());
+        events.add_subscriber(Box::new(blocked));
         for (id, function) in machine.assigned() {
             log::info!(
                 "{id}: the device can reach all of the guest's memory until the guest turns translation on, as on hardware"

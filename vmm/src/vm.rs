@@ -73,11 +73,14 @@ pub fn create(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
     let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     split.args[0] = u64::from(layout::IOAPIC_PINS);
     vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
-    if vm.check_extension_raw(KVM_CAP_X2APIC_API.into()) != 0 {
-        let mut x2apic = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
-        x2apic.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
-        vm.enable_cap(&x2apic).map_err(call("KVM_CAP_X2APIC_API"))?;
+    // Messages with destinations of 32 bits, as the unit remaps them, and none of them a broadcast by its lowest 8 bits.
+    let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    if vm.check_extension_raw(KVM_CAP_X2APIC_API.into()) as u32 & flags != flags {
+        return Err(Error::Missing("APIC ids of 32 bits (x2APIC API)"));
     }
+    let mut x2apic = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
+    x2apic.args[0] = u64::from(flags);
+    vm.enable_cap(&x2apic).map_err(call("KVM_CAP_X2APIC_API"))?;
     Ok(Arc::new(vm))
 }
 
