@@ -51,3 +51,44 @@ edu() {
         edu-vfio ${EDU_OPTIONS:-} $scenario || fail "edu-vfio $scenario"
     done
 }
+
+# interrupts NAME: how many of the interrupt with that name each processor had, one line; the interrupt's number first.
+interrupts() { awk -v name="$1" '$NF == name { sub(":", ""); for (i = 1; i < NF && $i ~ /^[0-9]+$/; i++) printf "%s ", $i; print "" }' /proc/interrupts; }
+
+# move_interrupt NAME WORK...: the interrupt goes from processor to processor while WORK is done; it must arrive at each of the first
+# two, and none may be lost: the NVMe driver complains of a command whose interrupt did not come.
+move_interrupt() {
+    name=$1
+    shift
+    affinity=/proc/irq/$(interrupts "$name" | cut -d' ' -f1)/smp_affinity
+    {
+        "$@"
+        echo $? >/work-status
+    } &
+    moves=0
+    until [ -s /work-status ]; do
+        for mask in 1 2; do
+            echo $mask >"$affinity" || fail "the interrupt $name cannot be moved"
+            moves=$((moves + 1))
+        done
+    done
+    [ "$(cat /work-status)" = 0 ] || fail "$*"
+    set -- $(interrupts "$name")
+    echo "moved: $name $moves times, CPU 0 got $2, CPU 1 got $3"
+    [ "$2" -gt 0 ] && [ "$3" -gt 0 ] || fail "$name did not reach both processors"
+    ! dmesg | grep -E 'nvme.*(timeout|completion polled)' || fail "an interrupt was lost"
+}
+
+# The address of BAR 0 of a function.
+bar_of() { cut -d' ' -f1 "/sys/bus/pci/devices/$1/resource" | head -n 1; }
+
+# put_config FUNCTION OFFSET BYTE...: octal bytes into its configuration space.
+put_config() {
+    config=/sys/bus/pci/devices/$1/config
+    offset=$2
+    shift 2
+    for byte; do
+        printf "\\$byte" | dd of="$config" bs=1 seek="$offset" conv=notrunc 2>/dev/null || fail "writing configuration space"
+        offset=$((offset + 1))
+    done
+}
