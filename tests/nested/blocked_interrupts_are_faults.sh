@@ -26,40 +26,49 @@ by_dma() {
     devmem $((bar + 0x90)) 32 4
     devmem $((bar + 0x98)) 32 3
 }
+# The entry of the serial port's pin, 4: bits 63:49 of what the IOAPIC has for it.
+devmem 0xfec00000 32 0x19
+serial=$(($(devmem 0xfec00010 32) >> 17))
+[ "$serial" -gt 0 ] || fail "the serial port has no entry"
 for function in /sys/bus/pci/devices/*; do
     [ "$(cat "$function/vendor"):$(cat "$function/device")" = 0x1234:0x11e8 ] || continue
     name=${function##*/}
     bar=$(bar_of "$name")
-    put_config "$name" 4 6 0
+    put_config "$name" 4 2 6
     msi=$((0x$(dd if="$function/config" bs=1 skip=52 count=1 2>/dev/null | od -An -tx1 | tr -d ' ')))
-    # Address in four octal bytes (little endian), data in two, then enabled.
+    # send ADDRESS DATA: is its message from now on.
     send() {
-        put_config "$name" $((msi + 4)) $1
-        put_config "$name" $((msi + 8)) 0 0 0 0
-        put_config "$name" $((msi + 12)) $2
-        put_config "$name" $((msi + 2)) 201
+        put_config "$name" $((msi + 4)) 4 $1
+        put_config "$name" $((msi + 8)) 4 0
+        put_config "$name" $((msi + 12)) 2 $2
+        put_config "$name" $((msi + 2)) 1 0x81
     }
     raise() { by_message; }
     device="Request device [${name#*:}] fault index"
-    send "0 0 340 376" "101 0" # 0xfee00000, 0x41
+    send 0xfee00000 0x41
     raise_until "$device 0x0 [fault reason 0x25]"
-    send "20 0 340 376" "0 0" # entry 0, the IOAPIC's
-    raise_until "$device 0x0 [fault reason 0x26]"
-    send "20 0 356 376" "0 0" # entry 0x7000
+    send $((0xfee00010 | serial << 5)) 0
+    raise_until "$device 0x$(printf %x $serial) [fault reason 0x26]"
+    send $((0xfee00010 | 0x7000 << 5)) 0
     raise_until "$device 0x7000 [fault reason 0x22]"
-    send "374 377 357 376" "20 0" # entry 0xffff + 0x10
+    send 0xfeeffffc 0x10 # 0xffff + 0x10
     raise_until "$device 0xffff [fault reason 0x21]"
-    put_config "$name" $((msi + 2)) 200
-    if [ "$name" = 0000:00:02.0 ]; then
-        raise() { by_dma; }
-        address=0xfeee0010 # entry 0x7000
-        dmesg -c >/dev/null
-        raise_until "$device 0x7000 [fault reason 0x22]"
-    fi
+    put_config "$name" $((msi + 2)) 1 0x80
+    echo "blocked: messages of $name"
 done
+# The last one is emulated. Its buffer holds zeros.
+[ "$(devmem $((bar + 0x98)) 64)" = 0x0000000000000000 ] || fail "edu is not idle"
+raise() { by_dma; }
+dmesg -c >/dev/null
+address=0xfee00000
+raise_until "$device 0x0 [fault reason 0x25]"
+address=$((0xfee00010 | 0x7000 << 5))
+raise_until "$device 0x7000 [fault reason 0x22]"
+echo "blocked: DMA of $name"
 dmesg | grep -q 'spurious\|No irq handler' && fail "a blocked interrupt arrived"
 true
 GUEST
-run blocked "intel_iommu=on" --device vfio,host="$EDU" --device edu
+run blocked "intel_iommu=on iomem=relaxed" --device vfio,host="$EDU" --device edu
+expect "what was blocked" "$(lines blocked 'blocked: ' | wc -l)" 3
 expect_line blocked.json '"0x21":' '"0x22":' '"0x25":' '"0x26":'
 grep -oE '"faults":\{[^}]*\}' blocked.json

@@ -82,13 +82,12 @@ move_interrupt() {
 # The address of BAR 0 of a function.
 bar_of() { cut -d' ' -f1 "/sys/bus/pci/devices/$1/resource" | head -n 1; }
 
-# put_config FUNCTION OFFSET BYTE...: octal bytes into its configuration space.
+# put_config FUNCTION OFFSET LENGTH VALUE: a number of LENGTH bytes into its configuration space.
 put_config() {
-    config=/sys/bus/pci/devices/$1/config
-    offset=$2
-    shift 2
-    for byte; do
-        printf "\\$byte" | dd of="$config" bs=1 seek="$offset" conv=notrunc 2>/dev/null || fail "writing configuration space"
-        offset=$((offset + 1))
+    value=$(($4))
+    for offset in $(seq $2 $(($2 + $3 - 1))); do
+        printf "\\$(printf %o $((value & 255)))" |
+            dd of="/sys/bus/pci/devices/$1/config" bs=1 seek="$offset" conv=notrunc 2>/dev/null || fail "writing configuration space"
+        value=$((value >> 8))
     done
 }

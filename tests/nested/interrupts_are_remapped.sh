@@ -9,7 +9,7 @@ dmesg | grep -E 'DMAR-IR|Switched APIC' | sed 's/^/guest-irq: /'
 checksum buffered
 grep -E 'nvme|IO-APIC' /proc/interrupts | sed 's/^/guest-irq: /'
 # Linux places the queues' interrupts by itself; the administration queue's can be moved.
-[ "$(nproc)" = 1 ] || move_interrupt nvme0q0 sh -c 'for i in $(seq 60); do echo 1 >/sys/class/nvme/nvme0/rescan_controller; blkread /dev/nvme0n1 direct 4096 64 >/dev/null || exit 1; done'
+[ "$(nproc)" = 1 ] || move_interrupt nvme0q0 sh -c 'for i in $(seq 12); do echo 1 >/sys/class/nvme/nvme0/rescan_controller; blkread /dev/nvme0n1 direct 4096 64 >/dev/null || exit 1; done'
 edu roundtrip msi
 show_faults
 GUEST

@@ -7,7 +7,7 @@ bind-vfio "$NVME" || fail "binding"
 guest intx <<'GUEST'
 checksum buffered
 grep -E 'nvme' /proc/interrupts | sed 's/^/guest-irq: /'
-[ "$(nproc)" = 1 ] || move_interrupt "$(awk '/nvme0q0/ { print $NF }' /proc/interrupts)" blkread /dev/nvme0n1 direct 4096 1000
+[ "$(nproc)" = 1 ] || move_interrupt "$(awk '/nvme0q0/ { print $NF }' /proc/interrupts)" blkread /dev/nvme0n1 direct 4096 300
 show_faults
 GUEST
 for options in "--iommu vtd --cpus 1" "--iommu vtd --cpus 2" "--iommu vtd,intremap=off --cpus 2"; do
