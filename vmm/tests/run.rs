@@ -78,7 +78,7 @@ fn wrong_usage_is_code_2_and_runs_nothing() {
         &["run"][..],
         &["fly"],
         &["run", "--kernel", "k", "--device", "edu,id=a", "--device", "edu,id=a"],
-        &["run", "--kernel", "k", "--iommu", "vtd,intremap=on"],
+        &["run", "--kernel", "k", "--iommu", "vtd,intremap=off,eim=on"],
     ] {
         let (code, out, err) = run(args);
         assert_eq!((code, out.as_str()), (2, ""), "{args:?}");
