@@ -5,21 +5,19 @@ wait-for /dev/nvme0n1 20 || exit 1
 # Held open: the last close of a disk drops what was read of it.
 exec 3</dev/nvme0n1
 echo 3 >/proc/sys/vm/drop_caches
-# What boot freed is handed out again in descending order, which no mapping can join: counts would depend on how much of it a read meets.
-# Taking all free memory as huge pages for a moment puts it together again.
-echo 1000 >/proc/sys/vm/nr_hugepages
-echo 0 >/proc/sys/vm/nr_hugepages
 for read in $(echo "$reads" | tr ',' ' '); do
     case "$read" in
     buffered) set -- buffered 1048576 64 ;;
     direct) set -- direct 1048576 64 ;;
     small) set -- direct 4096 2000 ;;
-    idle) continue ;;
+    idle) set -- buffered 1048576 0 ;;
     # Of what the buffered read left in memory.
     checksum) blkread /dev/nvme0n1 buffered 1048576 64 --sha256 | grep sha256; continue ;;
     *) echo "no read '$read'"; exit 1 ;;
     esac
-    blkread /dev/nvme0n1 "$@" | sed "s/^/$read /" || exit 1
+    # Settled: what boot freed is handed out again in descending order, which no mapping can join. Counts would depend on how much of it a
+    # read meets.
+    blkread /dev/nvme0n1 "$@" --settle | sed "s/^/$read /" || exit 1
 done
 echo "kernel $(uname -r)"
 for device in /sys/bus/pci/devices/*; do

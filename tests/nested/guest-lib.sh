@@ -27,14 +27,6 @@ unit_width() {
     echo $((((0x$capabilities >> 16) & 0x3f) + 1))
 }
 
-# What boot freed (the initramfs above all) is handed out again page by page, last freed first: in descending order, which no mapping
-# of ascending IOVAs can join. Taking all free memory as huge pages for a moment puts it together again, so that counts do not depend on
-# how much of it a read happens to meet.
-join_free_memory() {
-    echo 1000 >/proc/sys/vm/nr_hugepages
-    echo 0 >/proc/sys/vm/nr_hugepages
-}
-
 # checksum buffered|direct: of the disk's first 64 MiB, read 1 MiB at a time.
 checksum() {
     wait-for /dev/nvme0n1 20 || fail "no NVMe disk"

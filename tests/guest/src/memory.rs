@@ -111,3 +111,45 @@ impl Drop for DmaMemory {
 pub fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i as u8).wrapping_mul(7).wrapping_add((i >> 8) as u8).wrapping_add(seed)).collect()
 }
+
+/// Page tables of the kernel, kept until this is dropped: memory that it cannot move, as that of a block device's cache is.
+pub struct PageTables {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl PageTables {
+    /// What one page of a table maps, in bytes.
+    const SPAN: usize = 2 << 20;
+
+    /// Has the kernel make `count` pages of tables, by reading a byte in as many spans of an empty mapping.
+    ///
+    /// # Errors
+    /// The kernel's error.
+    pub fn take(count: usize) -> io::Result<Self> {
+        let len = count * Self::SPAN;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory of this process.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let taken = Self { start: NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?, len };
+        // SAFETY: the mapping that was made above; the advice changes nothing that it holds.
+        if unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for span in 0..count {
+            // SAFETY: inside the mapping, which may be read; u8 has no alignment.
+            unsafe { taken.start.as_ptr().add(span * Self::SPAN).read_volatile() };
+        }
+        Ok(taken)
+    }
+}
+
+impl Drop for PageTables {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing points into it.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}

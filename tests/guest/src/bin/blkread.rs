@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
+use guest_programs::memory::{PAGE, PageTables};
 use sha2::{Digest, Sha256};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -33,10 +34,18 @@ struct Arguments {
     /// Prints the checksum of what was read.
     #[arg(long)]
     sha256: bool,
+    /// Before that, takes 96 MiB of the kernel's memory and keeps it until the end. So what boot left in the free lists, single pages in
+    /// descending order, is not what the reads are given.
+    #[arg(long)]
+    settle: bool,
 }
 
 const ALIGNMENT: usize = 4096;
 const LARGEST_BLOCK: usize = 16 << 20;
+const SETTLE_MEMORY: usize = 64 << 20;
+const SETTLE_TABLES: usize = 32 << 20;
+/// Too small to be given as a huge page, and large enough to be a mapping of its own.
+const SETTLE_PIECE: usize = 512 << 10;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
@@ -49,6 +58,7 @@ fn main() -> Result<()> {
         .open(&arguments.device)
         .with_context(|| format!("opening {}", arguments.device.display()))?;
 
+    let _held = if arguments.settle { Some(settle()?) } else { None };
     let mut memory = vec![0u8; size + ALIGNMENT];
     let start = memory.as_ptr().align_offset(ALIGNMENT);
     let block = &mut memory[start..start + size];
@@ -67,4 +77,12 @@ fn main() -> Result<()> {
         println!("sha256 {:x}", hash.finalize());
     }
     Ok(())
+}
+
+/// Takes memory of both kinds that a read is given: what the kernel can move, as a process's own, and what it cannot, as a block
+/// device's cache.
+fn settle() -> Result<(Vec<Vec<u8>>, PageTables)> {
+    // Written to, so that each page is there.
+    let own = (0..SETTLE_MEMORY / SETTLE_PIECE).map(|_| vec![1u8; SETTLE_PIECE]).collect();
+    Ok((own, PageTables::take(SETTLE_TABLES / PAGE).context("taking page tables")?))
 }
