@@ -265,8 +265,8 @@ impl Book {
         self.refused.clear();
     }
 
-    /// Notes what these invalidations cover, before they take effect.
-    pub(crate) fn covers(&mut self, scopes: &[Scope]) {
+    /// Notes what these invalidations cover, before they take effect, except in spaces that are `done` already.
+    pub(crate) fn covers(&mut self, scopes: &[Scope], done: impl Fn(&PagedSpace) -> bool) {
         if self.pieces.is_empty() {
             return;
         }
@@ -276,7 +276,7 @@ impl Book {
                 Scope::Domain(domain) => (space.domain == domain).then_some((0, u64::MAX)),
                 Scope::Pages(domain, first, last) => (space.domain == domain).then_some((first, last)),
             };
-            for ((space, _), remembered) in &self.pieces {
+            for ((space, _), remembered) in self.pieces.iter().filter(|((space, _), _)| !done(space)) {
                 let part = reached(space).and_then(|(first, last)| remembered.piece.within(first, last));
                 self.looks.extend(part.map(|part| (*space, part.first.0, part.last.0)));
             }

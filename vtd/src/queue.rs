@@ -56,8 +56,10 @@ impl Queue {
 /// Processes what lies between head and tail. Bounded by the size of the queue.
 pub(crate) fn drain<M: GuestMemoryBackend>(shared: &Shared<M>, spaces: &mut Spaces) {
     let Some(mut queue) = Queue::running(shared) else { return };
+    spaces.begin_drain();
     let result = process(shared, spaces, &mut queue);
     spaces.flush(shared);
+    spaces.end_drain();
     let mut registers = shared.registers();
     registers.state.queue_head = queue.head * Descriptor::SIZE;
     let Err(error) = result else { return };

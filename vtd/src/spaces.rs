@@ -52,6 +52,8 @@ struct Member {
     attached: SpaceKey,
     /// The domain id of its context entry, if it has one.
     domain: Option<DomainId>,
+    /// The turn in which its context entry was looked up last.
+    looked_up_in: u64,
 }
 
 struct Space {
@@ -60,6 +62,10 @@ struct Space {
     shadow: Shadow,
     /// A bound was exhausted: nothing is mapped until a whole re-sync succeeds.
     blocked: bool,
+    /// The turn in which it was compared whole last.
+    whole_in: u64,
+    /// The turn in which ranges were compared last, and the table entries that this visited.
+    ranges_in: (u64, u64),
 }
 
 /// A space as an audit sees it.
@@ -117,6 +123,12 @@ pub(crate) struct Spaces {
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
     scratch: Scratch,
+    /// Number of the drain, or of the command outside a drain. Every descriptor of a drain was given before it began, so what
+    /// was looked at once in a turn is not looked at again in it: else a full queue would be as many walks of everything.
+    turn: u64,
+    draining: bool,
+    /// The turn in which all interrupt entries were looked at.
+    all_entries_in: u64,
     /// What the last audit found to disagree.
     pub(crate) book: Book,
 }
@@ -132,7 +144,8 @@ impl Spaces {
             return Ok(());
         }
         let (key, domain) = look_up(shared, requester);
-        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain });
+        let looked_up_in = self.turn;
+        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain, looked_up_in });
         let attached = self.attach(shared, requester, key);
         match attached {
             // The rest of the space is in place, and what was refused has its fault record.
@@ -196,6 +209,17 @@ impl Spaces {
         self.flush(shared);
     }
 
+    /// A drain begins: the tail is known, so all its descriptors were given.
+    pub(crate) fn begin_drain(&mut self) {
+        self.turn += 1;
+        self.draining = true;
+    }
+
+    /// The drain is over.
+    pub(crate) fn end_drain(&mut self) {
+        self.draining = false;
+    }
+
     /// Forgets which refusals the guest was told of.
     pub(crate) fn forget_reports(&mut self) {
         self.reported.clear();
@@ -203,7 +227,15 @@ impl Spaces {
 
     /// What was invalidated takes effect: when this returns, no device can reach what the guest took away.
     pub(crate) fn flush<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
-        if let Some(changed) = self.pending.interrupt_entries.take() {
+        if !self.draining {
+            self.turn += 1;
+        }
+        if let Some(changed) = self.pending.interrupt_entries.take()
+            && self.all_entries_in != self.turn
+        {
+            if changed == EntriesChanged::All {
+                self.all_entries_in = self.turn;
+            }
             shared.entries_changed(changed);
         }
         if self.pending.contexts.is_empty() && self.pending.iotlb.is_empty() {
@@ -211,15 +243,16 @@ impl Spaces {
         }
         let mut pending = std::mem::take(&mut self.pending);
         self.invalidate_endpoints(&pending);
-        self.book.covers(&pending.iotlb);
+        let (spaces, turn) = (&self.spaces, self.turn);
+        let done = |space: &PagedSpace| spaces.get(&(space.domain, *space)).is_some_and(|space| space.whole_in == turn);
+        self.book.covers(&pending.iotlb, done);
         self.note_contexts(&pending.contexts);
 
         let mut whole = BTreeSet::new();
-        let mut fresh = BTreeSet::new();
         for scope in pending.contexts.drain(..) {
-            self.look_up_again(shared, scope, &mut whole, &mut fresh);
+            self.look_up_again(shared, scope, &mut whole);
         }
-        self.compare(shared, &mut pending.iotlb, &whole, &fresh);
+        self.compare(shared, &mut pending.iotlb, &whole);
         self.look_again(shared);
         pending.iotlb.clear();
         // Its storage is used again.
@@ -239,30 +272,24 @@ impl Spaces {
         }
     }
 
-    /// Looks the requesters in `scope` up again. Spaces of those that stay where they are go to `whole`, spaces that were
-    /// walked just now to `fresh`.
+    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`.
     fn look_up_again<M: GuestMemoryBackend>(
         &mut self,
         shared: &Shared<M>,
         scope: ContextScope,
         whole: &mut BTreeSet<PagedSpace>,
-        fresh: &mut BTreeSet<PagedSpace>,
     ) {
         let reached: Vec<Requester> = self.reached_by(scope).collect();
         for requester in reached {
             let (key, domain) = look_up(shared, requester);
             let Some(member) = self.members.get_mut(&requester) else { continue };
             member.domain = domain;
+            member.looked_up_in = self.turn;
             if member.attached == key {
                 if let SpaceKey::Paged(space) = key {
                     whole.insert(space);
                 }
                 continue;
-            }
-            if let SpaceKey::Paged(space) = key
-                && !self.spaces.contains_key(&(space.domain, space))
-            {
-                fresh.insert(space);
             }
             if let Err(refused) = self.attach(shared, requester, key) {
                 self.not_attached(shared, requester, &refused);
@@ -270,9 +297,11 @@ impl Spaces {
         }
     }
 
-    /// The members that a context-cache invalidation reaches.
+    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
-        let reached = move |(requester, member): &(&Requester, &Member)| scope.reaches(**requester, member);
+        let reached = move |(requester, member): &(&Requester, &Member)| {
+            member.looked_up_in != self.turn && scope.reaches(**requester, member)
+        };
         self.members.iter().filter(reached).map(|(requester, _)| *requester)
     }
 
@@ -390,7 +419,14 @@ impl Spaces {
             );
             return SpaceKey::Blocked;
         }
-        let mut space = Space { key: paged, members: BTreeSet::new(), shadow: Shadow::default(), blocked: false };
+        let mut space = Space {
+            key: paged,
+            members: BTreeSet::new(),
+            shadow: Shadow::default(),
+            blocked: false,
+            whole_in: self.turn,
+            ranges_in: (self.turn, 0),
+        };
         space.compare_whole(shared, &mut self.scratch);
         self.spaces.insert(index, space);
         key
@@ -412,14 +448,13 @@ impl Spaces {
         }
     }
 
-    /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables. Those in `fresh` were walked
-    /// after the invalidation was given.
+    /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables, unless they were compared whole in
+    /// this turn already.
     fn compare<M: GuestMemoryBackend>(
         &mut self,
         shared: &Shared<M>,
         scopes: &mut [Scope],
         whole: &BTreeSet<PagedSpace>,
-        fresh: &BTreeSet<PagedSpace>,
     ) {
         // In ascending order, so that neighbours are found and a space's ranges stand together.
         scopes.sort_unstable_by_key(|scope| match *scope {
@@ -434,10 +469,11 @@ impl Spaces {
         });
         let domains: BTreeSet<DomainId> = domains.collect();
         for space in self.spaces.values_mut() {
-            if fresh.contains(&space.key) {
+            if space.whole_in == self.turn {
                 continue;
             }
             if everything || domains.contains(&space.key.domain) || whole.contains(&space.key) {
+                space.whole_in = self.turn;
                 space.compare_whole(shared, &mut self.scratch);
             } else {
                 let domain = space.key.domain;
@@ -451,7 +487,7 @@ impl Spaces {
                 self.scratch.ranges.extend(ranges);
                 self.scratch.ranges.dedup();
                 if !self.scratch.ranges.is_empty() {
-                    space.compare_ranges(shared, &mut self.scratch);
+                    space.compare_ranges(shared, &mut self.scratch, self.turn);
                 }
             }
             if !self.scratch.refused.is_empty() {
@@ -485,20 +521,28 @@ impl Space {
     }
 
     /// Compares the ranges of `scratch`, each of one page-selective invalidation.
-    fn compare_ranges<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
+    fn compare_ranges<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch, turn: u64) {
         if self.blocked {
             return;
         }
         scratch.changes.clear();
-        // One budget for all ranges of a re-sync: a queue full of overlapping ranges is no way around it.
-        scratch.found.entries_left = shared.config.bounds.table_entries;
+        // One budget for all ranges of a turn: a queue full of overlapping ranges is no way around it.
+        let budget = shared.config.bounds.table_entries;
+        let visited = if self.ranges_in.0 == turn { self.ranges_in.1 } else { 0 };
+        scratch.found.entries_left = budget.saturating_sub(visited);
         for index in 0..scratch.ranges.len() {
             let range = scratch.ranges[index];
             let found = &mut scratch.found;
             let walked = walk_range(&shared.memory, &shared.config, &self.key, range, Merge::Range, found);
             shared.counters.leaves_walked.add(found.leaves);
             if let Err(Exhausted) = walked {
-                return self.block(shared, scratch);
+                if visited == 0 {
+                    return self.block(shared, scratch);
+                }
+                // A full queue is legal: one look at everything stands for the ranges that are left.
+                self.give(shared, scratch);
+                self.whole_in = turn;
+                return self.compare_whole(shared, scratch);
             }
             let spoken_of = (found.first, found.last);
             if !self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes) {
@@ -507,6 +551,7 @@ impl Space {
                 self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes);
             }
         }
+        self.ranges_in = (turn, budget - scratch.found.entries_left);
         self.give(shared, scratch);
     }
 
