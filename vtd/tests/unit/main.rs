@@ -3,6 +3,7 @@
 mod bounds;
 mod endpoints;
 mod faults;
+mod floods;
 mod queue;
 mod random;
 mod registers;
