@@ -35,6 +35,8 @@ const DMA_COMMAND: usize = 0x98;
 const DMA_RUN: u64 = 1;
 const DMA_TO_MEMORY: u64 = 2;
 const DMA_INTERRUPT: u64 = 4;
+/// Interrupt status of an interrupt that is raised by register.
+const RAISED: u32 = 1;
 /// Interrupt status that the end of a DMA sets.
 const DMA_INTERRUPT_STATUS: u32 = 0x100;
 
@@ -122,19 +124,37 @@ impl Edu {
     /// # Errors
     /// If an interrupt does not arrive, or its status is not the one raised.
     pub fn check_msi(&self, iova: u64) -> Result<()> {
+        let eventfd = self.enable_msi()?;
+        self.interrupt(&eventfd)?;
+        println!("msi: interrupt with status {RAISED:#x} arrived");
+        self.program(Direction::FromMemory, iova, BUFFER_SIZE);
+        self.device.write64(DMA_COMMAND, DMA_RUN | DMA_INTERRUPT);
+        self.expect_interrupt(&eventfd, DMA_INTERRUPT_STATUS)?;
+        println!("msi: interrupt with status {DMA_INTERRUPT_STATUS:#x} arrived");
+        self.wait()
+    }
+
+    /// Has MSI signal the eventfd that it returns.
+    ///
+    /// # Errors
+    /// As [`Device::enable_msi`].
+    pub fn enable_msi(&self) -> Result<OwnedFd> {
         // SAFETY: takes no memory; the descriptor is checked and given to its owner below.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         ensure!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
         // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
         let eventfd = unsafe { OwnedFd::from_raw_fd(fd) };
         self.device.enable_msi(&eventfd)?;
+        Ok(eventfd)
+    }
 
-        self.device.write32(INTERRUPT_RAISE, 1);
-        self.expect_interrupt(&eventfd, 1)?;
-        self.program(Direction::FromMemory, iova, BUFFER_SIZE);
-        self.device.write64(DMA_COMMAND, DMA_RUN | DMA_INTERRUPT);
-        self.expect_interrupt(&eventfd, DMA_INTERRUPT_STATUS)?;
-        self.wait()
+    /// Raises one interrupt, which must arrive at `eventfd` once, and acknowledges it.
+    ///
+    /// # Errors
+    /// If it does not arrive in time, or not once.
+    pub fn interrupt(&self, eventfd: &OwnedFd) -> Result<()> {
+        self.device.write32(INTERRUPT_RAISE, RAISED);
+        self.expect_interrupt(eventfd, RAISED)
     }
 
     fn expect_interrupt(&self, eventfd: &OwnedFd, expected: u32) -> Result<()> {
@@ -151,7 +171,6 @@ impl Edu {
         let status = self.device.read32(INTERRUPT_STATUS);
         self.device.write32(INTERRUPT_ACKNOWLEDGE, status);
         ensure!(status == expected, "interrupt status {status:#x} instead of {expected:#x}");
-        println!("msi: interrupt with status {status:#x} arrived");
         Ok(())
     }
 }

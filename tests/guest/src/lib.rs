@@ -3,6 +3,7 @@
 //! The programs run inside a guest, or in the nested bench's host to show the reference behaviour. They speak to the
 //! kernel that they run on, never to Causeway: what they see is what any driver in that kernel would see.
 
+pub mod affinity;
 pub mod edu;
 pub mod kernel_log;
 pub mod memory;

@@ -3,10 +3,12 @@
 //! One scenario a run. Each line of output names the scenario; exit code 0 if everything held, 1 if not, 2 for usage.
 //! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
+use guest_programs::affinity::Interrupt;
 use guest_programs::edu::{self, BUFFER_SIZE, Direction, Edu};
 use guest_programs::kernel_log::KernelLog;
 use guest_programs::memory::{Backing, DmaMemory, PAGE, pattern};
@@ -51,6 +53,21 @@ enum Scenario {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// More mappings, or more memory, than the host below this kernel takes: this kernel must not notice, the device reaches what
+    /// the host took and nothing else, and what is unmapped makes room. What is mapped first must fit.
+    Crowded {
+        /// How many mappings.
+        pieces: u64,
+        /// Mappings of 2 MiB (two reserved pages are needed) instead of 4 KiB.
+        #[arg(long)]
+        huge: bool,
+    },
+    /// MSIs while the interrupt moves between the first two processors: each arrives, once, and after a move at the new processor.
+    Storm {
+        /// How long.
+        #[arg(default_value_t = 5)]
+        seconds: u64,
+    },
 }
 
 fn number(text: &str) -> Result<u64, std::num::ParseIntError> {
@@ -72,11 +89,14 @@ fn main() -> Result<()> {
         Scenario::Readonly => bench.readonly(),
         Scenario::Big => bench.big(),
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
+        Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
+        Scenario::Storm { seconds } => bench.storm(Duration::from_secs(seconds)),
     }
 }
 
 const PAGE_LEN: u64 = PAGE as u64;
 const FAULT_WAIT: Duration = Duration::from_secs(1);
+const MOVE_DEADLINE: Duration = Duration::from_secs(10);
 const FAULT_DEADLINE: Duration = Duration::from_secs(20);
 
 struct Bench {
@@ -288,6 +308,102 @@ impl Bench {
             self.unmap_whole(iova + SPAN / 2, SPAN / 2)?;
             println!("big: lower half unmapped, upper half still reached");
         }
+        Ok(())
+    }
+
+    fn crowded(&self, pieces: u64, huge: bool) -> Result<()> {
+        ensure!(pieces >= 4 && pieces.is_multiple_of(2), "an even number of mappings, at least 4");
+        let (len, backing) = if huge { (2 << 20, Backing::Huge2M) } else { (PAGE, Backing::Base) };
+        let memory = DmaMemory::new(2 * len, backing).context("memory to map")?;
+        let start = self.iova.next_multiple_of(2 << 20);
+        // With a gap between them, and the same two pieces of memory over and over.
+        let at = |piece: u64| start + piece * 2 * len as u64;
+        let map = |piece: u64| {
+            let offset = (piece % 2) as usize * len;
+            self.container
+                .map(at(piece), &memory, offset, len, Access::ReadWrite)
+                .with_context(|| format!("MAP_DMA of piece {piece}"))
+        };
+        // Whether what the device reads in the first piece arrives in the memory of an odd piece.
+        let reaches = |odd: u64, seed: u8| -> Result<bool> {
+            let data = pattern(seed, PAGE);
+            memory.write(0, &data);
+            memory.write(len, &pattern(seed.wrapping_add(1), PAGE));
+            self.edu.dma(Direction::FromMemory, at(0), PAGE)?;
+            self.edu.dma(Direction::ToMemory, at(odd), PAGE)?;
+            Ok(memory.read(len, PAGE) == data)
+        };
+        (0..pieces).try_for_each(map)?;
+        ensure!(reaches(1, 10)?, "the device does not reach what was mapped first");
+        ensure!(!reaches(pieces - 1, 20)?, "the device reaches the last piece: the host took all of them");
+        println!("crowded: {pieces} mappings of {len:#x} bytes: the first is reached, the last is not");
+        let half = pieces / 2;
+        self.unmap_whole_pieces(at(half), at(pieces - 1) + len as u64, half * len as u64)?;
+        (2..half).try_for_each(|piece| self.unmap_whole(at(piece), len as u64))?;
+        map(pieces - 1)?;
+        ensure!(reaches(pieces - 1, 30)?, "the device does not reach what was mapped when there was room again");
+        ensure!(reaches(1, 40)?, "the device does not reach what was mapped first any more");
+        println!("crowded: after unmapping, the last is mapped again and reached");
+        Ok(())
+    }
+
+    /// Unmaps all between `from` and `to`, which is `size` bytes of mappings.
+    fn unmap_whole_pieces(&self, from: u64, to: u64, size: u64) -> Result<()> {
+        let unmapped = self.container.unmap(from, to - from).context("UNMAP_DMA")?;
+        ensure!(unmapped == size, "UNMAP_DMA from {from:#x} to {to:#x} took away {unmapped:#x} instead of {size:#x}");
+        Ok(())
+    }
+
+    fn storm(&self, time: Duration) -> Result<()> {
+        const MOVES: usize = 64;
+        let eventfd = self.edu.enable_msi()?;
+        let interrupt = Interrupt::of_function(&self.bdf)?;
+        for processor in (0..2).cycle().take(MOVES) {
+            let start = Instant::now();
+            interrupt.ask_for(processor)?;
+            // A move is finished by the first interrupt after it; one that is asked for before waits for another interrupt.
+            while !interrupt.is_at(processor)? {
+                ensure!(start.elapsed() < MOVE_DEADLINE, "the interrupt does not move to processor {processor}");
+                self.edu.interrupt(&eventfd)?;
+                interrupt.ask_for(processor)?;
+            }
+            let mut expected = interrupt.arrived()?;
+            self.edu.interrupt(&eventfd)?;
+            expected[processor] += 1;
+            let arrived = interrupt.arrived()?;
+            ensure!(arrived == expected, "moved to processor {processor}: {arrived:?} arrived instead of {expected:?}");
+        }
+        println!("storm: {MOVES} moves, and each time the interrupt arrived at its new processor and at no other");
+
+        let before = interrupt.arrived()?;
+        let over = AtomicBool::new(false);
+        let (raised, asked) = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| -> Result<u64> {
+                let mut asked = 0;
+                while !over.load(Ordering::Relaxed) {
+                    interrupt.ask_for(asked as usize % 2)?;
+                    asked += 1;
+                }
+                Ok(asked)
+            });
+            let start = Instant::now();
+            let mut raised = 0u64;
+            let mut result = Ok(());
+            while result.is_ok() && start.elapsed() < time {
+                result = self.edu.interrupt(&eventfd).with_context(|| format!("interrupt {raised} of the storm"));
+                raised += 1;
+            }
+            over.store(true, Ordering::Relaxed);
+            let asked = mover.join().map_err(|_| anyhow::anyhow!("the mover panicked"))??;
+            result.map(|()| (raised, asked))
+        })?;
+        let arrived: Vec<u64> =
+            interrupt.arrived()?.iter().zip(&before).map(|(after, before)| after - before).collect();
+        // Not all are in the kernel's table: one that meets its handler still running on the other processor is handled there and not
+        // counted. The eventfd, which was checked each time, had each of them once.
+        ensure!(arrived.iter().sum::<u64>() <= raised, "{raised} interrupts raised, {arrived:?} arrived");
+        ensure!(arrived.iter().take(2).all(|&count| count > 0), "the storm did not move the interrupt: {arrived:?}");
+        println!("storm: {raised} interrupts during {asked} moves: {arrived:?} arrived");
         Ok(())
     }
 
