@@ -45,10 +45,13 @@ wait_until() {
 
 # ---- guests ----
 
-# guest NAME: makes the initrd NAME.cpio of a guest that runs the script on stdin, with guest-lib.sh and the guest programs beside it.
+# guest NAME [FILE...]: makes the initrd NAME.cpio of a guest that runs the script on stdin, with guest-lib.sh, the guest programs and the
+# files beside it.
 guest() {
-    { cat $FILES/guest-lib.sh && cat; } >"$1.guest.sh"
-    mkinitrd "$1.cpio" "$1.guest.sh" "$(command -v edu-vfio)" "$(command -v blkread)" || fail "mkinitrd"
+    name=$1
+    shift
+    { cat $FILES/guest-lib.sh && cat; } >"$name.guest.sh"
+    mkinitrd "$name.cpio" "$name.guest.sh" "$(command -v edu-vfio)" "$(command -v blkread)" "$@" || fail "mkinitrd"
 }
 
 # start NAME KERNEL-OPTIONS [OPTION...]: runs the guest NAME.cpio (or $CPIO) with causeway's options. The guest's console goes to

@@ -3,6 +3,7 @@
 //! One scenario a run. Each line of output names the scenario; exit code 0 if everything held, 1 if not, 2 for usage.
 //! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ struct Arguments {
     scenario: Scenario,
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Clone, Subcommand)]
 enum Scenario {
     /// A page goes into the device and comes back into another page.
     Roundtrip,
@@ -44,6 +45,11 @@ enum Scenario {
     Readonly,
     /// 1 GiB of IOVA space, in the largest pages that this kernel has reserved; unmapped whole, and in two halves.
     Big,
+    /// Pages go into the device and come back, each through a mapping of its own, until a file is there. No DMA aims elsewhere.
+    Busy {
+        /// The file.
+        until: PathBuf,
+    },
     /// Random mappings come and go; the device reaches those that are there and no other.
     Loop {
         /// How many steps.
@@ -88,6 +94,7 @@ fn main() -> Result<()> {
         Scenario::Armed => bench.armed(),
         Scenario::Readonly => bench.readonly(),
         Scenario::Big => bench.big(),
+        Scenario::Busy { until } => bench.busy(&until),
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
         Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
         Scenario::Storm { seconds } => bench.storm(Duration::from_secs(seconds)),
@@ -411,6 +418,18 @@ impl Bench {
         self.container
             .map(iova, memory, 0, memory.len(), Access::ReadWrite)
             .with_context(|| format!("MAP_DMA at {iova:#x}"))
+    }
+
+    fn busy(&self, until: &Path) -> Result<()> {
+        let mut pages = 0u64;
+        println!("busy: begins");
+        while !until.exists() {
+            self.still_works(self.iova + pages % 16 * PAGE_LEN)?;
+            pages += 1;
+        }
+        ensure!(pages > 0, "{} was there before the first page", until.display());
+        println!("busy: {pages} pages came back");
+        Ok(())
     }
 
     fn random_loop(&self, steps: u32, seed: u64) -> Result<()> {

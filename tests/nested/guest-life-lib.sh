@@ -1,0 +1,60 @@
+# What guests of the life cycle's cases share; stands behind guest-lib.sh.
+
+# network_up: the e1000e reaches L1.
+network_up() {
+    modprobe e1000e || fail "no e1000e"
+    wire=$(ls "/sys/bus/pci/devices/$(function_of 0x8086:0x10d3)/net") || fail "no network function"
+    ip address add 10.9.0.2/24 dev "$wire" && ip link set "$wire" up || fail "the guest's end of the wire"
+    tries=0
+    until ping -c 1 -W 1 $L1_ADDRESS >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        [ $tries -lt 20 ] || fail "no answer from L1"
+    done
+}
+
+# work_begins [nvme] [edu] [network]: those (all if none is given) are under DMA from now on.
+work_begins() {
+    [ $# -gt 0 ] || set -- nvme edu network
+    for kind; do
+        case $kind in
+        nvme)
+            { until [ -e /work-over ]; do blkread /dev/nvme0n1 direct 4096 64 >/dev/null || exit 1; done; } &
+            nvme_work=$!
+            ;;
+        edu)
+            modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
+            ${ON_CPU:-} edu-vfio busy /work-over >/edu-work &
+            edu_work=$!
+            wait-for /edu-work 20
+            until grep -q begins /edu-work; do usleep 10000; done
+            ;;
+        network)
+            ${ON_CPU:-} ping -A -q -s 1400 $L1_ADDRESS >/network-work 2>&1 &
+            network_work=$!
+            ;;
+        esac
+    done
+}
+
+# work_ends [nvme] [edu] [network]: it went well up to now.
+work_ends() {
+    [ $# -gt 0 ] || set -- nvme edu network
+    touch /work-over
+    for kind; do
+        case $kind in
+        nvme) wait $nvme_work || fail "the NVMe's work" ;;
+        edu)
+            wait $edu_work || fail "the edu's work"
+            grep 'came back' /edu-work | sed 's/^/work: /'
+            ;;
+        network)
+            kill -INT $network_work
+            wait $network_work
+            grep 'packets transmitted' /network-work | sed 's/^/work: /'
+            # The last request may still be waiting for its answer.
+            awk '/packets transmitted/ { answered = $4 > 0 && $1 - $4 <= 1 } END { exit !answered }' /network-work ||
+                fail "the network's work: $(cat /network-work)"
+            ;;
+        esac
+    done
+}

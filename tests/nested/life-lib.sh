@@ -1,0 +1,65 @@
+# What the cases of the guest's life cycle share: an NVMe, an edu and an e1000e assigned, each with work to do. Sourced after lib.sh.
+
+# L1's end of the wire to the guest's e1000e.
+L1_ADDRESS=10.9.0.1
+
+# igb_up: gives igb to L1's own driver.
+igb_up() {
+    modprobe igb && echo "$IGB" >/sys/bus/pci/drivers_probe
+    wait_until 10 test -d "/sys/bus/pci/devices/$IGB/net" || fail "no network function at $IGB"
+    wire=$(ls "/sys/bus/pci/devices/$IGB/net")
+    ip address add $L1_ADDRESS/24 dev "$wire" && ip link set "$wire" up || fail "L1's end of the wire"
+}
+
+# guest_functions: what the guests' scripts share.
+guest_functions() {
+    echo "L1_ADDRESS=$L1_ADDRESS"
+    cat $FILES/guest-life-lib.sh
+}
+
+# three_functions: as options of causeway.
+three_functions() { echo "--device vfio,host=$NVME --device vfio,host=$EDU --device vfio,host=$E1000E"; }
+
+# sound NAME SPLITS: nothing faulted, the audit has no difference, and what L1's kernel counted is what the statistics say.
+sound() {
+    no_faults "$1"
+    same_counts "$1" "$2"
+    ! grep 'audit:' "$1.err" | grep -v 'no difference' || fail "the audit of '$1' has a difference"
+    grep -q '"differences": *\[\]' "$1.json" || fail "no audit, or one with a difference, in $1.json"
+    [ "$(field "$1.json" checked)" -gt 0 ] || fail "the audit compared nothing"
+    expect "faults of the unit" "$(grep -o '"faults": *{[^}]*}' "$1.json" | tr -d ' ')" '"faults":{}'
+}
+
+# rebinds NUMBER: the guest's NVMe goes from nvme to vfio-pci, gets huge pages mapped, and goes back, that often, while the others work.
+rebinds() {
+    bind-vfio "$NVME" "$EDU" "$E1000E" || fail "binding"
+    igb_up
+    { guest_functions && echo "ROUNDS=$1" && cat <<'GUEST'; } | guest rebound "$(command -v vfio-huge)"
+nvme=$(function_of 0x1b36:0x0010)
+checksum buffered
+modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
+echo 16 >/proc/sys/vm/nr_hugepages
+[ "$(cat /proc/sys/vm/nr_hugepages)" = 16 ] || fail "no huge pages"
+network_up
+ON_CPU="taskset 2" work_begins edu network
+for round in $(seq $ROUNDS); do
+    taskset 1 vfio-huge "$nvme" || fail "round $round"
+    echo "$nvme" >/sys/bus/pci/drivers/vfio-pci/unbind
+    echo nvme >"/sys/bus/pci/devices/$nvme/driver_override"
+    echo "$nvme" >/sys/bus/pci/drivers_probe
+    checksum direct
+done
+work_ends edu network
+show_faults
+GUEST
+    mark
+    count_host_operations
+    LIMIT=$((LIMIT + $1 * 15 * ${BOOT_SCALE:-1}))
+    # shellcheck disable=SC2046
+    run rebound "intel_iommu=on" $(three_functions) --cpus 2
+    expect "the checksums" "$(lines rebound 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
+    expect "rounds" "$(lines rebound 'vfio-huge: ' | wc -l)" "$1"
+    # One container of the guest's own vfio for each round, and one for edu.
+    sound rebound $(($1 + 1))
+    lines rebound 'work: '
+}
