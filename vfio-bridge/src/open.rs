@@ -68,7 +68,7 @@ fn bind_command(bdf: &Bdf) -> String {
 }
 
 fn bound(driver: &Option<String>) -> String {
-    driver.as_ref().map_or_else(|| "has no driver".to_owned(), |d| format!("is bound to {d}"))
+    driver.as_ref().map_or_else(|| "has no driver".to_owned(), |d| format!("is bound to {d}, not to vfio-pci"))
 }
 
 fn list(members: &[(Bdf, String)]) -> String {
@@ -90,7 +90,7 @@ pub enum OpenError {
     #[error("the host has no PCI function {0}; `ls /sys/bus/pci/devices` shows those it has")]
     NoSuchDevice(Bdf),
     /// Another driver, or none, has the function.
-    #[error("{bdf} {}, not to vfio-pci; bind it with: {}", bound(.driver), bind_command(.bdf))]
+    #[error("{bdf} {}; bind it with: {}", bound(.driver), bind_command(.bdf))]
     NotBound {
         /// The function.
         bdf: Bdf,
