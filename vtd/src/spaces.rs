@@ -100,6 +100,7 @@ impl Scratch {
         self.changes.maps.shrink_to(KEPT);
         self.ops.shrink_to(KEPT);
         self.ranges.shrink_to(KEPT);
+        self.refused.shrink_to(KEPT);
     }
 }
 
@@ -549,6 +550,11 @@ impl Space {
                 // The guest changed its mind within one drain: what was found before is given first.
                 self.give(shared, scratch);
                 self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes);
+            }
+            // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice, because
+            // what takes the place of all that was there may come before it in the order of addresses.
+            if self.shadow.len() / 2 > shared.config.bounds.shadow_entries {
+                return self.block(shared, scratch);
             }
         }
         self.ranges_in = (turn, budget - scratch.found.entries_left);

@@ -1,14 +1,14 @@
 //! What a hostile guest cannot do (rule 1, rule 5), and what the host refuses (B-11).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vtd::spec::registers::offset;
 use vtd::spec::second_stage::SecondStageEntry;
 use vtd::{Bounds, Iova, Perm, SpaceKey, UnitConfig, UnitId};
 
 use crate::rig::{
-    Event, MEMORY, NIC, NVME, Rig, STATUS, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages,
-    map, mapping, requester, unmap, wait_status,
+    Event, MEMORY, NIC, NVME, Rig, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages, map,
+    mapping, requester, unmap,
 };
 
 fn bounded(bounds: Bounds) -> (Rig, u64) {
@@ -249,41 +249,13 @@ fn a_guest_that_changes_its_mind_within_one_drain_ends_with_what_the_tables_say(
     );
 }
 
-/// A queue of 32,768 descriptors, in which each of `descriptors` is followed by a wait, and then again, until it is full. Returns
-/// how long the drain took.
-fn full_queue(rig: &mut Rig, descriptors: &[(u64, u64)]) -> Duration {
-    const LARGEST: u64 = 7;
-    const ENTRIES: u64 = 256 << LARGEST;
-    const AT: u64 = MEMORY - ENTRIES * 16;
-    rig.command(|on| on.with_queued_invalidation(false));
-    rig.write64(offset::IQT, 0);
-    rig.write64(offset::IQA, AT | LARGEST);
-    rig.command(|on| on.with_queued_invalidation(true));
-    for index in 0..ENTRIES - 1 {
-        let number = (index / 2) as u32;
-        let (low, high) = match index % 2 {
-            0 => descriptors[number as usize % descriptors.len()],
-            _ => wait_status(number + 1),
-        };
-        rig.store(AT + index * 16, low);
-        rig.store(AT + index * 16 + 8, high);
-    }
-    rig.store(STATUS, 0);
-    let start = Instant::now();
-    rig.write64(offset::IQT, (ENTRIES - 1) * 16);
-    let time = start.elapsed();
-    assert_eq!((rig.read64(offset::IQH), rig.unit.stats().queue_errors), ((ENTRIES - 1) * 16, 0));
-    assert_eq!(rig.load(STATUS), ENTRIES / 2 - 1, "the last wait of the queue is complete");
-    time
-}
-
 #[test]
 fn rule5_a_full_queue_of_global_invalidations_is_one_walk_and_is_served() {
     const PAGES: u64 = 4096;
     for descriptor in [iotlb_global(), iotlb_domain(1), context_global(), context_domain(1)] {
         let (mut rig, root) = bounded(Bounds::default());
         (0..PAGES).for_each(|page| rig.pages(root, page * 0x2000, 0x80_0000, 1));
-        let time = full_queue(&mut rig, &[descriptor]);
+        let time = rig.full_queue(&[descriptor]);
         assert_eq!(rig.listener.reach(NVME).len() as u64, PAGES);
         assert_eq!((rig.unit.stats().map_ops, rig.unit.stats().bounds_exhausted), (PAGES, 0));
         assert_eq!(rig.unit.stats().leaves_walked, PAGES, "{descriptor:x?}: walked once, not once a wait");
@@ -291,7 +263,7 @@ fn rule5_a_full_queue_of_global_invalidations_is_one_walk_and_is_served() {
         // What the guest changes afterwards takes effect at its next invalidation.
         rig.clear(root, 0, 1);
         assert_eq!(rig.listener.reach(NVME).len() as u64, PAGES);
-        full_queue(&mut rig, &[iotlb_global()]);
+        rig.full_queue(&[iotlb_global()]);
         assert_eq!(rig.listener.reach(NVME).len() as u64, PAGES - 1);
     }
 }
@@ -303,7 +275,7 @@ fn rule5_a_full_queue_over_tables_that_point_at_themselves_ends_after_one_budget
     assert!(rig.submit(&[iotlb_domain(1)]));
     let itself = SecondStageEntry::new().with_read(true).with_write(true).with_page(root >> 12);
     (0..512).for_each(|index| rig.store(root + index * 8, itself.into_bits()));
-    let time = full_queue(&mut rig, &[iotlb_global(), context_global(), iotlb_domain(1), iotlb_pages(1, 0, 18)]);
+    let time = rig.full_queue(&[iotlb_global(), context_global(), iotlb_domain(1), iotlb_pages(1, 0, 18)]);
     assert_eq!(rig.listener.reach(NVME), []);
     assert_eq!(rig.unit.stats().bounds_exhausted, 1, "blocked once, and looked at again in the next drain only");
     assert!(time < Duration::from_secs(20), "{time:?}");
@@ -316,7 +288,7 @@ fn rule5_a_full_queue_of_large_ranges_is_served_with_one_look_at_everything() {
     for table in 0..8 {
         rig.pages(root, table * 0x20_0000, 0x80_0000, 8);
     }
-    let time = full_queue(&mut rig, &[iotlb_pages(1, 0, 18)]);
+    let time = rig.full_queue(&[iotlb_pages(1, 0, 18)]);
     assert_eq!((rig.listener.reach(NVME).len(), rig.unit.stats().bounds_exhausted), (8, 0));
     assert!(rig.unit.stats().leaves_walked < 1000, "{} leaves walked", rig.unit.stats().leaves_walked);
     assert!(time < Duration::from_secs(20), "{time:?}");

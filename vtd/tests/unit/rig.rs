@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vtd::spec::fault::FaultRecordHigh;
@@ -457,6 +458,34 @@ impl Rig {
         self.push(&[wait_status(status)]);
         self.ring();
         self.load(STATUS) as u32 == status
+    }
+
+    /// A queue of 32,768 descriptors, in which each of `descriptors` is followed by a wait, and then again, until it is full.
+    /// Returns how long the drain took.
+    pub fn full_queue(&mut self, descriptors: &[(u64, u64)]) -> Duration {
+        const LARGEST: u64 = 7;
+        const ENTRIES: u64 = 256 << LARGEST;
+        const AT: u64 = MEMORY - ENTRIES * 16;
+        self.command(|on| on.with_queued_invalidation(false));
+        self.write64(offset::IQT, 0);
+        self.write64(offset::IQA, AT | LARGEST);
+        self.command(|on| on.with_queued_invalidation(true));
+        for index in 0..ENTRIES - 1 {
+            let number = (index / 2) as u32;
+            let (low, high) = match index % 2 {
+                0 => descriptors[number as usize % descriptors.len()],
+                _ => wait_status(number + 1),
+            };
+            self.store(AT + index * 16, low);
+            self.store(AT + index * 16 + 8, high);
+        }
+        self.store(STATUS, 0);
+        let start = Instant::now();
+        self.write64(offset::IQT, (ENTRIES - 1) * 16);
+        let time = start.elapsed();
+        assert_eq!((self.read64(offset::IQH), self.unit.stats().queue_errors), ((ENTRIES - 1) * 16, 0));
+        assert_eq!(self.load(STATUS), ENTRIES / 2 - 1, "the last wait of the queue is complete");
+        time
     }
 
     /// The full fault records: (index, source id, reason, address, is a read).
