@@ -1,0 +1,63 @@
+# limit: 180
+# Two vCPUs read the NVMe at random, each map and unmap of a page at once the host's (strict mode): every read is right, the VMM's memory
+# stays flat after the first 10 s, and the audit agrees whenever the reads pause.
+#
+# The measure is RssAnon of the whole process. The guest's RAM is in it, but does not grow: before the guest turned translation on, all of
+# it was pinned for the device, so each page of it is there from the start.
+. /causeway/files/lib.sh
+
+ROUNDS=${ROUNDS:-2}
+SECONDS_EACH=${SECONDS_EACH:-10}
+MEMORY=512
+LIMIT=$((LIMIT + ROUNDS * (SECONDS_EACH + 10 * ${BOOT_SCALE:-1})))
+bind-vfio "$NVME" || fail "binding"
+{ echo "ROUNDS=$ROUNDS SECONDS_EACH=$SECONDS_EACH" && cat <<'GUEST'; } | guest random "$(command -v randread)"
+wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
+for round in $(seq $ROUNDS); do
+    randread /dev/nvme0n1 --mib 64 --seconds $SECONDS_EACH --threads 2 --seed $round || fail "reading"
+    echo "pause $round"
+    read -r answer
+    [ "$answer" = "go on" ] || fail "the answer is '$answer'"
+done
+! dmesg | grep -iE 'nvme.*(timeout|polled|error)|blk_update|I/O error' || fail "the driver complains"
+show_faults
+GUEST
+
+audits() { [ "$(grep -c 'audit:.* pending' random.err)" -ge "$1" ]; }
+paused() { grep -q "^pause $1" random.log || ! kill -0 $vmm; }
+anonymous() { awk '/^RssAnon:/ { print $2 }' /proc/$vmm/status; }
+
+mark
+mkfifo answers || fail "mkfifo"
+causeway run --kernel "$KERNEL" --initrd random.cpio --memory ${MEMORY}M --cpus 2 --timeout $LIMIT \
+    --cmdline "$GUEST_CMDLINE intel_iommu=on iommu.strict=1" --device vfio,host="$NVME" --stats random.json \
+    <answers >random.log 2>random.err &
+vmm=$!
+# Kept open, so that the guest's input does not end.
+exec 3>answers
+first=
+for round in $(seq "$ROUNDS"); do
+    if ! wait_until $((SECONDS_EACH + 40)) paused "$round" || ! grep -q "^pause $round" random.log; then
+        tail -n 40 random.log random.err
+        fail "round $round does not end"
+    fi
+    kill -USR1 $vmm || fail "the VMM is gone"
+    wait_until 10 audits "$round" || { tail random.err; fail "no audit $round"; }
+    expect "pending in audit $round" "$(field random.json pending)" 0
+    # The first round takes 10 s or longer.
+    now=$(anonymous)
+    first=${first:-$now}
+    [ "$now" -ge $((MEMORY * 1024)) ] || fail "RssAnon is $now KiB, the guest's RAM is not in it: the measure is wrong"
+    echo "round $round: $(lines random 'reads ' | tail -n 1) reads, RssAnon $now KiB, $(grep 'audit:.* pending' random.err | tail -n 1)"
+    expect_at_most "growth of RssAnon in KiB" $((now - first)) 1023
+    echo "go on" >&3
+done
+wait $vmm
+status=$?
+[ $status = 0 ] && grep -q 'guest: exit 0' random.log || { tail -n 40 random.log random.err; fail "the guest: status $status"; }
+expect "the checksums" "$(lines random 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$ROUNDS $DISK_SHA256"
+[ "$(field random.json host_maps)" -ge "$(lines random 'reads ' | awk '{ n += $1 } END { print n }')" ] || fail "reads without a map of their own"
+! grep 'audit:' random.err | grep -v 'pending, no difference' || fail "an audit with a difference"
+grep -q '"differences": *\[\]' random.json || fail "a difference at the end"
+expect "splits" "$(field random.json splits)" 0
+no_faults random
