@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+pub mod debug_exit;
 pub mod dma;
 pub mod edu;
+pub mod fw_cfg;
 pub mod host;
 pub mod ioapic;
 pub mod legacy;

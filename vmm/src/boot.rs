@@ -11,10 +11,12 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
+use crate::image::Image;
 use crate::layout;
 use crate::memory::Ram;
 
-const E820_RAM: u32 = 1;
+/// Usable memory, in a memory map.
+pub const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 /// Offset of the setup header in a bzImage.
 const SETUP_HEADER: u64 = 0x1f1;
@@ -67,6 +69,9 @@ pub enum Error {
         /// RAM below 4 GiB.
         ram: u64,
     },
+    /// The bare-metal image.
+    #[error(transparent)]
+    Image(#[from] crate::image::Error),
     /// Guest memory could not be written.
     #[error("{what} could not be written to guest memory: {reason}")]
     Write {
@@ -77,12 +82,58 @@ pub enum Error {
     },
 }
 
-fn write_error(what: &'static str) -> impl Fn(vm_memory::GuestMemoryError) -> Error {
+/// Turns an error of writing `what` into ours.
+pub fn write_error(what: &'static str) -> impl Fn(vm_memory::GuestMemoryError) -> Error {
     move |e| Error::Write { what, reason: e.to_string() }
 }
 
+/// How the boot processor starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Start {
+    /// Its mode.
+    pub mode: Mode,
+    /// The entry point.
+    pub rip: u64,
+    /// Registers that the boot protocol gives a meaning.
+    pub rsp: u64,
+    /// As above.
+    pub rax: u64,
+    /// As above.
+    pub rbx: u64,
+    /// As above.
+    pub rsi: u64,
+}
+
+/// The processor's mode at the entry point.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Mode {
+    /// 64 bits, with an identity map of the first 4 GiB.
+    #[default]
+    Long,
+    /// 32 bits, without paging.
+    Protected,
+}
+
+/// What the guest is started with.
+pub enum Payload {
+    /// A Linux kernel.
+    Kernel(Kernel),
+    /// A bare-metal image.
+    Image(Image),
+}
+
+impl Payload {
+    /// Writes everything into RAM. Gives back how the boot processor starts.
+    pub fn load(&mut self, ram: &Ram, ram_size: u64, rsdp: u64) -> Result<Start, Error> {
+        match self {
+            Self::Kernel(kernel) => kernel.load(ram, ram_size, rsdp),
+            Self::Image(image) => image.load(ram, ram_size, rsdp),
+        }
+    }
+}
+
 /// A kernel with its initrd and command line, checked and ready to be loaded as often as the guest starts anew.
-pub struct Payload {
+pub struct Kernel {
     kernel: File,
     header: setup_header,
     initrd: Option<(File, u64)>,
@@ -90,7 +141,8 @@ pub struct Payload {
     cmdline: String,
 }
 
-fn open(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
+/// Opens a regular file. Gives back its length too.
+pub fn open(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
     let read = |source| Error::Read { what, path: path.to_owned(), source };
     let file = File::open(path).map_err(read)?;
     let metadata = file.metadata().map_err(read)?;
@@ -119,7 +171,7 @@ fn read_header(kernel: &File, path: &Path) -> Result<setup_header, Error> {
     Ok(header)
 }
 
-impl Payload {
+impl Kernel {
     /// Opens and checks everything, for a guest with `ram` bytes of memory.
     pub fn open(kernel: &Path, initrd: Option<&Path>, cmdline: &str, ram: u64) -> Result<Self, Error> {
         let (file, kernel_size) = open("the kernel", kernel)?;
@@ -144,8 +196,9 @@ impl Payload {
         Ok(Self { kernel: file, header, initrd, initrd_at, cmdline: cmdline.to_owned() })
     }
 
-    /// Writes kernel, initrd, command line, boot parameters, page tables and descriptor table. Gives back the entry point.
-    pub fn load(&mut self, ram: &Ram, ram_size: u64, rsdp: u64) -> Result<u64, Error> {
+    /// Writes kernel, initrd, command line, boot parameters, page tables and descriptor table. Gives back how the
+    /// boot processor starts.
+    pub fn load(&mut self, ram: &Ram, ram_size: u64, rsdp: u64) -> Result<Start, Error> {
         self.kernel.seek(SeekFrom::Start(0)).map_err(|e| Error::Write { what: "the kernel", reason: e.to_string() })?;
         let at = GuestAddress(layout::HIGH_MEMORY);
         let loaded = BzImage::load(ram, Some(at), &mut self.kernel, None)
@@ -178,12 +231,18 @@ impl Payload {
             ram.write_obj(entry, GuestAddress(layout::GDT + 8 * index as u64))
                 .map_err(write_error("the descriptor table"))?;
         }
-        Ok(loaded.kernel_load.0 + ENTRY_64)
+        Ok(Start {
+            mode: Mode::Long,
+            rip: loaded.kernel_load.0 + ENTRY_64,
+            rsp: layout::BOOT_STACK,
+            rsi: layout::BOOT_PARAMS,
+            ..Start::default()
+        })
     }
 }
 
 /// The memory map that the guest is told: (address, length, kind).
-fn memory_map(ram: u64) -> Vec<(u64, u64, u32)> {
+pub fn memory_map(ram: u64) -> Vec<(u64, u64, u32)> {
     let regions = layout::ram_regions(ram);
     let mut map = vec![
         (0, layout::LOW_HOLE_START, E820_RAM),
@@ -201,6 +260,8 @@ pub const GDT_ENTRIES: usize = 4;
 /// Access byte and flags of the 64-bit code segment, and of the data segment, with their selectors: the boot protocol wants
 /// `__BOOT_CS` 0x10 and `__BOOT_DS` 0x18.
 pub const CODE: Segment = Segment { selector: 0x10, access: 0x9b, flags: 0xa };
+/// The 32-bit code segment of bare-metal images.
+pub const CODE_32: Segment = Segment { selector: 0x10, access: 0x9b, flags: 0xc };
 /// The data segment.
 pub const DATA: Segment = Segment { selector: 0x18, access: 0x93, flags: 0xc };
 
@@ -216,7 +277,7 @@ pub struct Segment {
 }
 
 /// The descriptor of a flat segment: base 0, limit 4 GiB.
-const fn segment_descriptor(segment: Segment) -> u64 {
+pub const fn segment_descriptor(segment: Segment) -> u64 {
     0xffff | (segment.access as u64) << 40 | 0xf << 48 | (segment.flags as u64) << 52
 }
 

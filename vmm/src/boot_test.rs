@@ -28,8 +28,8 @@ fn bzimage(edit: impl Fn(&mut setup_header)) -> TempFile {
     file
 }
 
-fn open_payload(kernel: &TempFile, initrd: Option<&TempFile>, cmdline: &str) -> Result<Payload, Error> {
-    Payload::open(kernel.as_path(), initrd.map(TempFile::as_path), cmdline, RAM)
+fn open_payload(kernel: &TempFile, initrd: Option<&TempFile>, cmdline: &str) -> Result<Kernel, Error> {
+    Kernel::open(kernel.as_path(), initrd.map(TempFile::as_path), cmdline, RAM)
 }
 
 #[test]
@@ -42,8 +42,8 @@ fn kernel_initrd_and_command_line_are_where_the_boot_parameters_say() {
     let mut payload = open_payload(&kernel, Some(&initrd), "console=ttyS0").unwrap();
     // Twice: a guest reset loads everything again.
     for _ in 0..2 {
-        let entry = payload.load(&ram, RAM, layout::ACPI_TABLES).unwrap();
-        assert_eq!(entry, layout::HIGH_MEMORY + 0x200);
+        let start = payload.load(&ram, RAM, layout::ACPI_TABLES).unwrap();
+        assert_eq!(start.rip, layout::HIGH_MEMORY + 0x200);
         let code: [u8; 19] = ram.read_obj(GuestAddress(layout::HIGH_MEMORY)).unwrap();
         assert_eq!(&code, b"protected-mode code");
 
@@ -99,7 +99,7 @@ fn what_is_not_a_kernel_is_refused_with_the_reason() {
         let message = open_payload(&file, None, "").err().unwrap().to_string();
         assert!(message.contains(reason), "{message}");
     }
-    let missing = Payload::open(Path::new("/nonexistent/kernel"), None, "", RAM).err().unwrap();
+    let missing = Kernel::open(Path::new("/nonexistent/kernel"), None, "", RAM).err().unwrap();
     assert!(matches!(missing, Error::Read { what: "the kernel", .. }));
 }
 

@@ -39,17 +39,21 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M 
   --device edu[,addr=DD.F][,id=NAME]
 
 Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;
-8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit.")]
+8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit; odd: an image wrote V to isa-debug-exit,
+and the code is (V << 1) | 1.")]
 pub struct RunArgs {
     /// Linux kernel (bzImage)
+    #[arg(long, value_name = "FILE", required_unless_present = "image", conflicts_with = "image")]
+    pub kernel: Option<PathBuf>,
+    /// Bare-metal image (PVH, multiboot 1); adds isa-debug-exit and fw_cfg
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
-    /// Initial RAM disk
+    pub image: Option<PathBuf>,
+    /// Initial RAM disk; the one module of an image
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Command line of the kernel
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0", allow_hyphen_values = true)]
-    pub cmdline: String,
+    /// Command line; `console=ttyS0` for a kernel that is given none
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = options::memory)]
     pub memory: u64,
@@ -82,8 +86,6 @@ pub struct RunArgs {
     pub verbose: u8,
     #[arg(long, hide = true, value_parser = options::later)]
     socket: Option<PathBuf>,
-    #[arg(long, hide = true, value_parser = options::later)]
-    image: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -115,7 +117,7 @@ mod tests {
     #[test]
     fn defaults() {
         let run = parse(&["--kernel", "k"]).unwrap();
-        assert_eq!((run.memory, run.cpus, run.cmdline.as_str()), (512 << 20, 1, "console=ttyS0"));
+        assert_eq!((run.memory, run.cpus, run.cmdline.as_deref()), (512 << 20, 1, None));
         assert_eq!(run.vtd(), Some(&VtdOption::default()));
         assert!(!run.no_reboot && run.devices.is_empty() && run.timeout.is_none());
     }
@@ -136,7 +138,7 @@ mod tests {
             (&["--kernel", "k", "--iommu", "vtd,foo=on"], "the keys are"),
             (&["--kernel", "k", "--device", "vfio"], "host=BDF is missing"),
             (&["--kernel", "k", "--socket", "x"], "not available in this version"),
-            (&["--kernel", "k", "--image", "x"], "not available in this version"),
+            (&["--kernel", "k", "--image", "x"], "cannot be used with"),
             (&["--kernel", "k", "--kernel", "l"], "--kernel"),
             (&[], "--kernel"),
         ] {

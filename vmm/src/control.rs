@@ -23,6 +23,8 @@ pub enum Stop {
     Crash(String),
     /// The host, or we, cannot go on.
     Error(String),
+    /// The image ended itself with this value.
+    DebugExit(u32),
     /// The user asked for it at the terminal.
     Quit,
     /// The time limit is over.

@@ -12,6 +12,8 @@ mod cpuid;
 pub mod dmar;
 mod dsdt;
 mod events;
+mod firmware;
+mod image;
 mod irq;
 mod layout;
 mod machine;

@@ -1,7 +1,6 @@
 //! The machine: everything wired together, and started anew.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
@@ -21,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, Requester, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::assign::{self, Assigned};
-use crate::boot::Payload;
+use crate::boot::{Payload, Start};
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
 use crate::dmar::{Remapping, Scope, UnitDescription};
@@ -31,7 +30,7 @@ use crate::options::{DeviceKind, DeviceOption};
 use crate::slots::KvmSlots;
 use crate::stats::{self, Device, Stats};
 use crate::vcpu::{self, Buses};
-use crate::{acpi, cpuid, layout, memory, vm};
+use crate::{acpi, cpuid, firmware, layout, memory, vm};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -96,7 +95,7 @@ pub struct Machine {
     // Threads are joined by `stop`, before anything here is dropped.
     threads: Vec<JoinHandle<()>>,
     control: Arc<Control>,
-    entry: Arc<AtomicU64>,
+    entry: Arc<Mutex<Start>>,
     payload: Payload,
     platform: Platform,
     placed: Vec<Placed>,
@@ -239,6 +238,9 @@ impl Machine {
         let placed = plug.devices(&args.devices, names, assigned)?;
         let assigned = plug.assigned;
 
+        if let Payload::Image(_) = &payload {
+            firmware::add_ports(&platform.pio, &control, args)?;
+        }
         vcpu::register_kick()?;
         let buses = Buses { pio: platform.pio.clone(), mmio: platform.mmio.clone(), ioapic: platform.ioapic.clone() };
         let vcpus =
@@ -293,8 +295,11 @@ impl Machine {
         let Tables { cpus, pci64, remapping } = &self.tables;
         let description = acpi::Description { cpus: *cpus, pci64: *pci64, remapping: remapping.as_ref() };
         let rsdp = acpi::write(&self.ram, &description)?;
-        let entry = self.payload.load(&self.ram, self.ram_size, rsdp)?;
-        self.entry.store(entry, Ordering::Relaxed);
+        let start = self.payload.load(&self.ram, self.ram_size, rsdp)?;
+        *self.entry.lock().unwrap() = start;
+        if let Payload::Image(_) = self.payload {
+            firmware::assign_bars(&self.platform.root, *pci64);
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! `causeway run`: checks, the event loop, and how it ends.
 
 use std::fs::{File, OpenOptions};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,11 +12,12 @@ use vfio_bridge::{Bdf, Trace};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::Audit;
 
-use crate::boot::Payload;
+use crate::boot::{self, Kernel, Payload};
 use crate::cli::RunArgs;
 use crate::console::Console;
 use crate::control::{Control, Stop};
 use crate::events::{self, BlockedInterrupts, FunctionEvents, Outside, Signals};
+use crate::image::Image;
 use crate::machine::{Machine, Parts};
 use crate::stats::{Exit, Stats};
 use crate::{assign, audit, options, terminal, vm};
@@ -30,6 +32,9 @@ pub const ERROR: u8 = 6;
 pub const CRASHED: u8 = 8;
 /// Exit code of the time limit.
 pub const TIME_LIMIT: u8 = 10;
+
+/// The command line of a kernel that is given none.
+const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
 fn start_log(args: &RunArgs) -> anyhow::Result<()> {
     let level = match args.verbose {
@@ -72,6 +77,7 @@ fn start_log(args: &RunArgs) -> anyhow::Result<()> {
 fn outcome(stop: &Stop) -> Exit {
     let (reason, code) = match stop {
         Stop::PowerOff => ("poweroff", 0),
+        Stop::DebugExit(value) => ("debug-exit", (value << 1) as u8 | 1),
         Stop::Quit => ("quit", 0),
         Stop::Reset => ("reset", CRASHED),
         Stop::Crash(_) => ("crash", CRASHED),
@@ -84,7 +90,7 @@ fn outcome(stop: &Stop) -> Exit {
 
 fn explain(stop: &Stop) {
     match stop {
-        Stop::PowerOff | Stop::Quit => {}
+        Stop::PowerOff | Stop::Quit | Stop::DebugExit(_) => {}
         Stop::Reset => log::error!("the guest asked for a reset, which --no-reboot forbids"),
         Stop::Crash(why) => log::error!("the guest crashed: {why}"),
         Stop::Error(why) => log::error!("{why}"),
@@ -143,7 +149,7 @@ impl Run<'_> {
     /// An error means that nothing ran.
     fn guest(&self, signals: Signals) -> anyhow::Result<Stop> {
         let args = self.args;
-        let payload = Payload::open(&args.kernel, args.initrd.as_deref(), &args.cmdline, args.memory)?;
+        let payload = self.payload()?;
         let wanted: Vec<Bdf> = args.devices.iter().filter_map(|device| device.kind.host()).collect();
         let checked = assign::check(&wanted, args.vtd(), args.memory)?;
         let kvm = vm::open().map_err(remedy)?;
@@ -192,6 +198,22 @@ impl Run<'_> {
             self.write_stats(&machine, Some(outcome(&stop)), &audit);
         }
         Ok(stop)
+    }
+
+    fn payload(&self) -> Result<Payload, boot::Error> {
+        let RunArgs { kernel, image, initrd, cmdline, memory, .. } = self.args;
+        let initrd = initrd.as_deref();
+        match (kernel, image) {
+            (Some(kernel), _) => {
+                let cmdline = cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
+                Kernel::open(kernel, initrd, cmdline, *memory).map(Payload::Kernel)
+            }
+            (None, image) => {
+                // The command line has one of the two.
+                let image = image.as_deref().unwrap_or(Path::new(""));
+                Image::open(image, initrd, cmdline.as_deref().unwrap_or_default(), *memory).map(Payload::Image)
+            }
+        }
     }
 
     /// Where notifications and host operations are traced.

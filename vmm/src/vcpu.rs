@@ -1,9 +1,7 @@
 //! A virtual CPU: its state at power-on, its thread, and what its exits lead to.
 
 use std::cell::Cell;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use devices::Bus;
@@ -15,7 +13,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
 
-use crate::boot::{CODE, DATA, GDT_ENTRIES, Segment};
+use crate::boot::{CODE, CODE_32, DATA, GDT_ENTRIES, Mode, Segment, Start};
 use crate::control::{Control, Stop, Turn};
 use crate::vm::{Error, call};
 use crate::{control, cpuid, layout};
@@ -28,6 +26,7 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const CR0_PE_PG: u64 = 1 | 1 << 31;
+const CR0_PE_ET: u64 = 1 | 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
@@ -133,14 +132,18 @@ fn segment(of: Segment) -> kvm_segment {
     }
 }
 
-/// `power_on` with what the 64-bit boot protocol wants: long mode, flat segments, the identity map.
-fn boot_sregs(power_on: &kvm_sregs) -> kvm_sregs {
+/// `power_on` with what the boot protocols want: flat segments; and for 64 bits long mode with the identity map.
+fn boot_sregs(power_on: &kvm_sregs, mode: Mode) -> kvm_sregs {
     let mut sregs = *power_on;
-    sregs.cs = segment(CODE);
+    sregs.cs = segment(if mode == Mode::Long { CODE } else { CODE_32 });
     let data = segment(DATA);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = layout::GDT;
     sregs.gdt.limit = (GDT_ENTRIES * 8 - 1) as u16;
+    if mode == Mode::Protected {
+        sregs.cr0 = CR0_PE_ET;
+        return sregs;
+    }
     sregs.cr0 |= CR0_PE_PG;
     sregs.cr3 = layout::PAGE_TABLES;
     sregs.cr4 |= CR4_PAE;
@@ -180,8 +183,14 @@ pub fn register_kick() -> Result<(), Error> {
 }
 
 impl Vcpu {
-    /// Starts the thread. The vCPU enters the guest when `control` lets it; `entry` holds the entry point of the boot processor.
-    pub fn start(self, control: Arc<Control>, buses: Buses, entry: Arc<AtomicU64>) -> std::io::Result<JoinHandle<()>> {
+    /// Starts the thread. The vCPU enters the guest when `control` lets it; `entry` says how the boot
+    /// processor starts.
+    pub fn start(
+        self,
+        control: Arc<Control>,
+        buses: Buses,
+        entry: Arc<Mutex<Start>>,
+    ) -> std::io::Result<JoinHandle<()>> {
         thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             let mut fd = self.fd;
             let _enrolled = control.enroll();
@@ -196,7 +205,7 @@ impl Vcpu {
 struct State {
     index: u8,
     power_on: PowerOn,
-    entry: Arc<AtomicU64>,
+    entry: Arc<Mutex<Start>>,
 }
 
 impl State {
@@ -207,14 +216,9 @@ impl State {
         }
         let boot = self.index == 0;
         if boot {
-            fd.set_sregs(&boot_sregs(&self.power_on.sregs))?;
-            fd.set_regs(&kvm_regs {
-                rflags: 2,
-                rip: self.entry.load(Relaxed),
-                rsp: layout::BOOT_STACK,
-                rsi: layout::BOOT_PARAMS,
-                ..Default::default()
-            })?;
+            let Start { mode, rip, rsp, rax, rbx, rsi } = *self.entry.lock().unwrap();
+            fd.set_sregs(&boot_sregs(&self.power_on.sregs, mode))?;
+            fd.set_regs(&kvm_regs { rflags: 2, rip, rsp, rax, rbx, rsi, ..Default::default() })?;
         }
         let mp_state = if boot { KVM_MP_STATE_RUNNABLE } else { KVM_MP_STATE_UNINITIALIZED };
         fd.set_mp_state(kvm_mp_state { mp_state })
@@ -326,7 +330,7 @@ mod tests {
 
     #[test]
     fn the_boot_segments_are_what_the_boot_protocol_wants() {
-        let sregs = boot_sregs(&kvm_sregs::default());
+        let sregs = boot_sregs(&kvm_sregs::default(), Mode::Long);
         assert_eq!((sregs.cs.selector, sregs.ds.selector), (0x10, 0x18));
         assert_eq!(
             (sregs.cs.type_, sregs.cs.l, sregs.cs.db, sregs.cs.g, sregs.cs.s, sregs.cs.present),
@@ -335,5 +339,8 @@ mod tests {
         assert_eq!((sregs.ss.type_, sregs.ss.l, sregs.ss.db, sregs.ss.g), (3, 0, 1, 1));
         assert_eq!((sregs.cr0 & CR0_PE_PG, sregs.efer & EFER_LME_LMA), (CR0_PE_PG, EFER_LME_LMA));
         assert_eq!(sregs.cr3, layout::PAGE_TABLES);
+
+        let sregs = boot_sregs(&kvm_sregs::default(), Mode::Protected);
+        assert_eq!((sregs.cs.l, sregs.cs.db, sregs.cr0, sregs.cr4, sregs.efer), (0, 1, CR0_PE_ET, 0, 0));
     }
 }

@@ -65,6 +65,88 @@ fn run_guest(code: &[&[u8]], more: &[&str]) -> (i32, String, String) {
     run(&args)
 }
 
+/// Writes its argument to isa-debug-exit: `mov al, value; out 0xf4, al`.
+fn debug_exit(value: u8) -> [u8; 4] {
+    [0xb0, value, 0xe6, 0xf4]
+}
+
+/// Code at 1 MiB behind a multiboot header with addresses, entered at 0x100020.
+fn image(code: &[&[u8]]) -> TempFile {
+    let words = [0x1bad_b002u32, 0x1_0000, 0xe451_4ffe, 0x10_0000, 0x10_0000, 0, 0, 0x10_0020];
+    let mut image: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    code.iter().for_each(|part| image.extend_from_slice(part));
+    let file = TempFile::new().unwrap();
+    file.as_file().write_all(&image).unwrap();
+    file
+}
+
+fn run_image(code: &[&[u8]], more: &[&str]) -> (i32, String, String) {
+    let image = image(code);
+    let mut args = vec!["run", "--image", path(image.as_path()), "--memory", "16M"];
+    args.extend_from_slice(more);
+    run(&args)
+}
+
+/// In 32-bit code: `mov dx, 0x3f8; out dx, al`
+const PRINT_AL: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xee];
+
+#[test]
+fn an_image_ends_with_the_code_it_chose() {
+    if !has_kvm() {
+        return;
+    }
+    for value in [0u8, 0x10, 0x7f] {
+        let (code, out, err) = run_image(&[&[0xb0, b'A'], PRINT_AL, &debug_exit(value), LOOP], &["--device", "edu"]);
+        assert_eq!((code, out.as_str()), (i32::from(value) << 1 | 1, "A"), "{err}");
+    }
+}
+
+#[test]
+fn an_image_finds_its_protocol_fw_cfg_and_assigned_bars() {
+    if !has_kvm() {
+        return;
+    }
+    let code: &[&[u8]] = &[
+        &[0x3d, 0x02, 0xb0, 0xad, 0x2b], // cmp eax, 0x2badb002
+        &[0x75, 0xfe],                   // jne .
+        // mov dx, 0x510; xor eax, eax; out dx, ax; inc dx
+        &[0x66, 0xba, 0x10, 0x05, 0x31, 0xc0, 0x66, 0xef, 0x66, 0x42],
+        &[0xec], // in al, dx: the Q of the signature
+        PRINT_AL,
+        // mov al, [0xe0008013]: the highest byte of the edu's BAR 0, in ECAM
+        &[0xa0, 0x13, 0x80, 0x00, 0xe0],
+        PRINT_AL,
+        // mov al, [0xc0000000]: the edu's identification
+        &[0xa1, 0x00, 0x00, 0x00, 0xc0],
+        &[0xe6, 0xf4],
+        LOOP,
+    ];
+    let image = image(code);
+    let args = ["run", "--image", path(image.as_path()), "--memory", "16M", "--device", "edu", "--timeout", "5"];
+    let Output { status, stdout, stderr } = causeway(&args).output().unwrap();
+    assert_eq!(stdout, [b'Q', 0xc0], "{}", String::from_utf8_lossy(&stderr));
+    assert_eq!(status.code(), Some((0xed << 1 | 1) & 0xff));
+}
+
+#[test]
+fn images_that_hang_crash_or_are_none_have_their_codes() {
+    let text = TempFile::new().unwrap();
+    text.as_file().write_all(b"no image").unwrap();
+    for (args, part) in [
+        (&["run", "--image", "/nonexistent/image"][..], "/nonexistent/image"),
+        (&["run", "--image", path(text.as_path())], "is not an image"),
+    ] {
+        let (code, out, err) = run(args);
+        assert_eq!((code, out.as_str(), err.lines().count()), (4, "", 1), "{args:?}: {err}");
+        assert!(err.contains(part), "{err}");
+    }
+    if !has_kvm() {
+        return;
+    }
+    assert_eq!(run_image(&[LOOP], &["--timeout", "0.5"]).0, 10);
+    assert_eq!(run_image(&[CRASH], &[]).0, 8);
+}
+
 #[test]
 fn nothing_prints_help() {
     let (code, out, _) = run(&[]);
@@ -76,6 +158,7 @@ fn nothing_prints_help() {
 fn wrong_usage_is_code_2_and_runs_nothing() {
     for args in [
         &["run"][..],
+        &["run", "--kernel", "k", "--image", "i"],
         &["fly"],
         &["run", "--kernel", "k", "--device", "edu,id=a", "--device", "edu,id=a"],
         &["run", "--kernel", "k", "--iommu", "vtd,intremap=off,eim=on"],
