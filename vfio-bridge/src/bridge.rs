@@ -58,6 +58,8 @@ struct Entry {
     space: SpaceKey,
     /// Its functions were stopped, or are about to be.
     quarantined: bool,
+    /// It was said that it is blocked until an attach: a guest could make that happen again and again.
+    told: bool,
 }
 
 impl Entry {
@@ -125,6 +127,7 @@ impl Bridge {
             container: Container::new(container, group, Arc::clone(&self.host)),
             space: SpaceKey::Blocked,
             quarantined: false,
+            told: false,
         });
         entry.group.add(requester);
         let counters = Arc::clone(entry.container.counters());
@@ -181,7 +184,11 @@ impl Bridge {
             && space != *offered
         {
             // Its mappings are not known here; the next attach brings them. Until then nothing is reachable.
-            warn!("the group of {:?} stays blocked until one of its functions is attached again", entry.first_member());
+            if !std::mem::replace(&mut entry.told, true)
+                && let Some(member) = entry.first_member()
+            {
+                warn!("the group of {member} stays blocked until one of its functions is attached again");
+            }
             space = SpaceKey::Blocked;
         }
         let container = &mut entry.container;
@@ -246,6 +253,12 @@ impl Bridge {
             }
         }
     }
+}
+
+/// Whether one of `ranges` (ascending, disjoint) has all of `inner`.
+fn contains(ranges: &[IovaRange], inner: IovaRange) -> bool {
+    let at = ranges.partition_point(|range| range.last < inner.first);
+    ranges.get(at).is_some_and(|range| range.first <= inner.first && inner.last <= range.last)
 }
 
 fn refusal(lost: &Lost, requester: Requester) -> Refusal {
@@ -366,7 +379,7 @@ impl Bridge {
                 }
             }
             // What an earlier group lost is lost already.
-            lost.retain(|l| !except.iter().any(|e: &IovaRange| e.first <= l.range.first && l.range.last <= e.last));
+            lost.retain(|l| !contains(&except, l.range));
             except = union_of(except.into_iter().chain(lost.iter().map(|l| l.range)).collect());
             losses.extend(entry.first_member().map(|by| (by, lost)));
         }
