@@ -18,3 +18,4 @@ mod told;
 pub mod vfio_pci;
 
 pub use bus::{Bus, BusDevice};
+pub use told::Told;

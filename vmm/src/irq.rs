@@ -18,9 +18,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
+use devices::Told;
 use devices::host::{Interrupts, IoapicRoutes, IrqRoute};
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
 use kvm_ioctls::VmFd;
@@ -163,6 +163,16 @@ impl Table {
     }
 }
 
+/// What was complained of: a guest that makes KVM refuse the same again and again fills no log.
+#[derive(Default)]
+struct Complaints {
+    blocked: Told,
+    message: Told,
+    routes: Told,
+    eventfd: Told,
+    handover: Told,
+}
+
 /// [`Interrupts`], [`IoapicRoutes`] and [`MsiSink`] over KVM, and the unit's [`RemapListener`].
 pub struct KvmInterrupts {
     kvm: Arc<dyn Kvm>,
@@ -170,8 +180,7 @@ pub struct KvmInterrupts {
     table: Mutex<Table>,
     /// Watches the eventfds of blocked vectors, by their GSI.
     blocked: Epoll,
-    // So that a guest that sends messages into nowhere fills no log.
-    complained: AtomicBool,
+    complaints: Complaints,
     this: Weak<Self>,
 }
 
@@ -191,7 +200,7 @@ impl KvmInterrupts {
             remapper: OnceLock::new(),
             table: Mutex::default(),
             blocked,
-            complained: AtomicBool::new(false),
+            complaints: Complaints::default(),
             this: this.clone(),
         }))
     }
@@ -216,7 +225,7 @@ impl KvmInterrupts {
             Ok(ready) => ready,
             Err(e) => {
                 if e.kind() != io::ErrorKind::Interrupted {
-                    log::error!("blocked interrupts could not be served: {e}");
+                    self.complaints.blocked.once(|| log::error!("blocked interrupts could not be served: {e}"));
                 }
                 return;
             }
@@ -263,11 +272,13 @@ impl KvmInterrupts {
     }
 
     fn send(&self, msi: Msi) {
-        if let Err(e) = self.kvm.send(msi)
-            && !self.complained.swap(true, Ordering::Relaxed)
-        {
+        if let Err(e) = self.kvm.send(msi) {
             let Msi { address, data } = msi;
-            log::warn!("a message {data:#x} to {address:#x} reached no processor ({e}); further ones are not logged");
+            self.complaints.message.once(|| {
+                log::warn!(
+                    "a message {data:#x} to {address:#x} reached no processor ({e}); further ones are not logged"
+                );
+            });
         }
     }
 
@@ -291,7 +302,7 @@ impl KvmInterrupts {
             Ok(()) => Path::Kvm,
             Err(e) => {
                 // Nothing may be delivered by the routes of before.
-                log::error!("the interrupt routes could not be set, and interrupts become slow: {e}");
+                self.complain_of_routes(&e);
                 Path::Served
             }
         };
@@ -306,6 +317,12 @@ impl KvmInterrupts {
             table.stale = false;
         }
         Ok(())
+    }
+
+    fn complain_of_routes(&self, e: &io::Error) {
+        self.complaints
+            .routes
+            .once(|| log::error!("the interrupt routes could not be set, and interrupts become slow: {e}"));
     }
 
     /// Hands the eventfd of `gsi` over. Where KVM does not take it, it is served.
@@ -326,7 +343,9 @@ impl KvmInterrupts {
         let entered = match path {
             Path::Masked => Ok(()),
             Path::Kvm => self.kvm.connect(&vector.trigger, gsi).or_else(|e| {
-                log::warn!("{}: KVM refused an eventfd, and the interrupt becomes slow: {e}", vector.requester);
+                self.complaints.eventfd.once(|| {
+                    log::warn!("{}: KVM refused an eventfd, and the interrupt becomes slow: {e}", vector.requester);
+                });
                 taken = Path::Served;
                 watch(ControlOperation::Add)
             }),
@@ -338,7 +357,9 @@ impl KvmInterrupts {
             let _ = vector.trigger.read();
         }
         if let Err(e) = left.and(entered) {
-            log::error!("{}: an interrupt could not be handed over: {e}", vector.requester);
+            self.complaints
+                .handover
+                .once(|| log::error!("{}: an interrupt could not be handed over: {e}", vector.requester));
         }
         vector.path = taken;
     }
@@ -434,7 +455,7 @@ impl Drop for Route {
         table.vectors.remove(&self.gsi);
         table.set_route(self.gsi, None);
         if let Err(e) = self.owner.commit(&mut table) {
-            log::warn!("the interrupt routes could not be updated: {e}");
+            self.owner.complain_of_routes(&e);
         }
     }
 }

@@ -1,5 +1,9 @@
 use super::*;
 
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use allocation_counter::measure;
 use vtd::RemapFault;
 use vtd::spec::fault::InterruptFaultReason;
 
@@ -31,6 +35,7 @@ struct FakeKvm {
     calls: Mutex<Vec<Call>>,
     refuses_routes: AtomicBool,
     refuses_eventfds: AtomicBool,
+    refuses_messages: AtomicBool,
 }
 
 impl FakeKvm {
@@ -63,7 +68,7 @@ impl Kvm for FakeKvm {
         self.note(Call::Disconnect(gsi), &AtomicBool::default())
     }
     fn send(&self, msi: Msi) -> io::Result<()> {
-        self.note(Call::Send(msi), &AtomicBool::default())
+        self.note(Call::Send(msi), &self.refuses_messages)
     }
 }
 
@@ -374,4 +379,59 @@ fn kvm_takes_what_it_is_given() {
     route.set(None).unwrap();
     route.trigger().write(1).unwrap();
     assert!(route.take_pending());
+}
+
+thread_local! {
+    static LINES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Counts the lines of each thread, at the levels that are on without asking for more.
+struct Count;
+
+impl log::Log for Count {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Info
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            LINES.set(LINES.get() + 1);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn rule5_what_kvm_refuses_again_and_again_is_said_once_and_leaves_no_memory() {
+    const ROUNDS: u64 = 1000;
+    let Bench { kvm, unit, interrupts } = &bench();
+    assert!(log::set_logger(&Count).is_ok(), "nobody else counts in this program's tests");
+    log::set_max_level(log::LevelFilter::Trace);
+    let route = interrupts.route(requester()).unwrap();
+    let round = |number: u64| {
+        let refuses = |of: u64| number % 4 == of;
+        kvm.refuses_routes.store(refuses(1), Ordering::SeqCst);
+        kvm.refuses_eventfds.store(refuses(2), Ordering::SeqCst);
+        kvm.refuses_messages.store(refuses(3), Ordering::SeqCst);
+        // Another target each time, now and then none; masked and unmasked; and more vectors that come and go.
+        unit.set(SENT, (!number.is_multiple_of(7)).then_some(Msi { data: number as u32, ..REMAPPED }));
+        route.set(Some(SENT)).unwrap();
+        interrupts.entries_changed(EntriesChanged::All);
+        interrupts.set_pin((number % 24) as u8, Some((SENT, number.is_multiple_of(2))));
+        route.trigger().write(1).unwrap();
+        interrupts.serve_blocked();
+        Interrupts::signal(&**interrupts, requester(), SENT);
+        let other = interrupts.route(requester()).unwrap();
+        other.set(Some(OTHER)).unwrap();
+        drop(other);
+        route.set((!number.is_multiple_of(5)).then_some(SENT)).unwrap();
+        kvm.take();
+        unit.faults();
+    };
+    (0..ROUNDS).for_each(round);
+    let second = measure(|| (ROUNDS..2 * ROUNDS).for_each(round));
+    assert_eq!(LINES.get(), 3, "routes, eventfds and messages once each");
+    assert!(second.bytes_current < ROUNDS as i64, "{second:?}");
+    assert!(second.bytes_max < 1 << 16, "{second:?}");
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
+use devices::Told;
 use devices::host::{HostWindow, MemorySlots, SlotId};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -52,12 +53,17 @@ struct State {
 pub struct KvmSlots {
     vm: Arc<VmFd>,
     state: Mutex<State>,
+    told: Told,
 }
 
 impl KvmSlots {
     /// With slots from `first` on.
     pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
-        Self { vm, state: Mutex::new(State { next: first, free: Vec::new(), mapped: BTreeMap::new() }) }
+        Self {
+            vm,
+            state: Mutex::new(State { next: first, free: Vec::new(), mapped: BTreeMap::new() }),
+            told: Told::default(),
+        }
     }
 
     fn set(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
@@ -93,10 +99,12 @@ impl MemorySlots for KvmSlots {
             Ok(()) => state.free.push(slot.0),
             Err(e) => {
                 // Fail closed: without the mapping behind it the slot gives the guest nothing.
-                log::error!(
-                    "the memory slot at {:#x} could not be removed ({e}): its memory is unmapped",
-                    region.guest_phys_addr
-                );
+                self.told.once(|| {
+                    log::error!(
+                        "the memory slot at {:#x} could not be removed ({e}): its memory is unmapped",
+                        region.guest_phys_addr
+                    );
+                });
             }
         }
         drop(mapped);
