@@ -131,7 +131,7 @@ impl Bridge {
         });
         entry.group.add(requester);
         let counters = Arc::clone(entry.container.counters());
-        self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), &mut Vec::new());
+        self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
         state.requesters.insert(requester, group);
         let broken = state.newly_broken();
         drop(state);
@@ -168,12 +168,14 @@ impl Bridge {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the container of `entry` hold the space that its members agree on. `live` is what is mapped in `offered`.
+    /// Makes the container of `entry` hold the space that its members agree on. `live` is what is mapped in `offered`. With
+    /// `whole` it ends at the first mapping that is refused: the caller has no use for the rest.
     fn settle(
         &self,
         entry: &mut Entry,
         offered: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
+        whole: bool,
         lost: &mut Vec<Lost>,
     ) {
         let mut space = entry.group.agreed();
@@ -206,7 +208,9 @@ impl Bridge {
                 }
             }
         }
-        container.switch(&self.guest, &target, lost);
+        if !whole || lost.is_empty() {
+            container.switch(&self.guest, &target, whole, lost);
+        }
         entry.space = space;
     }
 
@@ -214,7 +218,7 @@ impl Bridge {
     fn keep_out(&self, state: &mut State, id: GroupId, requester: Requester) {
         if let Some(entry) = state.groups.get_mut(&id) {
             entry.group.set(requester, Some(SpaceKey::Blocked));
-            self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), &mut Vec::new());
+            self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
         }
     }
 
@@ -280,23 +284,21 @@ impl SpaceListener for Bridge {
         }
         let mut state = self.state();
         let id = *state.requesters.get(&requester).ok_or(AttachRefused::UnknownRequester(requester))?;
+        let shared = matches!(space, SpaceKey::Paged(_)) && state.following(space).any(|(other, _)| other != id);
         let entry = state.groups.get_mut(&id).ok_or(AttachRefused::UnknownRequester(requester))?;
         entry.group.set(requester, Some(*space));
         let mut lost = Vec::new();
-        self.settle(entry, space, live, &mut lost);
-        let shared = matches!(space, SpaceKey::Paged(_)) && state.following(space).any(|(other, _)| other != id);
-        if shared && let Some(first) = lost.first() {
+        self.settle(entry, space, live, shared, &mut lost);
+        let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
+        if shared && !refused.is_empty() {
             // The others keep what they have, so this group cannot be there with less (as Linux: a group joins a container
             // with all of its mappings or not at all).
-            let why =
-                format!("{} of the space's mappings were refused ({:?}: {})", lost.len(), first.cause, first.range);
             self.keep_out(&mut state, id, requester);
             let broken = state.newly_broken();
             drop(state);
             self.stop(&broken);
-            return Err(host(why));
+            return Err(AttachRefused::Shared(refused));
         }
-        let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
         let broken = state.newly_broken();
         let stopped = state.groups.get(&id).filter(|e| e.quarantined).and_then(|e| e.container.broken());
         let stopped = stopped.map(str::to_owned);
@@ -321,7 +323,7 @@ impl SpaceListener for Bridge {
             entry.group.set(requester, None);
             let offered = entry.space;
             if entry.group.agreed() != offered {
-                self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), &mut Vec::new());
+                self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
             }
         }
         let broken = state.newly_broken();

@@ -126,14 +126,17 @@ impl Container {
         self.unmap_runs(guest, &runs, lost);
     }
 
-    /// Makes the container hold exactly `target` (ascending, disjoint).
-    pub fn switch(&mut self, guest: &GuestMap, target: &[Extent], lost: &mut Vec<Lost>) {
+    /// Makes the container hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is refused.
+    pub fn switch(&mut self, guest: &GuestMap, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
         let Switch { unmaps, maps } = self.ledger.plan_switch(target, self.limits.unmap_all);
         self.unmap_runs(guest, &unmaps, lost);
         if self.broken.is_some() {
             return;
         }
         for extent in &maps {
+            if whole && !lost.is_empty() {
+                return;
+            }
             self.map_one(guest, extent, lost);
         }
     }

@@ -124,7 +124,7 @@ impl SpaceListener for TracedListener {
             Err(refused) => {
                 let word = Word(refused);
                 self.trace.line(format_args!("notify attached device={requester} space={space} result={word}"));
-                if let AttachRefused::Partial(pieces) = refused {
+                if let AttachRefused::Partial(pieces) | AttachRefused::Shared(pieces) = refused {
                     self.refused(space, pieces);
                 }
             }

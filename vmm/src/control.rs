@@ -4,9 +4,8 @@
 //! threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so with
 //! [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has dealt with it.
 
-use std::cell::Cell;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -60,16 +59,14 @@ struct State {
 pub struct Control {
     // Written under the lock, read without it before each entry into the guest.
     wanted: AtomicU8,
+    // vCPUs that were told to enter the guest and have not said that they left it.
+    inside: AtomicUsize,
     state: Mutex<State>,
     changed: Condvar,
     event: EventFd,
     vcpus: usize,
     // The vCPU threads that are alive. Each leaves before it ends.
     threads: Mutex<Vec<libc::pthread_t>>,
-}
-
-thread_local! {
-    static IS_VCPU: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The signal that gets a vCPU thread out of the guest.
@@ -82,7 +79,6 @@ pub struct Enrolled<'a>(&'a Control);
 
 impl Drop for Enrolled<'_> {
     fn drop(&mut self) {
-        IS_VCPU.set(false);
         // SAFETY: this only asks.
         let this = unsafe { libc::pthread_self() };
         self.0.threads.lock().unwrap().retain(|thread| *thread != this);
@@ -94,6 +90,7 @@ impl Control {
     pub fn new(vcpus: usize) -> io::Result<Self> {
         Ok(Self {
             wanted: AtomicU8::new(PAUSE),
+            inside: AtomicUsize::new(0),
             state: Mutex::new(State { parked: 0, resets: 0, resets_done: 0, stop: None }),
             changed: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
@@ -104,7 +101,6 @@ impl Control {
 
     /// For vCPU threads: from now on a stop kicks this thread.
     pub fn enroll(&self) -> Enrolled<'_> {
-        IS_VCPU.set(true);
         // SAFETY: this only asks.
         self.threads.lock().unwrap().push(unsafe { libc::pthread_self() });
         Enrolled(self)
@@ -130,7 +126,7 @@ impl Control {
         if matches!(state.stop, None | Some(Stop::Reset)) {
             state.stop = Some(stop);
             if self.wanted.load(Ordering::Relaxed) == RUN {
-                self.wanted.store(PAUSE, Ordering::Release);
+                self.wanted.store(PAUSE, Ordering::SeqCst);
             }
         }
         drop(state);
@@ -144,11 +140,15 @@ impl Control {
         self.state.lock().unwrap().stop.take()
     }
 
-    /// For vCPU threads: waits until there is something to do. `seen` counts the resets that this vCPU has done.
+    /// For vCPU threads: waits until there is something to do. `seen` counts the resets that this vCPU has done. After
+    /// [`Turn::Run`], [`Control::left`] is called before anything else is done with the exit.
     pub fn turn(&self, seen: &mut u64) -> Turn {
-        if self.wanted.load(Ordering::Acquire) == RUN {
+        // Either this sees that a stop is wanted, or whoever wants it sees this vCPU inside.
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        if self.wanted.load(Ordering::SeqCst) == RUN {
             return Turn::Run;
         }
+        self.left();
         let mut state = self.state.lock().unwrap();
         state.parked += 1;
         self.changed.notify_all();
@@ -159,12 +159,25 @@ impl Control {
                     *seen = state.resets;
                     break Turn::Reset;
                 }
-                RUN => break Turn::Run,
+                RUN => {
+                    // What is wanted changes under the lock only.
+                    self.inside.fetch_add(1, Ordering::SeqCst);
+                    break Turn::Run;
+                }
                 _ => state = self.changed.wait(state).unwrap(),
             }
         };
         state.parked -= 1;
         turn
+    }
+
+    /// For vCPU threads: this one is out of the guest.
+    pub fn left(&self) {
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+        if self.wanted.load(Ordering::SeqCst) != RUN {
+            drop(self.state.lock().unwrap());
+            self.changed.notify_all();
+        }
     }
 
     /// For vCPU threads: the reset that [`Turn::Reset`] asked for is done.
@@ -175,7 +188,7 @@ impl Control {
 
     fn want(&self, wanted: u8) {
         let _state = self.state.lock().unwrap();
-        self.wanted.store(wanted, Ordering::Release);
+        self.wanted.store(wanted, Ordering::SeqCst);
         self.changed.notify_all();
     }
 
@@ -191,24 +204,14 @@ impl Control {
     }
 
     /// Stops for good, from any thread, also a vCPU's own: when it returns, no vCPU runs guest code again.
+    ///
+    /// It waits until every vCPU has left the guest, and not until all are parked: the caller may hold what another vCPU needs to
+    /// finish its access, such as the queue of a unit.
     pub fn halt(&self, stop: Stop) {
         self.request(stop);
-        self.pause_others();
-    }
-
-    fn pause_others(&self) {
-        self.want(PAUSE);
         self.kick();
-        let mut state = self.state.lock().unwrap();
-        if !IS_VCPU.get() {
-            return self.all_parked(state);
-        }
-        // This thread is out of the guest, and the next thing it asks for is its turn. It counts as parked, also for others
-        // that wait here.
-        state.parked += 1;
-        self.changed.notify_all();
-        let mut state = self.changed.wait_while(state, |state| state.parked < self.vcpus).unwrap();
-        state.parked -= 1;
+        let state = self.state.lock().unwrap();
+        drop(self.changed.wait_while(state, |_| self.inside.load(Ordering::SeqCst) > 0).unwrap());
     }
 
     /// While paused: every vCPU takes its state after a reset. Returns when all have.
@@ -256,6 +259,7 @@ mod tests {
                     Turn::Run => {
                         entries.fetch_add(1, Ordering::Relaxed);
                         thread::yield_now();
+                        control.left();
                     }
                     Turn::Reset => {
                         resets.fetch_add(1, Ordering::Relaxed);
@@ -285,6 +289,47 @@ mod tests {
         }
         control.quit();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+
+    #[test]
+    fn b11_a_halt_does_not_wait_for_a_vcpu_that_waits_for_the_caller() {
+        let control = Arc::new(Control::new(2).unwrap());
+        let queue = Arc::new(Mutex::new(()));
+        let (halting, halted) = std::sync::mpsc::channel();
+        let (begins, began) = std::sync::mpsc::channel();
+        let vcpu = |other: bool| {
+            let (control, queue, halting, begins) = (control.clone(), queue.clone(), halting.clone(), begins.clone());
+            thread::spawn(move || {
+                let mut seen = 0;
+                assert_eq!(control.turn(&mut seen), Turn::Run);
+                if other {
+                    // In the guest until the halt wants it out.
+                    begins.send(()).unwrap();
+                    while control.wanted.load(Ordering::SeqCst) == RUN {
+                        thread::yield_now();
+                    }
+                    control.left();
+                    drop(queue.lock().unwrap());
+                } else {
+                    control.left();
+                    let _queue = queue.lock().unwrap();
+                    control.halt(Stop::Error("it cannot be stopped".into()));
+                    assert_eq!(control.inside.load(Ordering::SeqCst), 0);
+                    halting.send(()).unwrap();
+                }
+                assert_eq!(control.turn(&mut seen), Turn::Quit);
+            })
+        };
+        let other = vcpu(true);
+        control.resume();
+        began.recv().unwrap();
+        let caller = vcpu(false);
+        halted.recv_timeout(std::time::Duration::from_secs(60)).expect("it waits for ever");
+        control.pause();
+        assert_eq!(control.take_stop(), Some(Stop::Error("it cannot be stopped".into())));
+        control.quit();
+        other.join().unwrap();
+        caller.join().unwrap();
     }
 
     #[test]

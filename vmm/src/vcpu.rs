@@ -242,7 +242,7 @@ fn run(fd: &mut VcpuFd, state: &State, control: &Control, buses: &Buses) {
             }
             Turn::Run => {
                 ran = true;
-                if let Some(stop) = enter(fd, state.index, buses) {
+                if let Some(stop) = enter(fd, state.index, control, buses) {
                     control.request(stop);
                 }
             }
@@ -260,8 +260,10 @@ fn finish_access(fd: &mut VcpuFd) {
 }
 
 /// Runs the guest until its next exit.
-fn enter(fd: &mut VcpuFd, index: u8, buses: &Buses) -> Option<Stop> {
-    match fd.run() {
+fn enter(fd: &mut VcpuFd, index: u8, control: &Control, buses: &Buses) -> Option<Stop> {
+    let exit = fd.run();
+    control.left();
+    match exit {
         Ok(VcpuExit::IoIn(port, data)) => {
             let (at, len) = (data.as_mut_ptr(), data.len());
             port_access(fd, at, len, |unit| {

@@ -44,6 +44,7 @@ mod state;
 mod stats;
 mod tables;
 mod unit;
+mod waiting;
 mod walk;
 
 pub use audit::{Audit, Difference};

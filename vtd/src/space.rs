@@ -177,16 +177,28 @@ pub enum RefusalCause {
     Other,
 }
 
-/// Why an endpoint could not be attached to a space. The endpoint is blocked: nothing is reachable.
+impl RefusalCause {
+    /// Whether the same mapping may be taken later, when others are gone.
+    pub const fn may_pass(self) -> bool {
+        matches!(self, Self::Limit | Self::Memlock | Self::Other)
+    }
+}
+
+/// Why an endpoint could not be attached to a space. Unless the variant says otherwise, the endpoint is blocked: nothing is
+/// reachable.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum AttachRefused {
     /// The requester was never registered with the listener.
     #[error("{0} is not a device that the bridge knows")]
     UnknownRequester(Requester),
     /// The host refused some of the mappings of the space; the rest are in place. The shadow of a paged space forgets what was
-    /// refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is [`Self::Host`].)
+    /// refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is [`Self::Shared`].)
     #[error("{} mappings of the space were refused by the host", .0.len())]
     Partial(Vec<Refusal>),
+    /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it cannot be
+    /// there. What was refused first is named; it is worth another try when there is room again.
+    #[error("others are in the space, and {} of its mappings were refused by the host", .0.len())]
+    Shared(Vec<Refusal>),
     /// The host could not switch the device.
     #[error("the host could not attach {requester}: {reason}")]
     Host {

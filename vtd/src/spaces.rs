@@ -19,6 +19,7 @@ use crate::space::{AttachRefused, MapOp, Mapping, PagedSpace, Refusal, RefusalCa
 use crate::spec::fault::FaultReason;
 use crate::tables::{Resolved, resolve};
 use crate::unit::Shared;
+use crate::waiting::{Now, Waiting};
 use crate::walk::{Exhausted, Found, Merge, walk_range};
 use crate::{Access, Fault};
 
@@ -54,6 +55,8 @@ struct Member {
     domain: Option<DomainId>,
     /// The turn in which its context entry was looked up last.
     looked_up_in: u64,
+    /// It waits for room to be where its tables say.
+    waiting: Option<Waiting>,
 }
 
 struct Space {
@@ -123,11 +126,15 @@ pub(crate) struct Spaces {
     pending: Pending,
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
+    /// Of which functions the log has that they are blocked.
+    said_blocked: BTreeSet<Requester>,
     scratch: Scratch,
     /// Number of the drain, or of the command outside a drain. Every descriptor of a drain was given before it began, so what
     /// was looked at once in a turn is not looked at again in it: else a full queue would be as many walks of everything.
     turn: u64,
     draining: bool,
+    /// How often something was taken away from the host.
+    freed: u64,
     /// The turn in which all interrupt entries were looked at.
     all_entries_in: u64,
     /// What the last audit found to disagree.
@@ -146,7 +153,7 @@ impl Spaces {
         }
         let (key, domain) = look_up(shared, requester);
         let looked_up_in = self.turn;
-        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain, looked_up_in });
+        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain, looked_up_in, waiting: None });
         let attached = self.attach(shared, requester, key);
         match attached {
             // The rest of the space is in place, and what was refused has its fault record.
@@ -164,6 +171,7 @@ impl Spaces {
             shared.listener.detach(requester, None);
             self.leave(requester, member.attached);
             self.reported.retain(|(reported, _)| *reported != requester);
+            self.said_blocked.remove(&requester);
         }
     }
 
@@ -207,6 +215,7 @@ impl Spaces {
     pub(crate) fn refresh<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
         self.invalidate_contexts(ContextScope::Everything);
         self.invalidate_iotlb(Scope::Everything);
+        self.members.values_mut().filter_map(|member| member.waiting.as_mut()).for_each(Waiting::rested);
         self.flush(shared);
     }
 
@@ -224,6 +233,7 @@ impl Spaces {
     /// Forgets which refusals the guest was told of.
     pub(crate) fn forget_reports(&mut self) {
         self.reported.clear();
+        self.said_blocked.clear();
     }
 
     /// What was invalidated takes effect: when this returns, no device can reach what the guest took away.
@@ -247,6 +257,8 @@ impl Spaces {
         let (spaces, turn) = (&self.spaces, self.turn);
         let done = |space: &PagedSpace| spaces.get(&(space.domain, *space)).is_some_and(|space| space.whole_in == turn);
         self.book.covers(&pending.iotlb, done);
+        let only_pages = |scope: &Scope| matches!(scope, Scope::Pages(..));
+        let more_than_pages = !pending.contexts.is_empty() || !pending.iotlb.iter().all(only_pages);
         self.note_contexts(&pending.contexts);
 
         let mut whole = BTreeSet::new();
@@ -255,6 +267,7 @@ impl Spaces {
         }
         self.compare(shared, &mut pending.iotlb, &whole);
         self.look_again(shared);
+        self.try_again(shared, more_than_pages);
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;
@@ -286,7 +299,12 @@ impl Spaces {
             let Some(member) = self.members.get_mut(&requester) else { continue };
             member.domain = domain;
             member.looked_up_in = self.turn;
-            if member.attached == key {
+            let waits = member.waiting.is_some_and(|waiting| waiting.space == key);
+            if waits && !matches!(scope, ContextScope::Device { .. }) {
+                // Nothing says that there is room: its turn comes when it comes. Who names the device has it tried at once.
+                continue;
+            }
+            if member.attached == key && !waits {
                 if let SpaceKey::Paged(space) = key {
                     whole.insert(space);
                 }
@@ -365,17 +383,27 @@ impl Spaces {
             Ok(()) | Err(AttachRefused::Partial(_)) => key,
             Err(_) => SpaceKey::Blocked,
         };
-        let left = self.members.get_mut(&requester).map(|member| std::mem::replace(&mut member.attached, attached));
+        let refused: &[Refusal] = match &result {
+            Err(AttachRefused::Partial(refused) | AttachRefused::Shared(refused)) => refused,
+            _ => &[],
+        };
+        let now = Now { turn: self.turn, freed: self.freed };
+        let left = self.members.get_mut(&requester).map(|member| {
+            // What a paged space lost is not in its shadow, so that every comparison tries it again.
+            let kept = matches!(attached, SpaceKey::Paged(_));
+            let waits = !kept && refused.iter().any(|refusal| refusal.cause.may_pass());
+            member.waiting = waits.then(|| Waiting::refused(member.waiting, key, now));
+            std::mem::replace(&mut member.attached, attached)
+        });
+        report(shared, &mut self.reported, refused);
         if let SpaceKey::Paged(space) = attached
             && let Some(space) = self.spaces.get_mut(&(space.domain, space))
         {
             space.members.insert(requester);
-            if let Err(AttachRefused::Partial(refused)) = &result {
-                refused.iter().for_each(|refusal| space.shadow.remove(refusal.first.0, refusal.last.0));
-                self.book.refused(space.key, refused);
-                report(shared, &mut self.reported, refused);
-            }
+            refused.iter().for_each(|refusal| space.shadow.remove(refusal.first.0, refusal.last.0));
+            self.book.refused(space.key, refused);
         }
+        self.freed += u64::from(left.is_some_and(|left| left != attached && left != SpaceKey::Blocked));
         self.book.attached(requester, attached == wanted);
         if let Some(left) = left.filter(|left| *left != attached) {
             self.leave(requester, left);
@@ -390,12 +418,32 @@ impl Spaces {
 
     /// A member could not be attached whole. Said once a function: a guest could make it happen again and again.
     fn not_attached<M>(&mut self, shared: &Shared<M>, requester: Requester, refused: &AttachRefused) {
-        if matches!(refused, AttachRefused::Partial(_)) {
-            return;
-        }
-        if self.reported.insert((requester, RefusalCause::Other)) {
+        let has_its_records = match refused {
+            AttachRefused::Partial(_) => return,
+            AttachRefused::Shared(_) => true,
+            AttachRefused::UnknownRequester(_) | AttachRefused::Host { .. } => false,
+        };
+        if self.said_blocked.insert(requester) {
             log::warn!("unit {}: {requester} is blocked: {refused}", shared.config.id.0);
+        }
+        if !has_its_records && self.reported.insert((requester, RefusalCause::Other)) {
             shared.record(&refused_fault(requester, Iova(0)));
+        }
+    }
+
+    /// Tries the functions again that wait for room, if there may be some: something was taken away, or the guest invalidated
+    /// more than pages.
+    fn try_again<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, more_than_pages: bool) {
+        let now = Now { turn: self.turn, freed: self.freed };
+        let due = |(requester, member): (&Requester, &mut Member)| {
+            let waiting = member.waiting.as_mut()?;
+            waiting.is_due(now, more_than_pages).then_some((*requester, waiting.space))
+        };
+        let due: Vec<(Requester, SpaceKey)> = self.members.iter_mut().filter_map(due).collect();
+        for (requester, space) in due {
+            if let Err(refused) = self.attach(shared, requester, space) {
+                self.not_attached(shared, requester, &refused);
+            }
         }
     }
 
@@ -469,6 +517,7 @@ impl Spaces {
             _ => None,
         });
         let domains: BTreeSet<DomainId> = domains.collect();
+        let unmaps = shared.counters.unmap_ops.get();
         for space in self.spaces.values_mut() {
             if space.whole_in == self.turn {
                 continue;
@@ -497,6 +546,7 @@ impl Spaces {
                 self.scratch.refused.clear();
             }
         }
+        self.freed += u64::from(shared.counters.unmap_ops.get() != unmaps);
     }
 }
 

@@ -221,8 +221,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.shared.registers().state.reset();
         self.shared.translation.store(Arc::default());
         self.shared.set_remapping(Remapping::default());
-        spaces.refresh(&self.shared);
         spaces.forget_reports();
+        spaces.refresh(&self.shared);
     }
 
     /// The registers, to be saved. Waits for a drain.

@@ -3,5 +3,6 @@
 mod audit;
 mod behaviours;
 mod property;
+mod refusals;
 mod with_unit;
 mod world;

@@ -450,7 +450,7 @@ impl Run {
             Ok(()) => Vec::new(),
             Err(AttachRefused::Partial(refused)) => refused,
             // A group joins a space of others whole or not at all.
-            Err(AttachRefused::Host { .. }) if !self.unlimited && self.unit.effective == [space; 2] => {
+            Err(AttachRefused::Shared(_)) if !self.unlimited && self.unit.effective == [space; 2] => {
                 self.unit.attached[device] = Some(BLOCKED);
                 self.unit.effective[group] = BLOCKED;
                 return (wish, Vec::new());
@@ -459,7 +459,7 @@ impl Run {
                 self.host_failed = true;
                 Vec::new()
             }
-            Err(AttachRefused::UnknownRequester(_)) => unreachable!("all are registered"),
+            Err(refused) => unreachable!("{refused}"),
         };
         if space < IDENTITY {
             self.unit.forget_refused(space, &refused);

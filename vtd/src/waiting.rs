@@ -1,0 +1,90 @@
+//! Functions that are not where the guest's tables say because the host had no room, and when they are tried again (B-11).
+//!
+//! A guest's driver attaches a device once and then believes that it can reach its domain; nothing makes it attach again. So the
+//! unit does, without being asked: after a drain that took something away, or that looked at more than pages. A try may be as
+//! many host operations as there are mappings, so a function that was refused again sits out twice as many such occasions as
+//! before, up to a bound: a guest that unmaps a page at a time makes few tries, and one that waits for room gets it.
+
+use crate::space::SpaceKey;
+
+/// Occasions that a function sits out at most.
+const MAX_SAT_OUT: u32 = 63;
+
+/// Now, as far as waiting goes: the turn, and how often something was taken away from the host so far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Now {
+    pub(crate) turn: u64,
+    pub(crate) freed: u64,
+}
+
+/// A function that waits for room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Waiting {
+    /// Where it is to be.
+    pub(crate) space: SpaceKey,
+    /// Occasions that it still sits out.
+    left: u32,
+    /// Occasions that it sits out after the next refusal.
+    next: u32,
+    /// When it was refused, or had its last occasion.
+    since: Now,
+}
+
+impl Waiting {
+    /// It was refused `space`; `before` is how it waited until then.
+    pub(crate) fn refused(before: Option<Self>, space: SpaceKey, now: Now) -> Self {
+        match before.filter(|before| before.space == space) {
+            Some(Self { next, .. }) => Self { space, left: next, next: (2 * next + 1).min(MAX_SAT_OUT), since: now },
+            None => Self { space, left: 0, next: 1, since: now },
+        }
+    }
+
+    /// Everything changed: it sits nothing out.
+    pub(crate) fn rested(&mut self) {
+        self.left = 0;
+    }
+
+    /// Whether it is to be tried: there may be room, and it is its turn. At most once a turn of the unit, since a queue may be full
+    /// of occasions. `likely`: there may be room although nothing was taken away.
+    pub(crate) fn is_due(&mut self, now: Now, likely: bool) -> bool {
+        if self.since.turn == now.turn || !(likely || self.since.freed != now.freed) {
+            return false;
+        }
+        self.since = now;
+        let due = self.left == 0;
+        self.left = self.left.saturating_sub(1);
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b11_tries_grow_rare_and_never_end() {
+        let now = |turn| Now { turn, freed: 0 };
+        let mut waiting = Waiting::refused(None, SpaceKey::Identity, now(0));
+        let mut tries = Vec::new();
+        for turn in 1..=400 {
+            if waiting.is_due(now(turn), true) {
+                tries.push(turn);
+                waiting = Waiting::refused(Some(waiting), SpaceKey::Identity, now(turn));
+            }
+            assert!(!waiting.is_due(now(turn), true), "once a turn");
+        }
+        assert_eq!(tries, [1, 3, 7, 15, 31, 63, 127, 191, 255, 319, 383]);
+        let mut elsewhere = Waiting::refused(Some(waiting), SpaceKey::Blocked, now(400));
+        assert!(elsewhere.is_due(now(401), true), "another space is tried at once");
+        waiting.rested();
+        assert!(waiting.is_due(now(401), true));
+    }
+
+    #[test]
+    fn b11_what_was_taken_away_in_the_turn_of_a_refusal_counts_in_the_next() {
+        let mut waiting = Waiting::refused(None, SpaceKey::Identity, Now { turn: 1, freed: 5 });
+        assert!(!waiting.is_due(Now { turn: 2, freed: 5 }, false), "nothing was");
+        assert!(!waiting.is_due(Now { turn: 1, freed: 6 }, false));
+        assert!(waiting.is_due(Now { turn: 3, freed: 6 }, false));
+    }
+}
