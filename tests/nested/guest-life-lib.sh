@@ -15,6 +15,9 @@ network_up() {
 # work_begins [nvme] [edu] [network]: those (all if none is given) are under DMA from now on.
 work_begins() {
     [ $# -gt 0 ] || set -- nvme edu network
+    # Before the work: loading a module rewrites the kernel's text, which the bench's processors do not always bear while they all run it
+    # (docs/nested-bench.md).
+    modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
     for kind; do
         case $kind in
         nvme)
@@ -22,7 +25,6 @@ work_begins() {
             nvme_work=$!
             ;;
         edu)
-            modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
             ${ON_CPU:-} edu-vfio busy /work-over >/edu-work &
             edu_work=$!
             wait-for /edu-work 20

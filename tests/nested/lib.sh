@@ -78,7 +78,8 @@ start() {
 run() {
     start "$@"
     if [ $STATUS != 0 ] || ! grep -q 'guest: exit 0' "$1.log"; then
-        echo "--- $1.log (its end)"
+        echo "--- $1.log (its kernel's last words, and its end)"
+        grep -E 'Oops|BUG:|RIP: 0010|Kernel panic|detected stalls' "$1.log" | head -n 12
         tail -n 60 "$1.log"
         echo "--- $1.err"
         tail -n 40 "$1.err"

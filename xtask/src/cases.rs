@@ -151,7 +151,8 @@ fn run_together(
             End::Exit(status) => format!("L1's driver ended ({status}) while it ran"),
             End::Broken(reason) => format!("L1 ended while it ran: {reason}"),
         };
-        let text = format!("{output}\n{reason}\n{}", nested::console_end(&report.console));
+        let console = nested::console_end(&report.console);
+        let text = format!("{output}\n{reason}\n{console}{}", stale_breakpoint(&format!("{output}{console}")));
         reporter.add(&format!("nested::{name}"), Outcome::Failed(text), None);
         progress.done.push(name);
     }
@@ -160,6 +161,16 @@ fn run_together(
         bail!("the nested bench did not come up: {:?}", report.end);
     }
     Ok(std::mem::take(&mut progress.done))
+}
+
+/// What to know of a kernel that died of a breakpoint which is not there: a fault of the processors that QEMU emulates.
+fn stale_breakpoint(output: &str) -> &'static str {
+    if output.contains("Oops: int3") {
+        "A kernel met a breakpoint that it had already taken away: QEMU's emulated processors, not the case. \
+         See \"A breakpoint that is not there\" in docs/nested-bench.md.\n"
+    } else {
+        ""
+    }
 }
 
 /// Not to be guessed by what a case prints; not a secret.
@@ -194,7 +205,7 @@ impl Sink {
                     Ok(SKIPPED) if !in_ci() => {
                         Outcome::Skipped(output.lines().last().unwrap_or("no reason given").to_owned())
                     }
-                    _ => Outcome::Failed(format!("{output}status {status}\n")),
+                    _ => Outcome::Failed(format!("{output}status {status}\n{}", stale_breakpoint(&output))),
                 };
                 let time = seconds.parse().ok().filter(|s| *s >= 0.0).map(Duration::from_secs_f64);
                 self.reporter.add(&format!("nested::{name}"), outcome, time);
@@ -258,6 +269,12 @@ mod tests {
         assert_eq!((case.limit, case.long), (30, true));
         assert_eq!(case.needs, ["CONFIG_A", "CONFIG_B"]);
         assert!(Case::parse("x", "# topology: ring\n").is_err());
+    }
+
+    #[test]
+    fn a_breakpoint_that_is_not_there_is_explained() {
+        assert!(stale_breakpoint("[  144.300710] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI").contains("nested-bench.md"));
+        assert_eq!(stale_breakpoint("[  1.0] Oops: 0002 [#1] SMP"), "");
     }
 
     #[test]
