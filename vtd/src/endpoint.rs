@@ -18,6 +18,7 @@ use crate::fault::{Access, Fault};
 use crate::ids::{Gpa, Iova, Requester};
 use crate::iotlb::{Iotlb, SessionToken};
 use crate::space::Perm;
+use crate::spaces::Source;
 use crate::spec::fault::FaultReason;
 use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use crate::tables::{Resolved, Unresolved, resolve};
@@ -35,6 +36,9 @@ pub enum DmaError {
     /// The interrupt address range is no memory: a write there is a message, which a device sends otherwise. No fault.
     #[error("{0} lies in the interrupt address range")]
     InterruptRange(Iova),
+    /// The device has no source id, because no bus number leads to it, and translation is on. No fault: there is no id to record.
+    #[error("{0} was asked for by a device without a source id")]
+    NoSourceId(Iova),
     /// The translation leads to no memory. No fault: hardware would end such a request elsewhere.
     #[error("{iova} leads to {gpa}, where there is no memory")]
     NoMemory {
@@ -61,7 +65,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         &self.iotlb
     }
 
-    /// The requester.
+    /// The requester, by the name that the endpoint was made with ([`Unit::renumber`]).
     pub fn requester(&self) -> Requester {
         self.requester
     }
@@ -111,13 +115,22 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         }
         let sampled = self.iotlb.sample();
         let shared = &self.unit.shared;
+        // Sampled before: an id that changes takes the epoch forward.
+        let source = shared.sources.load().of(self.requester);
         let fault = |reason: FaultReason, disabled: bool| {
             let silenced = disabled && reason.qualified();
-            DmaError::Fault(Fault { requester: self.requester, iova, access, reason, silenced })
+            DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
         };
         let page = Gpa(iova.0 & !(PAGE - 1));
         let untranslated = Translated { page, perm: Perm::ReadWrite, large: false };
-        let resolved = resolve(&shared.memory, &shared.config, **shared.translation.load(), self.requester.sid);
+        let translation = **shared.translation.load();
+        let resolved = match source {
+            Source::Own(id) => resolve(&shared.memory, &shared.config, translation, id),
+            Source::Shared(_) | Source::None if !translation.enabled => Ok(Resolved::Off),
+            // Of two entries, neither is said to be for it.
+            Source::Shared(_) => Err(FaultReason::ContextInvalid.into()),
+            Source::None => return Err(DmaError::NoSourceId(iova)),
+        };
         let (domain, found) = match resolved {
             Ok(Resolved::Off) => (None, untranslated),
             Ok(Resolved::PassThrough { domain, fault_processing_disable }) => {

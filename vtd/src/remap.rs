@@ -124,6 +124,21 @@ fn in_range(msi: Msi) -> Option<u32> {
     (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address).then_some(msi.address as u32)
 }
 
+/// Who sends a message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sender {
+    /// With the source id that the message carries.
+    pub(crate) requester: Requester,
+    /// The id is the sender's alone. If not, no entry that asks for a source lets the message pass.
+    pub(crate) known: bool,
+}
+
+impl From<Requester> for Sender {
+    fn from(requester: Requester) -> Self {
+        Self { requester, known: true }
+    }
+}
+
 /// How interrupts are remapped now: what the guest's last commands left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Remapping {
@@ -136,20 +151,21 @@ pub(crate) struct Remapping {
 }
 
 impl Remapping {
-    /// What the processors get when `requester` sends `msi`.
+    /// What the processors get when `sender` sends `msi`.
     pub(crate) fn remap<M: GuestMemoryBackend>(
         &self,
         memory: &M,
-        requester: Requester,
+        sender: impl Into<Sender>,
         msi: Msi,
     ) -> Result<Msi, RemapError> {
+        let sender = sender.into();
         let address = RemappableAddress::from_bits(in_range(msi).ok_or(RemapError::NotAnInterrupt(msi.address))?);
         if !self.enabled {
             return Ok(msi);
         }
         let fault = |index: u32, reason, silenced| {
             let index = u16::try_from(index).unwrap_or(u16::MAX);
-            RemapError::Fault(RemapFault { requester, index, reason, silenced })
+            RemapError::Fault(RemapFault { requester: sender.requester, index, reason, silenced })
         };
         let Some(index) = interrupt_index(msi) else {
             // With EIME the processors have ids that this format cannot name. Section 5.1.4.
@@ -167,7 +183,7 @@ impl Remapping {
         }
         let entry = self.read(memory, index).ok_or_else(|| fault(index, InterruptFaultReason::TableAccess, false))?;
         let silenced = entry.low.fault_processing_disable();
-        self.apply(&entry, requester).map_err(|reason| fault(index, reason, silenced))
+        self.apply(&entry, sender).map_err(|reason| fault(index, reason, silenced))
     }
 
     /// The entry at `index`, as it stood in memory at one moment; as not present if the guest does not stop changing it.
@@ -187,8 +203,8 @@ impl Remapping {
         })
     }
 
-    /// What `entry` says about a request of `requester`.
-    fn apply(&self, entry: &Irte, requester: Requester) -> Result<Msi, InterruptFaultReason> {
+    /// What `entry` says about a request of `sender`.
+    fn apply(&self, entry: &Irte, sender: Sender) -> Result<Msi, InterruptFaultReason> {
         let (low, high) = (entry.low, entry.high);
         if !low.present() {
             return Err(InterruptFaultReason::EntryNotPresent);
@@ -203,7 +219,7 @@ impl Remapping {
         let validation = SourceValidation::from_bits(high.validation()).filter(|_| high.reserved() == 0);
         let validation = validation.ok_or(InterruptFaultReason::EntryReserved)?;
         let mode = DeliveryMode::from_bits(low.delivery_mode()).ok_or(InterruptFaultReason::EntryReserved)?;
-        if !may_use(validation, high, requester) {
+        if !may_use(validation, high, sender) {
             return Err(InterruptFaultReason::SourceBlocked);
         }
         let address = CompatibilityAddress::new()
@@ -234,10 +250,12 @@ fn read_whole(mut word: impl FnMut(usize) -> Option<u64>) -> Option<Irte> {
     Some(Irte { low: IrteLow::from_bits(low).with_present(false), high: IrteHigh::new() })
 }
 
-/// Whether an entry may be used by `requester`.
-fn may_use(validation: SourceValidation, entry: IrteHigh, requester: Requester) -> bool {
+/// Whether an entry may be used by `sender`.
+fn may_use(validation: SourceValidation, entry: IrteHigh, sender: Sender) -> bool {
+    let Sender { requester, known } = sender;
     match validation {
         SourceValidation::None => true,
+        _ if !known => false,
         SourceValidation::SourceId => {
             let ignored = [0, 0b100, 0b110, 0b111][usize::from(entry.source_qualifier() & 3)];
             (entry.source() ^ requester.sid.0) & !ignored == 0

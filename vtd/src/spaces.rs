@@ -5,6 +5,9 @@
 //! reached: requesters are looked up again where the context cache was invalidated, then each space is compared with
 //! the guest's tables in the ranges that were invalidated.
 
+#[path = "renumber.rs"]
+mod renumber;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
@@ -23,6 +26,8 @@ use crate::waiting::{Now, Waiting};
 use crate::walk::{Exhausted, Found, Merge, walk_range};
 use crate::{Access, Fault};
 
+pub(crate) use renumber::{Source, Sources};
+
 const EVERYWHERE: (u64, u64) = (0, u64::MAX);
 
 /// Which requesters a context-cache invalidation reaches.
@@ -38,12 +43,12 @@ pub(crate) enum ContextScope {
 }
 
 impl ContextScope {
-    fn reaches(self, requester: Requester, member: &Member) -> bool {
+    fn reaches(self, member: &Member) -> bool {
         match self {
             Self::Everything => true,
             // With Caching Mode, what was not present is tagged with domain 0. Section 6.1.
             Self::Domain(domain) => member.domain == Some(domain) || member.domain.is_none() && domain == DomainId(0),
-            Self::Device { source, ignored } => (requester.sid.0 ^ source.0) & !ignored == 0,
+            Self::Device { source, ignored } => member.source.is_some_and(|id| (id.0 ^ source.0) & !ignored == 0),
         }
     }
 }
@@ -51,6 +56,8 @@ impl ContextScope {
 /// An assigned function behind the unit.
 struct Member {
     attached: SpaceKey,
+    /// What its requests carry.
+    source: Option<SourceId>,
     /// The domain id of its context entry, if it has one.
     domain: Option<DomainId>,
     /// The turn in which its context entry was looked up last.
@@ -76,7 +83,7 @@ struct Space {
 pub struct SpaceView {
     /// Which space.
     pub key: PagedSpace,
-    /// The requesters attached to it.
+    /// The requesters attached to it, by the names that they were added with.
     pub members: Vec<Requester>,
     /// What the listener was told, with the boundaries that it was told, in ascending order.
     pub extents: Vec<Mapping>,
@@ -122,7 +129,9 @@ pub(crate) struct Spaces {
     members: BTreeMap<Requester, Member>,
     /// By domain id first: an invalidation names nothing else.
     spaces: BTreeMap<(DomainId, PagedSpace), Space>,
-    endpoints: Vec<Weak<Iotlb>>,
+    endpoints: Vec<(Requester, Weak<Iotlb>)>,
+    /// The source ids of functions that do not have the one of their name; `None` for one that has none.
+    ids: BTreeMap<Requester, Option<SourceId>>,
     pending: Pending,
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
@@ -151,15 +160,22 @@ impl Spaces {
         if self.members.contains_key(&requester) {
             return Ok(());
         }
+        let blocked = SpaceKey::Blocked;
+        let member = Member { attached: blocked, source: None, domain: None, looked_up_in: self.turn, waiting: None };
+        self.members.insert(requester, member);
+        // It may have the id of another one: then that one is blocked first.
+        self.sources_changed(shared);
         let (key, domain) = look_up(shared, requester);
-        let looked_up_in = self.turn;
-        self.members.insert(requester, Member { attached: SpaceKey::Blocked, domain, looked_up_in, waiting: None });
+        if let Some(member) = self.members.get_mut(&requester) {
+            (member.domain, member.source) = (domain, shared.sources.load().of(requester).id());
+        }
         let attached = self.attach(shared, requester, key);
         match attached {
             // The rest of the space is in place, and what was refused has its fault record.
             Ok(()) | Err(AttachRefused::Partial(_)) => Ok(()),
             Err(refused) => {
                 self.members.remove(&requester);
+                self.sources_changed(shared);
                 Err(refused)
             }
         }
@@ -172,12 +188,20 @@ impl Spaces {
             self.leave(requester, member.attached);
             self.reported.retain(|(reported, _)| *reported != requester);
             self.said_blocked.remove(&requester);
+            self.ids.remove(&requester);
+            self.sources_changed(shared);
         }
     }
 
-    pub(crate) fn add_endpoint(&mut self, iotlb: &Arc<Iotlb>) {
-        self.endpoints.retain(|endpoint| endpoint.strong_count() > 0);
-        self.endpoints.push(Arc::downgrade(iotlb));
+    pub(crate) fn add_endpoint<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+        iotlb: &Arc<Iotlb>,
+    ) {
+        self.endpoints.retain(|(_, iotlb)| iotlb.strong_count() > 0);
+        self.endpoints.push((requester, Arc::downgrade(iotlb)));
+        self.sources_changed(shared);
     }
 
     pub(crate) fn views(&self) -> Vec<SpaceView> {
@@ -275,7 +299,7 @@ impl Spaces {
     }
 
     fn invalidate_endpoints(&self, pending: &Pending) {
-        let endpoints = self.endpoints.iter().filter_map(Weak::upgrade);
+        let endpoints = self.endpoints.iter().filter_map(|(_, iotlb)| iotlb.upgrade());
         for iotlb in endpoints {
             if pending.contexts.is_empty() {
                 pending.iotlb.iter().for_each(|scope| iotlb.invalidate(*scope));
@@ -318,9 +342,8 @@ impl Spaces {
 
     /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
-        let reached = move |(requester, member): &(&Requester, &Member)| {
-            member.looked_up_in != self.turn && scope.reaches(**requester, member)
-        };
+        let reached =
+            move |(_, member): &(&Requester, &Member)| member.looked_up_in != self.turn && scope.reaches(member);
         self.members.iter().filter(reached).map(|(requester, _)| *requester)
     }
 
@@ -427,7 +450,7 @@ impl Spaces {
             log::warn!("unit {}: {requester} is blocked: {refused}", shared.config.id.0);
         }
         if !has_its_records && self.reported.insert((requester, RefusalCause::Other)) {
-            shared.record(&refused_fault(requester, Iova(0)));
+            shared.record(&refused_fault(shared, requester, Iova(0)));
         }
     }
 
@@ -667,7 +690,12 @@ fn bound_exhausted<M>(shared: &Shared<M>) -> log::Level {
 
 /// What the guest's tables say about a requester, and its domain id.
 pub(crate) fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
-    match resolve(&shared.memory, &shared.config, **shared.translation.load(), requester.sid) {
+    let translation = **shared.translation.load();
+    let Some(source) = shared.sources.load().of(requester).own() else {
+        // With translation off nobody looks at the id.
+        return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None);
+    };
+    match resolve(&shared.memory, &shared.config, translation, source) {
         Ok(Resolved::Off) => (SpaceKey::Identity, None),
         Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
         Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),
@@ -677,7 +705,8 @@ pub(crate) fn look_up<M: GuestMemoryBackend>(shared: &Shared<M>, requester: Requ
 
 /// The fault of a device that cannot reach what the guest's tables grant. Its reason is the one of a table that could not
 /// be used.
-fn refused_fault(requester: Requester, iova: Iova) -> Fault {
+fn refused_fault<M>(shared: &Shared<M>, requester: Requester, iova: Iova) -> Fault {
+    let requester = shared.sources.load().of(requester).seen(requester);
     Fault { requester, iova, access: Access::Read, reason: FaultReason::PagingTableAccess, silenced: false }
 }
 
@@ -686,7 +715,7 @@ fn report<M>(shared: &Shared<M>, reported: &mut BTreeSet<(Requester, RefusalCaus
     shared.counters.maps_refused.add(refused.len() as u64);
     for refusal in refused {
         if reported.insert((refusal.requester, refusal.cause)) {
-            shared.record(&refused_fault(refusal.requester, refusal.first));
+            shared.record(&refused_fault(shared, refusal.requester, refusal.first));
         }
     }
 }

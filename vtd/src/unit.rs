@@ -14,12 +14,12 @@ use crate::audit::{Audit, AuditHost};
 use crate::config::{ConfigError, UnitConfig};
 use crate::endpoint::Endpoint;
 use crate::fault::{Fault, Recorded};
-use crate::ids::Requester;
+use crate::ids::{Requester, SourceId};
 use crate::queue::{self, context_scope_of, iotlb_scope_of};
 use crate::registers::{Command, Registers};
-use crate::remap::{EntriesChanged, RemapError, RemapFault, RemapListener, Remapping};
+use crate::remap::{EntriesChanged, RemapError, RemapFault, RemapListener, Remapping, Sender};
 use crate::space::{AttachRefused, Mapping, Msi, MsiSink, PagedSpace, SpaceKey, SpaceListener};
-use crate::spaces::{SpaceView, Spaces};
+use crate::spaces::{Source, Sources, SpaceView, Spaces};
 use crate::spec::registers::{
     ContextCommand, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, RootTableAddress,
 };
@@ -36,6 +36,7 @@ pub(crate) struct Shared<M> {
     messages: Arc<dyn MsiSink>,
     registers: Mutex<Registers>,
     pub(crate) translation: ArcSwap<Translation>,
+    pub(crate) sources: ArcSwap<Sources>,
     remapping: ArcSwap<Remapping>,
     remap_listener: Mutex<Option<Arc<dyn RemapListener>>>,
     pub(crate) counters: Counters,
@@ -118,6 +119,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 messages,
                 registers: Mutex::new(Registers::new(config)),
                 translation: ArcSwap::default(),
+                sources: ArcSwap::default(),
                 remapping: ArcSwap::default(),
                 remap_listener: Mutex::default(),
                 counters: Counters::default(),
@@ -172,10 +174,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().remove_requester(&self.shared, requester);
     }
 
+    /// The requests of these functions carry these source ids from now on, `None` if no bus number leads to one: the guest wrote a
+    /// bridge's secondary or subordinate bus number. When this returns, each assigned function is where the tables say about
+    /// its new id, no access with an old one is under way, and every route of an interrupt was made again. All changes take effect
+    /// together, so that functions may swap their ids.
+    ///
+    /// A function is named by the requester that it was added with, here and everywhere else, whatever its id is now; what the
+    /// guest reads in fault records is the id. While functions share an id, or have none, and translation is on, they reach nothing,
+    /// and their interrupts pass only entries that do not ask for the source. Ids are no state of the unit: they survive
+    /// [`Self::reset`], and go with the bridges when a machine is saved and restored.
+    ///
+    /// Not to be called inside a [`crate::DmaSession`], which it would wait for.
+    pub fn renumber(&self, changes: &[(Requester, Option<SourceId>)]) {
+        self.spaces().renumber(&self.shared, changes);
+    }
+
     /// The way to guest memory for an emulated device.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
         let endpoint = Endpoint::new(self.clone(), requester);
-        self.spaces().add_endpoint(endpoint.iotlb());
+        self.spaces().add_endpoint(&self.shared, requester, endpoint.iotlb());
         endpoint
     }
 
@@ -194,7 +211,14 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// The message is not delivered. If it fires all the same, its fault is to be given to [`Self::record_remap_fault`], or
     /// the message to [`Self::deliver`], which asks again.
     pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
-        self.shared.remapping.load().remap(&self.shared.memory, requester, msi)
+        let source = self.shared.sources.load().of(requester);
+        let sender = Sender { requester: source.seen(requester), known: source.own().is_some() };
+        let remapped = self.shared.remapping.load().remap(&self.shared.memory, sender, msi);
+        remapped.map_err(|error| match error {
+            // There is no id to record it with.
+            RemapError::Fault(fault) if source == Source::None => RemapFault { silenced: true, ..fault }.into(),
+            other => other,
+        })
     }
 
     /// `requester` sends `msi` now: as [`Self::remap`], and a fault is recorded.

@@ -8,5 +8,6 @@ mod queue;
 mod random;
 mod registers;
 mod remapping;
+mod renumber;
 mod rig;
 mod shadowing;

@@ -1,0 +1,148 @@
+//! Source ids that change. The requests of a function behind a bridge carry the bridge's secondary bus number, which the guest
+//! may write at any time; so what the unit knows a function by and what its requests carry are two things.
+//!
+//! A function keeps the **name** that it was given to the unit with. Tables are looked up, faults recorded, and interrupts checked
+//! with its **source id**. While two functions have the same id, as they may between two writes of a guest that renumbers its buses,
+//! nobody can tell their requests apart: with translation on, neither reaches anything. So does one that has no id.
+//!
+//! Order of a change, so that nothing of the old id is left when it returns:
+//!
+//! 1. the new ids are in force: a walk that begins now uses them, and a walk that began before is not cached (its epoch is over, 2.);
+//! 2. cached translations are emptied, and open sessions waited for;
+//! 3. assigned functions are looked up again and moved by the usual diff;
+//! 4. the routes of interrupts are made again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vm_memory::GuestMemoryBackend;
+
+use super::{Member, Spaces, look_up};
+use crate::ids::{Requester, SourceId};
+use crate::iotlb::Scope;
+use crate::remap::EntriesChanged;
+use crate::unit::Shared;
+
+/// What the requests of a function carry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    /// An id of its own.
+    Own(SourceId),
+    /// An id that another function has as well.
+    Shared(SourceId),
+    /// None.
+    None,
+}
+
+impl Source {
+    /// The id, if it is the function's own.
+    pub(crate) fn own(self) -> Option<SourceId> {
+        match self {
+            Self::Own(id) => Some(id),
+            Self::Shared(_) | Self::None => None,
+        }
+    }
+
+    /// The id, whosever it is.
+    pub(crate) fn id(self) -> Option<SourceId> {
+        match self {
+            Self::Own(id) | Self::Shared(id) => Some(id),
+            Self::None => None,
+        }
+    }
+
+    /// `name` with the id that a fault record shows.
+    pub(crate) fn seen(self, name: Requester) -> Requester {
+        Requester { sid: self.id().unwrap_or(name.sid), ..name }
+    }
+}
+
+/// The functions whose requests do not carry the id of their name, or not alone. Empty in a machine whose buses stay as they were.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(crate) struct Sources(BTreeMap<Requester, Source>);
+
+impl Sources {
+    pub(crate) fn of(&self, name: Requester) -> Source {
+        self.0.get(&name).copied().unwrap_or(Source::Own(name.sid))
+    }
+}
+
+impl Spaces {
+    /// The functions of these names have these ids now, or none. All of them at once.
+    pub(crate) fn renumber<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        changes: &[(Requester, Option<SourceId>)],
+    ) {
+        for (name, id) in changes {
+            if *id == Some(name.sid) {
+                self.ids.remove(name);
+            } else {
+                self.ids.insert(*name, *id);
+            }
+        }
+        self.sources_changed(shared);
+    }
+
+    /// Who there is, or which ids they have, changed: whoever is concerned is looked up again.
+    pub(crate) fn sources_changed<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
+        let before = shared.sources.load_full();
+        let sources = self.sources();
+        if sources == *before {
+            return;
+        }
+        let names = before.0.keys().chain(sources.0.keys());
+        let changed: BTreeSet<Requester> =
+            names.filter(|name| before.of(**name) != sources.of(**name)).copied().collect();
+        shared.sources.store(sources.into());
+        for (name, iotlb) in &self.endpoints {
+            if changed.contains(name)
+                && let Some(iotlb) = iotlb.upgrade()
+            {
+                iotlb.invalidate(Scope::Everything);
+                iotlb.wait_for_sessions();
+            }
+        }
+        if !self.draining {
+            self.turn += 1;
+        }
+        for name in changed.iter().filter(|name| self.members.contains_key(*name)).copied().collect::<Vec<_>>() {
+            self.look_up_one(shared, name);
+        }
+        shared.entries_changed(EntriesChanged::All);
+    }
+
+    fn look_up_one<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, name: Requester) {
+        let (key, domain) = look_up(shared, name);
+        let Some(member) = self.members.get_mut(&name) else { return };
+        *member = Member { domain, source: shared.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
+        if member.attached != key
+            && let Err(refused) = self.attach(shared, name, key)
+        {
+            self.not_attached(shared, name, &refused);
+        }
+    }
+
+    /// Who has which id, from `ids` and from who there is.
+    fn sources(&mut self) -> Sources {
+        if self.ids.is_empty() {
+            return Sources::default();
+        }
+        self.endpoints.retain(|(_, iotlb)| iotlb.strong_count() > 0);
+        let there = self.members.keys().chain(self.endpoints.iter().map(|(name, _)| name)).chain(self.ids.keys());
+        let there: BTreeSet<Requester> = there.copied().collect();
+        let id_of = |name: &Requester| self.ids.get(name).copied().unwrap_or(Some(name.sid));
+        let mut having: BTreeMap<(u16, SourceId), usize> = BTreeMap::new();
+        for name in &there {
+            if let Some(id) = id_of(name) {
+                *having.entry((name.segment, id)).or_default() += 1;
+            }
+        }
+        let source = |name: &Requester| match id_of(name) {
+            None => Source::None,
+            Some(id) if having.get(&(name.segment, id)).is_some_and(|count| *count > 1) => Source::Shared(id),
+            Some(id) => Source::Own(id),
+        };
+        let differ = there.iter().map(|name| (*name, source(name)));
+        Sources(differ.filter(|(name, source)| *source != Source::Own(name.sid)).collect())
+    }
+}
