@@ -28,7 +28,7 @@ use vtd::Requester;
 
 use self::bars::{Bar, Trapped, TrappedBar, windows};
 pub use self::host::AssignedHost;
-use self::host::{IrqKind, RegionKind};
+use self::host::{IrqKind, RegionKind, ResetScope};
 use self::intx::Intx;
 use self::msi::MsiCapability;
 use self::msix::{Layout, Msix};
@@ -153,9 +153,7 @@ impl HostCommand {
         if written.is_err() || now == u16::MAX || now & COMMAND_MASTER != 0 {
             return Err(format!("Bus Master could not be cleared (the command register reads {now:#06x})"));
         }
-        if self.host.can_reset()
-            && let Err(e) = self.host.reset()
-        {
+        if let Err(e) = self.host.reset(ResetScope::Function) {
             log::warn!("the quarantined function could not be reset ({e}); its Bus Master bit is clear");
         }
         Ok(())
@@ -405,8 +403,8 @@ impl VfioPci {
         }
     }
 
-    /// Everything to the state after a reset (F-4): mappings out, quiesce, reset, restore.
-    fn reset_function(&self, config: &mut Config) {
+    /// Mappings out, no bus mastering, no interrupt.
+    fn quiesce_function(&self, config: &mut Config) {
         config.command = 0;
         self.change(config, || self.command.write(0));
         if let Some(msix) = self.trapped.msix() {
@@ -418,10 +416,21 @@ impl VfioPci {
         if let Some(intx) = &self.intx {
             intx.disable();
         }
-        if self.host.can_reset() {
+    }
+
+    /// Everything to the state after a reset (F-4): mappings out, quiesce, reset, restore.
+    fn reset_function(&self, config: &mut Config, scope: ResetScope) {
+        self.quiesce_function(config);
+        if let Some(at) = self.places.power.filter(|_| !config.is_d0) {
+            // A reset that goes by power state, or none, would leave it asleep.
+            let mut power = [0];
+            self.host.read(RegionKind::Config, at.into(), &mut power);
+            self.forward(at, &[power[0] & !3]);
+        }
+        {
             // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
             let _quarantined = self.command.quarantined.lock().unwrap();
-            if let Err(e) = self.host.reset() {
+            if let Err(e) = self.host.reset(scope) {
                 let requester = self.requester;
                 self.command.told.once(|| log::warn!("{requester}: the host could not reset the function: {e}"));
             }
@@ -460,7 +469,7 @@ impl VfioPci {
             data[index] &= !bit;
             self.forward(offset, &data);
             if starts {
-                self.reset_function(config);
+                self.reset_function(config, ResetScope::Function);
             }
             return;
         }
@@ -570,8 +579,12 @@ impl PciFunction for VfioPci {
         }
     }
 
+    fn quiesce(&self) {
+        self.quiesce_function(&mut self.config.lock().unwrap());
+    }
+
     fn reset(&self) {
-        self.reset_function(&mut self.config.lock().unwrap());
+        self.reset_function(&mut self.config.lock().unwrap(), ResetScope::Machine);
     }
 }
 

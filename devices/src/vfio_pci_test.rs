@@ -28,7 +28,9 @@ struct FakeHost {
     enables: AtomicU32,
     accesses: AtomicU32,
     violations: AtomicU32,
-    resets: AtomicU32,
+    resets: Mutex<Vec<ResetScope>>,
+    /// Functions of the same bus, which a reset of the machine resets along.
+    bus: Mutex<Vec<Arc<FakeHost>>>,
     unmasks: AtomicU32,
     /// Bus Master does not go off.
     stuck: AtomicBool,
@@ -58,7 +60,8 @@ impl FakeHost {
             enables: AtomicU32::new(0),
             accesses: AtomicU32::new(0),
             violations: AtomicU32::new(0),
-            resets: AtomicU32::new(0),
+            resets: Mutex::default(),
+            bus: Mutex::default(),
             unmasks: AtomicU32::new(0),
             stuck: AtomicBool::new(false),
         }
@@ -153,12 +156,13 @@ impl AssignedHost for FakeHost {
         self.unmasks.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
-    fn can_reset(&self) -> bool {
-        true
-    }
-    fn reset(&self) -> io::Result<()> {
-        self.check(self.command() & (COMMAND_MASTER | COMMAND_MEMORY) == 0 || self.command() & COMMAND_MASTER == 0);
-        self.resets.fetch_add(1, Ordering::SeqCst);
+    fn reset(&self, scope: ResetScope) -> io::Result<()> {
+        self.check(self.command() & COMMAND_MASTER == 0);
+        for other in self.bus.lock().unwrap().iter().filter(|_| scope == ResetScope::Machine) {
+            self.check(other.command() & (COMMAND_MASTER | COMMAND_MEMORY) == 0);
+            self.check(other.slots.mapped().is_empty() && !other.live(IrqKind::Msix));
+        }
+        self.resets.lock().unwrap().push(scope);
         Ok(())
     }
 }
@@ -345,7 +349,7 @@ fn f4_a_guest_reset_takes_the_mappings_and_quiesces_before_it_resets() {
     bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
     bench.root.reset();
     assert_eq!(bench.slots.mapped(), []);
-    assert_eq!(bench.host.resets.load(Ordering::SeqCst), 1);
+    assert_eq!(*bench.host.resets.lock().unwrap(), [ResetScope::Machine]);
     assert_eq!((bench.host.command(), bench.config(4) & 0xffff, bench.config(0x14)), (0, 0, 0));
     assert_eq!(bench.config(MSIX) >> 16, 3, "MSI-X is disabled");
     assert!(bench.host.live(IrqKind::Intx) && !bench.host.live(IrqKind::Msix));
@@ -355,9 +359,48 @@ fn f4_a_guest_reset_takes_the_mappings_and_quiesces_before_it_resets() {
 fn f4_a_function_level_reset_goes_the_same_way() {
     let bench = Bench::running();
     bench.config16(EXPRESS + 8, 0x8010);
-    assert_eq!(bench.host.resets.load(Ordering::SeqCst), 1);
+    assert_eq!(*bench.host.resets.lock().unwrap(), [ResetScope::Function], "no other function is reset along");
     assert_eq!(bench.slots.mapped(), []);
     assert_eq!(bench.config(EXPRESS + 8) & 0xffff, 0x0010, "the host never sees the reset bit");
+}
+
+#[test]
+fn f4_all_functions_are_quiet_before_the_first_is_reset() {
+    let bench = Bench::running();
+    let sid = SourceId::new(0, 6, 0);
+    let slots = Arc::new(FakeSlots::default());
+    let host = Arc::new(FakeHost::new(slots.clone()));
+    let other = VfioPci::new(VfioPciWiring {
+        requester: bench.root.requester(sid),
+        host: host.clone(),
+        decoder: bench.root.decoder(),
+        slots: slots.clone(),
+        interrupts: bench.interrupts.clone(),
+        intx: None,
+    })
+    .unwrap();
+    bench.root.insert(sid, other).unwrap();
+    bench.root.config_write(sid, 0x14, &0x90u32.to_le_bytes());
+    bench.root.config_write(sid, COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER).to_le_bytes());
+    bench.root.config_write(sid, MSIX + 2, &msix::CONTROL_ENABLE.to_le_bytes());
+    assert!(!slots.mapped().is_empty() && host.live(IrqKind::Msix));
+    // The reset of each is one of their bus.
+    bench.host.bus.lock().unwrap().push(host.clone());
+    bench.root.reset();
+    assert_eq!(*host.resets.lock().unwrap(), [ResetScope::Machine]);
+}
+
+#[test]
+fn f4_a_sleeping_function_is_awake_after_a_reset() {
+    let bench = Bench::running();
+    bench.config16(POWER + 4, 0x8003);
+    assert_eq!(bench.host.config.lock().unwrap()[usize::from(POWER) + 4] & 3, 3);
+    bench.root.reset();
+    // The fake's reset changes nothing, as one that the device ignores.
+    assert_eq!(bench.host.config.lock().unwrap()[usize::from(POWER) + 4] & 3, 0);
+    bench.config32(0x14, 0x80);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!(bench.read(BAR_GPA), 0);
 }
 
 #[test]

@@ -20,15 +20,15 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::host::{GroupId, PAGE_SIZE};
 use crate::open::{Bdf, CheckedFunction};
+use crate::reset::{GroupFiles, ResetScope, ResetWay, Resetter};
 
 ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 7);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
-ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
 
 /// A region of the function.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -102,7 +102,7 @@ pub struct HostFunction {
     device: VfioDevice,
     bdf: Bdf,
     group: GroupId,
-    can_reset: bool,
+    resetter: Resetter,
 }
 
 impl std::fmt::Debug for HostFunction {
@@ -115,8 +115,10 @@ impl HostFunction {
     pub(crate) fn open(
         checked: &CheckedFunction,
         container: Arc<VfioContainer>,
+        groups: Arc<GroupFiles>,
     ) -> Result<Self, vfio_ioctls::VfioError> {
-        let device = VfioDevice::new(checked.path(), container, false)?;
+        let device = VfioDevice::new(checked.path(), container.clone(), false)?;
+        groups.add(checked.group(), &container);
         // SAFETY: `device` owns the file and outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
         let duplicate = || fd.try_clone_to_owned().map_err(|_| vfio_ioctls::VfioError::VfioDeviceDupFd);
@@ -125,8 +127,9 @@ impl HostFunction {
         let mut info = vfio_device_info { argsz: size_of::<vfio_device_info>() as u32, ..Default::default() };
         // SAFETY: `info` is what the call takes and writes its answer to.
         let known = unsafe { ioctl_with_mut_ref(&file, VFIO_DEVICE_GET_INFO(), &mut info) } >= 0;
-        let can_reset = known && info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
-        Ok(Self { file, window, device, bdf: checked.bdf(), group: checked.group(), can_reset })
+        let offered = known && info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+        let resetter = Resetter::new(checked.bdf(), checked.path(), offered, groups);
+        Ok(Self { file, window, device, bdf: checked.bdf(), group: checked.group(), resetter })
     }
 
     /// Its address on the host.
@@ -248,15 +251,13 @@ impl HostFunction {
         }
     }
 
-    /// Whether [`HostFunction::reset`] can work.
-    pub fn can_reset(&self) -> bool {
-        self.can_reset
+    /// How [`HostFunction::reset`] resets the function, if it can.
+    pub fn reset_way(&self) -> ResetWay {
+        self.resetter.way(&self.file)
     }
 
-    /// Resets the function.
-    pub fn reset(&self) -> io::Result<()> {
-        // SAFETY: the call takes no argument.
-        let result = unsafe { ioctl(&self.file, VFIO_DEVICE_RESET()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    /// Resets the function. Its configuration space is afterwards what it was before.
+    pub fn reset(&self, scope: ResetScope) -> io::Result<()> {
+        self.resetter.reset(&self.file, scope)
     }
 }

@@ -14,6 +14,7 @@ pub mod ledger;
 mod limits;
 pub mod model;
 mod open;
+mod reset;
 mod stats;
 mod trace;
 mod type1;
@@ -25,6 +26,7 @@ pub use guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, Piece, R
 pub use host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
 pub use limits::{INTERRUPT_WINDOW, IovaRange, Limits, Memlock};
 pub use open::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
+pub use reset::{NoBusReset, ResetScope, ResetWay};
 pub use stats::{DeviceStats, RefusedMaps};
 pub use trace::{Trace, TracedHost, TracedListener};
 pub use type1::Type1;

@@ -24,6 +24,7 @@ use crate::guest_map::HostMem;
 use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
 use crate::limits::{IovaRange, Limits, Memlock};
 use crate::open::{Bdf, CheckedFunction, HostPaths, OpenError};
+use crate::reset::GroupFiles;
 
 ioctl_io_nr!(CHECK_EXTENSION, VFIO_TYPE.into(), VFIO_BASE + 1);
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
@@ -47,30 +48,33 @@ struct Open {
 pub struct Type1 {
     kvm: Option<Arc<VfioDeviceFd>>,
     open: Mutex<BTreeMap<GroupId, Open>>,
+    files: Arc<GroupFiles>,
 }
 
 impl Type1 {
     /// A backend without groups. `kvm` is the virtual machine's KVM-VFIO device: each group is added to it (F-7).
     pub fn new(kvm: Option<Arc<VfioDeviceFd>>) -> Self {
-        Self { kvm, open: Mutex::default() }
+        Self { kvm, open: Mutex::default(), files: Arc::default() }
     }
 
     /// Opens `function`, and its group with a container if no other function of the group was opened before. On an error
     /// nothing of it stays open.
     pub fn open(&self, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let (bdf, group) = (function.bdf(), function.group());
+        let files = Arc::clone(&self.files);
         let mut open = self.lock();
         if let Some(entry) = open.get_mut(&group) {
             if entry.functions.contains(&bdf) {
                 return Err(OpenError::AssignedTwice(bdf));
             }
             let host_function =
-                HostFunction::open(function, Arc::clone(&entry.container)).map_err(|e| explain(function, e))?;
+                HostFunction::open(function, Arc::clone(&entry.container), files).map_err(|e| explain(function, e))?;
             entry.functions.push(bdf);
             return Ok(host_function);
         }
         let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(function, e))?);
-        let host_function = HostFunction::open(function, Arc::clone(&container)).map_err(|e| explain(function, e))?;
+        let host_function =
+            HostFunction::open(function, Arc::clone(&container), files).map_err(|e| explain(function, e))?;
         let limits = read_limits(&container).map_err(|e| OpenError::Vfio {
             bdf,
             reason: format!("the limits of its container could not be read: {e}"),

@@ -244,6 +244,20 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
     }
 }
 
+/// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest.
+pub fn report_resets(functions: &[HostFunction]) {
+    for function in functions {
+        let (bdf, way) = (function.bdf(), function.reset_way());
+        if way.is_sure() {
+            log::info!("{bdf} {way}");
+        } else {
+            log::warn!(
+                "{bdf} {way}: DMA that the guest began before a reset may go on when its next driver enables bus mastering"
+            );
+        }
+    }
+}
+
 /// Stops functions whose mappings the host did not take away (B-11).
 pub struct Breaker {
     functions: Mutex<BTreeMap<Requester, Weak<VfioPci>>>,

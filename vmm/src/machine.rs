@@ -189,6 +189,7 @@ impl Machine {
         let assigned = assign::open(&vm, &ram, args.memory, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(args.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
         assign::report(&assigned.limits, args.memory);
+        assign::report_resets(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));

@@ -433,6 +433,12 @@ fn functions(command: &mut Command, topology: Topology) {
             device("igb,netdev=net1,addr=0b.0".to_owned());
         }
         Topology::Ports => {
+            // Where ACPI is to plug and unplug, QEMU's ports never say that their link is up, and Linux takes each reset of their
+            // buses for failed.
+            command.args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
+            let mut device = |text: String| {
+                command.args(["-device", &text]);
+            };
             for (index, port) in ["edu", "nvme", "e1000e", "igb"].iter().enumerate() {
                 let more = if index == 0 { ",multifunction=on" } else { "" };
                 let number = index + 1;

@@ -93,8 +93,11 @@ impl PciRoot {
         self.functions.read().unwrap().iter().map(|(sid, function)| (*sid, function.clone())).collect()
     }
 
-    /// Resets every function (rule 12: before the remapping unit).
+    /// Makes every function quiet, then resets them (rule 12: before the remapping unit).
     pub fn reset(&self) {
+        for (_, function) in self.functions() {
+            function.quiesce();
+        }
         for (_, function) in self.functions() {
             function.reset();
         }

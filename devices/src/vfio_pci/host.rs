@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-pub use vfio_bridge::{IrqKind, RegionInfo, RegionKind};
+pub use vfio_bridge::{IrqKind, RegionInfo, RegionKind, ResetScope};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A function of the host, open.
@@ -25,10 +25,9 @@ pub trait AssignedHost: Send + Sync {
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
     /// Unmasks the legacy line, which the host masks each time it fires.
     fn unmask_intx(&self) -> io::Result<()>;
-    /// Whether [`AssignedHost::reset`] can work.
-    fn can_reset(&self) -> bool;
-    /// Resets the function; its configuration space is afterwards what it was before.
-    fn reset(&self) -> io::Result<()>;
+    /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was before.
+    /// An error where no way is there.
+    fn reset(&self, scope: ResetScope) -> io::Result<()>;
 }
 
 impl AssignedHost for vfio_bridge::HostFunction {
@@ -56,10 +55,7 @@ impl AssignedHost for vfio_bridge::HostFunction {
     fn unmask_intx(&self) -> io::Result<()> {
         self.unmask_intx()
     }
-    fn can_reset(&self) -> bool {
-        self.can_reset()
-    }
-    fn reset(&self) -> io::Result<()> {
-        self.reset()
+    fn reset(&self, scope: ResetScope) -> io::Result<()> {
+        self.reset(scope)
     }
 }
