@@ -55,7 +55,7 @@ guest() {
 }
 
 # start NAME KERNEL-OPTIONS [OPTION...]: runs the guest NAME.cpio (or $CPIO) with causeway's options. The guest's console goes to
-# NAME.log, messages to NAME.err, statistics to NAME.json; the status to $STATUS.
+# NAME.log, messages to NAME.err, statistics to NAME.json; the status to $STATUS. $INPUT is what it can read from its console.
 start() {
     name=$1
     cmdline="$GUEST_CMDLINE $2"
@@ -69,7 +69,7 @@ start() {
     else
         case " $* " in *" --timeout "*) ;; *) set -- "$@" --timeout $LIMIT ;; esac
         causeway run --kernel "$KERNEL" --initrd "$cpio" --cmdline "$cmdline" --stats "$name.json" "$@" \
-            </dev/null >"$name.log" 2>"$name.err"
+            <"${INPUT:-/dev/null}" >"$name.log" 2>"$name.err"
     fi
     STATUS=$?
 }
@@ -183,9 +183,10 @@ GUEST
     echo "64 MiB read right in $(lines nvme 'seconds ') s"
 }
 
-# same_counts NAME [SPLITS]: what L1's kernel counted is what the statistics say, and no mapping was cut (or as many as given).
+# same_counts NAME [SPLITS [BUS-RESETS]]: what L1's kernel counted is what the statistics say, and no mapping was cut (or as many as
+# given). A reset of a function's bus has the same number as a map.
 same_counts() {
-    MAPS=$(host_operations 3b71)
+    MAPS=$(($(host_operations 3b71) - ${3:-0}))
     UNMAPS=$(host_operations 3b72)
     echo "host operations of '$1': $MAPS maps, $UNMAPS unmaps"
     [ $VMM = causeway ] || return 0

@@ -20,15 +20,63 @@ guest_functions() {
 # three_functions: as options of causeway.
 three_functions() { echo "--device vfio,host=$NVME --device vfio,host=$EDU --device vfio,host=$E1000E"; }
 
-# sound NAME SPLITS: nothing faulted, the audit has no difference, and what L1's kernel counted is what the statistics say.
+# sound NAME SPLITS [BUS-RESETS]: nothing faulted, the audit has no difference, and what L1's kernel counted is what the statistics say.
 sound() {
     no_faults "$1"
-    same_counts "$1" "$2"
+    same_counts "$@"
     ! grep 'audit:' "$1.err" | grep -v 'no difference' || fail "the audit of '$1' has a difference"
     grep -q '"differences": *\[\]' "$1.json" || fail "no audit, or one with a difference, in $1.json"
     [ "$(field "$1.json" checked)" -gt 0 ] || fail "the audit compared nothing"
     expect "faults of the unit" "$(grep -o '"faults": *{[^}]*}' "$1.json" | tr -d ' ')" '"faults":{}'
 }
+
+# reboots NUMBER: one VM whose guest resets itself that often, each time with DMA of all three functions under way, and does its work
+# each time it is up. Every other time Linux shuts its drivers down first, else it just resets the machine.
+reboots() {
+    bind-vfio "$NVME" "$EDU" "$E1000E" || fail "binding"
+    igb_up
+    { guest_functions && cat <<'GUEST'; } | guest life
+checksum buffered
+network_up
+edu msi
+show_faults
+work_begins
+echo "ready"
+read -r answer </dev/ttyS0
+case "$answer" in
+reboot) reboot -f ;;
+reset) echo b >/proc/sysrq-trigger ;;
+esac
+[ "$answer" = off ] || sleep 100
+work_ends
+show_faults
+GUEST
+    mkfifo answers
+    # Answers each time the guest is ready; both ends of the pipe are open so that nobody waits for the other.
+    {
+        number=0
+        while [ $number -le "$1" ]; do
+            wait_until 60 ready $((number + 1)) || exit 1
+            number=$((number + 1))
+            case $((number > $1 ? 2 : number % 2)) in 0) echo reboot ;; 1) echo reset ;; 2) echo off ;; esac
+        done
+    } >answers &
+    mark
+    count_host_operations
+    LIMIT=$((LIMIT + $1 * 20 * ${BOOT_SCALE:-1}))
+    # shellcheck disable=SC2046
+    INPUT=answers run life "intel_iommu=on" $(three_functions) --cpus 2
+    expect "checksums of $(($1 + 1)) boots" "$(lines life 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
+    expect "MSIs of edu" "$(lines life 'msi: ' | grep -c arrived)" $((2 * ($1 + 1)))
+    expect "guest_resets" "$(field life.json guest_resets)" "$1"
+    # A reset of the bus: QEMU's e1000e survives the one by power state.
+    expect_line life.err "$E1000E is reset with its bus"
+    # Two containers of the guest's own vfio each time; the last reset is that at the end.
+    sound life $((2 * ($1 + 1))) $(($1 + 1))
+    lines life 'work: '
+}
+
+ready() { [ "$(grep -c '^ready' life.log)" -ge "$1" ]; }
 
 # rebinds NUMBER: the guest's NVMe goes from nvme to vfio-pci, gets huge pages mapped, and goes back, that often, while the others work.
 rebinds() {
