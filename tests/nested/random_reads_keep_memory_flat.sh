@@ -2,8 +2,8 @@
 # Two vCPUs read the NVMe at random, each map and unmap of a page at once the host's (strict mode): every read is right, the VMM's memory
 # stays flat after the first 10 s, and the audit agrees whenever the reads pause.
 #
-# The measure is RssAnon of the whole process. The guest's RAM is in it, but does not grow: before the guest turned translation on, all of
-# it was pinned for the device, so each page of it is there from the start.
+# The measure is RssAnon of the whole process. The guest's RAM does not grow in it (where it is not shared memory, which counts elsewhere):
+# before the guest turned translation on, all of it was pinned for the device, so each page of it is there from the start.
 . /causeway/files/lib.sh
 
 ROUNDS=${ROUNDS:-2}
@@ -25,6 +25,7 @@ GUEST
 
 audits() { [ "$(grep -c 'audit:.* pending' random.err)" -ge "$1" ]; }
 paused() { grep -q "^pause $1" random.log || ! kill -0 $vmm; }
+resident() { awk '/^VmRSS:/ { print $2 }' /proc/$vmm/status; }
 anonymous() { awk '/^RssAnon:/ { print $2 }' /proc/$vmm/status; }
 
 mark
@@ -47,7 +48,7 @@ for round in $(seq "$ROUNDS"); do
     # The first round takes 10 s or longer.
     now=$(anonymous)
     first=${first:-$now}
-    [ "$now" -ge $((MEMORY * 1024)) ] || fail "RssAnon is $now KiB, the guest's RAM is not in it: the measure is wrong"
+    [ "$(resident)" -ge $((MEMORY * 1024)) ] || fail "$(resident) KiB are resident: RAM that is not there yet would be counted as growth"
     echo "round $round: $(lines random 'reads ' | tail -n 1) reads, RssAnon $now KiB, $(grep 'audit:.* pending' random.err | tail -n 1)"
     expect_at_most "growth of RssAnon in KiB" $((now - first)) 1023
     echo "go on" >&3
