@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::options::{self, DeviceOption, IommuOption, VtdOption};
+use crate::suite::TestArgs;
 
 /// `causeway`.
 #[derive(Parser, Debug)]
@@ -26,6 +27,8 @@ pub struct Cli {
 pub enum Command {
     /// Boots a guest
     Run(Box<RunArgs>),
+    /// Runs guest-side DMA test images, each test in a fresh guest
+    Test(Box<TestArgs>),
 }
 
 /// `causeway run`.
@@ -105,6 +108,7 @@ mod tests {
     fn parse(args: &[&str]) -> Result<RunArgs, clap::Error> {
         Cli::try_parse_from(["causeway", "run"].iter().chain(args)).map(|cli| match cli.command {
             Command::Run(run) => *run,
+            Command::Test(_) => panic!("another command"),
         })
     }
 

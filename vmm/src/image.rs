@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use crate::boot::{self, GDT_ENTRIES, Mode, Start, memory_map, write_error};
 use crate::layout;
 use crate::memory::Ram;
+pub use elf::section;
 
 /// Why an image cannot be booted. Found before anything runs.
 #[derive(Debug, thiserror::Error)]

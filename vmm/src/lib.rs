@@ -22,6 +22,7 @@ mod options;
 mod run;
 mod slots;
 mod stats;
+mod suite;
 mod terminal;
 mod vcpu;
 mod vm;
@@ -40,5 +41,6 @@ pub fn main() -> ExitCode {
     }
     match cli::Cli::parse().command {
         cli::Command::Run(args) => run::run(&args),
+        cli::Command::Test(args) => suite::run(&args),
     }
 }

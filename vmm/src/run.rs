@@ -265,7 +265,8 @@ impl Run<'_> {
     }
 }
 
-fn remedy(error: vm::Error) -> anyhow::Error {
+/// Adds to an error of KVM what the user can do.
+pub fn remedy(error: vm::Error) -> anyhow::Error {
     match &error {
         vm::Error::Open(e) if e.kind() == std::io::ErrorKind::NotFound => anyhow::anyhow!(
             "{error}; turn virtualization on in the firmware and load the module: modprobe kvm-intel or modprobe kvm-amd"

@@ -104,14 +104,14 @@ pub fn run(executable: &Executable, long: bool, reporter: &Reporter) -> Result<(
 }
 
 /// The verdicts of the lines `test NAME ... VERDICT`.
-fn verdicts(text: &str) -> HashMap<&str, &str> {
+pub fn verdicts(text: &str) -> HashMap<&str, &str> {
     let lines = text.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
     // `name - should panic ... ok`
     lines.map(|(name, verdict)| (name.split(" - ").next().unwrap_or(name), verdict.trim())).collect()
 }
 
 /// What failing tests printed, from the sections `---- NAME stdout ----`.
-fn outputs(text: &str) -> HashMap<&str, String> {
+pub fn outputs(text: &str) -> HashMap<&str, String> {
     let mut sections: HashMap<&str, String> = HashMap::new();
     let mut current = None;
     for line in text.lines() {

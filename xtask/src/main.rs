@@ -8,6 +8,7 @@ mod cpio;
 mod crate_tests;
 mod demo;
 mod host_device;
+mod images;
 mod kernel_modules;
 mod l1;
 mod nested;

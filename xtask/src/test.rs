@@ -3,6 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::cases::{self, Case};
 use crate::crate_tests::{self, cargo};
+use crate::images;
 use crate::l1;
 use crate::programs;
 use crate::report::{Outcome, Reporter};
@@ -18,7 +19,7 @@ pub struct TestArgs {
     /// Prints the names and runs nothing
     #[arg(long)]
     list: bool,
-    /// Only what this expression matches (`crate::test`, `nested::case`, `check::name`)
+    /// Only what this expression matches (`crate::test`, `images::test`, `nested::case`, `check::name`)
     #[arg(long, value_name = "RE")]
     only: Option<Regex>,
     /// Not what this expression matches
@@ -41,10 +42,16 @@ impl TestArgs {
             && !self.skip.as_ref().is_some_and(|skip| skip.is_match(name))
     }
 
+    /// Whether any test of the images can match, which is known only after building the program.
+    fn may_want_images(&self) -> bool {
+        let only = self.only.as_ref().map_or("", |only| only.as_str()).trim_start_matches('^');
+        !only.starts_with("nested::") && !only.starts_with("check::")
+    }
+
     /// Whether any crate's test can match, which is known only after building them all.
     fn may_want_crates(&self) -> bool {
         let only = self.only.as_ref().map_or("", |only| only.as_str()).trim_start_matches('^');
-        !only.starts_with("nested::") && !only.starts_with("check::")
+        !["nested::", "check::", "images::"].iter().any(|other| only.starts_with(other))
     }
 }
 
@@ -92,10 +99,19 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         let tests = std::mem::take(&mut executable.tests);
         executable.tests = tests.into_iter().filter(|test| args.wants(&executable.full_name(test))).collect();
     }
+    let suite = if args.may_want_images() { images::build() } else { Ok(images::Suite::default()) };
+    let suite = match suite {
+        Ok(suite) => suite.only(|name| args.wants(name)),
+        Err(error) if args.list => return Err(error),
+        Err(error) => {
+            reporter.add("check::images_build", Outcome::Failed(format!("{error:#}")), None);
+            images::Suite::default()
+        }
+    };
     if args.list {
         let checks = CHECKS.iter().map(|check| check.name.to_owned()).filter(|name| args.wants(name));
         let tests = executables.iter().flat_map(|e| e.tests.iter().map(|test| e.full_name(test)));
-        for name in checks.chain(tests).chain(wanted.iter().map(Case::full_name)) {
+        for name in checks.chain(tests).chain(suite.full_names()).chain(wanted.iter().map(Case::full_name)) {
             println!("{name}");
         }
         return Ok(0);
@@ -106,6 +122,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
     for executable in &executables {
         crate_tests::run(executable, args.long, &reporter)?;
     }
+    images::run(&suite, &reporter)?;
     let mut run = Vec::new();
     for case in wanted {
         if args.no_nested {

@@ -156,3 +156,28 @@ fn pvh_note(notes: &[u8]) -> Option<u64> {
         at = value_at.checked_add(value_len.next_multiple_of(4))?;
     }
 }
+
+/// The content of the first section called `name`.
+pub fn section<'a>(file: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    let is_64 = is_elf(file) && file.get(4) == Some(&CLASS_64);
+    let (table, size) =
+        if is_64 { (number(file, 40, 8)?, number(file, 58, 2)?) } else { (number(file, 32, 4)?, number(file, 46, 2)?) };
+    let (count, names) =
+        if is_64 { (number(file, 60, 2)?, number(file, 62, 2)?) } else { (number(file, 48, 2)?, number(file, 50, 2)?) };
+    let header = |index: u64| table.checked_add(index * size);
+    let content = |index: u64| {
+        let at = header(index)?;
+        let (offset, len) = if is_64 {
+            (number(file, at.checked_add(24)?, 8)?, number(file, at.checked_add(32)?, 8)?)
+        } else {
+            (number(file, at.checked_add(16)?, 4)?, number(file, at.checked_add(20)?, 4)?)
+        };
+        file.get(part(offset, len)?)
+    };
+    let names = content(names)?;
+    (0..count).find_map(|index| {
+        let at = number(file, header(index)?, 4)? as usize;
+        let rest = names.get(at..)?;
+        (rest.starts_with(name) && rest.get(name.len()) == Some(&0)).then(|| content(index)).flatten()
+    })
+}

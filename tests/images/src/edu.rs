@@ -1,0 +1,96 @@
+//! A driver for `edu`, the teaching device of QEMU, which Causeway has too: DMA between memory and its buffer, and interrupts.
+
+use crate::memory::{load, page, store};
+use crate::pci::{self, BAR0, COMMAND, MASTER, MEMORY, SourceId};
+use crate::x86::{read, wait_for, write};
+
+const SOURCE: u64 = 0x80;
+const DESTINATION: u64 = 0x88;
+const COUNT: u64 = 0x90;
+const DMA_COMMAND: u64 = 0x98;
+const RAISE: u64 = 0x60;
+const ACKNOWLEDGE: u64 = 0x64;
+const BUFFER: u64 = 0x40000;
+const START: u64 = 1;
+const TO_MEMORY: u64 = 2;
+const MSI: u8 = 5;
+
+/// The device.
+pub struct Edu {
+    /// Its source id.
+    pub sid: SourceId,
+    bar: u64,
+    /// A page through which the processor fills and reads the device's buffer; domains of a test map it one to one.
+    pub scratch: u64,
+}
+
+impl Edu {
+    /// Every one on bus 0, with Bus Master on.
+    pub fn all() -> impl Iterator<Item = Self> {
+        pci::find(0x1234, 0x11e8).map(|sid| {
+            sid.command(MEMORY | MASTER, 0);
+            Self { sid, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() }
+        })
+    }
+
+    /// Register of four bytes.
+    pub fn read(&self, offset: u64) -> u32 {
+        read(self.bar + offset)
+    }
+
+    /// Register of four bytes.
+    pub fn write(&self, offset: u64, value: u32) {
+        write(self.bar + offset, value);
+    }
+
+    fn transfer(&self, from: u64, to: u64, len: u64, command: u64) {
+        write(self.bar + SOURCE, from);
+        write(self.bar + DESTINATION, to);
+        write(self.bar + COUNT, len);
+        write(self.bar + DMA_COMMAND, command | START);
+        wait_for("the end of a transfer", || read::<u64>(self.bar + DMA_COMMAND) & START == 0);
+    }
+
+    /// The device writes `len` bytes of its buffer to `iova`.
+    pub fn dma_write(&self, iova: u64, len: u64) {
+        self.transfer(BUFFER, iova, len, TO_MEMORY);
+    }
+
+    /// The device reads `len` bytes at `iova` into its buffer.
+    pub fn dma_read(&self, iova: u64, len: u64) {
+        self.transfer(iova, BUFFER, len, 0);
+    }
+
+    /// Puts eight bytes into the device's buffer, by DMA from the scratch page.
+    pub fn fill(&self, value: u64) {
+        store(self.scratch, value);
+        self.dma_read(self.scratch, 8);
+    }
+
+    /// The first eight bytes of the device's buffer, by DMA to the scratch page.
+    pub fn content(&self) -> u64 {
+        store(self.scratch + 8, 0);
+        self.dma_write(self.scratch + 8, 8);
+        load(self.scratch + 8)
+    }
+
+    /// Turns message-signalled interrupts on, with this message.
+    pub fn set_message(&self, address: u64, data: u16) {
+        let at = self.sid.capability(MSI).unwrap_or_else(|| panic!("the device has no MSI capability"));
+        self.sid.write(at + 4, address as u32);
+        self.sid.write(at + 8, (address >> 32) as u32);
+        self.sid.write(at + 12, data.into());
+        self.sid.write(at, self.sid.read(at) | 1 << 16);
+    }
+
+    /// Raises an interrupt, and acknowledges it: the next one is a new message.
+    pub fn interrupt(&self) {
+        self.write(RAISE, 1);
+        self.write(ACKNOWLEDGE, 1);
+    }
+
+    /// The command register of configuration space.
+    pub fn command(&self) -> u32 {
+        self.sid.read(COMMAND) & 0xffff
+    }
+}

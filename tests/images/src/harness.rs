@@ -1,0 +1,124 @@
+//! Which test runs, and how it is told: a line on COM1, and a value to isa-debug-exit.
+
+use core::ffi::CStr;
+use core::panic::PanicInfo;
+
+use crate::println;
+use crate::x86::{outl, read};
+
+/// Passed.
+const PASSED: u32 = 0;
+/// Failed.
+const FAILED: u32 = 1;
+/// Not possible on this machine.
+const SKIPPED: u32 = 2;
+/// There is no such test.
+const UNKNOWN: u32 = 3;
+
+/// A test. Made by [`crate::tests!`].
+pub struct Test {
+    /// Its name.
+    pub name: &'static str,
+    /// Options that `causeway run` needs for it.
+    pub options: &'static str,
+    /// Returns when it passed, panics when it failed.
+    pub run: fn(),
+}
+
+/// Names the tests of a module: functions without arguments, each with the options of `causeway run` that it needs besides those of
+/// every test, if any. Makes `TESTS`, and puts the names where `causeway test` finds them in the file.
+#[macro_export]
+macro_rules! tests {
+    ($($name:ident $(=> $options:literal)?),* $(,)?) => {
+        /// The tests of this module.
+        pub static TESTS: &[$crate::harness::Test] = &[
+            $($crate::harness::Test { name: stringify!($name), options: concat!("" $(, $options)?), run: $name }),*
+        ];
+        const _: () = {
+            const TEXT: &[u8] = concat!($(stringify!($name), $(" ", $options,)? "\n"),*).as_bytes();
+            #[used]
+            // SAFETY: the linker script collects it with the other lists; nothing else is in that section.
+            #[unsafe(link_section = ".tests")]
+            static NAMES: [u8; TEXT.len()] = {
+                let mut bytes = [0; TEXT.len()];
+                let mut at = 0;
+                while at < TEXT.len() {
+                    bytes[at] = TEXT[at];
+                    at += 1;
+                }
+                bytes
+            };
+        };
+    };
+}
+
+/// Makes the binary an image that runs the tests of these lists: `test=NAME` on the command line chooses one, `list` prints all.
+#[macro_export]
+macro_rules! image {
+    ($($list:expr),+ $(,)?) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn rust_main(start_info: u64) -> ! {
+            $crate::harness::main(start_info, &[$($list),+])
+        }
+    };
+}
+
+/// Ends the run with `value`.
+pub fn exit(value: u32) -> ! {
+    outl(0xf4, value);
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
+/// Ends the test as skipped: this machine cannot show what it is about.
+pub fn skipped(why: &str) -> ! {
+    println!("skipped: {why}");
+    exit(SKIPPED)
+}
+
+pub(crate) fn failed(info: &PanicInfo<'_>) -> ! {
+    println!("FAILED: {}", info.message());
+    if let Some(place) = info.location() {
+        println!("  at {}:{}", place.file(), place.line());
+    }
+    exit(FAILED)
+}
+
+fn command_line(start_info: u64) -> &'static str {
+    let at = read::<u64>(start_info + 24);
+    if at == 0 {
+        return "";
+    }
+    // SAFETY: the PVH boot protocol says that a text that ends in a zero is there; nothing writes to it.
+    let text = unsafe { CStr::from_ptr(at as *const core::ffi::c_char) };
+    text.to_str().unwrap_or("")
+}
+
+/// See [`crate::image!`].
+pub fn main(start_info: u64, lists: &[&[Test]]) -> ! {
+    let words = || command_line(start_info).split_ascii_whitespace();
+    let tests = || lists.iter().flat_map(|list| list.iter());
+    if words().any(|word| word == "list") {
+        for test in tests() {
+            println!("{} {}", test.name, test.options);
+        }
+        exit(PASSED);
+    }
+    let Some(wanted) = words().find_map(|word| word.strip_prefix("test=")) else {
+        println!("the command line has neither `test=NAME` nor `list`");
+        exit(UNKNOWN);
+    };
+    match tests().find(|test| test.name == wanted) {
+        Some(test) => {
+            println!("test {wanted}");
+            (test.run)();
+            println!("ok");
+            exit(PASSED)
+        }
+        None => {
+            println!("there is no test {wanted}");
+            exit(UNKNOWN)
+        }
+    }
+}

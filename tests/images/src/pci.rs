@@ -1,0 +1,64 @@
+//! PCI: configuration space by ports, and the scan of bus 0.
+
+use crate::x86::{inl, outl};
+
+/// Source id of a function: bus in bits 15:8, device in 7:3, function in 2:0.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SourceId(pub u16);
+
+/// Offset of the command register.
+pub const COMMAND: u16 = 0x04;
+/// Command: Memory Enable.
+pub const MEMORY: u32 = 1 << 1;
+/// Command: Bus Master.
+pub const MASTER: u32 = 1 << 2;
+/// Offset of BAR 0.
+pub const BAR0: u16 = 0x10;
+const CAPABILITIES: u16 = 0x34;
+
+impl SourceId {
+    fn select(self, offset: u16) {
+        outl(0xcf8, 1 << 31 | u32::from(self.0) << 8 | u32::from(offset & 0xfc));
+    }
+
+    /// Reads four bytes of configuration space.
+    pub fn read(self, offset: u16) -> u32 {
+        self.select(offset);
+        inl(0xcfc)
+    }
+
+    /// Writes four bytes of configuration space.
+    pub fn write(self, offset: u16, value: u32) {
+        self.select(offset);
+        outl(0xcfc, value);
+    }
+
+    /// Sets and clears bits of the command register.
+    pub fn command(self, set: u32, clear: u32) {
+        let command = self.read(COMMAND) & 0xffff;
+        self.write(COMMAND, command & !clear | set);
+    }
+
+    /// The offset of the capability with this id.
+    pub fn capability(self, id: u8) -> Option<u16> {
+        let mut at = (self.read(CAPABILITIES) & 0xfc) as u16;
+        // A list of 48 capabilities would fill configuration space.
+        for _ in 0..48 {
+            if at == 0 {
+                return None;
+            }
+            let header = self.read(at);
+            if header as u8 == id {
+                return Some(at);
+            }
+            at = (header >> 8 & 0xfc) as u16;
+        }
+        None
+    }
+}
+
+/// The functions of bus 0 with this vendor and device, in the order of their addresses.
+pub fn find(vendor: u16, device: u16) -> impl Iterator<Item = SourceId> {
+    let wanted = u32::from(device) << 16 | u32::from(vendor);
+    (0..256u16).map(SourceId).filter(move |function| function.read(0) == wanted)
+}

@@ -1,0 +1,100 @@
+//! F-1, F-2 and F-6: BARs and Memory Enable, Bus Master, and configuration space.
+
+use images::memory::{load, page, store};
+use images::pci::{BAR0, MASTER, MEMORY, SourceId};
+use images::world::{UNTOUCHED, WRITTEN};
+use images::x86::{read, write};
+use images::{World, check, check_eq};
+
+images::tests!(
+    f1_bar_answers_only_while_memory_is_enabled,
+    f1_bar_moves,
+    f2_disabled_memory_reads_ones_and_drops_writes,
+    f6_bus_master_off_stops_dma,
+    f6_bar_size_is_told,
+    f6_ecam_and_ports_agree => "--device edu",
+    f6_nothing_is_where_no_function_is,
+);
+
+/// Identification of the device, at offset 0 of its BAR.
+const IDENTIFICATION: u32 = 0x0100_00ed;
+const LIVENESS: u64 = 4;
+
+fn bar(sid: SourceId) -> u64 {
+    u64::from(sid.read(BAR0) & !0xf)
+}
+
+fn f1_bar_answers_only_while_memory_is_enabled() {
+    let world = World::new();
+    for _ in 0..5 {
+        check_eq!(world.edu.read(0), IDENTIFICATION, "the device");
+        world.edu.sid.command(0, MEMORY);
+        check_eq!(world.edu.read(0), u32::MAX, "a BAR without Memory Enable");
+        world.edu.sid.command(MEMORY, 0);
+    }
+}
+
+fn f1_bar_moves() {
+    let world = World::new();
+    let (sid, old) = (world.edu.sid, bar(world.edu.sid));
+    let new = 0xd000_0000;
+    sid.write(BAR0, new as u32);
+    check_eq!(read::<u32>(new), IDENTIFICATION, "the device in its new place");
+    check_eq!(read::<u32>(old), u32::MAX, "its old place");
+    sid.write(BAR0, old as u32);
+    check_eq!((read::<u32>(old), read::<u32>(new)), (IDENTIFICATION, u32::MAX), "both places");
+}
+
+fn f2_disabled_memory_reads_ones_and_drops_writes() {
+    let world = World::new();
+    let address = bar(world.edu.sid) + LIVENESS;
+    write::<u32>(address, 5);
+    check_eq!(read::<u32>(address), !5, "the liveness register");
+    world.edu.sid.command(0, MEMORY);
+    write::<u32>(address, 9);
+    check_eq!(read::<u32>(address), u32::MAX, "a BAR without Memory Enable");
+    world.edu.sid.command(MEMORY, 0);
+    check_eq!(read::<u32>(address), !5, "the liveness register after a write that nobody heard");
+}
+
+fn f6_bus_master_off_stops_dma() {
+    let world = World::new();
+    let page = page();
+    store(page, UNTOUCHED);
+    world.edu.fill(WRITTEN);
+    world.edu.sid.command(0, MASTER);
+    check_eq!(world.edu.command() & MASTER, 0, "Bus Master");
+    world.edu.dma_write(page, 8);
+    check_eq!(load(page), UNTOUCHED, "memory");
+    world.edu.sid.command(MASTER, 0);
+    world.reaches(page, page);
+}
+
+fn f6_bar_size_is_told() {
+    let sid = World::new().edu.sid;
+    let address = sid.read(BAR0);
+    check!(address & !0xf != 0, "firmware left no address in BAR 0");
+    sid.command(0, MEMORY);
+    sid.write(BAR0, u32::MAX);
+    check_eq!(sid.read(BAR0), 0xfff0_0000, "the mask of BAR 0: 1 MiB");
+    sid.write(BAR0, address);
+    sid.command(MEMORY, 0);
+    check_eq!(read::<u32>(u64::from(address)), IDENTIFICATION, "the device");
+}
+
+fn f6_ecam_and_ports_agree() {
+    for slot in 0..32u64 {
+        let sid = SourceId((slot << 3) as u16);
+        for offset in [0, 4, 8, 0x10, 0x2c, 0x3c] {
+            let address = 0xe000_0000 | slot << 15 | u64::from(offset);
+            check_eq!(read::<u32>(address), sid.read(offset), "a register of configuration space");
+        }
+    }
+}
+
+fn f6_nothing_is_where_no_function_is() {
+    let absent = SourceId(0x1e << 3);
+    check_eq!(absent.read(0), u32::MAX, "vendor and device");
+    absent.write(0x10, 0);
+    check_eq!(read::<u32>(0xe000_0000 | 200 << 20), u32::MAX, "configuration space of another bus");
+}

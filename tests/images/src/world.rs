@@ -1,0 +1,182 @@
+//! What most tests begin with: a unit with its queue and a root table, a device, and a domain that the device is in.
+
+use crate::edu::Edu;
+use crate::memory::{load, page, store};
+use crate::pci::SourceId;
+use crate::tables::{Domain, READ_WRITE};
+use crate::vtd::{Fault, TRANSLATION, Unit, context_device, iotlb_domain};
+use crate::{check, check_eq, harness};
+
+/// An IOVA that nothing else uses.
+pub const IOVA: u64 = 0x1_4020_3000;
+/// What memory holds that a device must not change.
+pub const UNTOUCHED: u64 = 0x1111_2222_3333_4444;
+/// What a device writes.
+pub const WRITTEN: u64 = 0xd0d1_d2d3_d4d5_d6d7;
+
+/// A unit, a device, and their tables.
+pub struct World {
+    /// The unit.
+    pub unit: Unit,
+    /// The first `edu`.
+    pub edu: Edu,
+    /// The root table.
+    pub root: u64,
+    /// The context table of bus 0.
+    pub contexts: u64,
+}
+
+impl World {
+    /// The queue runs and the root table is set; every context entry is empty; translation is off.
+    pub fn new() -> Self {
+        let mut unit = Unit::new();
+        let edu = Edu::all().next().unwrap_or_else(|| panic!("there is no edu"));
+        let (root, contexts) = (page(), page());
+        store(root, contexts | 1);
+        unit.start_queue(0);
+        unit.set_root(root);
+        unit.invalidate_all();
+        Self { unit, edu, root, contexts }
+    }
+
+    /// With the device in a domain of the unit's narrowest table, and translation on. The domain maps the device's scratch page.
+    pub fn with_domain() -> (Self, Domain) {
+        let world = Self::new();
+        let levels = world.levels();
+        world.and_domain(levels)
+    }
+
+    /// As [`World::with_domain`], with a table of `levels`; the test is skipped when the unit has none of these.
+    pub fn with_levels(levels: u8) -> (Self, Domain) {
+        let world = Self::new();
+        if world.unit.capability(8, 5) >> (levels - 2) & 1 == 0 {
+            harness::skipped("the unit does not offer this number of levels");
+        }
+        world.and_domain(levels)
+    }
+
+    fn and_domain(mut self, levels: u8) -> (Self, Domain) {
+        let domain = self.domain(1, levels);
+        self.attach(self.edu.sid, &domain);
+        self.unit.command(TRANSLATION, true);
+        (self, domain)
+    }
+
+    /// The most levels that the unit offers, up to 4.
+    pub fn levels(&self) -> u8 {
+        let offered = self.unit.capability(8, 5);
+        if offered >> 2 & 1 == 1 { 4 } else { 3 }
+    }
+
+    /// A domain that maps the device's scratch page.
+    pub fn domain(&self, id: u16, levels: u8) -> Domain {
+        let domain = Domain::new(id, levels);
+        domain.map(self.edu.scratch, self.edu.scratch, READ_WRITE);
+        domain
+    }
+
+    /// Where the context entry of a function of bus 0 is.
+    pub fn context(&self, source: SourceId) -> u64 {
+        self.contexts + 16 * u64::from(source.0 & 0xff)
+    }
+
+    /// Writes a context entry. The caller invalidates.
+    pub fn set_context(&self, source: SourceId, low: u64, high: u64) {
+        let at = self.context(source);
+        // Not present while it is half written.
+        store(at, 0);
+        store(at + 8, high);
+        store(at, low);
+    }
+
+    /// Puts a function into a domain, and invalidates what there was.
+    pub fn attach(&mut self, source: SourceId, domain: &Domain) {
+        let high = u64::from(domain.levels - 2) | u64::from(domain.id) << 8;
+        self.set_context(source, domain.root | 1, high);
+        self.refresh(source, domain.id);
+    }
+
+    /// Invalidates a function's context entry, of this domain and of none, and the domain's translations.
+    pub fn refresh(&mut self, source: SourceId, id: u16) {
+        self.unit.invalidate(&[context_device(0, source), context_device(id, source), iotlb_domain(id)]);
+    }
+
+    /// The test fails if there is a fault.
+    pub fn no_fault(&self) {
+        if let Some(fault) = self.unit.take_fault() {
+            panic!("a fault that nothing called for: {fault:x?}");
+        }
+    }
+
+    /// The test fails unless there is just this fault of the device; it is taken.
+    pub fn fault(&self, reason: u8, iova: u64, read: bool) {
+        let expected = Fault { source: self.edu.sid, reason, info: iova & !0xfff, read };
+        match self.unit.take_fault() {
+            Some(fault) => check!(fault == expected, "the fault is {fault:x?}, not {expected:x?}"),
+            None => panic!("there is no fault; it should be {expected:x?}"),
+        }
+        self.no_fault();
+    }
+
+    /// The device writes at `iova`, and that reaches `gpa`.
+    pub fn writes_reach(&self, iova: u64, gpa: u64) {
+        store(gpa, UNTOUCHED);
+        self.edu.fill(WRITTEN ^ iova);
+        self.edu.dma_write(iova, 8);
+        self.no_fault();
+        check_eq!(load(gpa), WRITTEN ^ iova, "what the device wrote");
+    }
+
+    /// The device reads at `iova`, and gets what is at `gpa`.
+    pub fn reads_reach(&self, iova: u64, gpa: u64) {
+        store(gpa, WRITTEN ^ iova ^ gpa);
+        self.edu.fill(UNTOUCHED);
+        self.edu.dma_read(iova, 8);
+        self.no_fault();
+        check_eq!(self.edu.content(), WRITTEN ^ iova ^ gpa, "what the device read");
+        self.no_fault();
+    }
+
+    /// Reads and writes at `iova` reach `gpa`.
+    pub fn reaches(&self, iova: u64, gpa: u64) {
+        self.writes_reach(iova, gpa);
+        self.reads_reach(iova, gpa);
+    }
+
+    /// A write at `iova` is blocked for `reason`, and `gpa`, which it could have reached, stays as it was.
+    pub fn write_blocked(&self, iova: u64, gpa: u64, reason: u8) {
+        store(gpa, UNTOUCHED);
+        self.edu.dma_write(iova, 8);
+        self.fault(reason, iova, false);
+        check_eq!(load(gpa), UNTOUCHED, "memory that the device must not reach");
+    }
+
+    /// A read at `iova` is blocked for `reason`, and the device does not get what `gpa` has. Needs the scratch page.
+    pub fn read_blocked(&self, iova: u64, gpa: u64, reason: u8) {
+        store(gpa, WRITTEN);
+        self.edu.fill(UNTOUCHED);
+        self.no_fault();
+        self.edu.dma_read(iova, 8);
+        self.fault(reason, iova, true);
+        check!(self.edu.content() != WRITTEN, "the device read what it must not see");
+        self.no_fault();
+    }
+
+    /// Neither reads nor writes at `iova` reach `gpa`: no permission.
+    pub fn not_mapped(&self, iova: u64, gpa: u64) {
+        self.edu.fill(WRITTEN);
+        self.write_blocked(iova, gpa, WRITE_DENIED);
+        self.read_blocked(iova, gpa, READ_DENIED);
+    }
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Fault reason: no write permission.
+pub const WRITE_DENIED: u8 = 5;
+/// Fault reason: no read permission.
+pub const READ_DENIED: u8 = 6;

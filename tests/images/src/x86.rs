@@ -1,0 +1,89 @@
+//! Ports, memory-mapped registers, time, and interrupts.
+
+use core::arch::asm;
+
+/// Writes a byte to a port.
+pub fn outb(port: u16, value: u8) {
+    // SAFETY: an image owns its machine; no port writes to its memory by itself.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Writes four bytes to a port.
+pub fn outl(port: u16, value: u32) {
+    // SAFETY: as in `outb`.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Writes bytes to one port, one after the other.
+pub fn outsb(port: u16, bytes: &[u8]) {
+    // SAFETY: the bytes are only read; else as in `outb`.
+    unsafe {
+        asm!("rep outsb", in("dx") port, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _,
+            options(readonly, nostack, preserves_flags))
+    }
+}
+
+/// Reads four bytes from a port.
+pub fn inl(port: u16) -> u32 {
+    let value: u32;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in eax, dx", out("eax") value, in("dx") port, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
+/// Reads memory or a register at a physical address, which must lie in the first 4 GiB and have the alignment of `T`.
+pub fn read<T: Copy>(address: u64) -> T {
+    // SAFETY: the first 4 GiB are mapped one to one, and an access to what is not there has no effect.
+    unsafe { (address as *const T).read_volatile() }
+}
+
+/// Writes memory or a register at a physical address, as [`read`].
+pub fn write<T: Copy>(address: u64, value: T) {
+    // SAFETY: as in `read`; tests write to registers and to pages of [`crate::memory`], which no reference points into.
+    unsafe { (address as *mut T).write_volatile(value) }
+}
+
+/// The ACPI timer, 24 bits at 3.579545 MHz.
+const TIMER: u16 = 0x608;
+const TICKS_PER_MS: u32 = 3579;
+
+/// Waits until `done`; the test fails after three seconds.
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let start = inl(TIMER);
+    while !done() {
+        if inl(TIMER).wrapping_sub(start) & 0xff_ffff > 3000 * TICKS_PER_MS {
+            // Once more: this processor may not have run meanwhile.
+            if done() {
+                return;
+            }
+            panic!("three seconds passed, and not yet: {what}");
+        }
+        core::hint::spin_loop();
+    }
+}
+
+/// Lets `ms` milliseconds (at most 4000) pass: for what must not happen.
+pub fn pause(ms: u32) {
+    let start = inl(TIMER);
+    while inl(TIMER).wrapping_sub(start) & 0xff_ffff < ms * TICKS_PER_MS {
+        core::hint::spin_loop();
+    }
+}
+
+unsafe extern "C" {
+    static IRQ_COUNT: [core::sync::atomic::AtomicU64; 256];
+}
+
+/// How often interrupt `vector` (32 to 255) arrived.
+pub fn interrupts(vector: u8) -> u64 {
+    // SAFETY: start-up's assembly defines it, with this size; interrupts change it atomically on the one processor.
+    unsafe { IRQ_COUNT[usize::from(vector)].load(core::sync::atomic::Ordering::Acquire) }
+}
+
+const LOCAL_APIC: u64 = 0xfee0_0000;
+
+/// Turns the local APIC on, so that interrupts arrive. Gives its id.
+pub fn enable_interrupts() -> u8 {
+    write::<u32>(LOCAL_APIC + 0xf0, 0x1ff);
+    (read::<u32>(LOCAL_APIC + 0x20) >> 24) as u8
+}
