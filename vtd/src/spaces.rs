@@ -29,6 +29,9 @@ use crate::{Access, Fault};
 pub(crate) use renumber::{Source, Sources};
 
 const EVERYWHERE: (u64, u64) = (0, u64::MAX);
+/// Looks at a part of the interrupt entries in one turn; the next one is at all of them, and the last. Each may cost the listener a
+/// change of all its routes.
+const ENTRY_LOOKS: u32 = 64;
 
 /// Which requesters a context-cache invalidation reaches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -146,6 +149,8 @@ pub(crate) struct Spaces {
     freed: u64,
     /// The turn in which all interrupt entries were looked at.
     all_entries_in: u64,
+    /// The turn in which some of them were looked at last, and how often.
+    entry_looks: (u64, u32),
     /// What the last audit found to disagree.
     pub(crate) book: Book,
 }
@@ -268,6 +273,9 @@ impl Spaces {
         if let Some(changed) = self.pending.interrupt_entries.take()
             && self.all_entries_in != self.turn
         {
+            let looks = if self.entry_looks.0 == self.turn { self.entry_looks.1 + 1 } else { 1 };
+            self.entry_looks = (self.turn, looks);
+            let changed = if looks > ENTRY_LOOKS { EntriesChanged::All } else { changed };
             if changed == EntriesChanged::All {
                 self.all_entries_in = self.turn;
             }

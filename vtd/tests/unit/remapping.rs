@@ -261,6 +261,25 @@ fn a9_routes_are_replaced_once_a_wait() {
 }
 
 #[test]
+fn rule5_a_full_queue_of_entry_invalidations_changes_the_routes_a_bounded_number_of_times() {
+    let mut unit = Remapped::on();
+    let invalidations: Vec<_> = (0..512).map(|index| entries(index, 0)).collect();
+    for expected in [Err(0x22), Ok(Msi { address: 0xfee0_2000, data: 0x41 })] {
+        unit.rig.full_queue(&invalidations);
+        let changes = unit.routes.changes();
+        assert!(changes.len() <= 100, "{} changes", changes.len());
+        assert_eq!(changes.last(), Some(&EntriesChanged::All), "the rest is looked at together");
+        assert_eq!(unit.remap(message(5)), expected);
+        unit.entry(5, to(0x41, 2), from(NVME));
+    }
+    // In another drain a few are looked at one by one again.
+    unit.rig.command(|on| on.with_queued_invalidation(false));
+    unit.rig.enable_queue();
+    assert!(unit.rig.submit(&[entries(5, 0)]));
+    assert_eq!(unit.routes.changes(), [range(5, 1)]);
+}
+
+#[test]
 fn a9_reserved_bits_of_an_invalidation_stop_the_queue() {
     let reserved_low = (5..9).chain(12..27).chain(48..64).map(|bit| (1u64 << bit, 0));
     let reserved_high = (0..64).map(|bit| (0, 1u64 << bit));
