@@ -12,9 +12,16 @@ use crate::BusDevice;
 use crate::host::IrqLine;
 
 /// COM1.
-pub struct SerialPort(Mutex<Serial<Pulse, Drained, Box<dyn Write + Send>>>);
+pub struct SerialPort {
+    line: Pulse,
+    drained: Drained,
+    uart: Mutex<Uart>,
+}
+
+type Uart = Serial<Pulse, Drained, Box<dyn Write + Send>>;
 
 /// An edge on the line for each interrupt: ISA interrupts are edge-triggered.
+#[derive(Clone)]
 struct Pulse(Arc<dyn IrqLine>);
 
 impl Trigger for Pulse {
@@ -27,7 +34,8 @@ impl Trigger for Pulse {
 }
 
 /// Says when the guest has read all that was typed.
-struct Drained(Option<EventFd>);
+#[derive(Clone)]
+struct Drained(Option<Arc<EventFd>>);
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
@@ -51,13 +59,24 @@ impl SerialPort {
     /// A port that interrupts through `line`, writes what the guest sends to `out`, and signals `drained`, if there is one,
     /// when the guest has read all input: then [`SerialPort::enqueue`] takes more.
     pub fn new(line: Arc<dyn IrqLine>, out: Box<dyn Write + Send>, drained: Option<EventFd>) -> Self {
-        Self(Mutex::new(Serial::with_events(Pulse(line), Drained(drained), out)))
+        let (line, drained) = (Pulse(line), Drained(drained.map(Arc::new)));
+        let uart = Mutex::new(Serial::with_events(line.clone(), drained.clone(), out));
+        Self { line, drained, uart }
+    }
+
+    /// Every register to its state after power-on. What the guest has not read is lost, as on hardware; input goes on.
+    pub fn reset(&self) {
+        let mut uart = self.uart.lock().unwrap();
+        let fresh = |out: Box<dyn Write + Send>| Serial::with_events(self.line.clone(), self.drained.clone(), out);
+        let old = std::mem::replace(&mut *uart, fresh(Box::new(std::io::sink())));
+        *uart = fresh(old.into_writer());
+        self.drained.in_buffer_empty();
     }
 
     /// Gives the guest input; how many bytes of `input` fitted (64 at most). 0 as well while the guest tests the port in
     /// loop-back mode.
     pub fn enqueue(&self, input: &[u8]) -> usize {
-        match self.0.lock().unwrap().enqueue_raw_bytes(input) {
+        match self.uart.lock().unwrap().enqueue_raw_bytes(input) {
             Ok(taken) => taken,
             Err(Error::FullFifo) => 0,
             Err(e) => {
@@ -71,12 +90,12 @@ impl SerialPort {
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        let mut serial = self.0.lock().unwrap();
+        let mut serial = self.uart.lock().unwrap();
         data[0] = serial.read(offset as u8);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Err(e) = self.0.lock().unwrap().write(offset as u8, data[0]) {
+        if let Err(e) = self.uart.lock().unwrap().write(offset as u8, data[0]) {
             log::debug!("output of the serial port was lost: {e:?}");
         }
     }
@@ -128,5 +147,38 @@ mod tests {
             port.read(0, &mut byte);
         }
         assert!(drained.read().is_ok());
+    }
+
+    #[test]
+    fn serial_a_reset_leaves_nothing_of_the_boot_before() {
+        let drained = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let (line, screen) = (Arc::new(FakeLine::default()), Screen::default());
+        let port = SerialPort::new(line.clone(), Box::new(screen.clone()), drained.try_clone().ok());
+        let registers = || {
+            (1..8u64).map(|offset| {
+                let mut byte = [0];
+                port.read(offset, &mut byte);
+                byte[0]
+            })
+        };
+        let power_on: Vec<u8> = registers().collect();
+        port.write(1, &[3]);
+        port.write(4, &[0x10]);
+        port.write(7, &[0x55]);
+        assert_eq!(port.enqueue(b"x"), 0, "loop-back mode");
+        port.write(4, &[0x0b]);
+        assert_eq!(port.enqueue(&[0x61; 64]), 64);
+        // The divisor's registers take the place of the data register.
+        port.write(3, &[0x83]);
+        port.reset();
+        assert!(drained.read().is_ok(), "there is room for input again");
+        assert_eq!(registers().collect::<Vec<_>>(), power_on);
+        let rises = *line.rises.lock().unwrap();
+        assert_eq!(port.enqueue(b"y"), 1);
+        assert_eq!(*line.rises.lock().unwrap(), rises, "no interrupt is enabled");
+        let mut byte = [0];
+        port.read(0, &mut byte);
+        port.write(0, b"A");
+        assert_eq!((byte, &**screen.0.lock().unwrap()), (*b"y", &b"A"[..]));
     }
 }

@@ -319,6 +319,7 @@ impl Machine {
         }
         self.platform.ioapic.reset();
         self.platform.power.reset();
+        self.platform.serial.reset();
         self.load()?;
         self.control.reset_vcpus();
         self.resets += 1;

@@ -277,6 +277,26 @@ fn a11_spaces_follow_translation_on_and_off() {
 }
 
 #[test]
+fn a11_translation_that_comes_on_again_finds_the_tables_as_they_are_then() {
+    let (mut rig, root) = Rig::with_nvme();
+    rig.pages(root, 0x4000, 0x8000, 2);
+    assert!(rig.submit(&[crate::rig::iotlb_domain(1)]));
+    let space = rig.listener.attached(NVME).unwrap();
+    rig.command(|on| on.with_translation(false));
+    assert_eq!(rig.listener.attached(NVME), Some(SpaceKey::Identity));
+    assert!(rig.unit.spaces_snapshot().is_empty());
+    // Nothing is invalidated: a driver need not while translation is off.
+    rig.clear(root, 0x5000, 1);
+    rig.pages(root, 0x9000, 0xa000, 1);
+    rig.listener.take_events();
+    rig.enable_translation();
+    let live = [(0x4000, 0x8000), (0x9000, 0xa000)]
+        .map(|(iova, gpa)| crate::rig::mapping(iova, gpa, 0x1000, vtd::Perm::ReadWrite))
+        .to_vec();
+    assert_eq!(rig.listener.take_events(), [Event::Attach(NVME, space, live)]);
+}
+
+#[test]
 fn a11_another_root_table_under_translation_changes_no_mapping_if_the_tables_are_equal() {
     let (mut rig, root) = Rig::with_nvme();
     rig.pages(root, 0x4000, 0x8000, 3);

@@ -408,6 +408,29 @@ fn a11_reset_turns_remapping_off() {
 }
 
 #[test]
+fn a11_a_copied_table_set_under_remapping_remaps_on_as_the_old_one() {
+    let mut unit = Remapped::on();
+    unit.entry(5, to(0x41, 2), from(NVME));
+    let old = unit.remap(message(5));
+    assert!(old.is_ok());
+    // kdump: the new kernel copies the table, and gives the copy while remapping is on.
+    let copy = unit.rig.table();
+    assert_eq!(unit.rig.table(), copy + 4096);
+    for word in (0..8192).step_by(8) {
+        unit.rig.store(copy + word, unit.rig.load(unit.table + word));
+    }
+    unit.set_table(copy, true);
+    // Whoever looked while the routes were made anew saw the same.
+    let heard: Vec<_> = unit.routes.heard.lock().unwrap().drain(..).map(|(what, seen, _)| (what, seen.ok())).collect();
+    assert_eq!(heard, [(EntriesChanged::All, old.ok())]);
+    assert_eq!((unit.remap(message(5)), status(&unit.rig)), (old, (true, true, false)));
+    // The old table means nothing any more.
+    unit.entry(5, IrteLow::new(), IrteHigh::new());
+    assert!(unit.rig.submit(&[entries(5, 0)]));
+    assert!(unit.remap(message(5)).is_ok());
+}
+
+#[test]
 fn a14_a_restored_unit_remaps_as_the_saved_one() {
     let unit = Remapped::on();
     unit.rig.command(|on| on.with_compatibility_format(true));
