@@ -78,6 +78,51 @@ GUEST
 
 ready() { [ "$(grep -c '^ready' life.log)" -ge "$1" ]; }
 
+# second_kernels CPUS: a guest with that many starts another kernel with DMA of its own under way: by kexec, and by a panic.
+second_kernels() {
+    bind-vfio "$NVME" "$EDU" || fail "binding"
+    { guest_functions && cat <<'GUEST'; } | guest second
+dmesg | grep -E 'DMAR|kdump' | sed 's/^/second-kernel: /'
+checksum buffered
+edu msi
+show_faults
+GUEST
+    { guest_functions && cat <<'GUEST'; } | guest first "$KERNEL" second.cpio "$(command -v kexec)"
+options="$(sed 's/crashkernel=[^ ]*//' /proc/cmdline) second"
+checksum buffered
+show_faults
+case "$options" in
+*with-panic*)
+    kexec --panic /files/vmlinuz /files/second.cpio "$options nr_cpus=1 reset_devices" || fail "kexec --panic"
+    work_begins nvme edu
+    echo c >/proc/sysrq-trigger
+    ;;
+*)
+    work_begins nvme edu
+    kexec /files/vmlinuz /files/second.cpio "$options" || fail "kexec"
+    ;;
+esac
+sleep 100
+fail "this kernel still runs"
+GUEST
+    second_kernel by-kexec "$1" ""
+    second_kernel by-panic "$1" "crashkernel=256M with-panic"
+    expect_line by-panic.log 'second-kernel: .*Copied translation tables' 'second-kernel: .*Copied IR table'
+}
+
+# second_kernel NAME CPUS KERNEL-OPTIONS
+second_kernel() {
+    mark
+    count_host_operations
+    CPIO=first.cpio run "$1" "intel_iommu=on $3" --device vfio,host="$NVME" --device vfio,host="$EDU" --cpus "$2" --memory 1G
+    lines "$1" 'second-kernel: '
+    expect "the checksums" "$(lines "$1" 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "2 $DISK_SHA256"
+    expect "MSIs of edu" "$(lines "$1" 'msi: ' | grep -c arrived)" 2
+    expect "guest_resets" "$(field "$1.json" guest_resets)" 0
+    # A container of the guest's own vfio in each kernel.
+    sound "$1" 2
+}
+
 # rebinds NUMBER: the guest's NVMe goes from nvme to vfio-pci, gets huge pages mapped, and goes back, that often, while the others work.
 rebinds() {
     bind-vfio "$NVME" "$EDU" "$E1000E" || fail "binding"
