@@ -4,7 +4,7 @@
 //! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -70,9 +70,8 @@ enum Scenario {
     },
     /// MSIs while the interrupt moves between the first two processors: each arrives, once, and after a move at the new processor.
     Storm {
-        /// How long.
-        #[arg(default_value_t = 5)]
-        seconds: u64,
+        /// Until it moved that often.
+        moves: u64,
     },
 }
 
@@ -97,7 +96,7 @@ fn main() -> Result<()> {
         Scenario::Busy { until } => bench.busy(&until),
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
         Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
-        Scenario::Storm { seconds } => bench.storm(Duration::from_secs(seconds)),
+        Scenario::Storm { moves } => bench.storm(moves),
     }
 }
 
@@ -361,11 +360,11 @@ impl Bench {
         Ok(())
     }
 
-    fn storm(&self, time: Duration) -> Result<()> {
-        const MOVES: usize = 64;
+    fn storm(&self, moves: u64) -> Result<()> {
+        const CHECKED: usize = 64;
         let eventfd = self.edu.enable_msi()?;
         let interrupt = Interrupt::of_function(&self.bdf)?;
-        for processor in (0..2).cycle().take(MOVES) {
+        for processor in (0..2).cycle().take(CHECKED) {
             let start = Instant::now();
             interrupt.ask_for(processor)?;
             // A move is finished by the first interrupt after it; one that is asked for before waits for another interrupt.
@@ -380,23 +379,26 @@ impl Bench {
             let arrived = interrupt.arrived()?;
             ensure!(arrived == expected, "moved to processor {processor}: {arrived:?} arrived instead of {expected:?}");
         }
-        println!("storm: {MOVES} moves, and each time the interrupt arrived at its new processor and at no other");
+        println!("storm: {CHECKED} moves, and each time the interrupt arrived at its new processor and at no other");
 
         let before = interrupt.arrived()?;
-        let over = AtomicBool::new(false);
+        let (moved, over) = (AtomicU64::new(0), AtomicBool::new(false));
         let (raised, asked) = std::thread::scope(|scope| {
             let mover = scope.spawn(|| -> Result<u64> {
-                let mut asked = 0;
+                let (mut asked, mut was_first) = (0, interrupt.is_at(0)?);
                 while !over.load(Ordering::Relaxed) {
                     interrupt.ask_for(asked as usize % 2)?;
                     asked += 1;
+                    // Most of what is asked for waits for an interrupt, and something else is asked for meanwhile.
+                    let is_first = interrupt.is_at(0)?;
+                    moved.fetch_add(u64::from(is_first != was_first), Ordering::Relaxed);
+                    was_first = is_first;
                 }
                 Ok(asked)
             });
-            let start = Instant::now();
             let mut raised = 0u64;
             let mut result = Ok(());
-            while result.is_ok() && start.elapsed() < time {
+            while result.is_ok() && moved.load(Ordering::Relaxed) < moves && !mover.is_finished() {
                 result = self.edu.interrupt(&eventfd).with_context(|| format!("interrupt {raised} of the storm"));
                 raised += 1;
             }
@@ -410,7 +412,7 @@ impl Bench {
         // counted. The eventfd, which was checked each time, had each of them once.
         ensure!(arrived.iter().sum::<u64>() <= raised, "{raised} interrupts raised, {arrived:?} arrived");
         ensure!(arrived.iter().take(2).all(|&count| count > 0), "the storm did not move the interrupt: {arrived:?}");
-        println!("storm: {raised} interrupts during {asked} moves: {arrived:?} arrived");
+        println!("storm: {raised} interrupts during {moves} moves of {asked} asked for: {arrived:?} arrived");
         Ok(())
     }
 
