@@ -1,5 +1,3 @@
-# long
-# Not in the short run although it is short: see "a guest that crashed" in docs/status.md.
 # The guest changes the type of the NVMe's group between DMA and identity, twice there and back: the disk is right each time, and the
 # edu, whose domain is another one, works all the time.
 . /causeway/files/lib.sh

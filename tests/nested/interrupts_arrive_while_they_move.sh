@@ -1,5 +1,3 @@
-# long
-# Not in the short run although it is short: see "a guest that crashed" in docs/status.md.
 # A storm of changes to interrupt remapping entries: edu's MSI arrives once each time and at the processor it was moved to, and while the
 # guest moves it as fast as it can and reads its NVMe, none is lost and none is a fault.
 . /causeway/files/lib.sh

@@ -1,5 +1,3 @@
-# long
-# Not in the short run although it is short: see "a guest that crashed" in docs/status.md.
 # limit: 180
 # The guest gives its NVMe to its own vfio, maps huge pages for it, and takes it back, while its edu and e1000e work on the other vCPU.
 . /causeway/files/lib.sh

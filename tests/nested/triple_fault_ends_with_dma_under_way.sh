@@ -1,5 +1,3 @@
-# long
-# Not in the short run although it is short: see "a guest that crashed" in docs/status.md.
 # A triple fault while an NVMe and an edu are under DMA ends the VMM with status 8; the devices are quiet and open again at once.
 . /causeway/files/lib.sh
 . /causeway/files/life-lib.sh
