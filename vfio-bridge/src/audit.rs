@@ -10,8 +10,16 @@ use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
 use super::Bridge;
 use crate::ledger::Extent;
 use crate::limits::{IovaRange, without_interrupt_window};
+use crate::trace::Trace;
 
 impl Bridge {
+    /// Writes into `trace` what the ledger of each container holds at this moment.
+    pub fn trace_ledgers(&self, trace: &Trace) {
+        for entry in self.state().groups.values() {
+            trace.ledger(entry.container.id(), entry.container.ledger());
+        }
+    }
+
     /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a paged
     /// space). Identity is all RAM without the interrupt window; a group whose members disagree holds nothing (C-3). A function that
     /// was stopped because an unmap was refused is a difference as such.

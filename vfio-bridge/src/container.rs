@@ -48,6 +48,10 @@ impl Container {
         }
     }
 
+    pub fn id(&self) -> ContainerId {
+        self.id
+    }
+
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }

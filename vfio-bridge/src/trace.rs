@@ -13,8 +13,9 @@ use vtd::{
     Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey, SpaceListener,
 };
 
-use crate::guest_map::HostMem;
+use crate::guest_map::{GuestMap, HostMem};
 use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::ledger::{Extent, Ledger};
 use crate::limits::Limits;
 
 /// Where the lines go, through a buffer.
@@ -46,6 +47,27 @@ impl Trace {
         let written = writeln!(out, "{}.{:09} {what}", time.as_secs(), time.subsec_nanos());
         drop(out);
         self.check(written);
+    }
+
+    /// Says where the guest's memory is in this process: what `gpa` of the other lines means to the host.
+    pub fn memory(&self, guest: &GuestMap) {
+        for region in guest.regions() {
+            let (first, last) = (region.gpa(), region.gpa() + (region.size() - 1));
+            let hva = guest.host_mem(first, region.size()).map_or(0, |mem| mem.hva());
+            self.line(format_args!("host memory gpa={first:#x}-{last:#x} hva={hva:#x}"));
+        }
+    }
+
+    /// What the ledger of `container` holds.
+    pub(crate) fn ledger(&self, container: ContainerId, ledger: &Ledger) {
+        let ContainerId(container) = container;
+        let (extents, bytes) = (ledger.len(), ledger.bytes());
+        self.line(format_args!("host ledger container={container} extents={extents} bytes={bytes:#x}"));
+        for Extent { first, last, gpa, hva, perm } in ledger.extents() {
+            self.line(format_args!(
+                "host extent container={container} iova={first:#x}-{last:#x} gpa={gpa:#x} hva={hva:#x} perm={perm}"
+            ));
+        }
     }
 
     /// Brings the buffered lines out. An error is logged once.

@@ -203,11 +203,15 @@ pub fn open(
         }
     }
     let breaker = Arc::new(Breaker { functions: Mutex::default(), control: control.clone() });
+    let guest = GuestMap::of_memory(ram.clone())?;
     let host: Arc<dyn HostIommu> = match trace {
-        Some(trace) => Arc::new(TracedHost::new(type1, trace.clone())),
+        Some(trace) => {
+            trace.memory(&guest);
+            Arc::new(TracedHost::new(type1, trace.clone()))
+        }
         None => type1,
     };
-    let bridge = Arc::new(Bridge::new(host, GuestMap::of_memory(ram.clone())?, breaker.clone()));
+    let bridge = Arc::new(Bridge::new(host, guest, breaker.clone()));
     Ok(Assigned { bridge, functions, limits, breaker })
 }
 

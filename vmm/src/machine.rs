@@ -327,9 +327,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Compares the guest's tables, the shadows, and what the host was handed.
-    pub fn audit(&self) -> Audit {
+    /// Compares the guest's tables, the shadows, and what the host was handed. A trace gets the ledgers.
+    pub fn audit(&self, trace: Option<&Trace>) -> Audit {
         let bridge = &self.bridge;
+        if let Some(trace) = trace {
+            bridge.trace_ledgers(trace);
+        }
         let unit = self.unit.as_ref().map(|unit| {
             unit.audit(&mut |requester, space, granted, audit| bridge.audit(requester, space, granted, audit))
         });

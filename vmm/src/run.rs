@@ -188,7 +188,7 @@ impl Run<'_> {
         machine.halt();
         terminal::restore();
         // Before the functions are torn down.
-        let audit = self.args.stats.as_ref().map(|_| machine.audit());
+        let audit = self.args.stats.as_ref().map(|_| machine.audit(trace.as_deref()));
         machine.stop();
         if let Some(trace) = &trace {
             trace.flush();
@@ -236,7 +236,7 @@ impl Run<'_> {
                 return Stop::Error(format!("the event loop failed: {e}"));
             }
             if report.swap(false, Ordering::Relaxed) {
-                let audit = machine.audit();
+                let audit = machine.audit(trace);
                 audit::say(&audit);
                 self.write_stats(machine, None, &audit);
                 if let Some(trace) = trace {

@@ -117,20 +117,27 @@ fn b16_each_notification_and_host_operation_is_a_line() {
     let trace = Trace::new(Box::new(text.clone()));
     let model = Model::new(Kernel { entries: 1, ..Kernel::new(48) }, &[GroupId(7)]);
     let host = Arc::new(TracedHost::new(model, trace.clone()));
-    let bridge = Arc::new(Bridge::new(host, Ram { low: GIB, high: GIB }.map(), Arc::new(Stopped::default())));
+    let ram = Ram { low: GIB, high: GIB }.map();
+    trace.memory(&ram);
+    let hva = |gpa| ram.host_mem(gpa, KIB4).expect("RAM").hva();
+    let (low, high, second_page) = (hva(0), hva(4 * GIB), hva(KIB4));
+    let bridge = Arc::new(Bridge::new(host, ram, Arc::new(Stopped::default())));
     bridge.register(requester(1), GroupId(7)).expect("new");
-    let listener = TracedListener::new(bridge, trace.clone());
+    let listener = TracedListener::new(bridge.clone(), trace.clone());
     let space = paged(3, 48);
 
     listener.attach(requester(1), None, &space, &mut [mapping(0, KIB4, KIB4)].into_iter()).expect("attached");
     let applied = listener.apply(&space, &[map(MIB2, 0, KIB4)]);
     assert_eq!(applied.refused[0].first, Iova(MIB2));
+    bridge.trace_ledgers(&trace);
     listener.apply(&space, &[unmap(0, 0xffff)]);
     listener.detach(requester(1), None);
 
     assert_eq!(text.lines(), [""; 0], "buffered");
     trace.flush();
     let expected = [
+        &format!("host memory gpa=0x0-0x3fffffff hva={low:#x}"),
+        &format!("host memory gpa=0x100000000-0x13fffffff hva={high:#x}"),
         "notify attach device=0000:00:01.0 space=unit0/domain3/root0x3000/48bit",
         "notify replay space=unit0/domain3/root0x3000/48bit iova=0x0-0xfff gpa=0x1000 perm=rw",
         "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=rw result=ok",
@@ -139,6 +146,8 @@ fn b16_each_notification_and_host_operation_is_a_line() {
         "host map container=7 iova=0x200000-0x200fff gpa=0x0 perm=rw result=No_space_left_on_device_(os_error_28)",
         "notify refused space=unit0/domain3/root0x3000/48bit device=0000:00:01.0 iova=0x200000-0x200fff cause=limit",
         "notify applied space=unit0/domain3/root0x3000/48bit ops=1 refused=1",
+        "host ledger container=7 extents=1 bytes=0x1000",
+        &format!("host extent container=7 iova=0x0-0xfff gpa=0x1000 hva={second_page:#x} perm=rw"),
         "notify unmap space=unit0/domain3/root0x3000/48bit iova=0x0-0xffff",
         "host unmap container=7 iova=0x0-0xffffffffffffffff bytes=0x1000 result=ok",
         "notify applied space=unit0/domain3/root0x3000/48bit ops=1 refused=0",
