@@ -151,6 +151,20 @@ impl Apt {
         bail!("no kernel package (linux-image-amd64 or linux-image-generic) in {}", self.suite)
     }
 
+    /// The package with the source of a kernel's package, in the same version where the archive still has it.
+    pub fn kernel_source(&self, image: &Pinned) -> Result<Pinned> {
+        let (name, version) = image.split_once('=').with_context(|| format!("{image} has no version"))?;
+        for source in source_names(name) {
+            if self.run("apt-cache", &["show", &format!("{source}={version}")]).is_ok() {
+                return Ok(format!("{source}={version}"));
+            }
+            if let Some(version) = self.candidate(&source)? {
+                return Ok(format!("{source}={version}"));
+            }
+        }
+        bail!("no package in {} has the source of {name}", self.suite)
+    }
+
     fn dependencies(&self, package: &str, prefix: &str) -> Result<Vec<String>> {
         let version = self.candidate(package)?.with_context(|| format!("{package} has no version"))?;
         let text = self.run("apt-cache", &["show", "--no-all-versions", &format!("{package}={version}")])?;
@@ -213,6 +227,15 @@ fn simulated_install(line: &str) -> Option<Pinned> {
     let name = words.next()?;
     let version = words.find_map(|word| word.strip_prefix('('))?;
     Some(format!("{name}={version}"))
+}
+
+/// What distributions call the source of `linux-image-6.12.95+deb12-amd64`: `linux-source-6.12`, or `linux-source-6.12.95`.
+fn source_names(image: &str) -> Vec<String> {
+    let digits = image.split('-').find(|part| part.starts_with(|c: char| c.is_ascii_digit())).unwrap_or_default();
+    let numbers: Vec<&str> =
+        digits.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default().split('.').collect();
+    let name = |count: usize| numbers.get(..count).map(|first| format!("linux-source-{}", first.join(".")));
+    [name(2), name(3)].into_iter().flatten().collect()
 }
 
 /// The major upstream version: `1:10.0.2+ds-2` is 10.
@@ -328,5 +351,8 @@ mod tests {
         let line = "Inst libgcc-s1 [1] (12.2.0-14+deb12u1 Debian:12.15/oldstable [amd64]) []";
         assert_eq!(simulated_install(line).as_deref(), Some("libgcc-s1=12.2.0-14+deb12u1"));
         assert_eq!(simulated_install("Conf libgcc-s1 (12)"), None);
+        assert_eq!(source_names("linux-image-6.12.95+deb12-amd64"), ["linux-source-6.12", "linux-source-6.12.95"]);
+        assert_eq!(source_names("linux-image-6.14.0-15-generic"), ["linux-source-6.14", "linux-source-6.14.0"]);
+        assert!(source_names("linux-image-amd64").is_empty());
     }
 }

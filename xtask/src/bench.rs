@@ -5,7 +5,7 @@ use crate::cache::{Cache, progress, target};
 use crate::crate_tests::cargo;
 use crate::demo::READS;
 use crate::l1;
-use crate::nested::{self, DEFAULT_CPU, End, Job, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Machine, Topology};
 use crate::programs;
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail, ensure};
@@ -189,8 +189,12 @@ fn nested(args: &BenchArgs) -> Result<Nested> {
     std::fs::write(&reads, READS)?;
     let files = [("causeway/files/measure.sh".to_owned(), measure), ("causeway/files/reads.sh".to_owned(), reads)];
     let script = SCRIPT.replacen("#!/bin/sh\n", &format!("#!/bin/sh\nROUNDS={}\n", args.rounds), 1);
-    let machine =
-        Machine { topology: Topology::Flat, append: String::new(), cpu: DEFAULT_CPU.to_owned(), kernel: None };
+    let machine = Machine {
+        topology: Topology::Flat,
+        append: String::new(),
+        cpu: DEFAULT_CPU.to_owned(),
+        kernel: Kernel::Distribution,
+    };
     let kept = Arc::new(Mutex::new(Vec::new()));
     let job = Job {
         machine: &machine,

@@ -1,18 +1,18 @@
 //! The nested cases: shell scripts in `tests/nested`, each with its needs in the comment at its head.
 //!
-//! `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`, `# limit: SECONDS`, `# needs: CONFIG_NAME` and
-//! `# long` stand on lines of their own. Files that end in `lib.sh` are what the cases share.
+//! `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`, `# kernel: own`, `# limit: SECONDS`,
+//! `# needs: CONFIG_NAME` and `# long` stand on lines of their own. Files that end in `lib.sh` are what the cases share.
 
 use crate::cache::{Cache, workspace};
 use crate::l1::Images;
-use crate::nested::{self, DEFAULT_CPU, End, Files, Job, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Files, Job, Kernel, Machine, Topology};
 use crate::programs::Program;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,8 +32,12 @@ pub struct Case {
 
 impl Case {
     fn parse(name: &str, text: &str) -> Result<Self> {
-        let machine =
-            Machine { topology: Topology::Flat, append: String::new(), cpu: DEFAULT_CPU.to_owned(), kernel: None };
+        let machine = Machine {
+            topology: Topology::Flat,
+            append: String::new(),
+            cpu: DEFAULT_CPU.to_owned(),
+            kernel: Kernel::Distribution,
+        };
         let mut case = Self { name: name.to_owned(), machine, limit: DEFAULT_LIMIT, long: false, needs: Vec::new() };
         for line in text.lines().map_while(|line| line.strip_prefix('#')) {
             let Some((key, value)) = line.trim().split_once(':').map(|(key, value)| (key, value.trim())) else {
@@ -47,6 +51,8 @@ impl Case {
                 }
                 "append" => case.machine.append = value.to_owned(),
                 "cpu" => case.machine.cpu = value.to_owned(),
+                "kernel" if value == "own" => case.machine.kernel = Kernel::Own,
+                "kernel" => bail!("{name}: no kernel {value}"),
                 "limit" => case.limit = value.parse().with_context(|| format!("{name}: limit {value}"))?,
                 "needs" => case.needs.extend(value.split_whitespace().map(str::to_owned)),
                 // A sentence with a colon.
@@ -240,15 +246,20 @@ impl Write for Sink {
 }
 
 /// Where only what is missing for a reason known beforehand may be skipped.
-fn in_ci() -> bool {
+pub fn in_ci() -> bool {
     std::env::var_os("CI").is_some_and(|value| value == "true")
 }
 
-/// The kernel options that the bench's kernel was built with, for `needs`.
-pub fn kernel_options(images: &Images) -> HashMap<String, String> {
+/// The configuration of the distribution's kernel.
+pub fn kernel_config(images: &Images) -> PathBuf {
     let name =
         images.kernel.file_name().map(|name| name.to_string_lossy().replace("vmlinuz", "config")).unwrap_or_default();
-    let text = std::fs::read_to_string(images.kernel.with_file_name(name)).unwrap_or_default();
+    images.kernel.with_file_name(name)
+}
+
+/// The options that a kernel was built with, for `needs`.
+pub fn kernel_options(config: &Path) -> HashMap<String, String> {
+    let text = std::fs::read_to_string(config).unwrap_or_default();
     text.lines()
         .filter_map(|line| line.split_once('='))
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
@@ -269,6 +280,9 @@ mod tests {
         assert_eq!((case.limit, case.long), (30, true));
         assert_eq!(case.needs, ["CONFIG_A", "CONFIG_B"]);
         assert!(Case::parse("x", "# topology: ring\n").is_err());
+        assert_eq!(case.machine.kernel, Kernel::Distribution);
+        assert_eq!(Case::parse("x", "# kernel: own\n").unwrap().machine.kernel, Kernel::Own);
+        assert!(Case::parse("x", "# kernel: old\n").is_err());
     }
 
     #[test]

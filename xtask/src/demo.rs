@@ -3,7 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::host_device::HostDevice;
 use crate::l1::{self, Images};
-use crate::nested::{self, DEFAULT_CPU, End, Job, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Machine, Topology};
 use crate::programs::{self, Program};
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail};
@@ -76,8 +76,12 @@ fn nested(cache: &Cache, images: &Images, programs: &[Program], options: &str) -
     std::fs::write(&reads, READS)?;
     let files = [("causeway/files/measure.sh".to_owned(), measure), ("causeway/files/reads.sh".to_owned(), reads)];
     let script = SCRIPT.replacen("#!/bin/sh\n", &format!("#!/bin/sh\nDEMO_OPTIONS='{options}'\n"), 1);
-    let machine =
-        Machine { topology: Topology::Flat, append: String::new(), cpu: DEFAULT_CPU.to_owned(), kernel: None };
+    let machine = Machine {
+        topology: Topology::Flat,
+        append: String::new(),
+        cpu: DEFAULT_CPU.to_owned(),
+        kernel: Kernel::Distribution,
+    };
     let job = Job {
         machine: &machine,
         name: "demo",

@@ -21,7 +21,7 @@ const CHECKED_BYTES: usize = 64 << 20;
 
 /// Loaded before the script: what a host with KVM and VFIO has. Nothing is bound, so no driver of an assigned function is among them.
 const L1_BOOT_MODULES: &[&str] = &["kvm-amd", "vfio-pci", "vfio_iommu_type1", "virtio_blk"];
-const L1_MODULES: &[&str] = &[
+pub const L1_MODULES: &[&str] = &[
     "kvm",
     "kvm-amd",
     "kvm-intel",
@@ -45,7 +45,7 @@ const L1_MODULES: &[&str] = &[
     "loop",
     "tun",
 ];
-const GUEST_MODULES: &[&str] = &[
+pub const GUEST_MODULES: &[&str] = &[
     "nvme",
     "vfio",
     "vfio_iommu_type1",
@@ -103,6 +103,27 @@ pub struct Images {
     pub qemu_disk: PathBuf,
     pub nvme: PathBuf,
     pub disk_sha256: String,
+    /// The package that `kernel` is from.
+    pub kernel_package: Pinned,
+    /// Stands for the content of all of these.
+    pub recipe: String,
+    /// What an L1 on the own kernel has besides, where that kernel is wanted.
+    pub own: Option<OwnImages>,
+}
+
+impl Images {
+    /// The own kernel, which whoever wants it has put here.
+    pub fn own(&self) -> Result<&OwnImages> {
+        self.own.as_ref().context("the own kernel was not made ready")
+    }
+}
+
+/// The own kernel, ready for L1.
+pub struct OwnImages {
+    pub kernel: PathBuf,
+    pub config: PathBuf,
+    /// Follows `base`.
+    pub overlay: PathBuf,
 }
 
 /// A QEMU and how to start it.
@@ -217,6 +238,12 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
     };
     qemu.check()?;
     let kernel = kernel_image(&tree)?;
+    let disk_sha256 = disk(cache)?;
+    let mut parts = vec![packages.as_str(), disk_sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
+    parts.extend([include_str!("l1.rs"), include_str!("cpio.rs"), include_str!("kernel_modules.rs")]);
+    parts.extend(L1_PROGRAMS.iter().chain(COMMON_PROGRAMS).map(|(_, text)| *text));
+    let recipe = recipe(&parts);
+    let kernel_package = packages.lines().find(|package| package.starts_with("linux-image-"));
     let images = Images {
         qemu,
         kernel,
@@ -224,19 +251,17 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
         guest_base: cache.path("guest.cpio"),
         qemu_disk: cache.path("qemu.cpio"),
         nvme: cache.path("nvme.img"),
-        disk_sha256: disk(cache)?,
+        kernel_package: kernel_package.context("no kernel among the unpacked packages")?.to_owned(),
+        disk_sha256,
+        recipe,
+        own: None,
     };
-    let mut parts =
-        vec![packages.as_str(), images.disk_sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
-    parts.extend([include_str!("l1.rs"), include_str!("cpio.rs"), include_str!("kernel_modules.rs")]);
-    parts.extend(L1_PROGRAMS.iter().chain(COMMON_PROGRAMS).map(|(_, text)| *text));
-    let recipe = recipe(&parts);
-    if !cache.is_fresh("images", &recipe) {
+    if !cache.is_fresh("images", &images.recipe) {
         progress("making L1's images");
         cache.forget("images")?;
         images.qemu.pack(&images.qemu_disk)?;
         l1_base(cache, &tree, &images)?;
-        cache.stamp("images", &recipe)?;
+        cache.stamp("images", &images.recipe)?;
     }
     Ok(images)
 }
@@ -253,10 +278,9 @@ fn unpack(cache: &Cache, tree: &Path) -> Result<String> {
         std::fs::remove_dir_all(tree)?;
     }
     progress("reading the package lists");
-    let own_qemu = on_path().is_some();
-    let apt = Apt::open(&cache.path("apt"), if own_qemu { 0 } else { OLDEST_QEMU })?;
+    let apt = apt(cache)?;
     let mut pinned: Vec<Pinned> = Vec::new();
-    if own_qemu {
+    if on_path().is_some() {
         pinned.extend(apt.closure(&["busybox-static"])?);
     } else {
         pinned.extend(apt.closure(&["qemu-system-x86", "busybox-static"])?);
@@ -269,6 +293,11 @@ fn unpack(cache: &Cache, tree: &Path) -> Result<String> {
     std::fs::write(cache.path("packages"), &packages)?;
     cache.stamp("tree", &kind)?;
     Ok(packages)
+}
+
+/// The apt of the suite that QEMU and the kernel come from.
+pub fn apt(cache: &Cache) -> Result<Apt> {
+    Apt::open(&cache.path("apt"), if on_path().is_some() { 0 } else { OLDEST_QEMU })
 }
 
 /// A QEMU of this machine that is new enough.
@@ -343,6 +372,11 @@ fn user_space<W: Write>(
     archive.symlink("usr/bin/env", "../../bin/busybox")?;
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/tmp:/bin/sh\n")?;
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
+    put_modules(archive, release, selection)
+}
+
+/// A kernel's modules, and what modprobe wants to know of them.
+pub fn put_modules<W: Write>(archive: &mut Archive<W>, release: &str, selection: &Selection) -> Result<()> {
     let root = format!("lib/modules/{release}");
     let mut made: Vec<String> = vec![root.clone()];
     archive.directory(&root)?;

@@ -12,6 +12,7 @@ mod images;
 mod kernel_modules;
 mod l1;
 mod nested;
+mod own_kernel;
 mod programs;
 mod report;
 mod table;
@@ -37,6 +38,10 @@ enum Task {
     ///
     /// The exit status is the script's (0 to 123); 124 is its time limit, 125 a bench that failed.
     Nested(nested::NestedArgs),
+    /// Builds the kernel with iommufd and the IOMMU's debugfs, which `nested --own-kernel` and some cases run on
+    ///
+    /// Needs packages of this system, which it installs as root and names otherwise, and 8 GB meanwhile. What is built stays in the cache.
+    OwnKernel(own_kernel::OwnKernelArgs),
     /// Measures: the crates' criterion benchmarks, and `nested`, a guest under Causeway and under QEMU
     ///
     /// Writes bench-report.json and bench-report.md into the target folder.
@@ -49,6 +54,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Demo(args) => demo::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Nested(args) => nested::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
+        Task::OwnKernel(args) => own_kernel::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),
     };

@@ -3,6 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::cpio::{self, Archive};
 use crate::l1::{self, Images};
+use crate::own_kernel;
 use crate::programs::{self, Program};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
@@ -44,7 +45,16 @@ pub struct Machine {
     /// Added to L1's kernel command line.
     pub append: String,
     pub cpu: String,
-    pub kernel: Option<PathBuf>,
+    pub kernel: Kernel,
+}
+
+/// What L1 boots.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kernel {
+    Distribution,
+    /// That of `cargo xtask own-kernel`.
+    Own,
+    File(PathBuf),
 }
 
 pub const DEFAULT_CPU: &str = "EPYC";
@@ -65,6 +75,9 @@ pub struct NestedArgs {
     /// A kernel for L1 instead of the distribution's
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// The kernel that `cargo xtask own-kernel` built, for L1; guests may boot /causeway/guest/vmlinuz-own
+    #[arg(long, conflicts_with = "kernel")]
+    own_kernel: bool,
     /// The model of L1's processor; SVM is added to it
     #[arg(long, value_name = "MODEL", default_value = DEFAULT_CPU)]
     cpu: String,
@@ -134,13 +147,17 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     }
     let programs = programs::build(args.causeway.as_deref())?;
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
-    let machine = Machine {
-        topology: args.topology,
-        append: args.append.clone(),
-        cpu: args.cpu.clone(),
-        kernel: args.kernel.clone(),
+    let mut images = l1::prepare(&cache)?;
+    let kernel = match &args.kernel {
+        _ if args.own_kernel => Kernel::Own,
+        Some(file) => Kernel::File(file.clone()),
+        None => Kernel::Distribution,
     };
+    if kernel == Kernel::Own {
+        let own = own_kernel::built(&cache, &images)?;
+        images.own = Some(own_kernel::images(&cache, &images, &own.context("run `cargo xtask own-kernel` first")?)?);
+    }
+    let machine = Machine { topology: args.topology, append: args.append.clone(), cpu: args.cpu.clone(), kernel };
     let report = run(
         &cache,
         &images,
@@ -268,7 +285,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
     } else {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
     }
-    die_with_this_process(&mut command);
+    end_with_this_process(&mut command, libc::SIGKILL);
     let start = Instant::now();
     let mut running = Running(command.spawn().context("cannot start QEMU")?);
     let copier = running.0.stdout.take().map(|mut from| {
@@ -347,6 +364,9 @@ fn exit_status(said: &str) -> Option<u8> {
 fn initramfs(images: &Images, job: &Job, to: &Path) -> Result<()> {
     let mut file = BufWriter::new(File::create(to)?);
     std::io::copy(&mut File::open(&images.base)?, &mut file)?;
+    if job.machine.kernel == Kernel::Own {
+        std::io::copy(&mut File::open(&images.own()?.overlay)?, &mut file)?;
+    }
     let mut archive = Archive::new(file);
     archive.file("script", 0o755, job.script)?;
     let environment = format!(
@@ -366,7 +386,11 @@ fn initramfs(images: &Images, job: &Job, to: &Path) -> Result<()> {
 }
 
 fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Result<Command> {
-    let kernel = job.machine.kernel.as_ref().unwrap_or(&images.kernel);
+    let kernel = match &job.machine.kernel {
+        Kernel::Distribution => &images.kernel,
+        Kernel::Own => &images.own()?.kernel,
+        Kernel::File(file) => file,
+    };
     ensure!(kernel.is_file(), "no kernel {}", kernel.display());
     let khz = tsc_khz();
     let append = format!(
@@ -494,11 +518,11 @@ fn tsc_khz() -> u64 {
     u64::try_from(khz).unwrap_or_default()
 }
 
-/// A run that is killed leaves no QEMU behind.
-fn die_with_this_process(command: &mut Command) {
+/// A run that is killed leaves no QEMU and no compiler behind: they get `signal`.
+pub fn end_with_this_process(command: &mut Command, signal: libc::c_int) {
     // SAFETY: prctl is async-signal-safe and PR_SET_PDEATHSIG touches nothing but the calling process.
     unsafe {
-        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+        command.pre_exec(move || match libc::prctl(libc::PR_SET_PDEATHSIG, signal) {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
         });

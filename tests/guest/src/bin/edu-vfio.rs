@@ -13,6 +13,7 @@ use guest_programs::affinity::Interrupt;
 use guest_programs::edu::{self, BUFFER_SIZE, Direction, Edu};
 use guest_programs::kernel_log::KernelLog;
 use guest_programs::memory::{Backing, DmaMemory, PAGE, pattern};
+use guest_programs::random::Random;
 use guest_programs::vfio::{self, Access, Container};
 
 /// Drives an edu function through this kernel's VFIO type1.
@@ -437,7 +438,7 @@ impl Bench {
     fn random_loop(&self, steps: u32, seed: u64) -> Result<()> {
         const SLOTS: usize = 16;
         const SLOT_PAGES: usize = 64;
-        let mut random = Random(seed.max(1));
+        let mut random = Random::new(seed);
         let memory = DmaMemory::new(SLOTS * SLOT_PAGES * PAGE, Backing::Base)?;
         // The pages that are mapped in each slot of the IOVA space, as (first page, pages).
         let mut slots: [Option<(usize, usize)>; SLOTS] = [None; SLOTS];
@@ -481,17 +482,5 @@ impl Bench {
         }
         println!("loop: {steps} steps from seed {seed}: {reached} reached as mapped, {blocked} blocked as unmapped");
         Ok(())
-    }
-}
-
-/// xorshift64*: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % bound
     }
 }
