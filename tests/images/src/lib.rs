@@ -36,7 +36,7 @@ macro_rules! check_eq {
     ($left:expr, $right:expr, $what:literal) => {{
         let (left, right) = ($left, $right);
         if left != right {
-            panic!("{}: {left:#x?}, not {right:#x?}", $what);
+            panic!("{}: {left:x?}, not {right:x?}", $what);
         }
     }};
 }

@@ -5,6 +5,7 @@
 mod suite {
     pub mod device;
     pub mod faults;
+    pub mod hostile;
     pub mod interrupts;
     pub mod invalidation;
     pub mod queue;
@@ -20,6 +21,7 @@ use suite::*;
 images::image!(
     device::TESTS,
     faults::TESTS,
+    hostile::TESTS,
     interrupts::TESTS,
     invalidation::TESTS,
     queue::TESTS,

@@ -77,6 +77,10 @@ start_pvh:
     decl %ecx
     jnz 3b
     lidt idt_pointer(%rip)
+    // Firmware may have left a timer running behind the old interrupt controllers, at vectors that are exceptions here.
+    movb $0xff, %al
+    outb %al, $0x21
+    outb %al, $0xa1
     // The bitmap of ports is all zeros: user mode may use every port.
     leaq tss(%rip), %rax
     leaq kernel_stack_top(%rip), %rdx

@@ -92,7 +92,9 @@ impl World {
     /// Puts a function into a domain, and invalidates what there was.
     pub fn attach(&mut self, source: SourceId, domain: &Domain) {
         let high = u64::from(domain.levels - 2) | u64::from(domain.id) << 8;
+        let old = (load(self.context(source) + 8) >> 8) as u16;
         self.set_context(source, domain.root | 1, high);
+        self.refresh(source, old);
         self.refresh(source, domain.id);
     }
 

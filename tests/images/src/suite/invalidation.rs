@@ -1,7 +1,7 @@
 //! and B-2: what each invalidation takes away. Where a unit shows the stale entry, that is printed; it need not.
 
-use images::memory::{load, page, store};
-use images::tables::{Domain, READ_WRITE};
+use images::memory::{load, page, pages, store};
+use images::tables::{Domain, READ_WRITE, span};
 use images::vtd::offset::CCMD;
 use images::vtd::{
     CONTEXT_GLOBAL, Descriptor, IOTLB_GLOBAL, QUEUE, context_device, context_domain, iotlb_domain, iotlb_pages,
@@ -15,6 +15,7 @@ images::tests!(
     a6_domain_iotlb_invalidation,
     a6_page_iotlb_invalidation,
     a6_page_iotlb_invalidation_with_each_mask,
+    a6_page_iotlb_invalidation_takes_all_of_a_large_leaf,
     a6_global_context_invalidation,
     a6_domain_context_invalidation,
     a6_device_context_invalidation,
@@ -82,6 +83,25 @@ fn a6_page_iotlb_invalidation_with_each_mask() {
             for iova in [base, base + size - 4096] {
                 check_eq!(reaches_which(&world, iova, [from, to]), Some(0), "the page that is reached");
             }
+        }
+    }
+}
+
+fn a6_page_iotlb_invalidation_takes_all_of_a_large_leaf() {
+    let (mut world, domain) = World::with_domain();
+    let (base, old, new) = (0x8_0000_0000, pages(512, span(2)), pages(512, span(2)));
+    world.edu.fill(WRITTEN);
+    for (from, to, invalidated) in [(old, new, 0x5000), (new, old, 0x1f_f000), (old, new, 0)] {
+        domain.map_at(base, from, 2, READ_WRITE);
+        world.unit.invalidate(&[iotlb_pages(domain.id, base, 9)]);
+        for offset in [0, 0x5000, 0x1f_f000] {
+            check_eq!(reaches_which(&world, base + offset, [from + offset, to + offset]), Some(0), "the leaf's page");
+        }
+        domain.map_at(base, to, 2, READ_WRITE);
+        // One page of the leaf is named; what is cached of all of it goes.
+        world.unit.invalidate(&[iotlb_pages(domain.id, base + invalidated, 0)]);
+        for offset in [0, 0x5000, 0x1f_f000] {
+            check_eq!(reaches_which(&world, base + offset, [from + offset, to + offset]), Some(1), "the leaf's page");
         }
     }
 }

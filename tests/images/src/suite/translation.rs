@@ -146,8 +146,8 @@ fn a1_pass_through_reaches_all_of_memory() {
     world.edu.fill(WRITTEN);
     world.write_blocked(page, page, WRITE_DENIED);
     let aw = u64::from(domain.levels - 2);
-    // The pointer of a pass-through entry is ignored.
-    world.set_context(world.edu.sid, 0x1_2345_6000 | 2 << 2 | 1, aw | 9 << 8);
+    // The pointer of a pass-through entry is ignored, even one that no memory can have.
+    world.set_context(world.edu.sid, 0x000f_ffff_ffff_f000 | 2 << 2 | 1, aw | 9 << 8);
     world.refresh(world.edu.sid, 1);
     check!(load(context) & 1 == 1, "the context entry is not there");
     world.reaches(page, page);
