@@ -430,7 +430,10 @@ impl VfioPci {
         {
             // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
             let _quarantined = self.command.quarantined.lock().unwrap();
-            if let Err(e) = self.host.reset(scope) {
+            // That nothing can reset it was said at start.
+            if let Err(e) = self.host.reset(scope)
+                && e.kind() != io::ErrorKind::Unsupported
+            {
                 let requester = self.requester;
                 self.command.told.once(|| log::warn!("{requester}: the host could not reset the function: {e}"));
             }

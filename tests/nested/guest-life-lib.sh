@@ -53,9 +53,9 @@ work_ends() {
             kill -INT $network_work
             wait $network_work
             grep 'packets transmitted' /network-work | sed 's/^/work: /'
-            # The last request may still be waiting for its answer.
-            awk '/packets transmitted/ { answered = $4 > 0 && $1 - $4 <= 1 } END { exit !answered }' /network-work ||
-                fail "the network's work: $(cat /network-work)"
+            # Packets may be lost where the machine is slow, as on any network; a device that lost its rings would answer none.
+            awk '/packets transmitted/ { answered = $4 > 0 && $1 - $4 <= 1 + $1 / 100 } END { exit !answered }' /network-work ||
+                { dmesg | grep -E 'e1000e|NETDEV' | tail -n 20; fail "the network's work: $(cat /network-work)"; }
             ;;
         esac
     done

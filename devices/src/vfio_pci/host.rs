@@ -26,7 +26,7 @@ pub trait AssignedHost: Send + Sync {
     /// Unmasks the legacy line, which the host masks each time it fires.
     fn unmask_intx(&self) -> io::Result<()>;
     /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was before.
-    /// An error where no way is there.
+    /// [`io::ErrorKind::Unsupported`] where no way is there.
     fn reset(&self, scope: ResetScope) -> io::Result<()>;
 }
 
