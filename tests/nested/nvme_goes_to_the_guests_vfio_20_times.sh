@@ -1,0 +1,6 @@
+# long
+# limit: 600
+# As nvme_goes_to_the_guests_vfio_and_back, for a long life.
+. /causeway/files/lib.sh
+. /causeway/files/life-lib.sh
+rebinds 20
