@@ -36,7 +36,7 @@ pub enum Command {
 #[command(after_help = "\
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M or G, switches on or off.
 
-  --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off]
+  --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1][,id=NAME]
   --device edu[,addr=DD.F][,id=NAME]

@@ -128,6 +128,8 @@ pub struct VtdOption {
     pub interrupt_remapping: bool,
     /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
+    pub ioapic_check: bool,
 }
 
 impl Default for VtdOption {
@@ -138,6 +140,7 @@ impl Default for VtdOption {
             pass_through: true,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
+            ioapic_check: true,
         }
     }
 }
@@ -155,10 +158,8 @@ impl std::str::FromStr for IommuOption {
             }
             "vtd" => {
                 let keys = Keys::parse(kind, rest, &KEYS)?;
-                for later in ["scalable", "ioapic-check"] {
-                    if keys.switch(later)? == Some(true) {
-                        return unavailable(&format!("vtd: {later}=on"));
-                    }
+                if keys.switch("scalable")? == Some(true) {
+                    return unavailable("vtd: scalable=on");
                 }
                 let aw_bits = keys.get("aw-bits", |value| match number(value)? {
                     bits @ (39 | 48 | 57) => Ok(bits as u8),
@@ -176,6 +177,7 @@ impl std::str::FromStr for IommuOption {
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
                     interrupt_remapping,
                     extended_interrupt_mode,
+                    ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }
             _ => bad(format!("unknown IOMMU `{kind}`; it is vtd or none")),

@@ -29,13 +29,14 @@ fn iommu_keys() {
     assert_eq!("none".parse(), Ok(IommuOption::None));
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
-        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off".parse(),
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off".parse(),
         Ok(IommuOption::Vtd(VtdOption {
             aw_bits: Some(39),
             caching_mode: false,
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            ioapic_check: false,
         }))
     );
     for (text, interrupt_remapping, extended_interrupt_mode) in [

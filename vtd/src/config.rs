@@ -1,6 +1,6 @@
 //! What a unit is built from, and the capabilities that follow from it.
 
-use crate::ids::UnitId;
+use crate::ids::{SourceId, UnitId};
 use crate::spec::registers::{Capability, ExtendedCapability, offset};
 use crate::spec::second_stage::levels;
 
@@ -50,6 +50,9 @@ pub struct UnitConfig {
     pub interrupt_remapping: bool,
     /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an IOAPIC entries
+    /// with the id of the device that is wired to them.
+    pub unchecked_source: Option<SourceId>,
     /// Bounds against a hostile guest.
     pub bounds: Bounds,
 }
@@ -83,6 +86,7 @@ impl UnitConfig {
             pass_through: true,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            unchecked_source: None,
             bounds: Bounds::default(),
         }
     }

@@ -131,11 +131,13 @@ pub(crate) struct Sender {
     pub(crate) requester: Requester,
     /// The id is the sender's alone. If not, no entry that asks for a source lets the message pass.
     pub(crate) known: bool,
+    /// Entries that ask for a source look at it.
+    pub(crate) checked: bool,
 }
 
 impl From<Requester> for Sender {
     fn from(requester: Requester) -> Self {
-        Self { requester, known: true }
+        Self { requester, known: true, checked: true }
     }
 }
 
@@ -252,9 +254,10 @@ fn read_whole(mut word: impl FnMut(usize) -> Option<u64>) -> Option<Irte> {
 
 /// Whether an entry may be used by `sender`.
 fn may_use(validation: SourceValidation, entry: IrteHigh, sender: Sender) -> bool {
-    let Sender { requester, known } = sender;
+    let Sender { requester, known, checked } = sender;
     match validation {
         SourceValidation::None => true,
+        _ if !checked => true,
         _ if !known => false,
         SourceValidation::SourceId => {
             let ignored = [0, 0b100, 0b110, 0b111][usize::from(entry.source_qualifier() & 3)];

@@ -277,6 +277,17 @@ fn a9_a_posted_entry_is_a_fault_as_posting_is_not_offered() {
 }
 
 #[test]
+fn a9_a_source_that_is_not_checked_uses_every_entry() {
+    let memory = memory();
+    for validation in 1..=2 {
+        store(&memory, 1, Irte { high: IrteHigh::new().with_validation(validation).with_source(0x4242), ..entry() });
+        let sender = |checked| Sender { checked, ..NVME.into() };
+        assert_eq!(extended().remap(&memory, sender(false), request(1)), Ok(DELIVERED));
+        assert_eq!(fault(extended().remap(&memory, sender(true), request(1))), (0x26, 1, false));
+    }
+}
+
+#[test]
 fn a9_the_source_id_is_checked_in_the_bits_that_sq_leaves() {
     let sid = SourceId::new(2, 5, 0b101);
     for (qualifier, ignored) in [(0, 0u16), (1, 0b100), (2, 0b110), (3, 0b111)] {

@@ -212,7 +212,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// the message to [`Self::deliver`], which asks again.
     pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
         let source = self.shared.sources.load().of(requester);
-        let sender = Sender { requester: source.seen(requester), known: source.own().is_some() };
+        let checked = self.shared.config.unchecked_source != Some(requester.sid);
+        let sender = Sender { requester: source.seen(requester), known: source.own().is_some(), checked };
         let remapped = self.shared.remapping.load().remap(&self.shared.memory, sender, msi);
         remapped.map_err(|error| match error {
             // There is no id to record it with.

@@ -12,6 +12,7 @@ mod images;
 mod kernel_modules;
 mod l1;
 mod nested;
+mod oracle;
 mod own_kernel;
 mod programs;
 mod report;
@@ -46,6 +47,8 @@ enum Task {
     ///
     /// Writes bench-report.json and bench-report.md into the target folder.
     Bench(bench::BenchArgs),
+    /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in tests/images/differences.txt
+    Oracle(oracle::OracleArgs),
     /// Runs every check and test; the last line is `N passed, N failed, N skipped`
     Test(test::TestArgs),
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Task::Nested(args) => nested::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::OwnKernel(args) => own_kernel::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
+        Task::Oracle(args) => oracle::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),
     };
     match result {

@@ -193,7 +193,8 @@ impl ConfigPorts {
     /// What an access at `offset` into the ports reaches: `None` while the enable bit is clear.
     fn target(&self, offset: u64, len: usize) -> Option<(SourceId, u16)> {
         let address = *self.address.lock().unwrap();
-        let byte = offset.checked_sub(4)?;
+        // Bits 1:0 are reserved, and zero on hardware. Images written for QEMU put the byte there instead of into the port.
+        let byte = offset.checked_sub(4)? | u64::from(address & 3);
         let inside = byte as usize + len <= 4;
         (address >> 31 == 1 && inside).then(|| (SourceId((address >> 8) as u16), (address & 0xfc) as u16 + byte as u16))
     }
@@ -213,9 +214,9 @@ impl BusDevice for ConfigPorts {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, data) {
-            // Bits 30:24 and 1:0 are reserved.
+            // Bits 30:24 are reserved.
             (0, &[a, b, c, d]) => {
-                *self.address.lock().unwrap() = u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc;
+                *self.address.lock().unwrap() = u32::from_le_bytes([a, b, c, d]) & 0x80ff_ffff;
             }
             (1, &[value]) => {
                 if value & 0x04 != 0 {

@@ -162,6 +162,13 @@ fn f6_config_ports_need_the_enable_bit_and_serve_bytes() {
     ports.write(0, &0x8000_0800u32.to_le_bytes());
     ports.read(6, &mut word);
     assert_eq!(word, [0x78, 0x56]);
+    // The byte in the address instead of in the port, and never beyond the four.
+    ports.write(0, &0x8000_0802u32.to_le_bytes());
+    ports.read(4, &mut word);
+    assert_eq!(word, [0x78, 0x56]);
+    ports.write(0, &0x8000_0803u32.to_le_bytes());
+    ports.read(4, &mut word);
+    assert_eq!(word, [0xff, 0xff]);
     ports.write(0, &0x8000_f800u32.to_le_bytes());
     ports.read(4, &mut word);
     assert_eq!(word, [0xff, 0xff], "no function there");

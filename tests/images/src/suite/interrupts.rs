@@ -13,6 +13,8 @@ images::tests!(
     f5_message_needs_bus_master,
     f5_line_interrupts_through_the_ioapic,
     a9_line_is_remapped,
+    a9_line_with_the_source_of_its_device_is_blocked,
+    a9_line_with_the_source_of_its_device_is_an_option => "--iommu vtd,ioapic-check=off",
     a9_line_in_compatibility_format_is_blocked,
 );
 
@@ -103,6 +105,36 @@ fn a9_line_is_remapped() {
         edu.interrupt();
         wait_for("an interrupt", || interrupts(VECTOR) == round);
     }
+    check_eq!(unit.take_fault(), None, "a fault");
+}
+
+/// Routes the device's line to an entry that is for the device itself, as some guests do it, and interrupts.
+fn line_as_its_device(unit: &mut Unit) {
+    let (edu, id) = (edu(), enable_interrupts());
+    let table = remapping(unit);
+    store(table + 8, 1 << 18 | u64::from(edu.sid.0));
+    store(table, 1 | u64::from(VECTOR) << 16 | u64::from(id) << 40);
+    unit.invalidate(&[ENTRIES_GLOBAL]);
+    route(pin(edu.sid), VECTOR.into(), 1 << 16);
+    edu.interrupt();
+}
+
+fn a9_line_with_the_source_of_its_device_is_blocked() {
+    let mut unit = Unit::new();
+    line_as_its_device(&mut unit);
+    let mut fault = None;
+    wait_for("the fault of an interrupt", || {
+        fault = unit.take_fault();
+        fault.is_some()
+    });
+    check_eq!(fault.map(|fault| (u64::from(fault.source.0), fault.reason)), Some((IOAPIC_SOURCE, 0x26)), "the fault");
+    check_eq!(interrupts(VECTOR), 0, "interrupts");
+}
+
+fn a9_line_with_the_source_of_its_device_is_an_option() {
+    let mut unit = Unit::new();
+    line_as_its_device(&mut unit);
+    wait_for("an interrupt", || interrupts(VECTOR) == 1);
     check_eq!(unit.take_fault(), None, "a fault");
 }
 
