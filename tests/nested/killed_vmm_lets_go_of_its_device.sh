@@ -1,15 +1,11 @@
 # While one VMM has a device, a second start with it is refused. After SIGKILL of the first one the device is still bound, and opens at once.
 . /causeway/files/lib.sh
 
-bind-vfio "$EDU" || fail "binding"
-guest waiting <<'GUEST'
-echo "waiting"
-sleep 1000
-GUEST
+waiting_guest
 before=$(host_state)
 causeway run --kernel "$KERNEL" --initrd waiting.cpio --cmdline "$GUEST_CMDLINE" --device vfio,host="$EDU" --timeout $LIMIT \
     </dev/null >waiting.log 2>waiting.err &
-wait_until 40 grep -q '^waiting' waiting.log || { tail waiting.log waiting.err; fail "the guest does not come up"; }
+is_waiting || { tail waiting.log waiting.err; fail "the guest does not come up"; }
 
 cp waiting.cpio second.cpio
 start second "" --device vfio,host="$EDU"

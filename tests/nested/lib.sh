@@ -87,6 +87,50 @@ run() {
     fi
 }
 
+# waiting_guest: the initrd waiting.cpio of a guest that says so and waits, for an edu that is bound.
+waiting_guest() {
+    bind-vfio "$EDU" || fail "binding"
+    guest waiting <<'GUEST'
+echo "waiting"
+sleep 1000
+GUEST
+}
+
+# is_waiting: the guest with that initrd and waiting.log came up.
+is_waiting() { wait_until 40 grep -q '^waiting' waiting.log; }
+
+# ---- an unprivileged owner ----
+
+# owner_of FUNCTION INITRD...: until the case ends, a user without privileges has the function, KVM, and the initrds.
+owner_of() {
+    group=$(basename "$(readlink "/sys/bus/pci/devices/$1/iommu_group")")
+    shift
+    user=1000
+    grep -q "^guest:" /etc/passwd 2>/dev/null || echo "guest:x:$user:$user::/:/bin/sh" >>/etc/passwd
+    chmod 666 /dev/kvm
+    chown $user "/dev/vfio/$group"
+    trap 'exit 143' TERM
+    trap 'chmod 600 /dev/kvm; chown 0 "/dev/vfio/$group"; rm -rf /tmp/owner' EXIT
+    mkdir -p /tmp/owner
+    cp "$@" /tmp/owner
+    chmod -R a+rX /tmp/owner
+    chown $user /tmp/owner
+}
+
+# as_owner KIBIBYTES NAME KERNEL-OPTIONS [OPTION...]: start as that user, who may lock so much memory (or unlimited).
+as_owner() {
+    limit=$1
+    name=$2
+    cmdline="$GUEST_CMDLINE $3"
+    shift 3
+    (
+        cd /tmp/owner && ulimit -l "$limit" && exec su -s /bin/sh guest -c \
+            "exec causeway run --kernel $KERNEL --initrd $name.cpio --cmdline '$cmdline' --timeout $LIMIT --stats $name.json $*"
+    ) </dev/null >"$name.log" 2>"$name.err"
+    STATUS=$?
+    [ ! -e "/tmp/owner/$name.json" ] || cp "/tmp/owner/$name.json" .
+}
+
 # causeway's options as QEMU's.
 as_qemu() {
     unit="-device intel-iommu,caching-mode=on,intremap=on"

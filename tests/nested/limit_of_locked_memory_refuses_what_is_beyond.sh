@@ -10,27 +10,11 @@ edu-vfio crowded 300 --huge || fail "crowded"
 edu-vfio roundtrip || fail "roundtrip"
 show_faults
 GUEST
-group=$(basename "$(readlink "/sys/bus/pci/devices/$EDU/iommu_group")")
-user=1000
-grep -q "^guest:" /etc/passwd 2>/dev/null || echo "guest:x:$user:$user::/:/bin/sh" >>/etc/passwd
-chmod 666 /dev/kvm
-chown $user "/dev/vfio/$group"
-trap 'exit 143' TERM
-trap 'chmod 600 /dev/kvm; chown 0 "/dev/vfio/$group"; rm -rf /tmp/owner' EXIT
-mkdir -p /tmp/owner
-cp crowded.cpio /tmp/owner
-chmod -R a+rX /tmp/owner
-chown $user /tmp/owner
+owner_of "$EDU" crowded.cpio
 
 mark
-(
-    cd /tmp/owner && ulimit -l $((320 << 10)) && exec su -s /bin/sh guest -c \
-        "exec causeway run --kernel $KERNEL --initrd crowded.cpio --cmdline '$GUEST_CMDLINE intel_iommu=on' --memory 256M \
-        --timeout $LIMIT --device vfio,host=$EDU --stats crowded.json"
-) </dev/null >crowded.log 2>crowded.err
-STATUS=$?
+as_owner $((320 << 10)) crowded intel_iommu=on --memory 256M --device vfio,host="$EDU"
 [ $STATUS = 0 ] && grep -q 'guest: exit 0' crowded.log || { tail -n 40 crowded.log crowded.err; fail "the guest: status $STATUS"; }
-cp /tmp/owner/crowded.json .
 lines crowded 'crowded: '
 grep -oE '"refused_maps": *\{[^}]*\}' crowded.json
 # 300 mappings of 2 MiB are asked for, and 160 of them are 320 MiB.

@@ -2,17 +2,13 @@
 # device opens again at once.
 . /causeway/files/lib.sh
 
-bind-vfio "$EDU" || fail "binding"
-guest waiting <<'GUEST'
-echo "waiting"
-sleep 1000
-GUEST
+waiting_guest
 for signal in TERM INT; do
     [ $signal = TERM ] && number=15 || number=2
     rm -f waiting.log waiting.json
     before=$(host_state)
     # The guest in front and the killer behind: the shell has its background processes ignore SIGINT.
-    { wait_until 40 grep -q '^waiting' waiting.log; kill -$signal "$(cat pid)"; } 2>/dev/null &
+    { is_waiting; kill -$signal "$(cat pid)"; } 2>/dev/null &
     # shellcheck disable=SC2016
     sh -c 'echo $$ >pid; exec causeway run "$@"' sh --kernel "$KERNEL" --initrd waiting.cpio --cmdline "$GUEST_CMDLINE" \
         --device vfio,host="$EDU" --timeout $LIMIT --stats waiting.json </dev/null >waiting.log 2>waiting.err
