@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// An interrupt of this kernel.
 #[derive(Clone, Copy, Debug)]
@@ -55,4 +55,15 @@ impl Interrupt {
         let row = row.with_context(|| format!("interrupt {} is not listed", self.0))?;
         Ok(row.split_whitespace().map_while(|count| count.parse().ok()).collect())
     }
+}
+
+/// Waits until every interrupt handler that is running now, on any processor, has returned: no processor is quiescent inside one.
+///
+/// # Errors
+/// If this kernel cannot.
+pub fn wait_for_handlers() -> Result<()> {
+    // SAFETY: the call takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    ensure!(result == 0, "membarrier: {}", std::io::Error::last_os_error());
+    Ok(())
 }

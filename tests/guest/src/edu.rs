@@ -157,7 +157,11 @@ impl Edu {
         self.expect_interrupt(eventfd, RAISED)
     }
 
-    fn expect_interrupt(&self, eventfd: &OwnedFd, expected: u32) -> Result<()> {
+    /// One interrupt must arrive at `eventfd`; the device's interrupt status must be `expected` and is acknowledged.
+    ///
+    /// # Errors
+    /// If it does not arrive in time, or not once.
+    pub fn expect_interrupt(&self, eventfd: &OwnedFd, expected: u32) -> Result<()> {
         let mut poll = libc::pollfd { fd: eventfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd, as the count says.
         let ready = unsafe { libc::poll(&raw mut poll, 1, INTERRUPT_DEADLINE.as_millis() as i32) };

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use vfio_bindings::bindings::vfio::*;
 
 use crate::memory::DmaMemory;
@@ -70,6 +70,34 @@ pub fn bind(bdf: &str) -> Result<()> {
     fs::write("/sys/bus/pci/drivers_probe", bdf).with_context(|| format!("probing {bdf}"))?;
     ensure!(driver().is_some_and(|d| d == "vfio-pci"), "vfio-pci did not take {bdf}: is it loaded, is an IOMMU on?");
     Ok(())
+}
+
+/// The message of a function's first MSI vector, as its capability has it: address and data.
+///
+/// # Errors
+/// If it has no MSI capability.
+pub fn msi_message(bdf: &str) -> Result<(u64, u32)> {
+    const CAPABILITIES: usize = 0x34;
+    const MSI: u8 = 5;
+    const WIDE: u8 = 1 << 7;
+    let file = Path::new("/sys/bus/pci/devices").join(bdf).join("config");
+    let config = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+    let bytes = |at: usize, len: usize| config.get(at..at + len).context("the configuration space is too short");
+    let mut at = usize::from(bytes(CAPABILITIES, 1)?[0]);
+    // A chain has no more capabilities than fit.
+    for _ in 0..64 {
+        let header = bytes(at, 4)?;
+        if at != 0 && header[0] == MSI {
+            let wide = header[2] & WIDE != 0;
+            let word = |at: usize| Ok::<u32, anyhow::Error>(u32::from_le_bytes(bytes(at, 4)?.try_into()?));
+            let high = if wide { word(at + 8)? } else { 0 };
+            let data = bytes(at + if wide { 12 } else { 8 }, 2)?;
+            let address = u64::from(high) << 32 | u64::from(word(at + 4)?);
+            return Ok((address, u16::from_le_bytes(data.try_into()?).into()));
+        }
+        at = header[1].into();
+    }
+    bail!("{bdf} has no MSI capability")
 }
 
 /// What the device may do with a mapping.

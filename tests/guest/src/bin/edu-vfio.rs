@@ -3,13 +3,14 @@
 //! One scenario a run. Each line of output names the scenario; exit code 0 if everything held, 1 if not, 2 for usage.
 //! Memory is "reached" if its bytes changed, or came out of the device: the device itself never reports a fault.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
-use guest_programs::affinity::Interrupt;
+use guest_programs::affinity::{Interrupt, wait_for_handlers};
 use guest_programs::edu::{self, BUFFER_SIZE, Direction, Edu};
 use guest_programs::kernel_log::KernelLog;
 use guest_programs::memory::{Backing, DmaMemory, PAGE, pattern};
@@ -38,6 +39,17 @@ enum Scenario {
     Roundtrip,
     /// The function's MSI reaches an eventfd, for a raised interrupt and for the end of a DMA.
     Msi,
+    /// The message of the function's MSI, written by DMA, reaches the eventfd once.
+    MsiByDma,
+    /// DATA is written to ADDRESS by DMA, without a mapping of it: as a message that may not be sent.
+    Message {
+        /// Where, of the interrupt address range.
+        #[arg(value_parser = number)]
+        address: u64,
+        /// The four bytes.
+        #[arg(value_parser = number)]
+        data: u64,
+    },
     /// DMA to IOVAs that were never mapped changes nothing and reads nothing.
     Outside,
     /// DMA that was programmed (and one whose doorbell was rung) while mapped, fired after UNMAP, changes nothing.
@@ -90,6 +102,8 @@ fn main() -> Result<()> {
     match arguments.scenario {
         Scenario::Roundtrip => bench.roundtrip(),
         Scenario::Msi => bench.msi(),
+        Scenario::MsiByDma => bench.msi_by_dma(),
+        Scenario::Message { address, data } => bench.message(address, u32::try_from(data)?),
         Scenario::Outside => bench.outside(),
         Scenario::Armed => bench.armed(),
         Scenario::Readonly => bench.readonly(),
@@ -98,6 +112,43 @@ fn main() -> Result<()> {
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
         Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
         Scenario::Storm { moves } => bench.storm(moves),
+    }
+}
+
+/// Interrupts that are being raised.
+#[derive(Default)]
+struct Raising {
+    handled: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Raising {
+    fn handled(&self) -> u64 {
+        self.handled.load(Ordering::SeqCst)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    /// Waits until something is so; false if the end comes before.
+    fn until(&self, mut so: impl FnMut() -> Result<bool>) -> Result<bool> {
+        while !self.is_over() {
+            if so()? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Moves the interrupt away from one of the first two processors: from where to where.
+    fn move_on(&self, interrupt: &Interrupt, moves: u64) -> Result<Option<(usize, usize)>> {
+        let (old, new) = if moves.is_multiple_of(2) { (0, 1) } else { (1, 0) };
+        let moved = self.until(|| {
+            interrupt.ask_for(new)?;
+            interrupt.is_at(new)
+        })?;
+        Ok(moved.then_some((old, new)))
     }
 }
 
@@ -188,6 +239,24 @@ impl Bench {
         let memory = DmaMemory::new(PAGE, Backing::Base)?;
         self.container.map(self.iova, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
         self.edu.check_msi(self.iova)
+    }
+
+    fn msi_by_dma(&self) -> Result<()> {
+        let eventfd = self.edu.enable_msi()?;
+        let (address, data) = vfio::msi_message(&self.bdf)?;
+        for _ in 0..2 {
+            self.message(address, data)?;
+            self.edu.expect_interrupt(&eventfd, 0)?;
+        }
+        // One that came twice would be counted now.
+        self.edu.interrupt(&eventfd)?;
+        println!("msi-by-dma: {data:#x} at {address:#x} arrived twice, for two");
+        Ok(())
+    }
+
+    fn message(&self, address: u64, data: u32) -> Result<()> {
+        self.load(self.iova, &data.to_le_bytes())?;
+        self.edu.dma(Direction::ToMemory, address, size_of::<u32>())
     }
 
     fn outside(&self) -> Result<()> {
@@ -374,6 +443,8 @@ impl Bench {
                 self.edu.interrupt(&eventfd)?;
                 interrupt.ask_for(processor)?;
             }
+            // As in `raise_while`: one that meets the handler of the one before is not counted.
+            wait_for_handlers()?;
             let mut expected = interrupt.arrived()?;
             self.edu.interrupt(&eventfd)?;
             expected[processor] += 1;
@@ -382,39 +453,88 @@ impl Bench {
         }
         println!("storm: {CHECKED} moves, and each time the interrupt arrived at its new processor and at no other");
 
-        let before = interrupt.arrived()?;
-        let (moved, over) = (AtomicU64::new(0), AtomicBool::new(false));
-        let (raised, asked) = std::thread::scope(|scope| {
-            let mover = scope.spawn(|| -> Result<u64> {
-                let (mut asked, mut was_first) = (0, interrupt.is_at(0)?);
-                while !over.load(Ordering::Relaxed) {
+        let watch = |raising: &Raising| {
+            for moves in 0..CHECKED as u64 {
+                let Some((old, new)) = raising.move_on(&interrupt, moves)? else { break };
+                // Whatever was raised before one that arrived at the new processor has been handled: interrupts are raised one by
+                // one. From here on the old processor has no more of them.
+                let before = interrupt.arrived()?;
+                raising.until(|| Ok(interrupt.arrived()?[new] > before[new]))?;
+                let (before, handled) = (interrupt.arrived()?[old], raising.handled());
+                raising.until(|| Ok(raising.handled() >= handled + 5))?;
+                let after = interrupt.arrived()?[old];
+                ensure!(after == before, "{} more at processor {old} after the move to {new}", after - before);
+            }
+            Ok(())
+        };
+        let (raised, (), arrived) = self.raise_while(&eventfd, &interrupt, false, watch)?;
+        println!(
+            "storm: {raised} interrupts, {CHECKED} moves, and after none of them one more at the old processor: {arrived:?}"
+        );
+
+        // Most of what is asked for waits for an interrupt, and something else is asked for meanwhile.
+        let storm = |moves: u64| {
+            move |raising: &Raising| {
+                let (mut asked, mut moved, mut was_first) = (0u64, 0, interrupt.is_at(0)?);
+                while moved < moves && !raising.is_over() {
                     interrupt.ask_for(asked as usize % 2)?;
                     asked += 1;
-                    // Most of what is asked for waits for an interrupt, and something else is asked for meanwhile.
                     let is_first = interrupt.is_at(0)?;
-                    moved.fetch_add(u64::from(is_first != was_first), Ordering::Relaxed);
+                    moved += u64::from(is_first != was_first);
                     was_first = is_first;
                 }
                 Ok(asked)
-            });
-            let mut raised = 0u64;
-            let mut result = Ok(());
-            while result.is_ok() && moved.load(Ordering::Relaxed) < moves && !mover.is_finished() {
-                result = self.edu.interrupt(&eventfd).with_context(|| format!("interrupt {raised} of the storm"));
-                raised += 1;
             }
-            over.store(true, Ordering::Relaxed);
-            let asked = mover.join().map_err(|_| anyhow::anyhow!("the mover panicked"))??;
-            result.map(|()| (raised, asked))
-        })?;
-        let arrived: Vec<u64> =
-            interrupt.arrived()?.iter().zip(&before).map(|(after, before)| after - before).collect();
-        // Not all are in the kernel's table: one that meets its handler still running on the other processor is handled there and not
-        // counted. The eventfd, which was checked each time, had each of them once.
+        };
+        let (raised, asked, arrived) = self.raise_while(&eventfd, &interrupt, false, storm(moves))?;
         ensure!(arrived.iter().sum::<u64>() <= raised, "{raised} interrupts raised, {arrived:?} arrived");
         ensure!(arrived.iter().take(2).all(|&count| count > 0), "the storm did not move the interrupt: {arrived:?}");
-        println!("storm: {raised} interrupts during {moves} moves of {asked} asked for: {arrived:?} arrived");
+        println!(
+            "storm: {raised} interrupts during {moves} moves of {asked} asked for, each signalled once: {arrived:?}"
+        );
+
+        let moves = moves.min(CHECKED as u64);
+        let (raised, asked, arrived) = self.raise_while(&eventfd, &interrupt, true, storm(moves))?;
+        ensure!(arrived.iter().sum::<u64>() == raised, "{raised} interrupts raised, {arrived:?} arrived");
+        ensure!(arrived.iter().take(2).all(|&count| count > 0), "the storm did not move the interrupt: {arrived:?}");
+        println!(
+            "storm: {raised} interrupts during {moves} moves of {asked} asked for, each counted once: {arrived:?}"
+        );
         Ok(())
+    }
+
+    /// Raises interrupts one by one until `mover`, which moves them, is done: how many, what `mover` says, and how many arrived where.
+    /// Each must come to `eventfd`, once, before the next is raised.
+    ///
+    /// With `handled`, the next one is raised when the handler of the one before has returned, and not in the middle of it, where it
+    /// signals the eventfd: an interrupt that meets its handler still running on the other processor makes it run once more there,
+    /// and is not counted in the kernel's table (`handle_edge_irq`).
+    fn raise_while<T: Send>(
+        &self,
+        eventfd: &OwnedFd,
+        interrupt: &Interrupt,
+        handled: bool,
+        mover: impl FnOnce(&Raising) -> Result<T> + Send,
+    ) -> Result<(u64, T, Vec<u64>)> {
+        let before = interrupt.arrived()?;
+        let raising = Raising::default();
+        let (raised, said) = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| mover(&raising));
+            let mut result = Ok(());
+            while result.is_ok() && !mover.is_finished() {
+                let number = raising.handled();
+                result = self.edu.interrupt(eventfd).with_context(|| format!("interrupt {number} of the storm"));
+                if handled {
+                    result = result.and_then(|()| wait_for_handlers());
+                }
+                raising.handled.fetch_add(1, Ordering::SeqCst);
+            }
+            raising.over.store(true, Ordering::SeqCst);
+            let said = mover.join().map_err(|_| anyhow::anyhow!("the mover panicked"))?;
+            result.and(said.map(|said| (raising.handled(), said)))
+        })?;
+        let arrived = interrupt.arrived()?.iter().zip(&before).map(|(after, before)| after - before).collect();
+        Ok((raised, said, arrived))
     }
 
     fn map_at(&self, iova: u64, memory: &DmaMemory) -> Result<()> {
