@@ -38,7 +38,7 @@ at_rest() {
 
 # paused NUMBER: the guest has done its work up to there, and waits for a key.
 paused() {
-    wait_until 60 grep -q "^paused $1" "$name.log" || { tail -n 40 "$name.log" "$name.err"; fail "the guest '$name' before pause $1"; }
+    wait_until 60 grep -qs "^paused $1" "$name.log" || { tail -n 40 "$name.log" "$name.err"; fail "the guest '$name' before pause $1"; }
 }
 
 # compare [PAGES]: the kernel's tables for both functions, with at least so many pages.
@@ -93,11 +93,15 @@ nothing_mapped "after SIGKILL"
 guest passthrough <<'GUEST'
 checksum buffered
 echo "domains $(domain_of 0x1b36:0x0010) $(domain_of 0x1234:0x11e8)"
+echo "kernel $(uname -r)"
 echo "paused 1"
 read -r key
 GUEST
+# This one on the own kernel, too.
+KERNEL=/causeway/guest/vmlinuz-own
 boot passthrough "intel_iommu=on iommu.passthrough=1"
 paused 1
+expect "the guest's kernel" "$(lines passthrough 'kernel ')" "$(uname -r)"
 expect "the domains of NVMe and edu" "$(lines passthrough 'domains ')" "identity identity"
 expect "the checksum" "$(lines passthrough 'sha256 ')" "$DISK_SHA256"
 compare $((512 << 8))
