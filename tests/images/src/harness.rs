@@ -2,6 +2,7 @@
 
 use core::ffi::CStr;
 use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::println;
 use crate::x86::{outl, read};
@@ -85,6 +86,14 @@ pub(crate) fn failed(info: &PanicInfo<'_>) -> ! {
     exit(FAILED)
 }
 
+static FAULTS_ARE_THE_HOSTS: AtomicBool = AtomicBool::new(false);
+
+/// Whether the DMA of the device is translated by hardware, which tells its host of faults, and not this guest (`faults=host` on the
+/// command line).
+pub fn faults_are_the_hosts() -> bool {
+    FAULTS_ARE_THE_HOSTS.load(Ordering::Relaxed)
+}
+
 fn command_line(start_info: u64) -> &'static str {
     let at = read::<u64>(start_info + 24);
     if at == 0 {
@@ -105,6 +114,7 @@ pub fn main(start_info: u64, lists: &[&[Test]]) -> ! {
         }
         exit(PASSED);
     }
+    FAULTS_ARE_THE_HOSTS.store(words().any(|word| word == "faults=host"), Ordering::Relaxed);
     let Some(wanted) = words().find_map(|word| word.strip_prefix("test=")) else {
         println!("the command line has neither `test=NAME` nor `list`");
         exit(UNKNOWN);
