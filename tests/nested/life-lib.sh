@@ -84,25 +84,30 @@ ready() { [ "$(grep -c '^ready' life.log)" -ge "$1" ]; }
 
 # second_kernels CPUS: a guest with that many starts another kernel with DMA of its own under way: by kexec, and by a panic.
 second_kernels() {
-    bind-vfio "$NVME" "$EDU" || fail "binding"
+    bind-vfio "$NVME" "$EDU" "$E1000E" || fail "binding"
+    igb_up
     { guest_functions && cat <<'GUEST'; } | guest second
 dmesg | grep -E 'DMAR|kdump' | sed 's/^/second-kernel: /'
 checksum buffered
+network_up
 edu msi
 show_faults
 GUEST
     { guest_functions && cat <<'GUEST'; } | guest first "$KERNEL" second.cpio "$(command -v kexec)"
 options="$(sed 's/crashkernel=[^ ]*//' /proc/cmdline) second"
 checksum buffered
+network_up
 show_faults
 case "$options" in
 *with-panic*)
     kexec --panic /files/vmlinuz /files/second.cpio "$options nr_cpus=1 reset_devices" || fail "kexec --panic"
-    work_begins nvme edu
+    work_begins
     echo c >/proc/sysrq-trigger
     ;;
 *)
-    work_begins nvme edu
+    work_begins
+    # As before an orderly reboot.
+    ip link set "$wire" down
     kexec /files/vmlinuz /files/second.cpio "$options" || fail "kexec"
     ;;
 esac
@@ -118,13 +123,14 @@ GUEST
 second_kernel() {
     mark
     count_host_operations
-    CPIO=first.cpio run "$1" "intel_iommu=on $3" --device vfio,host="$NVME" --device vfio,host="$EDU" --cpus "$2" --memory 1G
+    # shellcheck disable=SC2046
+    CPIO=first.cpio run "$1" "intel_iommu=on $3" $(three_functions) --cpus "$2" --memory 1G
     lines "$1" 'second-kernel: '
     expect "the checksums" "$(lines "$1" 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "2 $DISK_SHA256"
     expect "MSIs of edu" "$(lines "$1" 'msi: ' | grep -c arrived)" 2
     expect "guest_resets" "$(field "$1.json" guest_resets)" 0
-    # A container of the guest's own vfio in each kernel.
-    sound "$1" 2
+    # A container of the guest's own vfio in each kernel; the reset at the end.
+    sound "$1" 2 1
 }
 
 # rebinds NUMBER: the guest's NVMe goes from nvme to vfio-pci, gets huge pages mapped, and goes back, that often, while the others work.
