@@ -7,8 +7,8 @@ use vtd::spec::second_stage::SecondStageEntry;
 use vtd::{Bounds, Iova, Perm, SpaceKey, UnitConfig, UnitId};
 
 use crate::rig::{
-    Event, MEMORY, NIC, NVME, Rig, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages, map,
-    mapping, requester, unmap,
+    Event, MEMORY, NIC, NVME, Rig, context_device, context_domain, context_global, iotlb_domain, iotlb_global,
+    iotlb_pages, map, mapping, requester, unmap,
 };
 
 fn bounded(bounds: Bounds) -> (Rig, u64) {
@@ -145,6 +145,59 @@ fn b11_a_refused_map_loses_itself_and_is_told_once() {
     assert_eq!(rig.listener.reach(NVME).len(), 2);
     assert!(rig.submit(&[iotlb_pages(1, 0x4000, 2)]));
     assert_eq!(rig.unit.stats().map_ops, 4);
+}
+
+#[test]
+fn b11_each_cause_and_each_function_that_comes_has_a_record_of_its_own() {
+    let (mut rig, root) = bounded(Bounds::default());
+    rig.listener.0.lock().unwrap().refuse.extend([0x4000, 1 << 32]);
+    rig.pages(root, 0x4000, 0x8000, 1);
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    let read = |rig: &Rig| {
+        let found = rig.fault_records();
+        found.iter().for_each(|record| rig.write32(offset::FRCD + 16 * record.0 as u64 + 12, 1 << 31));
+        found.into_iter().map(|record| record.3).collect::<Vec<_>>()
+    };
+    assert_eq!(read(&rig), [0x4000]);
+    rig.pages(root, 1 << 32, 0x8000, 1);
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    assert_eq!(read(&rig), [1 << 32], "another cause");
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    assert!(read(&rig).is_empty());
+    rig.unit.remove_requester(NVME);
+    rig.unit.add_requester(NVME).unwrap();
+    assert_eq!(read(&rig), [0x4000], "it is told again");
+}
+
+#[test]
+fn b11_a_function_that_waits_for_room_is_tried_ever_more_rarely_unless_the_guest_names_it() {
+    let (mut rig, root) = bounded(Bounds::default());
+    rig.unit.add_requester(NIC).unwrap();
+    rig.listener.0.lock().unwrap().crowded.insert(NIC);
+    let space = rig.set_paged(NIC, root, 48, 1);
+    let tries = |rig: &Rig| {
+        let events = rig.listener.take_events();
+        events.into_iter().filter(|event| matches!(event, Event::Attach(NIC, SpaceKey::Paged(_), _))).count()
+    };
+    assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
+    assert_eq!((tries(&rig), rig.fault_records().len()), (1, 1));
+    // Pages that come make no room, pages that go do.
+    rig.pages(root, 0x4000, 0x8000, 1);
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000, 0)]));
+    assert_eq!(tries(&rig), 0);
+    rig.clear(root, 0x4000, 1);
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000, 0)]));
+    assert_eq!(tries(&rig), 1);
+    for _ in 0..7 {
+        assert!(rig.submit(&[context_global(), iotlb_global()]));
+    }
+    assert_eq!(tries(&rig), 2, "at the third and the seventh occasion");
+    assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
+    assert_eq!((tries(&rig), rig.fault_records().len()), (1, 1));
+    assert_eq!(rig.unit.attachments()[1], (NIC, SpaceKey::Blocked));
+    rig.listener.0.lock().unwrap().crowded.clear();
+    assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
+    assert_eq!(rig.unit.attachments()[1], (NIC, space));
 }
 
 #[test]

@@ -63,8 +63,10 @@ pub struct Told {
     pub attached: BTreeMap<Requester, SpaceKey>,
     /// First IOVA -> mapping.
     pub spaces: BTreeMap<SpaceKey, BTreeMap<u64, Mapping>>,
-    /// Maps at these IOVAs are refused.
+    /// Maps at these IOVAs are refused, from 2^32 on as outside the host's ranges.
     pub refuse: BTreeSet<u64>,
+    /// These find no room in a space of others.
+    pub crowded: BTreeSet<Requester>,
     /// Attaches of these are refused whole.
     pub unattachable: BTreeSet<Requester>,
 }
@@ -121,6 +123,10 @@ impl Listener {
     }
 }
 
+fn cause_at(iova: Iova) -> RefusalCause {
+    if iova.0 >> 32 == 0 { RefusalCause::Limit } else { RefusalCause::Range }
+}
+
 /// Contiguous neighbours joined.
 pub fn joined(mappings: impl IntoIterator<Item = Mapping>) -> Vec<Mapping> {
     let mut result: Vec<Mapping> = Vec::new();
@@ -152,6 +158,12 @@ impl SpaceListener for Listener {
             told.forget_unused();
             return Err(AttachRefused::Host { requester, reason: "told so".into() });
         }
+        if told.crowded.contains(&requester) && matches!(space, SpaceKey::Paged(_)) {
+            told.attached.insert(requester, SpaceKey::Blocked);
+            told.forget_unused();
+            let (first, last, cause) = (Iova(0x4000), Iova(0x4fff), RefusalCause::Memlock);
+            return Err(AttachRefused::Shared(vec![Refusal { first, last, cause, requester }]));
+        }
         let had_members = told.attached.values().any(|other| other == space);
         if had_members && told.attached.get(&requester) != Some(space) {
             let known: Vec<Mapping> = told.spaces.get(space).into_iter().flat_map(|s| s.values().copied()).collect();
@@ -161,7 +173,7 @@ impl SpaceListener for Listener {
         let refused: Vec<Refusal> = live
             .iter()
             .filter(|m| told.refuse.contains(&m.iova.0))
-            .map(|m| Refusal { first: m.iova, last: m.last(), cause: RefusalCause::Limit, requester })
+            .map(|m| Refusal { first: m.iova, last: m.last(), cause: cause_at(m.iova), requester })
             .collect();
         let kept = live.iter().filter(|m| !told.refuse.contains(&m.iova.0)).map(|m| (m.iova.0, *m)).collect();
         told.spaces.insert(*space, kept);
@@ -198,7 +210,7 @@ impl SpaceListener for Listener {
                     let below = mapped.range(..=m.last().0).next_back();
                     assert!(below.is_none_or(|(_, b)| b.last() < m.iova), "{m:?} is mapped already: {below:?}");
                     if refuse.contains(&m.iova.0) {
-                        let cause = RefusalCause::Limit;
+                        let cause = cause_at(m.iova);
                         refused.push(Refusal { first: m.iova, last: m.last(), cause, requester: member });
                     } else {
                         mapped.insert(m.iova.0, m);
