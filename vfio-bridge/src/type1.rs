@@ -204,6 +204,26 @@ fn parse_info(bytes: &[u8]) -> Option<Info> {
     Some(info)
 }
 
+fn map_argument(iova: u64, vaddr: u64, size: u64, perm: Perm) -> vfio_iommu_type1_dma_map {
+    let read = if perm.readable() { VFIO_DMA_MAP_FLAG_READ } else { 0 };
+    let write = if perm.writable() { VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
+    let argsz = size_of::<vfio_iommu_type1_dma_map>() as u32;
+    vfio_iommu_type1_dma_map { argsz, flags: read | write, vaddr, iova, size }
+}
+
+fn unmap_argument(range: UnmapRange) -> io::Result<vfio_iommu_type1_dma_unmap> {
+    let (flags, iova, size) = match range {
+        UnmapRange::All => (VFIO_DMA_UNMAP_FLAG_ALL, 0, 0),
+        UnmapRange::Span { first, last } => {
+            let size = last.checked_sub(first).and_then(|n| n.checked_add(1));
+            let size = size.filter(|size| first.checked_add(*size).is_some());
+            (0, first, size.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?)
+        }
+    };
+    let argsz = size_of::<vfio_iommu_type1_dma_unmap>() as u32;
+    Ok(vfio_iommu_type1_dma_unmap { argsz, flags, iova, size, ..Default::default() })
+}
+
 impl HostIommu for Type1 {
     fn name(&self) -> &'static str {
         "type1"
@@ -226,15 +246,7 @@ impl HostIommu for Type1 {
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
         let file = self.container_file(container).map_err(refused)?;
-        let read = if perm.readable() { VFIO_DMA_MAP_FLAG_READ } else { 0 };
-        let write = if perm.writable() { VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
-        let map = vfio_iommu_type1_dma_map {
-            argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
-            flags: read | write,
-            vaddr: mem.hva(),
-            iova,
-            size: mem.size(),
-        };
+        let map = map_argument(iova, mem.hva(), mem.size(), perm);
         // SAFETY: `map` is what the call takes. The memory is the guest's alone and has no Rust references into it: that is
         // the promise of whoever made the `GuestMap` that `mem` is from. The kernel pins its pages, so they outlive a munmap.
         check(unsafe { ioctl_with_ref(&*file, VFIO_IOMMU_MAP_DMA(), &map) }).map_err(refused)
@@ -242,21 +254,7 @@ impl HostIommu for Type1 {
 
     fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
         let file = self.container_file(container)?;
-        let (flags, iova, size) = match range {
-            UnmapRange::All => (VFIO_DMA_UNMAP_FLAG_ALL, 0, 0),
-            UnmapRange::Span { first, last } => {
-                let size = last.checked_sub(first).and_then(|n| n.checked_add(1));
-                let size = size.filter(|size| first.checked_add(*size).is_some());
-                (0, first, size.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?)
-            }
-        };
-        let mut unmap = vfio_iommu_type1_dma_unmap {
-            argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
-            flags,
-            iova,
-            size,
-            ..Default::default()
-        };
+        let mut unmap = unmap_argument(range)?;
         // SAFETY: `unmap` is what the call takes and writes its answer to.
         check(unsafe { ioctl_with_mut_ref(&*file, VFIO_IOMMU_UNMAP_DMA(), &mut unmap) })?;
         Ok(unmap.size)

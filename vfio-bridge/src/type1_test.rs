@@ -61,3 +61,20 @@ fn ioctl_numbers_are_the_kernels() {
     assert_eq!(VFIO_IOMMU_MAP_DMA(), 0x3b71);
     assert_eq!(VFIO_IOMMU_UNMAP_DMA(), 0x3b72);
 }
+
+#[test]
+fn b9_a_map_asks_for_its_permission_and_no_other() {
+    for (perm, flags) in [(Perm::Read, 1), (Perm::Write, 2), (Perm::ReadWrite, 3)] {
+        let map = map_argument(0x1000, 0x7000, 0x2000, perm);
+        assert_eq!((map.argsz, map.flags, map.iova, map.vaddr, map.size), (32, flags, 0x1000, 0x7000, 0x2000));
+    }
+}
+
+#[test]
+fn b3_an_unmap_is_inclusive_and_all_is_a_flag() {
+    let argument = |range| unmap_argument(range).map(|unmap| (unmap.argsz, unmap.flags, unmap.iova, unmap.size)).ok();
+    assert_eq!(argument(UnmapRange::Span { first: 0x1000, last: 0x2fff }), Some((24, 0, 0x1000, 0x2000)));
+    assert_eq!(argument(UnmapRange::All), Some((24, 2, 0, 0)));
+    assert_eq!(argument(UnmapRange::Span { first: 0x1000, last: u64::MAX }), None);
+    assert_eq!(argument(UnmapRange::Span { first: 0x2000, last: 0x1fff }), None);
+}
