@@ -21,7 +21,7 @@ unanswered() {
 # work_begins [nvme] [edu] [network]: those (all if none is given) are under DMA from now on.
 work_begins() {
     [ $# -gt 0 ] || set -- nvme edu network
-    # Before the work: loading a module rewrites the kernel's text, which the bench's processors do not always bear while they all run it
+    # Before the work: loading a module rewrites the kernel's text, which QEMU's TCG does not always bear while several processors run it
     # (docs/nested-bench.md).
     modprobe -a vfio-pci vfio_iommu_type1 || fail "no vfio"
     for kind; do

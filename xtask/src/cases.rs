@@ -173,7 +173,7 @@ fn run_together(
 fn stale_breakpoint(output: &str) -> &'static str {
     if output.contains("Oops: int3") {
         "A kernel met a breakpoint that it had already taken away: QEMU's emulated processors, not the case. \
-         See \"A breakpoint that is not there\" in docs/nested-bench.md.\n"
+         See \"Why L1 has one processor\" in docs/nested-bench.md.\n"
     } else {
         ""
     }

@@ -400,11 +400,12 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
     );
     let mut command = images.qemu.command();
     command.args(["-name", "causeway-l1", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+    // With several, kernels die of what TCG's threads do to each other (docs/nested-bench.md).
     command.args([
         "-accel",
         "tcg,thread=multi,tb-size=1024",
         "-smp",
-        "2",
+        "1",
         "-m",
         "4G",
         "-machine",
