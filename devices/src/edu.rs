@@ -146,6 +146,16 @@ impl Edu {
         let bar: Arc<dyn BusDevice> = Arc::new(Bar(shared.clone()));
         Ok(Arc::new(Self { shared, decoder, bar, worker: Some(worker) }))
     }
+
+    /// BAR 0, wherever it is decoded.
+    pub fn bar(&self) -> &Arc<dyn BusDevice> {
+        &self.bar
+    }
+
+    /// Where the MSI capability is in configuration space.
+    pub fn msi_capability(&self) -> u16 {
+        self.shared.lock().msi
+    }
 }
 
 impl Drop for Edu {

@@ -301,11 +301,13 @@ impl VfioPci {
             }
             space.add_bar(bar.into(), kind, region.size);
             let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
+            let file = host.file(RegionKind::Bar(bar));
             let window = |(offset, len): (u64, u64)| {
-                let file_offset = region.file_offset + offset;
-                (offset, HostWindow { fd: host.fd(), offset: file_offset, len, writable: region.writable })
+                let file_offset = region.file_offset.checked_add(offset)?;
+                let window = HostWindow { fd: file.clone()?, offset: file_offset, len, writable: region.writable };
+                Some((offset, window))
             };
-            let windows = windows(&region, &holes).into_iter().map(window).collect();
+            let windows = windows(&region, &holes).into_iter().filter_map(window).collect();
             let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });
             bars[usize::from(bar)] = Some(Bar { kind, size: region.size, windows, device });
         }

@@ -129,8 +129,8 @@ impl AssignedHost for FakeHost {
         self.bar.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
         Ok(())
     }
-    fn fd(&self) -> Arc<std::os::fd::OwnedFd> {
-        Arc::new(std::fs::File::open("/dev/null").unwrap().into())
+    fn file(&self, _: RegionKind) -> Option<Arc<std::os::fd::OwnedFd>> {
+        Some(Arc::new(std::fs::File::open("/dev/null").unwrap().into()))
     }
     fn irq_count(&self, kind: IrqKind) -> u32 {
         match kind {

@@ -105,7 +105,8 @@ pub struct Bridge {
     guest: GuestMap,
     quarantine: Arc<dyn Quarantine>,
     state: Mutex<State>,
-    counters: RwLock<BTreeMap<Requester, Arc<Counters>>>,
+    /// By function, with the name of its backend.
+    counters: RwLock<BTreeMap<Requester, (&'static str, Arc<Counters>)>>,
 }
 
 impl Bridge {
@@ -118,6 +119,7 @@ impl Bridge {
     /// does its group (C-3).
     pub fn register(&self, requester: Requester, group: GroupId) -> Result<(), RegisterError> {
         let container = self.host.container(group).ok_or(RegisterError::NotOpen(group))?;
+        let backend = self.host.name(container);
         let mut state = self.state();
         if let Some(other) = state.requesters.get(&requester) {
             return Err(RegisterError::Busy(requester, *other));
@@ -135,20 +137,20 @@ impl Bridge {
         state.requesters.insert(requester, group);
         let broken = state.newly_broken();
         drop(state);
-        self.counters.write().unwrap_or_else(PoisonError::into_inner).insert(requester, counters);
+        self.counters.write().unwrap_or_else(PoisonError::into_inner).insert(requester, (backend, counters));
         self.stop(&broken);
         Ok(())
     }
 
-    /// The backend's name, as statistics show it.
-    pub fn backend(&self) -> &'static str {
-        self.host.name()
+    /// The name of `requester`'s backend, as statistics show it; `None` when it is not registered.
+    pub fn backend(&self, requester: Requester) -> Option<&'static str> {
+        self.counters.read().unwrap_or_else(PoisonError::into_inner).get(&requester).map(|(backend, _)| *backend)
     }
 
     /// Counters of `requester`, `None` when it is not registered. Never waits for a host operation.
     pub fn stats(&self, requester: Requester) -> Option<DeviceStats> {
         let counters = self.counters.read().unwrap_or_else(PoisonError::into_inner);
-        counters.get(&requester).map(|c| c.snapshot())
+        counters.get(&requester).map(|(_, counters)| counters.snapshot())
     }
 
     /// The space that `requester`'s group is in (C-2): [`SpaceKey::Blocked`] while its members disagree.
@@ -280,7 +282,7 @@ impl SpaceListener for Bridge {
     ) -> Result<(), AttachRefused> {
         let host = |reason: String| AttachRefused::Host { requester, reason };
         if let Some(Pasid(pasid)) = pasid {
-            return Err(host(format!("{} cannot attach PASID {pasid:#x}", self.host.name())));
+            return Err(host(format!("PASID {pasid:#x} cannot be attached")));
         }
         let mut state = self.state();
         let id = *state.requesters.get(&requester).ok_or(AttachRefused::UnknownRequester(requester))?;

@@ -42,7 +42,13 @@ pub enum RegionKind {
 }
 
 impl RegionKind {
-    fn index(self) -> u32 {
+    /// The region with VFIO's index `index`, if it is one of these.
+    pub(crate) fn of_index(index: u32) -> Option<Self> {
+        let bars = (0..6).map(Self::Bar);
+        bars.chain([Self::Rom, Self::Config]).find(|region| region.index() == index)
+    }
+
+    pub(crate) fn index(self) -> u32 {
         match self {
             Self::Bar(n) => VFIO_PCI_BAR0_REGION_INDEX + u32::from(n.min(5)),
             Self::Rom => VFIO_PCI_ROM_REGION_INDEX,
@@ -83,7 +89,15 @@ pub enum IrqKind {
 }
 
 impl IrqKind {
-    fn index(self) -> u32 {
+    /// All, in the order of their indices in VFIO.
+    pub(crate) const ALL: [Self; 5] = [Self::Intx, Self::Msi, Self::Msix, Self::Error, Self::Request];
+
+    /// The kind with VFIO's index `index`.
+    pub(crate) fn of_index(index: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.index() == index)
+    }
+
+    pub(crate) fn index(self) -> u32 {
         match self {
             Self::Intx => VFIO_PCI_INTX_IRQ_INDEX,
             Self::Msi => VFIO_PCI_MSI_IRQ_INDEX,
@@ -92,6 +106,14 @@ impl IrqKind {
             Self::Request => VFIO_PCI_REQ_IRQ_INDEX,
         }
     }
+}
+
+/// Of the areas that a region offers for mapping, those that can be: whole pages. In ascending order.
+pub(crate) fn mappable_pages(areas: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let whole = |(offset, len): &(u64, u64)| *len > 0 && (offset | len).is_multiple_of(PAGE_SIZE);
+    let mut pages: Vec<(u64, u64)> = areas.into_iter().filter(whole).collect();
+    pages.sort_unstable();
+    pages
 }
 
 /// An assigned function: its VFIO device, open.
@@ -162,10 +184,7 @@ impl HostFunction {
                 Some(areas) => areas.iter().map(|a| (a.offset, a.size)).collect(),
                 None => vec![(0, size)],
             };
-            // VFIO offers whole pages only; anything else would be refused when it is mapped.
-            mappable
-                .retain(|(offset, len)| *len > 0 && offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE));
-            mappable.sort_unstable();
+            mappable = mappable_pages(mappable);
         }
         RegionInfo {
             size,

@@ -4,7 +4,7 @@
 //! everything after that is safe, because a [`HostMem`] can only come out of a [`GuestMap`].
 
 use std::any::Any;
-use std::os::fd::OwnedFd;
+use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -22,7 +22,7 @@ pub enum MemKind {
 #[derive(Clone, Debug)]
 pub struct Backing {
     /// The file.
-    pub fd: Arc<OwnedFd>,
+    pub file: Arc<File>,
     /// Offset of the region's first byte in it.
     pub offset: u64,
 }
@@ -108,8 +108,8 @@ impl HostMem<'_> {
         self.len
     }
     /// The file behind it and the offset there.
-    pub fn backing(&self) -> Option<(&Arc<OwnedFd>, u64)> {
-        self.region.backing.as_ref().map(|b| (&b.fd, b.offset + self.offset))
+    pub fn backing(&self) -> Option<(&Arc<File>, u64)> {
+        self.region.backing.as_ref().map(|b| (&b.file, b.offset + self.offset))
     }
     /// What it is.
     pub fn kind(&self) -> MemKind {
@@ -162,13 +162,7 @@ impl GuestMap {
             let gpa = region.start_addr().raw_value();
             let hva = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| GuestMapError::NotMapped(gpa))?.addr()
                 as u64;
-            let backing = match region.file_offset() {
-                Some(file) => {
-                    let fd = file.file().try_clone().map_err(|_| GuestMapError::NotMapped(gpa))?;
-                    Some(Backing { fd: Arc::new(fd.into()), offset: file.start() })
-                }
-                None => None,
-            };
+            let backing = region.file_offset().map(|file| Backing { file: file.arc().clone(), offset: file.start() });
             // SAFETY: `memory` owns the mapping and is kept beside the regions; vm-memory gives out volatile
             // accesses to it only, no references.
             regions.push(unsafe { Region::ram(gpa, region.len(), hva, backing) }?);

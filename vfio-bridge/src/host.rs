@@ -1,9 +1,10 @@
-//! What the bridge asks of a host IOMMU: the seam to `type1`, and to the `model` that tests use.
+//! What the bridge asks of a host IOMMU: the seam to `type1`, to `vfio_user`, and to the `model` that tests use.
 //!
 //! A backend knows containers, and which container a group is in; the bridge keeps the ledger of each. Permissions,
 //! addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 use std::io;
+use std::sync::Arc;
 
 use vtd::{Perm, RefusalCause};
 
@@ -13,13 +14,32 @@ use crate::limits::Limits;
 /// Size of the smallest page that every part of the bridge works in.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`).
+/// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that another process emulates
+/// is alone in its group, which the kernel knows nothing of.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct GroupId(pub u32);
 
+/// Above every number of the kernel.
+const FIRST_OF_USER_FUNCTIONS: u32 = 1 << 31;
+
+impl GroupId {
+    /// The group of the `index`th function that another process emulates.
+    pub fn of_user_function(index: u32) -> Self {
+        Self(FIRST_OF_USER_FUNCTIONS | index)
+    }
+
+    /// The number that the kernel has for it; `None` for one that the kernel does not know.
+    pub fn of_kernel(self) -> Option<u32> {
+        Some(self.0).filter(|number| *number < FIRST_OF_USER_FUNCTIONS)
+    }
+}
+
 impl std::fmt::Display for GroupId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
+        match self.of_kernel() {
+            Some(number) => number.fmt(f),
+            None => write!(f, "vfio-user{}", self.0 - FIRST_OF_USER_FUNCTIONS),
+        }
     }
 }
 
@@ -70,8 +90,8 @@ impl MapRefused {
 ///
 /// The bridge never calls it twice at once for one container.
 pub trait HostIommu: Send + Sync {
-    /// The name that statistics show, such as `type1`.
-    fn name(&self) -> &'static str;
+    /// The name that statistics show for `container`, such as `type1`.
+    fn name(&self, container: ContainerId) -> &'static str;
 
     /// The container that `group` is in for as long as it is open, `None` for a group that is not open.
     fn container(&self, group: GroupId) -> Option<ContainerId>;
@@ -85,4 +105,45 @@ pub trait HostIommu: Send + Sync {
     /// One host unmap. Returns how many bytes the kernel says it took away. When it returns, no device reaches them
     /// any more. On an error nothing may be concluded about what is still mapped.
     fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64>;
+}
+
+/// Several hosts, each with containers of its own.
+#[derive(Default)]
+pub struct Hosts(Vec<Arc<dyn HostIommu>>);
+
+impl Hosts {
+    /// `hosts`, no group of which is in two.
+    pub fn new(hosts: Vec<Arc<dyn HostIommu>>) -> Self {
+        Self(hosts)
+    }
+
+    /// Whose container it is.
+    fn of(&self, container: ContainerId) -> io::Result<&dyn HostIommu> {
+        let group = GroupId(container.0);
+        let host = self.0.iter().find(|host| host.container(group) == Some(container));
+        host.map(Arc::as_ref).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl HostIommu for Hosts {
+    fn name(&self, container: ContainerId) -> &'static str {
+        self.of(container).map_or("none", |host| host.name(container))
+    }
+
+    fn container(&self, group: GroupId) -> Option<ContainerId> {
+        self.0.iter().find_map(|host| host.container(group))
+    }
+
+    fn limits(&self, container: ContainerId) -> Limits {
+        self.of(container).map(|host| host.limits(container)).unwrap_or_default()
+    }
+
+    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let host = self.of(container).map_err(|_| MapRefused::from_errno(libc::ENODEV))?;
+        host.map(container, iova, mem, perm)
+    }
+
+    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+        self.of(container)?.unmap(container, range)
+    }
 }

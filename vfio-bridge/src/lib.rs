@@ -2,7 +2,7 @@
 //!
 //! [`Bridge`] implements [`vtd::SpaceListener`]. Per container of the host it keeps a [`ledger`], which records exactly
 //! what the kernel was handed, and issues the fewest host operations that make a change true. Backends implement
-//! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`model`] is an in-memory host for tests.
+//! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`vfio_user`] are functions that other processes emulate, [`model`] is an in-memory host for tests.
 
 mod bridge;
 mod container;
@@ -18,12 +18,13 @@ mod reset;
 mod stats;
 mod trace;
 mod type1;
+pub mod vfio_user;
 
 pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::{HostFunction, IrqKind, RegionInfo, RegionKind};
 pub use group::Group;
 pub use guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, Piece, Region};
-pub use host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
+pub use host::{ContainerId, GroupId, HostIommu, Hosts, MapRefused, PAGE_SIZE, UnmapRange};
 pub use limits::{INTERRUPT_WINDOW, IovaRange, Limits, Memlock};
 pub use open::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use reset::{NoBusReset, ResetScope, ResetWay};

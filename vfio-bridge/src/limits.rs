@@ -21,8 +21,8 @@ impl std::fmt::Display for IovaRange {
     }
 }
 
-/// What the host allows in one container.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What the host allows in one container. The default is nothing.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Limits {
     /// Where mappings may be, in ascending order, disjoint.
     pub iova_ranges: Vec<IovaRange>,

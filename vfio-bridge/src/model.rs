@@ -266,7 +266,7 @@ impl Model {
 }
 
 impl HostIommu for Model {
-    fn name(&self) -> &'static str {
+    fn name(&self, _: ContainerId) -> &'static str {
         "model"
     }
 

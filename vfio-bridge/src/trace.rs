@@ -190,8 +190,8 @@ impl TracedHost {
 }
 
 impl HostIommu for TracedHost {
-    fn name(&self) -> &'static str {
-        self.inner.name()
+    fn name(&self, container: ContainerId) -> &'static str {
+        self.inner.name(container)
     }
 
     fn container(&self, group: GroupId) -> Option<ContainerId> {

@@ -225,7 +225,7 @@ fn unmap_argument(range: UnmapRange) -> io::Result<vfio_iommu_type1_dma_unmap> {
 }
 
 impl HostIommu for Type1 {
-    fn name(&self) -> &'static str {
+    fn name(&self, _: ContainerId) -> &'static str {
         "type1"
     }
 
@@ -234,13 +234,7 @@ impl HostIommu for Type1 {
     }
 
     fn limits(&self, container: ContainerId) -> Limits {
-        self.limits_of(GroupId(container.0)).unwrap_or(Limits {
-            iova_ranges: Vec::new(),
-            page_sizes: 0,
-            entries: 0,
-            memlock: Some(0),
-            unmap_all: false,
-        })
+        self.limits_of(GroupId(container.0)).unwrap_or_default()
     }
 
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {

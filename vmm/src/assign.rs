@@ -1,21 +1,26 @@
 //! Assigned functions: what is checked before anything runs, what the host allows, and what is said about it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::sync::{Arc, Mutex, Weak};
 
-use devices::vfio_pci::{VfioPci, VfioPciError};
+use devices::host::Interrupts;
+use devices::vfio_pci::{AssignedHost, VfioPci, VfioPciError};
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
+use vfio_bridge::vfio_user::{ConnectError, Requests, UserEndpoint, UserFunction, VfioUser};
 use vfio_bridge::{
-    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Limits,
+    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Hosts, Limits,
     Memlock, OpenError, Quarantine, RegisterError, Trace, TracedHost, Type1, VfioDeviceFd, check_memlock,
 };
-use vtd::{AttachRefused, Requester};
+use vtd::{Access, AttachRefused, Endpoint, Iova, Msi, Requester};
 
 use crate::control::{Control, Stop};
+use crate::irq::KvmInterrupts;
 use crate::layout;
 use crate::memory::Ram;
-use crate::options::VtdOption;
+use crate::options::{DeviceKind, DeviceOption, UserSocket, VtdOption};
 use crate::vm::{self, call};
 
 /// Guest address widths that a unit can have, the narrowest first.
@@ -31,16 +36,41 @@ pub enum Error {
     Open(#[from] OpenError),
     /// Without a unit nothing would confine the device.
     #[error(
-        "--iommu none with a vfio device is refused: nothing inside the guest could confine the device; leave --iommu out, or use \
+        "--iommu none with a {kind} device is refused: nothing inside the guest could confine the device; leave --iommu out, or use \
          --iommu vtd"
     )]
-    NoUnit,
+    NoUnit {
+        /// The device's.
+        kind: &'static str,
+    },
     /// Without Caching Mode the guest does not say what it maps.
     #[error(
-        "caching-mode=off with a vfio device is refused: the guest would not say what it maps, and the device could not follow; \
+        "caching-mode=off with a {kind} device is refused: the guest would not say what it maps, and the device could not follow; \
          use caching-mode=on"
     )]
-    NoCachingMode,
+    NoCachingMode {
+        /// The device's.
+        kind: &'static str,
+    },
+    /// The socket of a function of another process cannot be looked at.
+    #[error("{socket}, where a vfio-user device should be, cannot be used: {source}; start its process first")]
+    Socket {
+        /// Which.
+        socket: UserSocket,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is none.
+    #[error("{0}, where a vfio-user device should be, is not a socket; give the path that its process listens at")]
+    NoSocket(UserSocket),
+    /// The process does not answer as it should.
+    #[error("the vfio-user device at {socket} cannot be assigned: {source}")]
+    User {
+        /// Which.
+        socket: UserSocket,
+        /// Why.
+        source: ConnectError,
+    },
     /// The unit would be wider than the host.
     #[error("aw-bits={asked} is refused: the host IOMMU of group {group} maps {host} bits; use aw-bits={}", widest(*.host))]
     Width {
@@ -95,18 +125,18 @@ pub enum Error {
     #[error(transparent)]
     Register(#[from] RegisterError),
     /// The host did not take the identity mappings.
-    #[error("{bdf} could not be given the guest's memory: {source}")]
+    #[error("{name} could not be given the guest's memory: {source}")]
     Attach {
         /// The function.
-        bdf: Bdf,
+        name: String,
         /// Why.
         source: AttachRefused,
     },
     /// The function is not as PCI wants it.
-    #[error("{bdf} cannot be assigned: {source}")]
+    #[error("{name} cannot be assigned: {source}")]
     Function {
         /// The function.
-        bdf: Bdf,
+        name: String,
         /// Why.
         source: VfioPciError,
     },
@@ -120,25 +150,57 @@ fn widest(bits: u8) -> u8 {
     WIDTHS.into_iter().rev().find(|width| *width <= bits).unwrap_or(WIDTHS[0])
 }
 
-/// Checks that open nothing. `unit` is `None` under `--iommu none`.
-pub fn check(wanted: &[Bdf], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<CheckedFunction>, Error> {
-    if wanted.is_empty() {
-        return Ok(Vec::new());
+/// A function that can be assigned, as far as can be told without opening anything.
+pub enum Checked {
+    /// Of the host.
+    Vfio(CheckedFunction),
+    /// Of another process.
+    User(UserSocket),
+}
+
+impl Checked {
+    fn group(&self) -> Option<GroupId> {
+        match self {
+            Self::Vfio(function) => Some(function.group()),
+            Self::User(_) => None,
+        }
     }
+}
+
+/// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
+pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
+    let assigned = |device: &&DeviceOption| !matches!(device.kind, DeviceKind::Edu);
+    let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
+    let kind = first.kind.name();
     match unit {
-        None => return Err(Error::NoUnit),
-        Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode),
+        None => return Err(Error::NoUnit { kind }),
+        Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode { kind }),
         Some(_) => {}
     }
     let paths = HostPaths::default();
-    let checked = wanted.iter().map(|bdf| paths.check(*bdf)).collect::<Result<Vec<_>, _>>()?;
-    let groups: BTreeSet<GroupId> = checked.iter().map(CheckedFunction::group).collect();
+    let checked = devices.iter().filter_map(|device| match &device.kind {
+        DeviceKind::Vfio { host } => Some(paths.check(*host).map(Checked::Vfio).map_err(Error::from)),
+        DeviceKind::VfioUser { socket } => Some(check_socket(socket).map(|()| Checked::User(socket.clone()))),
+        DeviceKind::Edu => None,
+    });
+    let checked = checked.collect::<Result<Vec<_>, _>>()?;
+    let groups: BTreeSet<GroupId> = checked.iter().filter_map(Checked::group).collect();
+    if groups.is_empty() {
+        // Nothing is locked for other processes.
+        return Ok(checked);
+    }
     check_memlock(Memlock::of_this_process(), ram, groups.len() as u64)?;
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_memory(&text));
     match memory {
         Some(available) if ram > available => Err(Error::HostMemory { ram, available }),
         _ => Ok(checked),
     }
+}
+
+fn check_socket(socket: &UserSocket) -> Result<(), Error> {
+    let metadata = std::fs::metadata(socket.path());
+    let metadata = metadata.map_err(|source| Error::Socket { socket: socket.clone(), source })?;
+    if metadata.file_type().is_socket() { Ok(()) } else { Err(Error::NoSocket(socket.clone())) }
 }
 
 /// Bytes that can be locked, from the text of /proc/meminfo: what is available, and what swapping makes so.
@@ -162,12 +224,76 @@ pub fn unit_width(asked: Option<u8>, hosts: &[(GroupId, Limits)]) -> Result<u8, 
     }
 }
 
+/// An open function.
+pub enum Function {
+    /// Of the host.
+    Vfio(Arc<HostFunction>),
+    /// Of another process.
+    User(Arc<UserFunction>),
+}
+
+impl Function {
+    /// What the device model asks.
+    pub fn host(&self) -> Arc<dyn AssignedHost> {
+        match self {
+            Self::Vfio(function) => function.clone(),
+            Self::User(function) => function.clone(),
+        }
+    }
+
+    /// Its group.
+    pub fn group(&self) -> GroupId {
+        match self {
+            Self::Vfio(function) => function.group(),
+            Self::User(function) => function.group(),
+        }
+    }
+
+    /// Its address on the host, if it has one.
+    pub fn bdf(&self) -> Option<Bdf> {
+        match self {
+            Self::Vfio(function) => Some(function.bdf()),
+            Self::User(_) => None,
+        }
+    }
+
+    /// For messages.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Vfio(function) => function.bdf().to_string(),
+            Self::User(function) => function.name().to_owned(),
+        }
+    }
+}
+
+/// What a function of another process asks for and was not given is its unit's to judge, as every function's.
+pub struct UserRequests {
+    /// The way that its requests would take.
+    pub endpoint: Endpoint<Ram>,
+    /// Where its messages go.
+    pub interrupts: Arc<KvmInterrupts>,
+}
+
+impl Requests for UserRequests {
+    fn blocked(&self, iova: Iova, write: bool) {
+        let access = if write { Access::Write } else { Access::Read };
+        // The unit records the fault. Where it finds none, the guest mapped it a moment ago, or the bridge could not map it.
+        if self.endpoint.enter().translate(iova, access).is_ok() {
+            log::debug!("{}: {iova} is not mapped for the device yet", self.endpoint.requester());
+        }
+    }
+
+    fn message(&self, address: u64, data: u32) {
+        self.interrupts.signal(self.endpoint.requester(), Msi { address, data });
+    }
+}
+
 /// The functions, open, and the bridge to their host IOMMU.
 pub struct Assigned {
     /// What the units tell of.
     pub bridge: Arc<Bridge>,
     /// Open functions, in the order they were checked.
-    pub functions: Vec<HostFunction>,
+    pub functions: Vec<Function>,
     /// What the host allows, by group.
     pub limits: Vec<(GroupId, Limits)>,
     /// Stops functions.
@@ -179,20 +305,24 @@ pub fn open(
     vm: &VmFd,
     ram: &Arc<Ram>,
     ram_size: u64,
-    checked: &[CheckedFunction],
+    checked: &[Checked],
     control: &Arc<Control>,
     trace: Option<&Arc<Trace>>,
 ) -> Result<Assigned, Error> {
-    let kvm_vfio = if checked.is_empty() {
+    let groups: BTreeSet<GroupId> = checked.iter().filter_map(Checked::group).collect();
+    let kvm_vfio = if groups.is_empty() {
         None
     } else {
         let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..Default::default() };
         let device = vm.create_device(&mut device).map_err(call("KVM_CREATE_DEVICE of the VFIO device"))?;
         Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))
     };
-    let type1 = Arc::new(Type1::new(kvm_vfio));
-    let functions = checked.iter().map(|function| type1.open(function)).collect::<Result<Vec<_>, _>>()?;
-    let groups: BTreeSet<GroupId> = checked.iter().map(CheckedFunction::group).collect();
+    let (type1, user) = (Arc::new(Type1::new(kvm_vfio)), Arc::new(VfioUser::default()));
+    let open = |checked: &Checked| match checked {
+        Checked::Vfio(function) => Ok(Function::Vfio(Arc::new(type1.open(function)?))),
+        Checked::User(socket) => open_user(&user, socket).map(|function| Function::User(Arc::new(function))),
+    };
+    let functions = checked.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
     let limits: Vec<(GroupId, Limits)> =
         groups.into_iter().filter_map(|group| Some((group, type1.limits_of(group)?))).collect();
     for (group, limits) in &limits {
@@ -204,15 +334,26 @@ pub fn open(
     }
     let breaker = Arc::new(Breaker { functions: Mutex::default(), control: control.clone() });
     let guest = GuestMap::of_memory(ram.clone())?;
+    let hosts = Arc::new(Hosts::new(vec![type1, user]));
     let host: Arc<dyn HostIommu> = match trace {
         Some(trace) => {
             trace.memory(&guest);
-            Arc::new(TracedHost::new(type1, trace.clone()))
+            Arc::new(TracedHost::new(hosts, trace.clone()))
         }
-        None => type1,
+        None => hosts,
     };
     let bridge = Arc::new(Bridge::new(host, guest, breaker.clone()));
     Ok(Assigned { bridge, functions, limits, breaker })
+}
+
+fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {
+    let endpoint = match socket {
+        UserSocket::Path(path) => UserEndpoint::Path(path.clone()),
+        // SAFETY: it was checked to be an open socket. Whoever started this process gave it for this device, and only for this one:
+        // two devices cannot name the same descriptor, and no descriptor of ours is named by the command line.
+        UserSocket::Fd(fd) => UserEndpoint::Connected(unsafe { OwnedFd::from_raw_fd(*fd) }),
+    };
+    user.open(endpoint, &socket.to_string()).map_err(|source| Error::User { socket: socket.clone(), source })
 }
 
 fn page_sizes(mask: u64) -> String {
@@ -248,15 +389,26 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
     }
 }
 
-/// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest.
-pub fn report_resets(functions: &[HostFunction]) {
+/// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest. And who is trusted.
+pub fn report_functions(functions: &[Function]) {
     for function in functions {
-        let (bdf, way) = (function.bdf(), function.reset_way());
-        if way.is_sure() {
-            log::info!("{bdf} {way}");
+        let name = function.name();
+        let (is_sure, way) = match function {
+            Function::Vfio(function) => {
+                let way = function.reset_way();
+                (way.is_sure(), way.to_string())
+            }
+            Function::User(function) => {
+                log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
+                let way = if function.is_resettable() { "is reset by its process" } else { "cannot be reset" };
+                (function.is_resettable(), way.to_owned())
+            }
+        };
+        if is_sure {
+            log::info!("{name} {way}");
         } else {
             log::warn!(
-                "{bdf} {way}: DMA that the guest began before a reset may go on when its next driver enables bus mastering"
+                "{name} {way}: DMA that the guest began before a reset may go on when its next driver enables bus mastering"
             );
         }
     }
@@ -329,11 +481,24 @@ mod tests {
 
     #[test]
     fn a_vfio_device_needs_a_unit_with_caching_mode() {
-        let bdf = "00:09.0".parse().unwrap();
-        assert!(matches!(check(&[bdf], None, 1 << 20), Err(Error::NoUnit)));
-        let off = VtdOption { caching_mode: false, ..Default::default() };
-        assert!(matches!(check(&[bdf], Some(&off), 1 << 20), Err(Error::NoCachingMode)));
-        assert!(check(&[], None, 1 << 20).unwrap().is_empty());
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere"] {
+            let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
+            assert!(matches!(check(&devices, None, 1 << 20), Err(Error::NoUnit { .. })));
+            let off = VtdOption { caching_mode: false, ..Default::default() };
+            assert!(matches!(check(&devices, Some(&off), 1 << 20), Err(Error::NoCachingMode { .. })));
+            assert!(check(&devices[..1], None, 1 << 20).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_vfio_user_device_needs_a_socket_that_is_there() {
+        let refused = |text: &str| {
+            let devices = [text.parse().unwrap()];
+            check(&devices, Some(&VtdOption::default()), 1 << 20).err().unwrap().to_string()
+        };
+        assert!(refused("vfio-user,socket=/nowhere/at/all").contains("start its process first"));
+        assert!(refused("vfio-user,socket=/dev/null").contains("is not a socket"));
+        assert!(refused("vfio-user,fd=1000000").contains("descriptor 1000000"));
     }
 
     #[test]

@@ -37,7 +37,7 @@ fn kernel_initrd_and_command_line_are_where_the_boot_parameters_say() {
     let kernel = bzimage(|_| {});
     let initrd = TempFile::new().unwrap();
     initrd.as_file().write_all(&[7; 5000]).unwrap();
-    let ram = memory::create(RAM).unwrap();
+    let ram = memory::create(RAM, false).unwrap();
 
     let mut payload = open_payload(&kernel, Some(&initrd), "console=ttyS0").unwrap();
     // Twice: a guest reset loads everything again.
@@ -74,7 +74,7 @@ fn the_memory_map_says_what_ram_is_and_nothing_overlaps() {
 
 #[test]
 fn page_tables_map_four_gib_to_themselves() {
-    let ram = memory::create(RAM).unwrap();
+    let ram = memory::create(RAM, false).unwrap();
     write_page_tables(&ram).unwrap();
     let entry = |address: u64| ram.read_obj::<u64>(GuestAddress(address)).unwrap();
     for address in [0u64, 0x20_0000, 0x1234_5678, 0xfee0_0000, 0xffff_ffff] {

@@ -38,6 +38,21 @@ impl Signals {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// Waits for one that ends us.
+    pub fn wait(&self) -> io::Result<libc::c_int> {
+        loop {
+            let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: `poll` is the one structure that the call is told of.
+            let ready = unsafe { libc::poll(&raw mut poll, 1, -1) };
+            if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return Err(io::Error::last_os_error());
+            }
+            if let Some(signal) = self.next().filter(|signal| ENDING.contains(signal)) {
+                return Ok(signal);
+            }
+        }
+    }
+
     fn next(&self) -> Option<libc::c_int> {
         let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = size_of::<libc::signalfd_siginfo>();

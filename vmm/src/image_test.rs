@@ -91,7 +91,7 @@ fn pvh_images_are_entered_at_their_note_with_the_start_information() {
     for is_64 in [false, true] {
         let (image, initrd) = (file(&elf(is_64, true)), file(&[7; 5000]));
         let image = Image::open(image.as_path(), Some(initrd.as_path()), "test=a b", RAM).unwrap();
-        let ram = memory::create(RAM).unwrap();
+        let ram = memory::create(RAM, false).unwrap();
         // Twice: a guest reset loads everything again, also what the guest left behind the content of a segment.
         for _ in 0..2 {
             let start = image.load(&ram, RAM, 0xe_0000).unwrap();
@@ -121,7 +121,7 @@ fn multiboot_elf_goes_before_its_note_and_is_told_memory_module_and_command_line
     let (image, initrd) = (file(&content), file(b"module"));
     let name = image.as_path().to_owned();
     let image = Image::open(&name, Some(initrd.as_path()), "x=1", RAM).unwrap();
-    let ram = memory::create(RAM).unwrap();
+    let ram = memory::create(RAM, false).unwrap();
     let start = image.load(&ram, RAM, 0).unwrap();
     assert_eq!((start.rip, start.rax, start.mode), (u64::from(ENTRY), 0x2bad_b002, Mode::Protected));
     let info = start.rbx;
@@ -225,7 +225,7 @@ fn a_module_must_fit_above_the_image() {
 
 fn taken_images_load(content: &[u8]) {
     let Ok(image) = open(content) else { return };
-    let ram = memory::create(RAM).unwrap();
+    let ram = memory::create(RAM, false).unwrap();
     let start = image.load(&ram, RAM, 0).unwrap();
     assert!(start.rip < RAM && start.rip >= layout::HIGH_MEMORY);
 }

@@ -9,6 +9,7 @@ mod cli;
 mod console;
 mod control;
 mod cpuid;
+mod device;
 pub mod dmar;
 mod dsdt;
 mod events;
@@ -42,5 +43,6 @@ pub fn main() -> ExitCode {
     match cli::Cli::parse().command {
         cli::Command::Run(args) => run::run(&args),
         cli::Command::Test(args) => suite::run(&args),
+        cli::Command::Device(args) => device::run(&args),
     }
 }

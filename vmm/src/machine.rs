@@ -12,14 +12,14 @@ use devices::legacy::I8042;
 use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, SlotError, gsi_of};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
-use devices::vfio_pci::{AssignedHost, VfioPci, VfioPciWiring};
+use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
-use vfio_bridge::{Bdf, Bridge, CheckedFunction, GroupId, HostFunction, Trace, TracedListener};
+use vfio_bridge::{Bdf, Bridge, GroupId, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, Requester, SpaceListener, Unit, UnitConfig, UnitId};
 
-use crate::assign::{self, Assigned};
+use crate::assign::{self, Assigned, Checked, Function, UserRequests};
 use crate::boot::{Payload, Start};
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
@@ -131,6 +131,7 @@ struct Placed {
     id: String,
     kind: &'static str,
     requester: Requester,
+    /// Of the host's function: its address, and the kernel's number of its group.
     host: Option<(Bdf, GroupId)>,
 }
 
@@ -168,7 +169,7 @@ pub struct Parts<'a> {
     /// Kernel, initrd and command line.
     pub payload: Payload,
     /// The assigned functions, in the order of the command line.
-    pub checked: &'a [CheckedFunction],
+    pub checked: &'a [Checked],
     /// Stops and starts the vCPUs.
     pub control: Arc<Control>,
     /// Signalled when the guest took its serial input.
@@ -182,14 +183,15 @@ impl Machine {
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { args, names, payload, checked, control, drained, trace } = parts;
         let vm = vm::create(kvm)?;
-        let ram = memory::create(args.memory)?;
+        let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
+        let ram = memory::create(args.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
 
         let assigned = assign::open(&vm, &ram, args.memory, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(args.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
         assign::report(&assigned.limits, args.memory);
-        assign::report_resets(&assigned.functions);
+        assign::report_functions(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
@@ -367,7 +369,8 @@ impl Machine {
             bridge: self
                 .bridge
                 .stats(placed.requester)
-                .map(|counts| stats::Bridge { backend: self.bridge.backend(), counts }),
+                .zip(self.bridge.backend(placed.requester))
+                .map(|(counts, backend)| stats::Bridge { backend, counts }),
         });
         let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
         Stats {
@@ -412,10 +415,10 @@ impl Plug<'_> {
             let requester = self.platform.root.requester(sid);
             let mut host = None;
             let function: Arc<dyn PciFunction> = match &option.kind {
-                DeviceKind::Vfio { .. } => {
-                    // One open function for each vfio device, in the same order.
+                DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
+                    // One open function for each of these devices, in the same order.
                     let Some(function) = functions.next() else { continue };
-                    host = Some((function.bdf(), function.group()));
+                    host = function.bdf().map(|bdf| (bdf, function.group()));
                     let vfio = self.assign(requester, function, &assigned.bridge)?;
                     assigned.breaker.add(requester, &vfio);
                     self.assigned.push((id.clone(), vfio.clone()));
@@ -448,13 +451,18 @@ impl Plug<'_> {
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
     /// function of the guest.
-    fn assign(&self, requester: Requester, function: HostFunction, bridge: &Bridge) -> Result<Arc<VfioPci>, Error> {
-        let bdf = function.bdf();
+    fn assign(&self, requester: Requester, function: Function, bridge: &Bridge) -> Result<Arc<VfioPci>, Error> {
+        let name = function.name();
         bridge.register(requester, function.group()).map_err(assign::Error::from)?;
         if let Some(unit) = self.unit {
-            unit.add_requester(requester).map_err(|source| assign::Error::Attach { bdf, source })?;
+            if let Function::User(function) = &function {
+                let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
+                function.tell(Arc::new(UserRequests { endpoint, interrupts }));
+            }
+            let attach = |source| assign::Error::Attach { name: name.clone(), source };
+            unit.add_requester(requester).map_err(attach)?;
         }
-        let host: Arc<dyn AssignedHost> = Arc::new(function);
+        let host = function.host();
         let intx = VfioPci::pin_of(&*host).map(|pin| self.line(requester, pin));
         let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
@@ -465,7 +473,7 @@ impl Plug<'_> {
             interrupts: self.interrupts.clone(),
             intx,
         })
-        .map_err(|source| assign::Error::Function { bdf, source })?;
+        .map_err(|source| assign::Error::Function { name, source })?;
         if let Some(gsi) = gsi {
             let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
             self.platform.ioapic.add_eoi_listener(gsi, listener);

@@ -229,8 +229,49 @@ pub enum DeviceKind {
         /// Its address there.
         host: Bdf,
     },
+    /// A function that another process emulates.
+    VfioUser {
+        /// Where that is.
+        socket: UserSocket,
+    },
     /// The educational device of QEMU, emulated in this process.
     Edu,
+}
+
+/// Where the process that emulates a function is.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum UserSocket {
+    /// It listens here.
+    Path(PathBuf),
+    /// It is at the other end of this descriptor, which this process was started with.
+    Fd(i32),
+}
+
+impl UserSocket {
+    /// The file to look at.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Self::Path(path) => path.clone(),
+            Self::Fd(fd) => format!("/proc/self/fd/{fd}").into(),
+        }
+    }
+}
+
+impl fmt::Display for UserSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Fd(fd) => write!(f, "descriptor {fd}"),
+        }
+    }
+}
+
+/// A descriptor that this process was started with; not one of the standard ones.
+pub fn descriptor(text: &str) -> Result<i32, BadOption> {
+    match number(text)? {
+        fd @ 3.. => i32::try_from(fd).or_else(|_| bad(format!("`{text}` is not a descriptor"))),
+        _ => bad(format!("`{text}` is one of the standard descriptors")),
+    }
 }
 
 impl DeviceKind {
@@ -238,14 +279,17 @@ impl DeviceKind {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Vfio { .. } => "vfio",
+            Self::VfioUser { .. } => "vfio-user",
             Self::Edu => "edu",
         }
     }
 
-    /// The host's function, for those that have one.
-    pub fn host(&self) -> Option<Bdf> {
+    /// What it is outside, which two devices cannot share: the host's function, or the socket.
+    fn outside(&self) -> Option<String> {
         match self {
-            Self::Vfio { host } => Some(*host),
+            Self::Vfio { host } => Some(format!("host={host}")),
+            Self::VfioUser { socket: UserSocket::Path(path) } => Some(format!("socket={}", path.display())),
+            Self::VfioUser { socket: UserSocket::Fd(fd) } => Some(format!("fd={fd}")),
             Self::Edu => None,
         }
     }
@@ -275,8 +319,21 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::Vfio { host })
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
-            "vfio-user" => return unavailable("the device vfio-user"),
-            _ => return bad(format!("unknown device `{kind}`; it is vfio or edu")),
+            "vfio-user" => {
+                let keys = Keys::parse(kind, rest, &["addr", "fd", "id", "socket"])?;
+                let path = keys.get("socket", |text| match text {
+                    "" => bad("a path is expected"),
+                    path => Ok(UserSocket::Path(path.into())),
+                })?;
+                let socket = match (path, keys.get("fd", descriptor)?) {
+                    (Some(path), None) => path,
+                    (None, Some(fd)) => UserSocket::Fd(fd),
+                    (None, None) => return bad("vfio-user: socket=PATH (or fd=N) is missing"),
+                    (Some(_), Some(_)) => return bad("vfio-user: socket=PATH and fd=N exclude each other"),
+                };
+                (keys, DeviceKind::VfioUser { socket })
+            }
+            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user or edu")),
         };
         Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
     }
@@ -290,10 +347,10 @@ pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> 
             return bad(format!("two devices have id={id}"));
         }
     }
-    let mut hosts = std::collections::BTreeSet::new();
+    let mut outside = std::collections::BTreeSet::new();
     for device in devices {
-        if let Some(host) = device.kind.host().filter(|host| !hosts.insert(*host)) {
-            return bad(format!("host={host} is given to two devices"));
+        if let Some(twice) = device.kind.outside().filter(|this| !outside.insert(this.clone())) {
+            return bad(format!("{twice} is given to two devices"));
         }
     }
     let mut names = Vec::with_capacity(devices.len());

@@ -79,6 +79,9 @@ fn device_keys() {
             kind: DeviceKind::Vfio { host }
         })
     );
+    let user = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
+    assert_eq!(user("vfio-user,socket=/run/x"), DeviceKind::VfioUser { socket: UserSocket::Path("/run/x".into()) });
+    assert_eq!(user("vfio-user,fd=5,addr=03.0"), DeviceKind::VfioUser { socket: UserSocket::Fd(5) });
     for (text, part) in [
         ("vfio", "host=BDF is missing"),
         ("vfio,host=09.0", "not a PCI address"),
@@ -90,14 +93,18 @@ fn device_keys() {
         ("vfio,host=00:09.0,backend=foo", "not auto, type1 or iommufd"),
         ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, host, id"),
         ("vfio,host=00:09.0,host=00:09.0", "given twice"),
-        ("vfio-user,socket=x", "not available in this version"),
+        ("vfio-user", "socket=PATH (or fd=N) is missing"),
+        ("vfio-user,socket=", "a path is expected"),
+        ("vfio-user,socket=x,fd=3", "exclude each other"),
+        ("vfio-user,fd=2", "standard descriptors"),
+        ("vfio-user,host=00:09.0", "the keys are addr, fd, id, socket"),
         ("edu,addr=00.0", "host bridge"),
         ("edu,addr=1f.0", "kept"),
         ("edu,addr=5", "not a slot"),
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
-        ("floppy", "vfio or edu"),
+        ("floppy", "vfio, vfio-user or edu"),
     ] {
         let message = error::<DeviceOption>(text);
         assert!(message.contains(part), "{text}: {message}");
@@ -113,6 +120,8 @@ fn ids_are_given_in_order_around_those_that_are_taken() {
     assert!(twice.to_string().contains("id=a"));
     let same = name_devices(&parse(&["vfio,host=00:09.0", "vfio,host=0000:00:09.0"])).unwrap_err();
     assert!(same.to_string().contains("two devices"));
+    let same = name_devices(&parse(&["vfio-user,socket=/x", "vfio-user,socket=/x"])).unwrap_err();
+    assert!(same.to_string().contains("socket=/x is given to two devices"));
 }
 
 #[test]

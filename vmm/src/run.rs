@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use vfio_bridge::{Bdf, Trace};
+use vfio_bridge::Trace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::Audit;
 
@@ -150,8 +150,7 @@ impl Run<'_> {
     fn guest(&self, signals: Signals) -> anyhow::Result<Stop> {
         let args = self.args;
         let payload = self.payload()?;
-        let wanted: Vec<Bdf> = args.devices.iter().filter_map(|device| device.kind.host()).collect();
-        let checked = assign::check(&wanted, args.vtd(), args.memory)?;
+        let checked = assign::check(&args.devices, args.vtd(), args.memory)?;
         let kvm = vm::open().map_err(remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let trace = self.trace()?;

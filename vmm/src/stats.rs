@@ -39,7 +39,7 @@ pub struct Exit {
 pub struct Device {
     /// Its id.
     pub id: String,
-    /// vfio or edu.
+    /// vfio, vfio-user or edu.
     pub kind: &'static str,
     /// Its address in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,7 +49,7 @@ pub struct Device {
     /// Its IOMMU group in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
-    /// What the bridge did, for vfio.
+    /// What the bridge did, for vfio and vfio-user.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<Bridge>,
 }
@@ -57,7 +57,7 @@ pub struct Device {
 /// What the bridge did for a device.
 #[derive(Serialize, Default, Debug)]
 pub struct Bridge {
-    /// type1.
+    /// type1 or vfio-user.
     pub backend: &'static str,
     /// Its counts.
     #[serde(flatten)]

@@ -35,7 +35,8 @@ pub struct TestArgs {
     /// Print the names and run nothing
     #[arg(long)]
     list: bool,
-    /// The device that the tests drive, instead of an emulated edu
+    /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the host. Without it each test
+    /// gets an edu that a process of its own emulates, behind the bridge
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     devices: Vec<String>,
     /// Write the results as JUnit XML
@@ -96,7 +97,6 @@ struct Runner<'a> {
     args: &'a TestArgs,
     tests: Vec<Test>,
     image: machine::ImageFile,
-    devices: Vec<String>,
 }
 
 impl<'a> Runner<'a> {
@@ -107,7 +107,6 @@ impl<'a> Runner<'a> {
                 .push(device.parse::<DeviceOption>().map_err(|e| stopped(USAGE)(format!("--device {device}: {e}")))?);
         }
         options::name_devices(&options).map_err(stopped(USAGE))?;
-        let devices = if args.devices.is_empty() { vec!["edu".to_owned()] } else { args.devices.clone() };
         let (image, tests) = match &args.image {
             None => (machine::ImageFile::of(SUITE).map_err(stopped(ERROR))?, list::of(SUITE, "suite")),
             Some(path) => {
@@ -123,7 +122,7 @@ impl<'a> Runner<'a> {
         if tests.is_empty() {
             return Err(Stopped { code: USAGE, message: "no test has a name like that; --list shows them".to_owned() });
         }
-        Ok(Self { args, tests, image, devices })
+        Ok(Self { args, tests, image })
     }
 
     /// Whether all passed.
@@ -152,7 +151,7 @@ impl<'a> Runner<'a> {
 
     /// How many virtual machines run at a time: one where they would share a function of the host.
     fn jobs(&self) -> usize {
-        let shared = self.devices.iter().any(|device| !device.starts_with("edu"));
+        let shared = self.args.devices.iter().any(|device| !device.starts_with("edu"));
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         if shared { 1 } else { self.args.jobs.map_or(processors, usize::from) }
     }
@@ -177,7 +176,7 @@ impl<'a> Runner<'a> {
 
     fn one(&self, test: &Test) -> Outcome {
         let start = Instant::now();
-        let (verdict, log) = match machine::run(&self.image, test, &self.devices, self.args.timeout) {
+        let (verdict, log) = match machine::run(&self.image, test, &self.args.devices, self.args.timeout) {
             Ok((ended, log)) => (verdict(ended, &log), log),
             Err(e) => (Verdict::Failed(format!("the virtual machine could not be started: {e}")), String::new()),
         };

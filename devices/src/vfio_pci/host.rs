@@ -1,9 +1,11 @@
-//! What the assigned function asks of the host. [`vfio_bridge::HostFunction`] is the real one; tests have their own.
+//! What the assigned function asks of the host. [`vfio_bridge::HostFunction`] is a real one, [`vfio_bridge::vfio_user::UserFunction`] one that
+//! another process emulates; tests have their own.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vfio_bridge::vfio_user::UserFunction;
 pub use vfio_bridge::{IrqKind, RegionInfo, RegionKind, ResetScope};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -15,8 +17,8 @@ pub trait AssignedHost: Send + Sync {
     fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]);
     /// Writes; dropped where that fails, and the result says so.
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()>;
-    /// The file whose parts become windows.
-    fn fd(&self) -> Arc<OwnedFd>;
+    /// The file whose parts become windows into `region`; without one nothing of it is mapped into the guest.
+    fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>>;
     /// How many vectors of `kind` there are.
     fn irq_count(&self, kind: IrqKind) -> u32;
     /// Vectors from 0 on signal `triggers` from now on; the first call enables the kind.
@@ -40,8 +42,8 @@ impl AssignedHost for vfio_bridge::HostFunction {
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         self.write(region, offset, data)
     }
-    fn fd(&self) -> Arc<OwnedFd> {
-        self.fd().clone()
+    fn file(&self, _: RegionKind) -> Option<Arc<OwnedFd>> {
+        Some(self.fd().clone())
     }
     fn irq_count(&self, kind: IrqKind) -> u32 {
         self.irq_count(kind)
@@ -57,5 +59,35 @@ impl AssignedHost for vfio_bridge::HostFunction {
     }
     fn reset(&self, scope: ResetScope) -> io::Result<()> {
         self.reset(scope)
+    }
+}
+
+impl AssignedHost for UserFunction {
+    fn region(&self, region: RegionKind) -> RegionInfo {
+        self.region(region)
+    }
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        self.read(region, offset, data);
+    }
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(region, offset, data)
+    }
+    fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>> {
+        self.file(region)
+    }
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        self.irq_count(kind)
+    }
+    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        self.set_irqs(kind, triggers)
+    }
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.disable_irqs(kind)
+    }
+    fn unmask_intx(&self) -> io::Result<()> {
+        self.unmask_intx()
+    }
+    fn reset(&self, _: ResetScope) -> io::Result<()> {
+        self.reset()
     }
 }

@@ -1,11 +1,12 @@
 //! One test in a virtual machine: a process of its own, so that whatever happens in it stays there.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -63,29 +64,10 @@ impl From<ExitStatus> for Ended {
     }
 }
 
-/// Runs `test`. Gives back how it ended and what it printed, at most the last 64 KiB.
+/// Runs `test` with `devices`; without any with an edu in a process of its own. Gives back how it ended and what it printed, at most the
+/// last 64 KiB.
 pub fn run(image: &ImageFile, test: &Test, devices: &[String], limit: Duration) -> io::Result<(Ended, String)> {
     let (output, input) = io::pipe()?;
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["run", "--memory", "64M", "--no-reboot", "--timeout"]).arg(limit.as_secs_f64().to_string());
-    // What such a device does wrong, the host's IOMMU hears of.
-    let faults = if devices.iter().any(|device| device.starts_with("vfio,")) { " faults=host" } else { "" };
-    command.arg("--image").arg(image.path()).arg("--cmdline").arg(format!("test={}{faults}", test.name));
-    devices.iter().for_each(|device| {
-        command.arg("--device").arg(device);
-    });
-    command.args(&test.options).stdin(Stdio::null()).stdout(input.try_clone()?).stderr(input);
-    // SAFETY: prctl is a system call and touches no memory; nothing else runs between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            // The thread that waits for the machine is the one that starts it.
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            Ok(())
-        });
-    }
-    let mut child = command.spawn()?;
-    // Our ends of the pipe: else its end would never come.
-    drop(command);
     let (told, tell) = mpsc::channel();
     let reader = std::thread::spawn(move || {
         let log = read_tail(output);
@@ -93,13 +75,100 @@ pub fn run(image: &ImageFile, test: &Test, devices: &[String], limit: Duration) 
         let _ = told.send(());
         log
     });
-    let stuck = tell.recv_timeout(limit + GRACE).is_err();
-    if stuck {
-        child.kill()?;
-    }
-    let status = child.wait()?;
+    let started = start(image, test, devices, limit, input);
+    let ended = started.and_then(|mut processes| {
+        let stuck = tell.recv_timeout(limit + GRACE).is_err();
+        if stuck {
+            processes.end();
+        }
+        processes.machine.wait().map(|status| if stuck { Ended::Stuck } else { status.into() })
+    });
     let log = reader.join().unwrap_or_default();
-    Ok((if stuck { Ended::Stuck } else { status.into() }, log))
+    Ok((ended?, log))
+}
+
+/// The virtual machine, and those that emulate devices for it.
+struct Processes {
+    machine: Child,
+    devices: Vec<Child>,
+}
+
+impl Processes {
+    /// Ends all.
+    fn end(&mut self) {
+        for process in self.devices.iter_mut().chain([&mut self.machine]) {
+            // It fails for one that ended by itself.
+            let _ = process.kill();
+        }
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        self.end();
+        for process in &mut self.devices {
+            let _ = process.wait();
+        }
+    }
+}
+
+/// This program again, with nothing to read and its output to `out`. It is killed when the thread that starts it ends, and gets `sockets` under
+/// the numbers that they have here.
+fn ourselves(out: &PipeWriter, sockets: &[&UnixStream]) -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out.try_clone()?);
+    let descriptors: Vec<i32> = sockets.iter().map(|socket| socket.as_raw_fd()).collect();
+    // SAFETY: prctl and fcntl are system calls that touch no memory; nothing else runs between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            // The thread that waits for the machine is the one that starts it.
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            for fd in &descriptors {
+                if libc::fcntl(*fd, libc::F_SETFD, 0) < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    Ok(command)
+}
+
+fn start(
+    image: &ImageFile,
+    test: &Test,
+    devices: &[String],
+    limit: Duration,
+    out: PipeWriter,
+) -> io::Result<Processes> {
+    let (devices, others) = match devices {
+        [] => (vec!["edu".to_owned()], true),
+        devices => (devices.to_vec(), false),
+    };
+    let mut options: Vec<String> = devices.iter().flat_map(|device| ["--device".to_owned(), device.clone()]).collect();
+    options.extend(test.options.iter().cloned());
+    let mut sockets = Vec::new();
+    let mut processes = Vec::new();
+    if others {
+        for option in options.iter_mut().filter(|option| *option == "edu" || option.starts_with("edu,")) {
+            let (ours, theirs) = UnixStream::pair()?;
+            let mut command = ourselves(&out, &[&theirs])?;
+            command.args(["device", "edu", "--fd"]).arg(theirs.as_raw_fd().to_string());
+            // Its client's death is all that it would say.
+            command.env("RUST_LOG", "error");
+            processes.push(command.spawn()?);
+            *option = format!("vfio-user,fd={}{}", ours.as_raw_fd(), &option["edu".len()..]);
+            sockets.push(ours);
+        }
+    }
+    let mut command = ourselves(&out, &sockets.iter().collect::<Vec<_>>())?;
+    command.args(["run", "--memory", "64M", "--no-reboot", "--timeout"]).arg(limit.as_secs_f64().to_string());
+    // What such a device does wrong, the host's IOMMU hears of.
+    let faults = if devices.iter().any(|device| device.starts_with("vfio,")) { " faults=host" } else { "" };
+    command.arg("--image").arg(image.path()).arg("--cmdline").arg(format!("test={}{faults}", test.name));
+    command.args(&options);
+    let machine = command.spawn()?;
+    Ok(Processes { machine, devices: processes })
 }
 
 fn read_tail(mut output: impl Read) -> String {

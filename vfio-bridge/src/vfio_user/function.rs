@@ -1,0 +1,225 @@
+//! A PCI function that another process emulates: regions, interrupts and reset.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use log::debug;
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_NUM_REGIONS,
+    VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+};
+use vmm_sys_util::eventfd::EventFd;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use super::connection::{CallError, ConnectError, Connection};
+use super::granted::Requests;
+use super::socket::{MAX_DATA, Message};
+use super::wire::{self, DeviceInfo, IrqInfo, IrqSet, RegionAccess, command};
+use crate::function::{IrqKind, RegionInfo, RegionKind, mappable_pages};
+use crate::host::GroupId;
+
+/// Bytes of a region's capabilities that are taken.
+const CAPABILITIES_MAX: u32 = 4096;
+
+/// A function behind a connection, open.
+pub struct UserFunction {
+    connection: Arc<Connection>,
+    group: GroupId,
+    regions: Vec<Region>,
+    irqs: Vec<IrqInfo>,
+    resettable: bool,
+}
+
+#[derive(Default)]
+struct Region {
+    info: RegionInfo,
+    file: Option<Arc<OwnedFd>>,
+}
+
+impl std::fmt::Debug for UserFunction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("UserFunction").field("name", &self.name()).field("group", &self.group).finish_non_exhaustive()
+    }
+}
+
+impl UserFunction {
+    /// Asks what the function is.
+    pub(super) fn new(connection: Arc<Connection>, group: GroupId) -> Result<Self, ConnectError> {
+        let ask = DeviceInfo { argsz: size_of::<DeviceInfo>() as u32, ..DeviceInfo::new_zeroed() };
+        let (device, _) = parse::<DeviceInfo>(&connection.call(command::DEVICE_GET_INFO, &[ask.as_bytes()], &[])?)?;
+        if device.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
+            return Err(ConnectError::Protocol("its device is not a PCI function"));
+        }
+        let regions = (0..VFIO_PCI_NUM_REGIONS.min(device.num_regions)).map(|index| region(&connection, index));
+        let regions = regions.collect::<Result<_, _>>()?;
+        let irqs = (0..(IrqKind::ALL.len() as u32).min(device.num_irqs)).map(|index| {
+            let ask = IrqInfo { argsz: size_of::<IrqInfo>() as u32, index, ..IrqInfo::new_zeroed() };
+            let reply = connection.call(command::DEVICE_GET_IRQ_INFO, &[ask.as_bytes()], &[])?;
+            parse::<IrqInfo>(&reply).map(|(info, _)| info)
+        });
+        let irqs = irqs.collect::<Result<_, _>>()?;
+        let resettable = device.flags & VFIO_DEVICE_FLAGS_RESET != 0;
+        Ok(Self { connection, group, regions, irqs, resettable })
+    }
+
+    /// Its socket, for messages.
+    pub fn name(&self) -> &str {
+        self.connection.name()
+    }
+
+    /// The group that it is the one member of; no group of the kernel.
+    pub fn group(&self) -> GroupId {
+        self.group
+    }
+
+    /// From now on `requests` hears of what the function asks for by message and has no mapping for.
+    pub fn tell(&self, requests: Arc<dyn Requests>) {
+        self.connection.tell(requests);
+    }
+
+    /// What the server says about `region`.
+    pub fn region(&self, region: RegionKind) -> RegionInfo {
+        self.regions.get(region.index() as usize).map(|region| region.info.clone()).unwrap_or_default()
+    }
+
+    /// The file that `region` can be mapped from, at [`RegionInfo::file_offset`].
+    pub fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>> {
+        self.regions.get(region.index() as usize)?.file.clone()
+    }
+
+    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody answers.
+    pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        if let Err(e) = self.try_read(region, offset, data) {
+            debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.name());
+            data.fill(0xff);
+        }
+    }
+
+    fn try_read(&self, region: RegionKind, offset: u64, data: &mut [u8]) -> Result<(), CallError> {
+        let mut at = offset;
+        for part in data.chunks_mut(self.transfer()) {
+            let access = RegionAccess { offset: at, region: region.index(), count: part.len() as u32 };
+            let reply = self.connection.call(command::REGION_READ, &[access.as_bytes()], &[])?;
+            let (_, found) = reply.parse::<RegionAccess>().map_err(|_| CallError::Garbage)?;
+            part.copy_from_slice(found.get(..part.len()).ok_or(CallError::Garbage)?);
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
+    pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut at = offset;
+        for part in data.chunks(self.transfer()) {
+            let access = RegionAccess { offset: at, region: region.index(), count: part.len() as u32 };
+            if let Err(e) = self.connection.call(command::REGION_WRITE, &[access.as_bytes(), part], &[]) {
+                debug!("{}: write of {region:?} at {at:#x} failed: {e}", self.name());
+                return Err(e.into());
+            }
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn transfer(&self) -> usize {
+        let theirs = usize::try_from(self.connection.capabilities().max_data_xfer_size).unwrap_or(MAX_DATA);
+        theirs.clamp(1, MAX_DATA)
+    }
+
+    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
+    pub fn irq_count(&self, kind: IrqKind) -> u32 {
+        let info = self.irqs.get(kind.index() as usize);
+        info.filter(|irq| irq.flags & VFIO_IRQ_INFO_EVENTFD != 0).map_or(0, |irq| irq.count)
+    }
+
+    /// Vectors `0..triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody.
+    pub fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        let most = (self.connection.capabilities().max_msg_fds as usize).max(1);
+        let mut start = 0;
+        // A message carries eventfds for all of its vectors, or takes away those of all.
+        for run in triggers.chunk_by(|a, b| a.is_some() == b.is_some()).flat_map(|run| run.chunks(most)) {
+            let fds: Vec<_> = run.iter().flatten().map(|event| event.as_raw_fd()).collect();
+            let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+            self.set(kind, flags, start, run.len() as u32, &fds)?;
+            start += run.len() as u32;
+        }
+        Ok(())
+    }
+
+    /// Disables `kind` altogether.
+    pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.set(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, &[])
+    }
+
+    /// Unmasks the legacy line; the server masks it each time it fires.
+    pub fn unmask_intx(&self) -> io::Result<()> {
+        self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, &[])
+    }
+
+    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: u32, fds: &[i32]) -> io::Result<()> {
+        let set = IrqSet { argsz: size_of::<IrqSet>() as u32, flags, index: kind.index(), start, count };
+        self.connection.call(command::DEVICE_SET_IRQS, &[set.as_bytes()], fds)?;
+        Ok(())
+    }
+
+    /// Whether the server can reset it.
+    pub fn is_resettable(&self) -> bool {
+        self.resettable
+    }
+
+    /// Resets it. [`io::ErrorKind::Unsupported`] where the server cannot.
+    pub fn reset(&self) -> io::Result<()> {
+        if !self.resettable {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.connection.call(command::DEVICE_RESET, &[], &[])?;
+        Ok(())
+    }
+}
+
+fn parse<T: FromBytes>(reply: &Message) -> Result<(T, &[u8]), ConnectError> {
+    reply.parse().map_err(|_| ConnectError::Protocol("an answer is too short"))
+}
+
+fn region(connection: &Connection, index: u32) -> Result<Region, ConnectError> {
+    let argsz = size_of::<wire::RegionInfo>() as u32 + CAPABILITIES_MAX;
+    let ask = wire::RegionInfo { argsz, index, ..wire::RegionInfo::new_zeroed() };
+    let reply = connection.call(command::DEVICE_GET_REGION_INFO, &[ask.as_bytes()], &[])?;
+    let (info, _) = parse::<wire::RegionInfo>(&reply)?;
+    let mappable = match info.flags & VFIO_REGION_INFO_FLAG_MMAP {
+        0 => Vec::new(),
+        _ if info.flags & VFIO_REGION_INFO_FLAG_CAPS == 0 => vec![(0, info.size)],
+        _ => sparse_areas(&reply.payload, info.cap_offset).unwrap_or_else(|| vec![(0, info.size)]),
+    };
+    let file = reply.fds.into_iter().next().map(Arc::new);
+    let inside = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= info.size);
+    let offered = if file.is_some() { mappable } else { Vec::new() };
+    let info = RegionInfo {
+        size: info.size,
+        file_offset: info.offset,
+        readable: info.flags & VFIO_REGION_INFO_FLAG_READ != 0,
+        writable: info.flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+        mappable: mappable_pages(offered.into_iter().filter(inside)),
+    };
+    Ok(Region { info, file })
+}
+
+/// The areas of the capability that lists them. Offsets count from the start of the structure.
+fn sparse_areas(payload: &[u8], first: u32) -> Option<Vec<(u64, u64)>> {
+    let u32_at = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at.checked_add(4)?)?.try_into().ok()?));
+    let u64_at = |at: usize| Some(u64::from_ne_bytes(payload.get(at..at.checked_add(8)?)?.try_into().ok()?));
+    let mut at = first as usize;
+    while at != 0 {
+        let (kind, next) = (u32_at(at)? & 0xffff, u32_at(at + 4)? as usize);
+        if kind == VFIO_REGION_INFO_CAP_SPARSE_MMAP {
+            let count = u32_at(at + 8)? as usize;
+            return (0..count).map(|i| Some((u64_at(at + 16 + i * 16)?, u64_at(at + 24 + i * 16)?))).collect();
+        }
+        // They stand in ascending order; anything else would not end.
+        at = if next > at { next } else { 0 };
+    }
+    None
+}

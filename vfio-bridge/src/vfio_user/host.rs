@@ -1,0 +1,159 @@
+//! The backend: what is mapped for functions that other processes emulate. Each function is alone in its group and has a container
+//! of its own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use vtd::Perm;
+use zerocopy::IntoBytes;
+
+use super::connection::{CALL_DEADLINE, Call, CallError, ConnectError, Connection};
+use super::function::UserFunction;
+use super::granted::Grant;
+use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
+use crate::guest_map::HostMem;
+use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
+use crate::limits::{IovaRange, Limits};
+
+/// Unmaps that are under way at a time.
+const UNMAPS_AT_ONCE: usize = 64;
+
+/// Where the server of a function is.
+#[derive(Debug)]
+pub enum UserEndpoint {
+    /// It listens here.
+    Path(PathBuf),
+    /// It is at the other end of this socket.
+    Connected(OwnedFd),
+}
+
+/// The vfio-user backend.
+#[derive(Default)]
+pub struct VfioUser {
+    /// A connection lives as long as its [`UserFunction`].
+    functions: Mutex<BTreeMap<GroupId, Weak<Connection>>>,
+}
+
+impl VfioUser {
+    /// Connects to a server. `name` is for messages.
+    pub fn open(&self, endpoint: UserEndpoint, name: &str) -> Result<UserFunction, ConnectError> {
+        self.open_with_deadline(endpoint, name, CALL_DEADLINE)
+    }
+
+    /// As [`VfioUser::open`], with another deadline for calls.
+    pub fn open_with_deadline(
+        &self,
+        endpoint: UserEndpoint,
+        name: &str,
+        deadline: Duration,
+    ) -> Result<UserFunction, ConnectError> {
+        let stream = match endpoint {
+            UserEndpoint::Path(path) => UnixStream::connect(path)?,
+            UserEndpoint::Connected(fd) => UnixStream::from(fd),
+        };
+        let connection = Arc::new(Connection::new(stream, name.to_owned(), deadline)?);
+        let mut functions = self.functions();
+        let group = GroupId::of_user_function(functions.len() as u32);
+        let function = UserFunction::new(connection.clone(), group)?;
+        functions.insert(group, Arc::downgrade(&connection));
+        Ok(function)
+    }
+
+    fn functions(&self) -> MutexGuard<'_, BTreeMap<GroupId, Weak<Connection>>> {
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connection(&self, container: ContainerId) -> io::Result<Arc<Connection>> {
+        let connection = self.functions().get(&GroupId(container.0)).and_then(Weak::upgrade);
+        connection.ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl HostIommu for VfioUser {
+    fn name(&self, _: ContainerId) -> &'static str {
+        "vfio-user"
+    }
+
+    fn container(&self, group: GroupId) -> Option<ContainerId> {
+        self.functions().contains_key(&group).then_some(ContainerId(group.0))
+    }
+
+    fn limits(&self, container: ContainerId) -> Limits {
+        let capabilities = self.connection(container).map(|connection| connection.capabilities().clone());
+        let entries = capabilities.as_ref().map_or(0, |capabilities| capabilities.max_dma_maps);
+        Limits {
+            iova_ranges: vec![IovaRange { first: 0, last: u64::MAX - PAGE_SIZE }],
+            page_sizes: capabilities.map_or(PAGE_SIZE, |capabilities| capabilities.pgsizes),
+            entries,
+            // Nothing is pinned.
+            memlock: None,
+            unmap_all: true,
+        }
+    }
+
+    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let refused = |errno: i32| MapRefused::from_errno(errno);
+        let connection = self.connection(container).map_err(|_| refused(libc::ENODEV))?;
+        let granted = connection.granted();
+        // The process holds no more than it said, whatever it does with more.
+        if granted.len() >= connection.capabilities().max_dma_maps {
+            return Err(refused(libc::ENOSPC));
+        }
+        let (file, offset) = mem.backing().ok_or_else(|| refused(libc::ENOTSUP))?;
+        let file: &Arc<File> = file;
+        let last = iova.checked_add(mem.size() - 1).ok_or_else(|| refused(libc::EINVAL))?;
+        let flags = if perm.readable() { DMA_MAP_READ } else { 0 } | if perm.writable() { DMA_MAP_WRITE } else { 0 };
+        let map = DmaMap { argsz: size_of::<DmaMap>() as u32, flags, offset, address: iova, size: mem.size() };
+        // First, for the device may use it before the answer is here.
+        if !granted.insert(iova, Grant { last, perm, file: Some(file.clone()), offset }) {
+            return Err(refused(libc::EEXIST));
+        }
+        match connection.call(command::DMA_MAP, &[map.as_bytes()], &[file.as_raw_fd()]) {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                granted.remove(iova, last);
+                // What a process's errno means is its own affair; a full table is the exception.
+                let full = e == CallError::Refused(libc::ENOSPC);
+                Err(refused(if full { libc::ENOSPC } else { libc::EIO }))
+            }
+        }
+    }
+
+    /// The protocol wants each mapping named, so this is a message for each, many of them under way at a time.
+    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+        let connection = self.connection(container)?;
+        let (first, last) = match range {
+            UnmapRange::Span { first, last } => (first, last),
+            UnmapRange::All => (0, u64::MAX),
+        };
+        let mappings = connection.granted().remove(first, last);
+        let mappings = mappings.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let mut failed = None;
+        for mappings in mappings.chunks(UNMAPS_AT_ONCE) {
+            let calls: Vec<Result<Call, CallError>> = mappings
+                .iter()
+                .map(|mapping| {
+                    let (argsz, size) = (size_of::<DmaUnmap>() as u32, mapping.end - mapping.start);
+                    let unmap = DmaUnmap { argsz, flags: 0, address: mapping.start, size };
+                    connection.begin(command::DMA_UNMAP, &[unmap.as_bytes()], &[])
+                })
+                .collect();
+            for call in calls {
+                if let Err(e) = call.and_then(|call| connection.end(call)) {
+                    failed.get_or_insert(e);
+                }
+            }
+        }
+        match failed {
+            // Whoever is gone holds nothing any more; who is still there was asked and did not let go.
+            Some(e) if !connection.is_released() => Err(e.into()),
+            _ => Ok(mappings.iter().map(|mapping| mapping.end - mapping.start).sum()),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Whole messages over a Unix socket, with the files that come beside them.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use libc::iovec;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::wire::{FLAG_ERROR, FLAG_REPLY, HEADER_SIZE, Header};
+
+/// Data that one message may carry; both sides propose it.
+pub const MAX_DATA: usize = 1 << 20;
+/// Files that are taken with one message.
+pub const MAX_FDS: usize = 16;
+/// No message is longer: data, and what stands before it.
+const MAX_MESSAGE: usize = MAX_DATA + 4096;
+
+/// A message that came.
+#[derive(Debug, Default)]
+pub struct Message {
+    /// Its header.
+    pub header: Header,
+    /// What follows the header.
+    pub payload: Vec<u8>,
+    /// The files that came beside it.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// The structure that the payload begins with, and the rest of it.
+    pub fn parse<T: FromBytes>(&self) -> io::Result<(T, &[u8])> {
+        T::read_from_prefix(&self.payload).map_err(|_| invalid("a message is too short for what it is"))
+    }
+}
+
+/// `InvalidData`, with a reason.
+pub fn invalid(why: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+/// Sends one message. Whoever calls it keeps others from sending at the same time.
+pub fn send(stream: &UnixStream, mut header: Header, parts: &[&[u8]], fds: &[RawFd]) -> io::Result<()> {
+    let size = HEADER_SIZE + parts.iter().map(|part| part.len()).sum::<usize>();
+    header.size = u32::try_from(size).map_err(|_| invalid("a message is too long"))?;
+    let mut bytes = header.as_bytes().to_vec();
+    parts.iter().for_each(|part| bytes.extend_from_slice(part));
+    // The files go with the first byte.
+    let sent = if fds.is_empty() { 0 } else { stream.send_with_fds(&[&bytes[..]], fds)? };
+    let mut stream = stream;
+    stream.write_all(&bytes[sent..])
+}
+
+/// The header of the reply to `command`.
+pub fn reply_to(command: &Header, error: Option<i32>) -> Header {
+    let failed = if error.is_some() { FLAG_ERROR } else { 0 };
+    Header { flags: FLAG_REPLY | failed, error: error.map_or(0, i32::cast_unsigned), ..*command }
+}
+
+/// The next message; `None` when the other side closed the connection between two.
+pub fn receive(stream: &UnixStream) -> io::Result<Option<Message>> {
+    let mut bytes = [0; HEADER_SIZE];
+    let mut fds = [-1; MAX_FDS];
+    let (got, fd_count) = loop {
+        let mut parts = [iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: HEADER_SIZE }];
+        // SAFETY: `parts` describes `bytes`, to which anything may be written.
+        match unsafe { stream.recv_with_fds(&mut parts, &mut fds) } {
+            Ok(got) => break got,
+            Err(e) if e.errno() == libc::EINTR => {}
+            Err(e) => return Err(e.into()),
+        }
+    };
+    // SAFETY: the kernel made these descriptors for this call just now, so nobody else has them.
+    let fds: Vec<OwnedFd> = fds[..fd_count].iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }).collect();
+    fds.iter().try_for_each(close_on_exec)?;
+    if got == 0 {
+        return Ok(None);
+    }
+    let mut from = stream;
+    from.read_exact(&mut bytes[got..])?;
+    let header = Header::read_from_bytes(&bytes).map_err(|_| invalid("a header of another size"))?;
+    let len = (header.size as usize).checked_sub(HEADER_SIZE).filter(|_| header.size as usize <= MAX_MESSAGE);
+    let mut payload = vec![0; len.ok_or_else(|| invalid("a message of an impossible size"))?];
+    from.read_exact(&mut payload)?;
+    Ok(Some(Message { header, payload, fds }))
+}
+
+fn close_on_exec(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and the call touches no memory.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

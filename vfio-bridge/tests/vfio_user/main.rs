@@ -1,0 +1,7 @@
+//! vfio-user: both ends of ours against each other, each against the other side of another implementation, and against processes that
+//! misbehave.
+
+mod both_ends;
+mod misbehaving;
+mod other_implementations;
+mod rig;

@@ -1,0 +1,355 @@
+//! `causeway device`: an emulated device in a process of its own, for virtual machines of other processes, by vfio-user.
+//!
+//! The model is the one that `causeway run --device edu` has inside; here its DMA goes by the memory that the client maps for it, and its
+//! interrupts by the client's eventfds, as those of a function of the host do through the kernel's VFIO.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use clap::{Args, ValueEnum};
+use devices::Bus;
+use devices::dma::{DmaFailed, DmaTarget};
+use devices::edu::{BAR_SIZE, Edu};
+use devices::host::{Interrupts, IrqLine, IrqRoute};
+use devices::pci::config::CONFIG_SIZE;
+use devices::pci::{Decoder, PciFunction};
+use vfio_bridge::vfio_user::{ClientMemory, Served, serve};
+use vfio_bridge::{IrqKind, RegionKind};
+use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use vtd::{Iova, Msi, Requester, SourceId};
+
+use crate::events::{self, Signals};
+use crate::options;
+use crate::run::{ERROR, REFUSED};
+
+/// `causeway device`.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+The process serves one client after the other until it is ended by a signal; with --fd it ends with its client. Exit codes: 0 the client of
+--fd closed the connection; 2 usage; 4 it could not start; 6 an error while it ran.")]
+pub struct DeviceArgs {
+    /// The device
+    kind: Kind,
+    /// Listen here; `causeway run --device vfio-user,socket=PATH` connects
+    #[arg(long, value_name = "PATH", required_unless_present = "fd", conflicts_with = "fd")]
+    socket: Option<PathBuf>,
+    /// Serve the client at the other end of this descriptor, a connected socket that the process was started with
+    #[arg(long, value_name = "N", value_parser = options::descriptor)]
+    fd: Option<i32>,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum Kind {
+    /// The teaching device that QEMU has, too: DMA, and an interrupt
+    Edu,
+}
+
+/// Does what the command line says. Gives back the exit code.
+pub fn run(args: &DeviceArgs) -> ExitCode {
+    let environment = env_logger::Env::default().default_filter_or("info");
+    let format = |out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>| {
+        writeln!(out, "causeway device: {}: {}", record.level().as_str().to_ascii_lowercase(), record.args())
+    };
+    env_logger::Builder::from_env(environment).format(format).init();
+    let Kind::Edu = args.kind;
+    let result = match (&args.fd, &args.socket) {
+        (Some(fd), _) => serve_descriptor(*fd),
+        (None, Some(path)) => serve_path(path),
+        // The command line has one of the two.
+        (None, None) => Ok(()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Stopped { code, message }) => {
+            log::error!("{message}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// Why the process ends, and its exit code.
+struct Stopped {
+    code: u8,
+    message: String,
+}
+
+fn refused(message: String) -> Stopped {
+    Stopped { code: REFUSED, message }
+}
+
+fn serve_descriptor(fd: i32) -> Result<(), Stopped> {
+    let is_socket = fs::metadata(format!("/proc/self/fd/{fd}")).is_ok_and(|file| file.file_type().is_socket());
+    if !is_socket {
+        return Err(refused(format!("descriptor {fd} is not a socket")));
+    }
+    // SAFETY: it is open, no socket was opened by this process, and whoever started the process gave it for this.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let edu = ServedEdu::new().map_err(|e| refused(format!("the device could not be made: {e}")))?;
+    serve(&stream, &edu, &edu.memory).map_err(|e| Stopped { code: ERROR, message: e.to_string() })
+}
+
+fn serve_path(path: &Path) -> Result<(), Stopped> {
+    // Before any thread exists, so that none of them gets these signals.
+    let signals = Signals::block().map_err(|e| refused(format!("signals cannot be waited for: {e}")))?;
+    let listener = listen(path).map_err(|e| refused(format!("{} cannot be listened at: {e}", path.display())))?;
+    let edu = ServedEdu::new().map_err(|e| refused(format!("the device could not be made: {e}")))?;
+    log::info!("edu is served at {}", path.display());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            match stream {
+                Ok(stream) => {
+                    if let Err(e) = serve(&stream, &edu, &edu.memory) {
+                        log::warn!("{e}");
+                    }
+                    // The next client finds it as this one did.
+                    edu.edu.reset();
+                }
+                Err(e) => log::warn!("a client could not be accepted: {e}"),
+            }
+        }
+    });
+    let signal = signals.wait();
+    if let Err(e) = fs::remove_file(path) {
+        log::warn!("{} could not be removed: {e}", path.display());
+    }
+    match signal {
+        Ok(signal) => events::die_by(signal),
+        Err(e) => Err(Stopped { code: ERROR, message: format!("signals cannot be waited for: {e}") }),
+    }
+}
+
+/// Listens at `path`, in place of a socket that nobody listens at any more.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            let left_behind = fs::metadata(path)?.file_type().is_socket()
+                && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+            if !left_behind {
+                return Err(e);
+            }
+            fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        result => result,
+    }
+}
+
+/// The device, as the kernel's VFIO would show it.
+struct ServedEdu {
+    edu: Arc<Edu>,
+    memory: Arc<ClientMemory>,
+    lines: Arc<Lines>,
+}
+
+impl ServedEdu {
+    fn new() -> io::Result<Self> {
+        let memory = Arc::new(ClientMemory::default());
+        let lines = Arc::new(Lines { memory: memory.clone(), state: Mutex::default() });
+        // Where it is in its client's machine is the client's affair.
+        let requester = Requester { segment: 0, sid: SourceId::new(0, 0, 0) };
+        let decoder = Arc::new(Decoder::new(Arc::new(Bus::default())));
+        let line: Arc<dyn IrqLine> = lines.clone();
+        let dma = Box::new(UserMemory(memory.clone()));
+        let edu = Edu::new(requester, decoder, lines.clone(), Some((line, 0xff)), dma)?;
+        Ok(Self { edu, memory, lines })
+    }
+}
+
+impl Served for ServedEdu {
+    fn region_size(&self, region: RegionKind) -> u64 {
+        match region {
+            RegionKind::Bar(0) => BAR_SIZE,
+            RegionKind::Config => CONFIG_SIZE as u64,
+            _ => 0,
+        }
+    }
+
+    fn irq_count(&self, kind: IrqKind) -> u32 {
+        matches!(kind, IrqKind::Intx | IrqKind::Msi).into()
+    }
+
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        match region {
+            RegionKind::Bar(_) => self.edu.bar().read(offset, data),
+            _ => words(offset, data.len()).for_each(|(at, range)| self.edu.config_read(at, &mut data[range])),
+        }
+    }
+
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) {
+        match region {
+            RegionKind::Bar(_) => self.edu.bar().write(offset, data),
+            _ => words(offset, data.len()).for_each(|(at, range)| self.edu.config_write(at, &data[range])),
+        }
+    }
+
+    fn set_irqs(&self, kind: IrqKind, _: u32, triggers: Vec<Option<File>>) {
+        let Some(trigger) = triggers.into_iter().next() else { return };
+        let on = trigger.is_some();
+        match kind {
+            IrqKind::Intx => self.lines.state().connect_line(trigger),
+            IrqKind::Msi => {
+                self.lines.state().message = trigger;
+                self.enable_msi(on);
+            }
+            _ => {}
+        }
+    }
+
+    fn disable_irqs(&self, kind: IrqKind) {
+        self.set_irqs(kind, 0, vec![None]);
+    }
+
+    fn unmask_intx(&self) {
+        self.lines.state().unmask_line();
+    }
+
+    fn reset(&self) {
+        self.edu.reset();
+    }
+}
+
+impl ServedEdu {
+    /// In the device's own capability, as the kernel does it for a real one: what the guest writes there stays with the client.
+    fn enable_msi(&self, on: bool) {
+        self.edu.config_write(self.edu.msi_capability() + 2, &[on.into()]);
+    }
+}
+
+/// An access to configuration space in parts of at most a word: where each is, and which bytes.
+fn words(offset: u64, len: usize) -> impl Iterator<Item = (u16, std::ops::Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let at = offset + done as u64;
+        let part = (4 - (at % 4) as usize).min(len - done);
+        let range = done..done + part;
+        done += part;
+        // The region has 4 KiB.
+        (part > 0).then_some((at as u16, range))
+    })
+}
+
+/// The memory of the client.
+struct UserMemory(Arc<ClientMemory>);
+
+impl DmaTarget for UserMemory {
+    fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaFailed> {
+        self.0.read(iova, data).map_err(|_| DmaFailed)
+    }
+    fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaFailed> {
+        self.0.write(iova, data).map_err(|_| DmaFailed)
+    }
+}
+
+/// Where the device's interrupts go.
+struct Lines {
+    memory: Arc<ClientMemory>,
+    state: Mutex<LineState>,
+}
+
+#[derive(Default)]
+struct LineState {
+    /// The eventfd of the one message.
+    message: Option<File>,
+    /// That of the legacy line.
+    line: Option<File>,
+    high: bool,
+    /// It fired, and the client did not unmask it since.
+    masked: bool,
+}
+
+fn fire(trigger: Option<&File>) {
+    if let Some(mut trigger) = trigger
+        && let Err(e) = trigger.write_all(&1u64.to_ne_bytes())
+    {
+        log::debug!("an eventfd of the client could not be signalled: {e}");
+    }
+}
+
+impl LineState {
+    fn connect_line(&mut self, trigger: Option<File>) {
+        self.line = trigger;
+        self.unmask_line();
+    }
+
+    fn unmask_line(&mut self) {
+        self.masked = false;
+        self.update();
+    }
+
+    /// Level-triggered: fires once, until it is unmasked.
+    fn update(&mut self) {
+        if self.high && !self.masked && self.line.is_some() {
+            self.masked = true;
+            fire(self.line.as_ref());
+        }
+    }
+}
+
+impl Lines {
+    fn state(&self) -> MutexGuard<'_, LineState> {
+        self.state.lock().unwrap()
+    }
+}
+
+impl Interrupts for Lines {
+    fn route(&self, _: Requester) -> io::Result<Arc<dyn IrqRoute>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn signal(&self, _: Requester, msi: Msi) {
+        if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address) {
+            // Written by DMA: the client, whose unit remaps it, is asked.
+            let written = self.memory.write(Iova(msi.address), &msi.data.to_le_bytes());
+            return written.unwrap_or_else(|e| log::debug!("a message was not taken: {e}"));
+        }
+        // The address and data of the capability are the client's; here they are 0.
+        fire(self.state().message.as_ref());
+    }
+}
+
+impl IrqLine for Lines {
+    fn set_level(&self, high: bool) {
+        let mut state = self.state();
+        state.high = high;
+        state.update();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accesses_to_configuration_space_are_cut_into_words() {
+        let parts: Vec<_> = words(0x3e, 9).collect();
+        assert_eq!(parts, [(0x3e, 0..2), (0x40, 2..6), (0x44, 6..9)]);
+        assert_eq!(words(4, 0).count(), 0);
+    }
+
+    #[test]
+    fn the_line_fires_once_until_it_is_unmasked() {
+        let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let trigger = || {
+            use std::os::fd::{AsRawFd, BorrowedFd};
+            // SAFETY: `event` lives as long as the borrow.
+            let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+            Some(File::from(fd.try_clone_to_owned().unwrap()))
+        };
+        let mut state = LineState { high: true, ..LineState::default() };
+        state.connect_line(trigger());
+        assert_eq!(event.read().unwrap(), 1);
+        state.update();
+        assert!(event.read().is_err());
+        state.unmask_line();
+        assert_eq!(event.read().unwrap(), 1);
+        state.high = false;
+        state.unmask_line();
+        assert!(event.read().is_err());
+    }
+}
