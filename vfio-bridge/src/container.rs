@@ -19,6 +19,22 @@ pub(crate) struct Lost {
     pub cause: RefusalCause,
 }
 
+/// In the middle of a switch: who needs the host's room, and what found none so far.
+#[derive(Default)]
+struct Room {
+    /// Unmaps that are still to come.
+    unmaps: usize,
+    /// A map found none since the last unmap. Who comes later does not overtake it: else the small would be there in the end and the
+    /// large not.
+    full: bool,
+    /// Remainders that are not mapped yet. Each has an entry kept for it: what is in both spaces is not lost to what is new.
+    remainders: u64,
+    /// Remainders that wait for the last unmap.
+    waiting_remainders: Vec<Extent>,
+    /// New mappings that do.
+    waiting: Vec<Extent>,
+}
+
 /// The container that a group is in.
 pub(crate) struct Container {
     id: ContainerId,
@@ -131,17 +147,80 @@ impl Container {
     }
 
     /// Makes the container hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is refused.
+    ///
+    /// A device may be at work meanwhile, and hardware would serve each of its requests by the old or by the new translation. So what is
+    /// new where nothing was comes first, and what is replaced is away for as long as its own run takes. In between the container
+    /// holds some of both, never anything else; the guest is told that it is done when there is only the new.
     pub fn switch(&mut self, guest: &GuestMap, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
-        let Switch { unmaps, maps } = self.ledger.plan_switch(target, self.limits.unmap_all);
-        self.unmap_runs(guest, &unmaps, lost);
-        if self.broken.is_some() {
-            return;
-        }
+        let Switch { maps, runs } = self.ledger.plan_switch(target, self.limits.entries, self.limits.unmap_all);
+        let remainders = runs.iter().map(|run| run.remainders.len() as u64).sum();
+        let mut room = Room { unmaps: runs.len(), remainders, ..Room::default() };
         for extent in &maps {
             if whole && !lost.is_empty() {
                 return;
             }
+            self.map_new(guest, extent, &mut room, lost);
+        }
+        for run in &runs {
+            let start = Instant::now();
+            room.unmaps -= 1;
+            // Once an unmap was refused nothing is mapped any more: its functions are stopped. What else must go still goes.
+            if !self.unmap_run(run) || self.broken.is_some() {
+                continue;
+            }
+            room.full = false;
+            for extent in &run.remainders {
+                self.map_remainder(guest, extent, &mut room, lost);
+            }
+            if run.cuts > 0 {
+                self.counters.split(run.cuts, start.elapsed());
+            }
+            for extent in &run.maps {
+                if whole && !lost.is_empty() {
+                    return;
+                }
+                self.map_new(guest, extent, &mut room, lost);
+            }
+        }
+        if self.broken.is_some() {
+            return;
+        }
+        for extent in room.waiting_remainders.iter().chain(&room.waiting) {
+            if whole && !lost.is_empty() {
+                return;
+            }
             self.map_one(guest, extent, lost);
+        }
+    }
+
+    /// Maps what stays of an extent that was cut. It waits if the host has no room and unmaps are still to come.
+    fn map_remainder(&mut self, guest: &GuestMap, extent: &Extent, room: &mut Room, lost: &mut Vec<Lost>) {
+        match self.try_map(guest, extent) {
+            Err(cause) if room.unmaps > 0 && cause.may_pass() => {
+                room.waiting_remainders.push(*extent);
+                return;
+            }
+            Err(cause) => self.refuse(extent.range(), cause, lost),
+            Ok(()) => {}
+        }
+        room.remainders -= 1;
+    }
+
+    /// Maps what only the new space has. It waits if the host has no room and unmaps are still to come, or no more entries than
+    /// the remainders need.
+    fn map_new(&mut self, guest: &GuestMap, extent: &Extent, room: &mut Room, lost: &mut Vec<Lost>) {
+        let may_wait = room.unmaps > 0 || room.remainders > 0;
+        if may_wait && (room.full || self.ledger.len() as u64 + room.remainders >= self.limits.entries) {
+            room.waiting.push(*extent);
+            return;
+        }
+        match self.try_map(guest, extent) {
+            Err(cause) if room.unmaps > 0 && cause.may_pass() => {
+                room.full = true;
+                room.waiting.push(*extent);
+            }
+            Err(cause) => self.refuse(extent.range(), cause, lost),
+            Ok(()) => {}
         }
     }
 
@@ -187,24 +266,29 @@ impl Container {
     }
 
     fn map_one(&mut self, guest: &GuestMap, extent: &Extent, lost: &mut Vec<Lost>) {
-        let range = IovaRange { first: extent.first, last: extent.last };
-        let Some(mem) = guest.host_mem(extent.gpa, extent.size()) else {
-            self.refuse(range, RefusalCause::Target, lost);
-            return;
-        };
+        if let Err(cause) = self.try_map(guest, extent) {
+            self.refuse(extent.range(), cause, lost);
+        }
+    }
+
+    /// One host map. A refusal is not counted yet, the operation is.
+    fn try_map(&mut self, guest: &GuestMap, extent: &Extent) -> Result<(), RefusalCause> {
+        let mem = guest.host_mem(extent.gpa, extent.size()).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
         let time = start.elapsed();
+        let range = extent.range();
         trace!("group {}: map {range} to {:#x} {:?}: {result:?}", self.group, extent.gpa, extent.perm);
         match result {
             Ok(()) => {
                 self.counters.host_map(time, Some(extent.size()));
                 self.ledger.insert(*extent);
                 self.counters.live(self.ledger.len() as u64, self.ledger.bytes());
+                Ok(())
             }
             Err(refused) => {
                 self.counters.host_map(time, None);
-                self.refuse(range, refused.cause, lost);
+                Err(refused.cause)
             }
         }
     }

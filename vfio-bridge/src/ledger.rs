@@ -32,6 +32,16 @@ impl Extent {
         self.last - self.first + 1
     }
 
+    /// Its IOVAs.
+    pub fn range(&self) -> IovaRange {
+        IovaRange { first: self.first, last: self.last }
+    }
+
+    /// What it covers of `other`, which overlaps it.
+    fn clipped(&self, other: &Self) -> IovaRange {
+        IovaRange { first: self.first.max(other.first), last: self.last.min(other.last) }
+    }
+
     /// The part of it in `first..=last`, which must be inside: both addresses advance with the left edge (B-6).
     pub fn part(&self, first: u64, last: u64) -> Self {
         debug_assert!(self.first <= first && first <= last && last <= self.last);
@@ -46,7 +56,7 @@ impl Extent {
     }
 }
 
-/// One host unmap, and what must be mapped again right after it.
+/// One host unmap, and what must be mapped right after it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Run {
     /// What the host is asked to take away.
@@ -57,16 +67,55 @@ pub struct Run {
     pub remainders: Vec<Extent>,
     /// How many of the extents have such parts.
     pub cuts: u64,
-}
-
-/// The way from what a container holds to what it shall hold.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Switch {
-    /// First these.
-    pub unmaps: Vec<Run>,
-    /// Then these.
+    /// What takes the place of those extents, at a switch; in ascending order.
     pub maps: Vec<Extent>,
 }
+
+impl Run {
+    fn of(extent: Extent, remainders: Vec<Extent>, maps: Vec<Extent>) -> Self {
+        let range = UnmapRange::Span { first: extent.first, last: extent.last };
+        let cuts = u64::from(!remainders.is_empty());
+        Self { range, extents: vec![extent], remainders, cuts, maps }
+    }
+
+    fn last(&self) -> u64 {
+        self.extents.last().map_or(0, |extent| extent.last)
+    }
+
+    /// Takes away the next extent, too.
+    fn grow(&mut self, extent: Extent, remainders: Vec<Extent>, maps: Vec<Extent>) {
+        if let UnmapRange::Span { last, .. } = &mut self.range {
+            *last = extent.last;
+        }
+        self.extents.push(extent);
+        self.cuts += u64::from(!remainders.is_empty());
+        self.remainders.extend(remainders);
+        self.maps.extend(maps);
+    }
+
+    /// Whether nothing is mapped where it was.
+    fn leaves_nothing(&self) -> bool {
+        self.remainders.is_empty() && self.maps.is_empty()
+    }
+}
+
+/// The way from what a container holds to what it shall hold, on which an IOVA that both have is without a translation for as
+/// short a time as possible.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Switch {
+    /// First these: nothing is held where they are.
+    pub maps: Vec<Extent>,
+    /// Then these, one by one.
+    pub runs: Vec<Run>,
+}
+
+/// As many separate pieces of held extents may lie under one new extent so that it is mapped around them, in up to twice as many pieces
+/// and one more. With them, an identity of gigabytes under which a few pages are held (a guest that turns translation off while a program uses its
+/// device) has its pages pinned before anything goes, and each held page is away for an unmap and a map of its own size. But the
+/// pieces stay for as long as the new extent does: each is an entry of the host's limit, and where one begins or ends the host's tables have
+/// no large page. Beyond this number all that is in the way goes at once, and the new extent comes whole: 129 entries are
+/// nothing to a limit of 65,535, tens of thousands are.
+const CUT_AROUND: usize = 64;
 
 /// What is not there yet of an extent.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -118,6 +167,31 @@ pub fn subtract(first: u64, last: u64, holes: impl Iterator<Item = IovaRange>) -
     }
     parts.push(IovaRange { first: at, last });
     parts
+}
+
+/// Cuts `missing` (ascending, disjoint) where `gone` is in the way: what can be mapped before anything goes, and what must take the
+/// place of something, both in ascending order. At most `spare` more pieces come of it than `missing` has.
+fn cut_around(missing: &[Extent], gone: &[(Extent, Vec<Extent>)], mut spare: usize) -> (Vec<Extent>, Vec<Extent>) {
+    let (mut free, mut replacing) = (Vec::new(), Vec::new());
+    let mut from = 0;
+    for new in missing {
+        while gone.get(from).is_some_and(|(old, _)| old.last < new.first) {
+            from += 1;
+        }
+        let under = gone[from..].iter().map(|(old, _)| old).take_while(|old| old.first <= new.last);
+        let in_the_way = union_of(under.map(|old| old.clipped(new)).collect());
+        let holes = subtract(new.first, new.last, in_the_way.iter().copied());
+        let more = (in_the_way.len() + holes.len()).saturating_sub(1);
+        if in_the_way.len() > CUT_AROUND || more > spare {
+            replacing.push(*new);
+            continue;
+        }
+        spare -= more;
+        let part = |range: &IovaRange| new.part(range.first, range.last);
+        free.extend(holes.iter().map(part));
+        replacing.extend(in_the_way.iter().map(part));
+    }
+    (free, replacing)
 }
 
 impl Ledger {
@@ -179,9 +253,9 @@ impl Ledger {
         self.runs(gone, unmap_all)
     }
 
-    /// The way from what is held to exactly `target` (ascending, disjoint). A translation that is in both is not touched unless its
-    /// extent must be cut.
-    pub fn plan_switch(&self, target: &[Extent], unmap_all: bool) -> Switch {
+    /// The way from what is held to exactly `target` (ascending, disjoint), in a container that takes `entries`. A translation that is in
+    /// both is not touched unless its extent must be cut.
+    pub fn plan_switch(&self, target: &[Extent], entries: u64, unmap_all: bool) -> Switch {
         let mut gone: Vec<(Extent, Vec<Extent>)> = Vec::new();
         // What is there after the unmaps and their remainders, in ascending order.
         let mut present: Vec<IovaRange> = Vec::new();
@@ -196,22 +270,71 @@ impl Ledger {
                 .map(|t| extent.part(t.first.max(extent.first), t.last.min(extent.last)))
                 .collect();
             if same.iter().map(Extent::size).sum::<u64>() == extent.size() {
-                present.push(IovaRange { first: extent.first, last: extent.last });
+                present.push(extent.range());
             } else {
-                present.extend(same.iter().map(|e| IovaRange { first: e.first, last: e.last }));
+                present.extend(same.iter().map(Extent::range));
                 gone.push((*extent, same));
             }
         }
-        let mut maps = Vec::new();
+        let mut missing = Vec::new();
         let mut from = 0;
         for wish in target {
             while present.get(from).is_some_and(|p| p.last < wish.first) {
                 from += 1;
             }
-            let missing = subtract(wish.first, wish.last, present[from..].iter().copied());
-            maps.extend(missing.into_iter().map(|r| wish.part(r.first, r.last)));
+            let parts = subtract(wish.first, wish.last, present[from..].iter().copied());
+            missing.extend(parts.into_iter().map(|r| wish.part(r.first, r.last)));
         }
-        Switch { unmaps: self.runs(gone, unmap_all), maps }
+
+        let kept: usize = gone.iter().map(|(_, same)| same.len()).sum();
+        let spare = usize::try_from(entries).unwrap_or(usize::MAX).saturating_sub(self.len() + kept + missing.len());
+        let (maps, replacing) = cut_around(&missing, &gone, spare);
+        let runs = self.turns(gone, &maps, &replacing, unmap_all);
+        Switch { maps, runs }
+    }
+
+    /// The runs of a switch: `gone` (ascending; each with the parts that stay granted) goes, `replacing` comes in its place, and `mapped` is there
+    /// already. Extents share a run, and so the time without a translation, only if a new one spans them, or if nothing comes
+    /// in their place. Runs that leave nothing come first: they make room for what the others map.
+    fn turns(
+        &self,
+        gone: Vec<(Extent, Vec<Extent>)>,
+        mapped: &[Extent],
+        replacing: &[Extent],
+        unmap_all: bool,
+    ) -> Vec<Run> {
+        let everything = unmap_all && mapped.is_empty() && gone.len() == self.extents.len();
+        let mapped_between = |last: u64, first: u64| {
+            let next = mapped.partition_point(|new| new.first < last);
+            mapped.get(next).is_some_and(|new| new.first < first)
+        };
+        let mut runs: Vec<Run> = Vec::new();
+        let mut next = 0;
+        for (extent, kept) in gone {
+            let count = replacing[next..].iter().take_while(|new| new.first <= extent.last).count();
+            let maps = replacing[next..next + count].to_vec();
+            next += count;
+            match runs.last_mut() {
+                Some(run) if run.maps.last().is_some_and(|new| new.last >= extent.first) => {
+                    run.grow(extent, kept, maps)
+                }
+                Some(run)
+                    if run.leaves_nothing()
+                        && kept.is_empty()
+                        && maps.is_empty()
+                        && self.nothing_between(run.last(), extent.first)
+                        && !mapped_between(run.last(), extent.first) =>
+                {
+                    run.grow(extent, kept, maps);
+                }
+                _ => runs.push(Run::of(extent, kept, maps)),
+            }
+        }
+        if everything && let [run] = &mut runs[..] {
+            run.range = UnmapRange::All;
+        }
+        runs.sort_by_key(|run| !run.leaves_nothing());
+        runs
     }
 
     /// What must be mapped so that `extent` is real, and where something else is in its way.
@@ -233,25 +356,12 @@ impl Ledger {
     /// Joins neighbours of `gone` (ascending; each with the parts that stay granted) into as few host unmaps as possible:
     /// one covers holes too, as long as no other extent lies between.
     fn runs(&self, gone: Vec<(Extent, Vec<Extent>)>, unmap_all: bool) -> Vec<Run> {
-        let everything = unmap_all && !gone.is_empty() && gone.len() == self.extents.len();
+        let everything = unmap_all && gone.len() == self.extents.len();
         let mut runs: Vec<Run> = Vec::new();
         for (extent, kept) in gone {
-            let cuts = u64::from(!kept.is_empty());
             match runs.last_mut() {
-                Some(Run { range: UnmapRange::Span { last, .. }, extents, remainders, cuts: sum })
-                    if self.nothing_between(*last, extent.first) =>
-                {
-                    *last = extent.last;
-                    extents.push(extent);
-                    remainders.extend(kept);
-                    *sum += cuts;
-                }
-                _ => runs.push(Run {
-                    range: UnmapRange::Span { first: extent.first, last: extent.last },
-                    extents: vec![extent],
-                    remainders: kept,
-                    cuts,
-                }),
+                Some(run) if self.nothing_between(run.last(), extent.first) => run.grow(extent, kept, Vec::new()),
+                _ => runs.push(Run::of(extent, kept, Vec::new())),
             }
         }
         if everything && let [run] = &mut runs[..] {

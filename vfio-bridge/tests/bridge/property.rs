@@ -1,6 +1,7 @@
 //! Random sequences of what a unit may say, against the model. After each call the host holds exactly what the spaces grant; after
 //! **every** host operation in between it holds no more than was granted before or is granted after, and everything that is granted
-//! both before and after is there, but for extents that had to be cut (design rules 3 and 4).
+//! both before and after is there, but for extents that had to be cut (design rules 3 and 4). When a group moves from one space to
+//! another, what both have is there all the time, but for the operations that replace it (`check_switch`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -18,19 +19,6 @@ const RAM: Ram = Ram { low: 96 * KIB4, high: 24 * KIB4 };
 /// Devices 1 and 2 share host group 1, device 3 is alone.
 const FUNCTIONS: [(u8, u32); 3] = [(1, 1), (2, 1), (3, 2)];
 const GROUPS: [GroupId; 2] = [GroupId(1), GroupId(2)];
-
-/// Page by page: where a device gets, and with what permission.
-type Pages = BTreeMap<u64, (u64, Perm)>;
-
-fn pages_of(contents: &Contents) -> Pages {
-    let mut pages = Pages::new();
-    for held in contents.values() {
-        for offset in (0..held.len).step_by(4096) {
-            pages.insert(held.iova + offset, (held.hva + offset, held.perm));
-        }
-    }
-    pages
-}
 
 /// Both are the same; if not, says where first.
 fn same(held: &Pages, granted: &Pages, group: usize, step: &Step) -> Result<(), TestCaseError> {
@@ -248,9 +236,10 @@ impl Unit {
 }
 
 /// What the hook saw: the group and what it held, after each operation.
-type Seen = Arc<Mutex<Vec<(usize, Served, Pages)>>>;
+type Seen = Arc<Mutex<Vec<(usize, Served, Contents)>>>;
 
 struct Run {
+    host: Host,
     world: World,
     unit: Unit,
     seen: Seen,
@@ -258,6 +247,8 @@ struct Run {
     host_failed: bool,
     /// Unmaps of the running call: space, first, last.
     told: Vec<(usize, u64, u64)>,
+    /// The running call was one switch of a group.
+    switched: bool,
 }
 
 impl Run {
@@ -269,16 +260,26 @@ impl Run {
         let log = Arc::clone(&seen);
         world.model.set_hook(move |served, contents| {
             let group = served.container.0 as usize - 1;
-            log.lock().expect("whole").push((group, *served, pages_of(contents)));
+            log.lock().expect("whole").push((group, *served, contents.clone()));
         });
         let unlimited = host.entries > 1000 && host.memlock.is_none();
-        Self { world, unit: Unit::new(host.width), seen, unlimited, host_failed: false, told: Vec::new() }
+        Self {
+            host: host.clone(),
+            world,
+            unit: Unit::new(host.width),
+            seen,
+            unlimited,
+            host_failed: false,
+            told: Vec::new(),
+            switched: false,
+        }
     }
 
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         let before = [0, 1].map(|g| self.unit.granted(g));
         let held_before = GROUPS.map(|g| self.world.model.contents(g));
         let splits_before = [1, 3].map(|device| self.world.stats(device).splits);
+        self.switched = false;
         // What may be reached at most in the end: what is asked for, whether or not the host refuses some of it.
         let (wish, refused) = self.call(step);
         let after = [0, 1].map(|g| self.unit.granted(g));
@@ -292,7 +293,17 @@ impl Run {
         };
         prop_assert!(!self.host_failed);
 
-        for (group, served, held) in self.seen.lock().expect("whole").drain(..) {
+        let seen = std::mem::take(&mut *self.seen.lock().expect("whole"));
+        if self.switched && self.unlimited {
+            for group in [0, 1] {
+                let ops =
+                    seen.iter().filter(|(of, ..)| *of == group).map(|(_, served, held)| (served.op, held.clone()));
+                let checked = check_switch(&held_before[group], &ops.collect::<Vec<_>>());
+                prop_assert!(checked.is_ok(), "group {}: {}, in {step:x?}", group + 1, checked.unwrap_err());
+            }
+        }
+        for (group, served, held) in seen {
+            let held = pages_of(&held);
             prop_assert!(
                 !matches!((served.op, served.result), (_, Err(libc::EEXIST)) | (HostOp::Unmap(_), Err(_))),
                 "the ledger is not the truth: {served:x?}"
@@ -331,10 +342,33 @@ impl Run {
                 prop_assert_eq!(splits, cuts, "splits of group {} in {:x?}", group + 1, step);
             }
         }
+        if self.switched {
+            self.check_room(&refused)?;
+        }
         if self.unlimited {
             for refusal in &refused {
                 let target = refusal.cause == vtd::RefusalCause::Target;
                 prop_assert!(target || refusal.cause == vtd::RefusalCause::Range, "{refusal:x?}");
+            }
+        }
+        Ok(())
+    }
+
+    /// What a switch lost for want of room finds none when it is over: nothing is lost to what made room later.
+    fn check_room(&self, refused: &[Refusal]) -> Result<(), TestCaseError> {
+        let group = |refusal: &Refusal| FUNCTIONS.iter().find(|(device, _)| requester(*device) == refusal.requester);
+        let pinned: u64 =
+            GROUPS.iter().flat_map(|g| self.world.model.contents(*g).into_values()).map(|held| held.len).sum();
+        for refusal in refused {
+            let (_, group) = group(refusal).expect("one of ours");
+            let held = self.world.model.contents(GroupId(*group)).len();
+            let len = refusal.last.0 - refusal.first.0 + 1;
+            match refusal.cause {
+                vtd::RefusalCause::Limit => prop_assert!(held >= self.host.entries, "{refusal:x?} with {held} held"),
+                vtd::RefusalCause::Memlock => {
+                    prop_assert!(self.host.memlock.is_some_and(|limit| pinned + len > limit), "{refusal:x?}");
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -414,6 +448,7 @@ impl Run {
                     self.unit.lacks[group].clear();
                     self.unit.effective[group] = if agreed == IDENTITY { IDENTITY } else { BLOCKED };
                 }
+                self.switched = true;
                 let wish = self.wish();
                 self.world.bridge.detach(requester(FUNCTIONS[*device].0), None);
                 self.note_identity(group);
@@ -446,6 +481,8 @@ impl Run {
         let live: Vec<Mapping> =
             if space < IDENTITY { self.unit.shadows[space].values().copied().collect() } else { Vec::new() };
         let attached = self.world.attach(FUNCTIONS[device].0, &self.unit.spaces[space], &live);
+        // One that could not join others was blocked after it tried.
+        self.switched = !matches!(attached, Err(AttachRefused::Shared(_)));
         let refused = match attached {
             Ok(()) => Vec::new(),
             Err(AttachRefused::Partial(refused)) => refused,

@@ -1,8 +1,9 @@
 //! A bridge over a model, and what tests say about them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use vfio_bridge::model::{Contents, HostOp, Kernel, Model, Served};
+use vfio_bridge::model::{Contents, Held, HostOp, Kernel, Model, Served};
 use vfio_bridge::{Bridge, GroupId, GuestMap, Quarantine, Region, UnmapRange};
 use vtd::{
     Applied, AttachRefused, DomainId, Gpa, Iova, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId, SpaceKey,
@@ -60,6 +61,84 @@ impl Quarantine for Stopped {
     fn stop_machine(&self, _: &[Requester], _: &str) {
         *self.machine.lock().expect("whole") = true;
     }
+}
+
+/// Page by page: where a device gets, and with what permission.
+pub type Pages = BTreeMap<u64, (u64, Perm)>;
+
+pub fn pages_of(contents: &Contents) -> Pages {
+    let mut pages = Pages::new();
+    for held in contents.values() {
+        for offset in (0..held.len).step_by(4096) {
+            pages.insert(held.iova + offset, (held.hva + offset, held.perm));
+        }
+    }
+    pages
+}
+
+/// Looks at a switch after each of its operations: `before` is what the container held, `ops` are the operations, each with what it held
+/// afterwards. For hosts that refuse nothing, and up to 64 pieces under one new mapping. Says what a device would have noticed:
+///
+/// - what is neither old nor new is reachable;
+/// - what is new is not there yet when the first old translation goes, although nothing was in its way;
+/// - a translation that is in both spaces goes, and its extent had not to be cut; or a new one goes;
+/// - an IOVA that both spaces have is without translation for longer than the operations of its own run: an unmap, and maps in
+///   the range of that; or extents share a run that no new mapping spans.
+pub fn check_switch(before: &Contents, ops: &[(HostOp, Contents)]) -> Result<(), String> {
+    let Some((_, after)) = ops.last() else {
+        return Ok(());
+    };
+    let (old, new) = (pages_of(before), pages_of(after));
+    let both: Vec<u64> = old.keys().filter(|page| new.contains_key(page)).copied().collect();
+    let changes = |held: &Held| (held.iova..=held.last()).step_by(4096).any(|page| old.get(&page) != new.get(&page));
+    let mut run: Option<(u64, u64)> = None;
+    let (mut held_before, mut pages_before) = (before.clone(), old.clone());
+    for (op, held) in ops {
+        let pages = pages_of(held);
+        if let Some((page, _)) = pages.iter().find(|(page, to)| old.get(page) != Some(to) && new.get(page) != Some(to))
+        {
+            return Err(format!("{page:#x} is neither old nor new after {op:x?}"));
+        }
+        let missing = both.iter().find(|page| !pages_before.contains_key(page));
+        match op {
+            HostOp::Map(mapped) => {
+                let inside = run.is_some_and(|(first, last)| first <= mapped.iova && mapped.last() <= last);
+                if let Some(page) = missing.filter(|_| !inside) {
+                    return Err(format!("{page:#x} is without translation while others get theirs: {op:x?}"));
+                }
+            }
+            HostOp::Unmap(range) => {
+                if let Some(page) = missing {
+                    return Err(format!("{page:#x} is without translation while others lose theirs: {op:x?}"));
+                }
+                let late = new.keys().find(|page| !old.contains_key(page) && !pages_before.contains_key(page));
+                if let Some(page) = late.filter(|_| run.is_none()) {
+                    return Err(format!("{page:#x} is not there before anything goes: {op:x?}"));
+                }
+                for (page, to) in pages_before.iter().filter(|(page, _)| !pages.contains_key(page)) {
+                    let cut = before.values().any(|held| held.iova <= *page && *page <= held.last() && changes(held));
+                    if new.get(page) == Some(to) && (old.get(page) != Some(to) || !cut) {
+                        return Err(format!("{page:#x} is as it shall be and goes: {op:x?}"));
+                    }
+                }
+                let gone: Vec<&Held> = held_before.values().filter(|old| !held.contains_key(&old.iova)).collect();
+                let replaced =
+                    |held: &&Held| (held.iova..=held.last()).step_by(4096).any(|page| new.contains_key(&page));
+                let spanned = |a: &Held, b: &Held| after.values().any(|n| n.iova <= a.last() && b.iova <= n.last());
+                if gone.iter().any(replaced)
+                    && let Some(pair) = gone.windows(2).find(|pair| !spanned(pair[0], pair[1]))
+                {
+                    return Err(format!("{:x?} and {:x?} go together: {op:x?}", pair[0], pair[1]));
+                }
+                run = Some(match range {
+                    UnmapRange::Span { first, last } => (*first, *last),
+                    UnmapRange::All => (0, u64::MAX),
+                });
+            }
+        }
+        (held_before, pages_before) = (held.clone(), pages);
+    }
+    Ok(())
 }
 
 pub struct World {
