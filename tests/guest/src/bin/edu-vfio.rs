@@ -62,6 +62,9 @@ enum Scenario {
     Busy {
         /// The file.
         until: PathBuf,
+        /// From when on this file is there, pages only go into the device: it writes to no memory any more.
+        #[arg(long)]
+        only_reads_from: Option<PathBuf>,
     },
     /// Random mappings come and go; the device reaches those that are there and no other.
     Loop {
@@ -108,7 +111,7 @@ fn main() -> Result<()> {
         Scenario::Armed => bench.armed(),
         Scenario::Readonly => bench.readonly(),
         Scenario::Big => bench.big(),
-        Scenario::Busy { until } => bench.busy(&until),
+        Scenario::Busy { until, only_reads_from } => bench.busy(&until, only_reads_from.as_deref()),
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
         Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
         Scenario::Storm { moves } => bench.storm(moves),
@@ -543,14 +546,28 @@ impl Bench {
             .with_context(|| format!("MAP_DMA at {iova:#x}"))
     }
 
-    fn busy(&self, until: &Path) -> Result<()> {
+    fn busy(&self, until: &Path, only_reads_from: Option<&Path>) -> Result<()> {
         let mut pages = 0u64;
+        let mut loaded = None;
         println!("busy: begins");
         while !until.exists() {
-            self.still_works(self.iova + pages % 16 * PAGE_LEN)?;
+            let iova = self.iova + pages % 16 * PAGE_LEN;
+            if only_reads_from.is_some_and(Path::exists) {
+                if loaded.is_none() {
+                    println!("busy: only reads");
+                }
+                let data = pattern(pages as u8, PAGE);
+                self.load(iova, &data)?;
+                loaded = Some(data);
+            } else {
+                self.still_works(iova)?;
+            }
             pages += 1;
         }
         ensure!(pages > 0, "{} was there before the first page", until.display());
+        if let Some(data) = loaded {
+            ensure!(self.unload(self.iova)? == data, "the device did not read the last page");
+        }
         println!("busy: {pages} pages came back");
         Ok(())
     }
