@@ -29,6 +29,9 @@ use crate::ledger::{Extent, union_of};
 use crate::limits::IovaRange;
 use crate::stats::{Counters, DeviceStats};
 
+/// Maps of a batch that are resolved before the host is asked: a batch can be as long as a shadow.
+const MAPS_AT_ONCE: usize = 1024;
+
 /// Stops functions whose mappings the host did not take away (B-11). Called without a lock held, before the unit tells
 /// the guest that its invalidation is complete.
 pub trait Quarantine: Send + Sync {
@@ -376,11 +379,14 @@ impl Bridge {
         let mut except = Vec::new();
         for (_, entry) in state.following(space) {
             let mut lost = Vec::new();
-            for op in ops {
-                if let MapOp::Map(mapping) = op {
-                    let extents = entry.container.resolve(&self.guest, mapping, &mut lost);
-                    entry.container.map(&self.guest, &extents, &except, &mut lost);
+            for ops in ops.chunks(MAPS_AT_ONCE) {
+                let mut extents = Vec::with_capacity(ops.len());
+                for op in ops {
+                    if let MapOp::Map(mapping) = op {
+                        extents.extend(entry.container.resolve(&self.guest, mapping, &mut lost));
+                    }
                 }
+                entry.container.map(&self.guest, &extents, &except, &mut lost);
             }
             // What an earlier group lost is lost already.
             lost.retain(|l| !contains(&except, l.range));

@@ -1,13 +1,13 @@
 //! One container of the host: the ledger of what it holds, and the host operations that change it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{error, trace, warn};
 use vtd::{Mapping, RefusalCause};
 
 use crate::guest_map::GuestMap;
-use crate::host::{ContainerId, GroupId, HostIommu, PAGE_SIZE};
+use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, PAGE_SIZE};
 use crate::ledger::{Extent, Ledger, Run, Switch, subtract};
 use crate::limits::{IovaRange, Limits, without_interrupt_window};
 use crate::stats::{Counters, cause_index};
@@ -120,24 +120,51 @@ impl Container {
 
     /// Makes `extents` real, where they are not yet. Ranges in `except` (ascending, disjoint) are left out.
     pub fn map(&mut self, guest: &GuestMap, extents: &[Extent], except: &[IovaRange], lost: &mut Vec<Lost>) {
+        let mut batch: Vec<Extent> = Vec::with_capacity(extents.len());
         for extent in extents {
+            // What is missing is told by the ledger, which does not know of the batch yet.
+            if batch.last().is_some_and(|last| extent.first <= last.last) {
+                self.map_batch(guest, &batch, lost);
+                batch.clear();
+            }
             // Not from the start each time: a guest can make both as long as its shadow.
             let from = except.partition_point(|range| range.last < extent.first);
             for wish in subtract(extent.first, extent.last, except[from..].iter().copied()) {
-                self.map_missing(guest, &extent.part(wish.first, wish.last), lost);
+                // What is there and leads elsewhere is a broken promise of the caller, and is refused.
+                let plan = self.ledger.missing(&extent.part(wish.first, wish.last));
+                for range in plan.conflicts {
+                    self.refuse(range, RefusalCause::Other, lost);
+                }
+                batch.extend(plan.maps);
             }
         }
+        self.map_batch(guest, &batch, lost);
     }
 
-    /// Maps what is not there yet of `extent`. What is there and leads elsewhere is a broken promise of the caller, and is refused.
-    fn map_missing(&mut self, guest: &GuestMap, extent: &Extent, lost: &mut Vec<Lost>) {
-        let plan = self.ledger.missing(extent);
-        for range in plan.conflicts {
-            self.refuse(range, RefusalCause::Other, lost);
+    /// Maps all of `batch`, which overlaps nothing.
+    fn map_batch(&mut self, guest: &GuestMap, batch: &[Extent], lost: &mut Vec<Lost>) {
+        let mut maps = Vec::with_capacity(batch.len());
+        let mut extents = Vec::with_capacity(batch.len());
+        for extent in batch {
+            match guest.host_mem(extent.gpa, extent.size()) {
+                Some(mem) => {
+                    maps.push(Map { iova: extent.first, mem, perm: extent.perm });
+                    extents.push(extent);
+                }
+                None => self.refuse(extent.range(), RefusalCause::Target, lost),
+            }
         }
-        for part in plan.maps {
-            self.map_one(guest, &part, lost);
-        }
+        let host = Arc::clone(&self.host);
+        let mut start = Instant::now();
+        let mut done = extents.into_iter();
+        host.map_all(self.id, &maps, &mut |result| {
+            let Some(extent) = done.next() else { return };
+            let end = Instant::now();
+            let mapped = self.mapped(extent, end - std::mem::replace(&mut start, end), result);
+            if let Err(cause) = mapped {
+                self.refuse(extent.range(), cause, lost);
+            }
+        });
     }
 
     /// Takes away everything in `ranges` (ascending, disjoint).
@@ -276,7 +303,11 @@ impl Container {
         let mem = guest.host_mem(extent.gpa, extent.size()).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
-        let time = start.elapsed();
+        self.mapped(extent, start.elapsed(), result)
+    }
+
+    /// Books the result of one host map.
+    fn mapped(&mut self, extent: &Extent, time: Duration, result: Result<(), MapRefused>) -> Result<(), RefusalCause> {
         let range = extent.range();
         trace!("group {}: map {range} to {:#x} {:?}: {result:?}", self.group, extent.gpa, extent.perm);
         match result {
@@ -304,6 +335,10 @@ impl Container {
         let group = self.group;
         let held = self.ledger.len();
         match cause {
+            RefusalCause::Limit if group.of_kernel().is_none() => warn!(
+                "{group}: the process takes no more than {held} mappings: the device cannot reach {range}. Let it take more, or let the \
+                 guest use larger pages"
+            ),
             RefusalCause::Limit => warn!(
                 "group {group}: the host holds {held} mappings and takes no more: the device cannot reach {range}. Raise the \
                  limit with `modprobe -r vfio_iommu_type1; modprobe vfio_iommu_type1 dma_entry_limit=N`, or let the guest \
@@ -320,6 +355,9 @@ impl Container {
             RefusalCause::Target => warn!(
                 "group {group}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
             ),
+            RefusalCause::Other if group.of_kernel().is_none() => {
+                warn!("{group}: the process refused to map {range}: the device cannot reach it")
+            }
             RefusalCause::Other => warn!(
                 "group {group}: the host refused to map {range}: the device cannot reach it. See the host's kernel log"
             ),

@@ -86,6 +86,17 @@ impl MapRefused {
     }
 }
 
+/// One host map of several.
+#[derive(Clone, Copy, Debug)]
+pub struct Map<'a> {
+    /// First IOVA.
+    pub iova: u64,
+    /// Where it leads.
+    pub mem: HostMem<'a>,
+    /// What the device may do.
+    pub perm: Perm,
+}
+
 /// A host IOMMU that holds translations in containers.
 ///
 /// The bridge never calls it twice at once for one container.
@@ -101,6 +112,12 @@ pub trait HostIommu: Send + Sync {
 
     /// One host map: `iova` leads to `mem`, with exactly `perm`. On an error nothing of it is mapped.
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused>;
+
+    /// Several maps that overlap nowhere, as [`HostIommu::map`] each. `done` hears of each, in their order, when its result is known. A host that
+    /// is far away can be asked for many at a time.
+    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        maps.iter().for_each(|map| done(self.map(container, map.iova, map.mem, map.perm)));
+    }
 
     /// One host unmap. Returns how many bytes the kernel says it took away. When it returns, no device reaches them
     /// any more. On an error nothing may be concluded about what is still mapped.
@@ -141,6 +158,13 @@ impl HostIommu for Hosts {
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let host = self.of(container).map_err(|_| MapRefused::from_errno(libc::ENODEV))?;
         host.map(container, iova, mem, perm)
+    }
+
+    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        match self.of(container) {
+            Ok(host) => host.map_all(container, maps, done),
+            Err(_) => maps.iter().for_each(|_| done(Err(MapRefused::from_errno(libc::ENODEV)))),
+        }
     }
 
     fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {

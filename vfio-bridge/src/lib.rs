@@ -24,7 +24,7 @@ pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::{HostFunction, IrqKind, RegionInfo, RegionKind};
 pub use group::Group;
 pub use guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, Piece, Region};
-pub use host::{ContainerId, GroupId, HostIommu, Hosts, MapRefused, PAGE_SIZE, UnmapRange};
+pub use host::{ContainerId, GroupId, HostIommu, Hosts, Map, MapRefused, PAGE_SIZE, UnmapRange};
 pub use limits::{INTERRUPT_WINDOW, IovaRange, Limits, Memlock};
 pub use open::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use reset::{NoBusReset, ResetScope, ResetWay};

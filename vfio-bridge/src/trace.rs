@@ -7,14 +7,14 @@ use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vtd::{
     Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey, SpaceListener,
 };
 
 use crate::guest_map::{GuestMap, HostMem};
-use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
 use crate::ledger::{Extent, Ledger};
 use crate::limits::Limits;
 
@@ -187,6 +187,18 @@ impl TracedHost {
     pub fn new(inner: Arc<dyn HostIommu>, trace: Arc<Trace>) -> Self {
         Self { inner, trace }
     }
+
+    fn mapped(&self, container: ContainerId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
+        let Map { iova, mem, perm } = map;
+        let (last, gpa, container, ns) = (iova + (mem.size() - 1), mem.gpa(), container.0, time.as_nanos());
+        let said: &dyn fmt::Display = match result {
+            Ok(()) => &"ok",
+            Err(refused) => &Word(&refused.source),
+        };
+        self.trace.line(format_args!(
+            "host map container={container} iova={iova:#x}-{last:#x} gpa={gpa:#x} perm={perm} ns={ns} result={said}"
+        ));
+    }
 }
 
 impl HostIommu for TracedHost {
@@ -205,16 +217,20 @@ impl HostIommu for TracedHost {
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let start = Instant::now();
         let result = self.inner.map(container, iova, mem, perm);
-        let ns = start.elapsed().as_nanos();
-        let (last, gpa, container) = (iova + (mem.size() - 1), mem.gpa(), container.0);
-        let said: &dyn fmt::Display = match &result {
-            Ok(()) => &"ok",
-            Err(refused) => &Word(&refused.source),
-        };
-        self.trace.line(format_args!(
-            "host map container={container} iova={iova:#x}-{last:#x} gpa={gpa:#x} perm={perm} ns={ns} result={said}"
-        ));
+        self.mapped(container, &Map { iova, mem, perm }, start.elapsed(), &result);
         result
+    }
+
+    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        let mut start = Instant::now();
+        let mut asked = maps.iter();
+        self.inner.map_all(container, maps, &mut |result| {
+            let end = Instant::now();
+            if let Some(map) = asked.next() {
+                self.mapped(container, map, end - std::mem::replace(&mut start, end), &result);
+            }
+            done(result);
+        });
     }
 
     fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {

@@ -2,7 +2,6 @@
 //! of its own.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -18,11 +17,11 @@ use super::function::UserFunction;
 use super::granted::Grant;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::guest_map::HostMem;
-use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
+use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, PAGE_SIZE, UnmapRange};
 use crate::limits::{IovaRange, Limits};
 
-/// Unmaps that are under way at a time.
-const UNMAPS_AT_ONCE: usize = 64;
+/// Calls that are under way at a time.
+const CALLS_AT_ONCE: usize = 64;
 
 /// Where the server of a function is.
 #[derive(Debug)]
@@ -75,6 +74,40 @@ impl VfioUser {
     }
 }
 
+/// Asks for a map. The answer is to be taken with [`end_map`].
+fn begin_map(connection: &Connection, map: &Map<'_>) -> Result<Call, MapRefused> {
+    let refused = |errno: i32| MapRefused::from_errno(errno);
+    let Map { iova, mem, perm } = *map;
+    let granted = connection.granted();
+    // The process holds no more than it said, whatever it does with more.
+    if granted.len() >= connection.capabilities().max_dma_maps {
+        return Err(refused(libc::ENOSPC));
+    }
+    let (file, offset) = mem.backing().ok_or_else(|| refused(libc::ENOTSUP))?;
+    let last = iova.checked_add(mem.size() - 1).ok_or_else(|| refused(libc::EINVAL))?;
+    let flags = if perm.readable() { DMA_MAP_READ } else { 0 } | if perm.writable() { DMA_MAP_WRITE } else { 0 };
+    let argsz = size_of::<DmaMap>() as u32;
+    let message = DmaMap { argsz, flags, offset, address: iova, size: mem.size() };
+    // First, for the device may use it before the answer is here.
+    if !granted.insert(iova, Grant { last, perm, file: Some(file.clone()), offset }) {
+        return Err(refused(libc::EEXIST));
+    }
+    let call = connection.begin(command::DMA_MAP, &[message.as_bytes()], &[file.as_raw_fd()]);
+    call.map_err(|e| not_mapped(connection, map, &e))
+}
+
+fn end_map(connection: &Connection, map: &Map<'_>, call: Call) -> Result<(), MapRefused> {
+    connection.end(call).map(drop).map_err(|e| not_mapped(connection, map, &e))
+}
+
+/// Takes back what was granted, and says why.
+fn not_mapped(connection: &Connection, map: &Map<'_>, error: &CallError) -> MapRefused {
+    connection.granted().remove(map.iova, map.iova + (map.mem.size() - 1));
+    // What a process's errno means is its own affair; a full table is the exception.
+    let full = *error == CallError::Refused(libc::ENOSPC);
+    MapRefused::from_errno(if full { libc::ENOSPC } else { libc::EIO })
+}
+
 impl HostIommu for VfioUser {
     fn name(&self, _: ContainerId) -> &'static str {
         "vfio-user"
@@ -98,29 +131,19 @@ impl HostIommu for VfioUser {
     }
 
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
-        let refused = |errno: i32| MapRefused::from_errno(errno);
-        let connection = self.connection(container).map_err(|_| refused(libc::ENODEV))?;
-        let granted = connection.granted();
-        // The process holds no more than it said, whatever it does with more.
-        if granted.len() >= connection.capabilities().max_dma_maps {
-            return Err(refused(libc::ENOSPC));
-        }
-        let (file, offset) = mem.backing().ok_or_else(|| refused(libc::ENOTSUP))?;
-        let file: &Arc<File> = file;
-        let last = iova.checked_add(mem.size() - 1).ok_or_else(|| refused(libc::EINVAL))?;
-        let flags = if perm.readable() { DMA_MAP_READ } else { 0 } | if perm.writable() { DMA_MAP_WRITE } else { 0 };
-        let map = DmaMap { argsz: size_of::<DmaMap>() as u32, flags, offset, address: iova, size: mem.size() };
-        // First, for the device may use it before the answer is here.
-        if !granted.insert(iova, Grant { last, perm, file: Some(file.clone()), offset }) {
-            return Err(refused(libc::EEXIST));
-        }
-        match connection.call(command::DMA_MAP, &[map.as_bytes()], &[file.as_raw_fd()]) {
-            Ok(_) => Ok(()),
-            Err(e) => {
-                granted.remove(iova, last);
-                // What a process's errno means is its own affair; a full table is the exception.
-                let full = e == CallError::Refused(libc::ENOSPC);
-                Err(refused(if full { libc::ENOSPC } else { libc::EIO }))
+        let mut result = Ok(());
+        self.map_all(container, &[Map { iova, mem, perm }], &mut |told| result = told);
+        result
+    }
+
+    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        let Ok(connection) = self.connection(container) else {
+            return maps.iter().for_each(|_| done(Err(MapRefused::from_errno(libc::ENODEV))));
+        };
+        for maps in maps.chunks(CALLS_AT_ONCE) {
+            let calls: Vec<_> = maps.iter().map(|map| begin_map(&connection, map)).collect();
+            for (map, call) in maps.iter().zip(calls) {
+                done(call.and_then(|call| end_map(&connection, map, call)));
             }
         }
     }
@@ -135,7 +158,7 @@ impl HostIommu for VfioUser {
         let mappings = connection.granted().remove(first, last);
         let mappings = mappings.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let mut failed = None;
-        for mappings in mappings.chunks(UNMAPS_AT_ONCE) {
+        for mappings in mappings.chunks(CALLS_AT_ONCE) {
             let calls: Vec<Result<Call, CallError>> = mappings
                 .iter()
                 .map(|mapping| {
