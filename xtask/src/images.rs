@@ -1,4 +1,5 @@
-//! The suite of guest-side test images, by `causeway test`, on this machine's own KVM.
+//! The suite of guest-side test images, by `causeway test`, on this machine's own KVM: once with an edu inside the virtual machine, once with one that
+//! another process emulates, behind the bridge.
 
 use crate::cache::progress;
 use crate::crate_tests::{cargo, outputs, verdicts};
@@ -8,27 +9,37 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The program and the tests that are wanted.
+/// Where the device of the tests is: a part of their names, and the options of `causeway test`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place {
+    name: &'static str,
+    options: &'static [&'static str],
+}
+
+const PLACES: [Place; 2] =
+    [Place { name: "emulated", options: &["--device", "edu"] }, Place { name: "vfio_user", options: &[] }];
+
+/// The program and the tests that are wanted, each in its place.
 #[derive(Default)]
 pub struct Suite {
     causeway: PathBuf,
-    tests: Vec<String>,
+    tests: Vec<(Place, String)>,
 }
 
 impl Suite {
     /// Without the tests whose full name is not `wanted`.
     pub fn only(mut self, wanted: impl Fn(&str) -> bool) -> Self {
-        self.tests.retain(|test| wanted(&full_name(test)));
+        self.tests.retain(|(place, test)| wanted(&full_name(*place, test)));
         self
     }
 
     pub fn full_names(&self) -> impl Iterator<Item = String> {
-        self.tests.iter().map(|test| full_name(test))
+        self.tests.iter().map(|(place, test)| full_name(*place, test))
     }
 }
 
-fn full_name(test: &str) -> String {
-    format!("images::{test}")
+fn full_name(place: Place, test: &str) -> String {
+    format!("images::{}::{test}", place.name)
 }
 
 /// Builds the program, with its suite, and asks it for the list.
@@ -48,7 +59,8 @@ pub fn build() -> Result<Suite> {
         .context("cargo names no program")?;
     let list = Command::new(&causeway).args(["test", "--list"]).stdin(Stdio::null()).output()?;
     ensure!(list.status.success(), "the suite does not list its tests");
-    let tests = String::from_utf8_lossy(&list.stdout).lines().map(str::to_owned).collect();
+    let list = String::from_utf8_lossy(&list.stdout);
+    let tests = PLACES.iter().flat_map(|place| list.lines().map(|test| (*place, test.to_owned()))).collect();
     Ok(Suite { causeway, tests })
 }
 
@@ -63,19 +75,31 @@ pub fn run(suite: &Suite, reporter: &Reporter) -> Result<()> {
         }
         return Ok(());
     }
-    progress(format_args!("{} test images", suite.tests.len()));
-    let filter = format!("^({})$", suite.tests.join("|"));
-    let result = Command::new(&suite.causeway).args(["test", "--filter", &filter]).stdin(Stdio::null()).output()?;
+    for place in PLACES {
+        let tests = suite.tests.iter().filter(|(other, _)| *other == place).map(|(_, test)| test.as_str());
+        run_in(place, &suite.causeway, &tests.collect::<Vec<_>>(), reporter)?;
+    }
+    Ok(())
+}
+
+fn run_in(place: Place, causeway: &Path, tests: &[&str], reporter: &Reporter) -> Result<()> {
+    if tests.is_empty() {
+        return Ok(());
+    }
+    progress(format_args!("{} test images, {}", tests.len(), place.name));
+    let filter = format!("^({})$", tests.join("|"));
+    let mut command = Command::new(causeway);
+    let result = command.args(["test", "--filter", &filter]).args(place.options).stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&result.stdout).into_owned();
     let (verdicts, outputs) = (verdicts(&text), outputs(&text));
-    for test in &suite.tests {
-        let outcome = match verdicts.get(test.as_str()).copied() {
+    for test in tests {
+        let outcome = match verdicts.get(test).copied() {
             Some(verdict) if verdict.starts_with("ok") => Outcome::Passed,
             Some(verdict) if verdict.starts_with("skipped") => {
                 Outcome::Failed(format!("{verdict}: this machine has all that the suite needs"))
             }
             Some(verdict) => {
-                let log = outputs.get(test.as_str()).map_or("", String::as_str);
+                let log = outputs.get(*test).map_or("", String::as_str);
                 Outcome::Failed(format!("{verdict}\n{log}"))
             }
             None => {
@@ -83,7 +107,7 @@ pub fn run(suite: &Suite, reporter: &Reporter) -> Result<()> {
                 Outcome::Failed(format!("no result; the runner ended with {}\n{errors}", result.status))
             }
         };
-        reporter.add(&full_name(test), outcome, None);
+        reporter.add(&full_name(place, test), outcome, None);
     }
     Ok(())
 }

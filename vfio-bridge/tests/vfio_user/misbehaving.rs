@@ -2,13 +2,15 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vfio_bridge::vfio_user::ConnectError;
-use vfio_bridge::{RegionKind, UnmapRange};
-use vtd::{Perm, RefusalCause};
+use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
+use vfio_bridge::{Bridge, HostIommu, Quarantine, RegionKind, UnmapRange};
+use vtd::{Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener};
 
-use super::rig::{PATIENT, Rig, serving};
+use super::rig::{Memory, PATIENT, Rig, serving};
 
 const REPLY: u32 = 1;
 const ERROR: u32 = 1 << 5;
@@ -87,6 +89,40 @@ fn d3_who_does_not_answer_an_unmap_is_cut_off_and_the_unmap_has_failed() {
     assert_eq!(rig.map(0x1000, 0, 0x1000, Perm::Read).unwrap_err().cause, RefusalCause::Other);
 }
 
+/// Whoever is asked to stop functions, and cannot.
+#[derive(Default)]
+struct Stubborn {
+    functions: Mutex<Vec<Requester>>,
+    machine: AtomicBool,
+}
+
+impl Quarantine for Stubborn {
+    fn quarantine(&self, functions: &[Requester], _: &str) -> Result<(), String> {
+        self.functions.lock().unwrap().extend(functions);
+        Err("its process does not answer".to_owned())
+    }
+    fn stop_machine(&self, _: &[Requester], _: &str) {
+        self.machine.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn d3_the_machine_is_stopped_before_the_guest_is_told_of_an_unmap_that_was_not_answered() {
+    let stream = server(|_, command, _| (command == 3).then(Vec::new));
+    let memory = Memory::new();
+    let host = Arc::new(VfioUser::default());
+    let function = host.open_with_deadline(UserEndpoint::Connected(stream.into()), "test", SHORT).unwrap();
+    let stubborn = Arc::new(Stubborn::default());
+    let bridge = Bridge::new(host, memory.map.clone(), stubborn.clone());
+    let requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
+    bridge.register(requester, function.group()).unwrap();
+    bridge.attach(requester, None, &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
+    assert!(!stubborn.machine.load(Ordering::Relaxed));
+    assert!(bridge.attach(requester, None, &SpaceKey::Blocked, &mut std::iter::empty()).is_err());
+    assert_eq!(*stubborn.functions.lock().unwrap(), [requester]);
+    assert!(stubborn.machine.load(Ordering::Relaxed));
+}
+
 #[test]
 fn d3_an_unmap_that_is_refused_has_failed() {
     let stream = server(|id, command, _| (command == 3).then(|| message(id, 3, REPLY | ERROR, 22, &[])));
@@ -114,7 +150,6 @@ fn whoever_closes_its_end_holds_nothing_any_more() {
 
 impl Rig {
     fn host_unmap_all(&self) -> u64 {
-        use vfio_bridge::HostIommu;
         self.host.unmap(self.container(), UnmapRange::All).unwrap()
     }
 }
