@@ -194,11 +194,6 @@ impl VfioPci {
             .into_iter()
             .filter_map(|(id, kind)| (host.irq_count(kind) == 0).then_some(id))
             .collect();
-        for patch in capabilities::hide(&snapshot, &unusable) {
-            own(patch.at..patch.at + patch.bytes.len() as u16);
-            space.put(patch.at, &patch.bytes);
-        }
-
         let mut places = Places::default();
         let mut msi = None;
         let mut msix = None;
@@ -211,7 +206,8 @@ impl VfioPci {
             match (capability.id as u8, 0x100 - at) {
                 (id, _) if unusable.contains(&id) => {}
                 (CAP_MSI, 4..) if msi.is_none() && at + MsiCapability::len(word(at + 2)) <= 0x100 => {
-                    let found = MsiCapability::new(at, word(at + 2), &mut space, vectors(IrqKind::Msi));
+                    let found =
+                        MsiCapability::new(at, capability.next as u8, word(at + 2), &mut space, vectors(IrqKind::Msi));
                     own(found.owned());
                     msi = Some(found);
                 }
@@ -230,6 +226,12 @@ impl VfioPci {
                 (CAP_ADVANCED, 6..) => places.resets.push((at + 4, 0x01)),
                 _ => {}
             }
+        }
+
+        // Last: a link that leaves a capability out may be in one that is ours.
+        for patch in capabilities::hide(&snapshot, &unusable) {
+            own(patch.at..patch.at + patch.bytes.len() as u16);
+            space.put(patch.at, &patch.bytes);
         }
 
         let layout = msix.as_ref().map(|(layout, _)| layout.clone());

@@ -118,6 +118,10 @@ impl AssignedHost for FakeHost {
                 data[0] |= COMMAND_MASTER as u8;
             }
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(&data);
+            if at == usize::from(MSI) {
+                // Linux's vfio then writes the control register as well, with what it has there itself: disabled.
+                self.triggers.lock().unwrap().retain(|(kind, _)| *kind != IrqKind::Msi);
+            }
             // F-1, F-3: nothing is mapped when memory goes off, nor before it comes on.
             if !was_enabled || !self.is_enabled() {
                 self.check(self.slots.mapped().is_empty());
@@ -494,6 +498,22 @@ fn f5_msi_vectors_are_in_the_low_bits_of_the_data_and_masks_hold() {
     assert_eq!(bench.delivered(), [0x4051]);
     bench.config16(MSI + 2, 0);
     assert!(bench.host.live(IrqKind::Intx), "the legacy interrupt is back");
+}
+
+#[test]
+fn f5_the_head_of_the_msi_capability_is_never_written_on_the_host() {
+    let bench = Bench::running();
+    let head = bench.config(MSI) & 0xffff;
+    bench.config32(MSI + 4, 0xfee0_1000);
+    for vector in [0x50, 0x60] {
+        bench.config32(MSI + 12, vector);
+        // Enable, in one access with the id and the link, which are read-only.
+        bench.config32(MSI, 0x0001_0000 | !head & 0xffff);
+        assert_eq!(bench.config(MSI) & 0x0001_ffff, 0x0001_0000 | head);
+        assert!(bench.host.live(IrqKind::Msi));
+        bench.host.raise(IrqKind::Msi, 0);
+        assert_eq!(bench.delivered(), [vector]);
+    }
 }
 
 #[test]

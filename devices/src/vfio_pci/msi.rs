@@ -1,10 +1,12 @@
-//! MSI of the assigned function (PCI Express base specification 6.0, section 7.7.1). The capability's registers are ours,
-//! kept in the guest's configuration space; this says what they mean.
+//! MSI of the assigned function (PCI Express base specification 6.0, section 7.7.1). The capability is ours, kept in the guest's
+//! configuration space; this says what it means. Its header is, too, although nobody can write it: when those two bytes are
+//! written, Linux's vfio (6.12) also writes the control register that it keeps itself, in which MSI is off.
 
 use vtd::Msi;
 
 use super::vectors::Vectors;
 use crate::pci::ConfigSpace;
+use crate::pci::config::CAP_MSI;
 
 const CONTROL_ENABLE: u16 = 1;
 const CONTROL_64: u16 = 1 << 7;
@@ -21,12 +23,13 @@ pub struct MsiCapability {
 }
 
 impl MsiCapability {
-    /// The capability at `at` with the host's `control` register, put into `config` for the guest.
-    pub fn new(at: u16, control: u16, config: &mut ConfigSpace, vectors: Vectors) -> Self {
+    /// The capability at `at` with the host's `control` register, put into `config` for the guest. `next`: its link.
+    pub fn new(at: u16, next: u8, control: u16, config: &mut ConfigSpace, vectors: Vectors) -> Self {
         let control = control & (0x0e | CONTROL_64 | CONTROL_MASKABLE);
         let (is_64, is_maskable) = (control & CONTROL_64 != 0, control & CONTROL_MASKABLE != 0);
         let capable = 1 << (control >> 1 & 7).min(5);
         let this = Self { at, is_64, is_maskable, capable, vectors };
+        config.put(at, &[CAP_MSI, next]);
         config.put(at + 2, &control.to_le_bytes());
         // Enable, and how many of the vectors are enabled.
         config.allow(at + 2, &0x71u16.to_le_bytes());
@@ -50,7 +53,7 @@ impl MsiCapability {
     /// The bytes of the capability that are ours.
     pub fn owned(&self) -> std::ops::Range<u16> {
         let end = if self.is_maskable { self.mask_at() + 8 } else { self.data_at() + 2 };
-        self.at + 2..end
+        self.at..end
     }
 
     fn data_at(&self) -> u16 {
