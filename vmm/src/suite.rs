@@ -3,6 +3,7 @@
 //! An image lists its tests in the section `.tests` of its ELF file: a line for each, its name and then options of `causeway run`. The name goes
 //! to the image as `test=NAME`, and the value that it writes to isa-debug-exit is the verdict: 0 passed, 1 failed, 2 skipped.
 
+mod devices;
 mod junit;
 mod list;
 mod machine;
@@ -20,6 +21,7 @@ use regex::Regex;
 use crate::options::{self, DeviceOption};
 use crate::run::{CRASHED, ERROR, REFUSED, USAGE, remedy};
 use crate::vm;
+use devices::Devices;
 use list::Test;
 
 /// `causeway test`.
@@ -35,8 +37,8 @@ pub struct TestArgs {
     /// Print the names and run nothing
     #[arg(long)]
     list: bool,
-    /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the host. Without it each test
-    /// gets an edu that a process of its own emulates, behind the bridge
+    /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the host, beside which there is an
+    /// emulated one for what the guest hears of. Without it each edu is emulated by a process of its own, behind the bridge
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     devices: Vec<String>,
     /// Write the results as JUnit XML
@@ -97,16 +99,17 @@ struct Runner<'a> {
     args: &'a TestArgs,
     tests: Vec<Test>,
     image: machine::ImageFile,
+    devices: Devices,
 }
 
 impl<'a> Runner<'a> {
     fn new(args: &'a TestArgs) -> Result<Self, Stopped> {
-        let mut options = Vec::new();
+        let mut options: Vec<DeviceOption> = Vec::new();
         for device in &args.devices {
-            options
-                .push(device.parse::<DeviceOption>().map_err(|e| stopped(USAGE)(format!("--device {device}: {e}")))?);
+            options.push(device.parse().map_err(|e| stopped(USAGE)(format!("--device {device}: {e}")))?);
         }
         options::name_devices(&options).map_err(stopped(USAGE))?;
+        let devices = Devices::new(args.devices.iter().cloned().zip(options).collect());
         let (image, tests) = match &args.image {
             None => (machine::ImageFile::of(SUITE).map_err(stopped(ERROR))?, list::of(SUITE, "suite")),
             Some(path) => {
@@ -122,7 +125,7 @@ impl<'a> Runner<'a> {
         if tests.is_empty() {
             return Err(Stopped { code: USAGE, message: "no test has a name like that; --list shows them".to_owned() });
         }
-        Ok(Self { args, tests, image })
+        Ok(Self { args, tests, image, devices })
     }
 
     /// Whether all passed.
@@ -151,9 +154,8 @@ impl<'a> Runner<'a> {
 
     /// How many virtual machines run at a time: one where they would share a function of the host.
     fn jobs(&self) -> usize {
-        let shared = self.args.devices.iter().any(|device| !device.starts_with("edu"));
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        if shared { 1 } else { self.args.jobs.map_or(processors, usize::from) }
+        if self.devices.are_shared() { 1 } else { self.args.jobs.map_or(processors, usize::from) }
     }
 
     fn all(&self) -> Vec<Outcome> {
@@ -176,12 +178,29 @@ impl<'a> Runner<'a> {
 
     fn one(&self, test: &Test) -> Outcome {
         let start = Instant::now();
-        let (verdict, log) = match machine::run(&self.image, test, &self.args.devices, self.args.timeout) {
-            Ok((ended, log)) => (verdict(ended, &log), log),
+        let (verdict, log) = match machine::run(&self.image, test, &self.devices, self.args.timeout) {
+            Ok((ended, log)) => (self.verdict(ended, test, &log), log),
             Err(e) => (Verdict::Failed(format!("the virtual machine could not be started: {e}")), String::new()),
         };
         Outcome { test: test.clone(), verdict, time: start.elapsed(), log }
     }
+
+    /// What became of a test. A host that has a device to assign may be unable to do so behind the unit that a test asks for.
+    fn verdict(&self, ended: machine::Ended, test: &Test, log: &str) -> Verdict {
+        match ended {
+            machine::Ended::Code(4)
+                if self.devices.are_shared() && test.options.iter().any(|option| option == "--iommu") =>
+            {
+                Verdict::Skipped(format!("{}: {}", test.options.join(" "), refusal(log)))
+            }
+            ended => verdict(ended, log),
+        }
+    }
+}
+
+/// Why a machine did not start, for the user.
+fn refusal(log: &str) -> &str {
+    log.lines().rev().find_map(|line| line.strip_prefix("causeway: ")).unwrap_or("no reason given")
 }
 
 /// What the exit code of `causeway run` says of a test.
@@ -245,7 +264,7 @@ mod tests {
     use super::*;
 
     fn outcome(name: &str, verdict: Verdict) -> Outcome {
-        let test = Test { name: name.to_owned(), options: Vec::new() };
+        let test = Test { name: name.to_owned(), options: Vec::new(), devices: Vec::new() };
         Outcome { test, verdict, time: Duration::ZERO, log: String::new() }
     }
 

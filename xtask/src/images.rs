@@ -89,7 +89,9 @@ fn run_in(place: Place, causeway: &Path, tests: &[&str], reporter: &Reporter) ->
     progress(format_args!("{} test images, {}", tests.len(), place.name));
     let filter = format!("^({})$", tests.join("|"));
     let mut command = Command::new(causeway);
-    let result = command.args(["test", "--filter", &filter]).args(place.options).stdin(Stdio::null()).output()?;
+    // In the development profile 300,000 mappings take their time, one by one, in another process.
+    command.args(["test", "--timeout", "120", "--filter", &filter]).args(place.options);
+    let result = command.stdin(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&result.stdout).into_owned();
     let (verdicts, outputs) = (verdicts(&text), outputs(&text));
     for test in tests {

@@ -1,8 +1,9 @@
 //! A driver for `edu`, the teaching device of QEMU, which Causeway has too: DMA between memory and its buffer, and interrupts.
 
+use crate::harness;
 use crate::memory::{load, page, store};
 use crate::pci::{self, BAR0, COMMAND, MASTER, MEMORY, SourceId};
-use crate::x86::{read, wait_for, write};
+use crate::x86::{self, pause, read, wait_for, write};
 
 const SOURCE: u64 = 0x80;
 const DESTINATION: u64 = 0x88;
@@ -15,10 +16,15 @@ const START: u64 = 1;
 const TO_MEMORY: u64 = 2;
 const MSI: u8 = 5;
 
-/// The device.
+/// The device. QEMU's takes a tenth of a second for each transfer, and trusts the guest that it stays in the buffer of 4 KiB.
 pub struct Edu {
     /// Its source id.
     pub sid: SourceId,
+    /// Whether it is assigned: what it reaches is what the bridge mapped for it, in a host or in another process.
+    pub assigned: bool,
+    /// Whether the guest's unit records the faults of its DMA. Those of a function of the host are the host's; those of its interrupts are
+    /// the guest's all the same.
+    pub recorded: bool,
     bar: u64,
     /// A page through which the processor fills and reads the device's buffer; domains of a test map it one to one.
     pub scratch: u64,
@@ -29,8 +35,23 @@ impl Edu {
     pub fn all() -> impl Iterator<Item = Self> {
         pci::find(0x1234, 0x11e8).map(|sid| {
             sid.command(MEMORY | MASTER, 0);
-            Self { sid, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() }
+            let (assigned, recorded) = (harness::is_assigned(sid), !harness::is_unrecorded(sid));
+            let edu = Self { sid, assigned, recorded, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() };
+            // On a bus that nothing resets, a function still has what the guest of before raised.
+            edu.write(ACKNOWLEDGE, u32::MAX);
+            edu
         })
+    }
+
+    /// The device that the tests are about: an assigned one, if there is one.
+    pub fn first() -> Self {
+        let first = Self::all().find(|edu| edu.assigned).or_else(|| Self::all().next());
+        first.unwrap_or_else(|| panic!("there is no edu"))
+    }
+
+    /// The first one whose faults the unit records: the same, but where that is a function of the host.
+    pub fn recorded() -> Self {
+        Self::all().find(|edu| edu.recorded).unwrap_or_else(|| panic!("there is no edu whose faults are the guest's"))
     }
 
     /// Register of four bytes.
@@ -85,8 +106,30 @@ impl Edu {
 
     /// Raises an interrupt, and acknowledges it: the next one is a new message.
     pub fn interrupt(&self) {
+        self.raise();
+        self.acknowledge();
+    }
+
+    /// Raises an interrupt. A line stays high until it is acknowledged.
+    pub fn raise(&self) {
         self.write(RAISE, 1);
+    }
+
+    /// Ends it.
+    pub fn acknowledge(&self) {
         self.write(ACKNOWLEDGE, 1);
+    }
+
+    /// Every interrupt is acknowledged at this device by its handler, as a driver does it, before its end is told. For an assigned one,
+    /// whose registers are mapped.
+    pub fn acknowledge_in_the_handler(&self) {
+        x86::write_at_interrupts(self.bar + ACKNOWLEDGE);
+    }
+
+    /// Lets pass what an interrupt of the device may need to arrive: for one that must not. That of an assigned one comes by way of the
+    /// host's kernel.
+    pub fn settle(&self) {
+        pause(if self.assigned { 50 } else { 2 });
     }
 
     /// The command register of configuration space.

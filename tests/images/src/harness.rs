@@ -2,8 +2,9 @@
 
 use core::ffi::CStr;
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 
+use crate::pci::SourceId;
 use crate::println;
 use crate::x86::{outl, read};
 
@@ -86,16 +87,36 @@ pub(crate) fn failed(info: &PanicInfo<'_>) -> ! {
     exit(FAILED)
 }
 
-static FAULTS_ARE_THE_HOSTS: AtomicBool = AtomicBool::new(false);
+static START_INFO: AtomicU64 = AtomicU64::new(0);
 
-/// Whether the DMA of the device is translated by hardware, which tells its host of faults, and not this guest (`faults=host` on the
-/// command line).
-pub fn faults_are_the_hosts() -> bool {
-    FAULTS_ARE_THE_HOSTS.load(Ordering::Relaxed)
+/// Whether the function is assigned: a host or another process lets it reach what the bridge maps (`assigned=DD.F` on the command line, for
+/// each).
+pub fn is_assigned(function: SourceId) -> bool {
+    is_named("assigned=", function)
 }
 
-fn command_line(start_info: u64) -> &'static str {
-    let at = read::<u64>(start_info + 24);
+/// Whether the function's host hears of the faults of its DMA, and not this guest (`unrecorded=DD.F` on the command line, for each).
+pub fn is_unrecorded(function: SourceId) -> bool {
+    is_named("unrecorded=", function)
+}
+
+fn is_named(word: &str, function: SourceId) -> bool {
+    let parse = |address: &str| {
+        let (device, function) = address.split_once('.')?;
+        Some(u16::from_str_radix(device, 16).ok()? << 3 | u16::from_str_radix(function, 16).ok()?)
+    };
+    words().filter_map(|found| found.strip_prefix(word)).any(|address| parse(address) == Some(function.0))
+}
+
+fn words() -> impl Iterator<Item = &'static str> {
+    command_line().split_ascii_whitespace()
+}
+
+fn command_line() -> &'static str {
+    let at = match START_INFO.load(Ordering::Relaxed) {
+        0 => 0,
+        start_info => read::<u64>(start_info + 24),
+    };
     if at == 0 {
         return "";
     }
@@ -106,7 +127,7 @@ fn command_line(start_info: u64) -> &'static str {
 
 /// See [`crate::image!`].
 pub fn main(start_info: u64, lists: &[&[Test]]) -> ! {
-    let words = || command_line(start_info).split_ascii_whitespace();
+    START_INFO.store(start_info, Ordering::Relaxed);
     let tests = || lists.iter().flat_map(|list| list.iter());
     if words().any(|word| word == "list") {
         for test in tests() {
@@ -114,7 +135,6 @@ pub fn main(start_info: u64, lists: &[&[Test]]) -> ! {
         }
         exit(PASSED);
     }
-    FAULTS_ARE_THE_HOSTS.store(words().any(|word| word == "faults=host"), Ordering::Relaxed);
     let Some(wanted) = words().find_map(|word| word.strip_prefix("test=")) else {
         println!("the command line has neither `test=NAME` nor `list`");
         exit(UNKNOWN);

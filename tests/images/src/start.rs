@@ -36,6 +36,8 @@ user_stack: .skip 262144
 user_stack_top:
 .global IRQ_COUNT
 IRQ_COUNT: .skip 2048
+.global IRQ_REGISTER
+IRQ_REGISTER: .skip 8
 .global EXCEPTION
 EXCEPTION: .skip 32
 
@@ -126,6 +128,10 @@ common:
     jb exception
     leaq IRQ_COUNT(%rip), %rcx
     incq (%rcx,%rax,8)
+    movq IRQ_REGISTER(%rip), %rcx
+    jrcxz 5f
+    movl $0xffffffff, (%rcx)
+5:
     // End of interrupt, at the local APIC.
     movl $0xfee000b0, %ecx
     movl $0, (%rcx)

@@ -1,4 +1,8 @@
 //! What most tests begin with: a unit with its queue and a root table, a device, and a domain that the device is in.
+//!
+//! Where the device is a function of the host, the host hears of the faults of its DMA. Then there are two: the assigned one, of which is checked
+//! what it reaches and what not, and beside it an emulated one in the same domains, which is blocked where the assigned one is, and
+//! has the fault record.
 
 use crate::edu::Edu;
 use crate::memory::{load, page, store};
@@ -18,8 +22,10 @@ pub const WRITTEN: u64 = 0xd0d1_d2d3_d4d5_d6d7;
 pub struct World {
     /// The unit.
     pub unit: Unit,
-    /// The first `edu`.
+    /// The device that the test is about.
     pub edu: Edu,
+    /// An emulated one, if that is a function of the host: its context entry follows that one's ([`World::set_context`]).
+    pub beside: Option<Edu>,
     /// The root table.
     pub root: u64,
     /// The context table of bus 0.
@@ -29,21 +35,35 @@ pub struct World {
 impl World {
     /// The queue runs and the root table is set; every context entry is empty; translation is off.
     pub fn new() -> Self {
+        let edu = Edu::first();
+        let beside = (!edu.recorded).then(Edu::recorded);
+        Self::of(edu, beside)
+    }
+
+    /// The same for a test of what the unit records or sends of its own: with a device whose faults it hears of, even where there is an
+    /// assigned one.
+    pub fn recorded() -> Self {
+        Self::of(Edu::recorded(), None)
+    }
+
+    fn of(edu: Edu, beside: Option<Edu>) -> Self {
         let mut unit = Unit::new();
-        let edu = Edu::all().next().unwrap_or_else(|| panic!("there is no edu"));
         let (root, contexts) = (page(), page());
         store(root, contexts | 1);
         unit.start_queue(0);
         unit.set_root(root);
         unit.invalidate_all();
-        Self { unit, edu, root, contexts }
+        Self { unit, edu, beside, root, contexts }
     }
 
     /// With the device in a domain of the unit's narrowest table, and translation on. The domain maps the device's scratch page.
     pub fn with_domain() -> (Self, Domain) {
-        let world = Self::new();
-        let levels = world.levels();
-        world.and_domain(levels)
+        Self::new().and_widest_domain()
+    }
+
+    /// As [`World::with_domain`], for [`World::recorded`].
+    pub fn recorded_with_domain() -> (Self, Domain) {
+        Self::recorded().and_widest_domain()
     }
 
     /// As [`World::with_domain`], with a table of `levels`; the test is skipped when the unit has none of these.
@@ -53,6 +73,11 @@ impl World {
             harness::skipped("the unit does not offer this number of levels");
         }
         world.and_domain(levels)
+    }
+
+    fn and_widest_domain(self) -> (Self, Domain) {
+        let levels = self.levels();
+        self.and_domain(levels)
     }
 
     fn and_domain(mut self, levels: u8) -> (Self, Domain) {
@@ -71,7 +96,9 @@ impl World {
     /// A domain that maps the device's scratch page.
     pub fn domain(&self, id: u16, levels: u8) -> Domain {
         let domain = Domain::new(id, levels);
-        domain.map(self.edu.scratch, self.edu.scratch, READ_WRITE);
+        for edu in [&self.edu].into_iter().chain(&self.beside) {
+            domain.map(edu.scratch, edu.scratch, READ_WRITE);
+        }
         domain
     }
 
@@ -80,13 +107,21 @@ impl World {
         self.contexts + 16 * u64::from(source.0 & 0xff)
     }
 
+    /// `source`, and the device beside it, if it is the one that the test is about.
+    fn followed(&self, source: SourceId) -> impl Iterator<Item = SourceId> + use<> {
+        let beside = self.beside.as_ref().filter(|_| source == self.edu.sid).map(|beside| beside.sid);
+        [source].into_iter().chain(beside)
+    }
+
     /// Writes a context entry. The caller invalidates.
     pub fn set_context(&self, source: SourceId, low: u64, high: u64) {
-        let at = self.context(source);
-        // Not present while it is half written.
-        store(at, 0);
-        store(at + 8, high);
-        store(at, low);
+        for source in self.followed(source) {
+            let at = self.context(source);
+            // Not present while it is half written.
+            store(at, 0);
+            store(at + 8, high);
+            store(at, low);
+        }
     }
 
     /// Puts a function into a domain, and invalidates what there was.
@@ -100,7 +135,9 @@ impl World {
 
     /// Invalidates a function's context entry, of this domain and of none, and the domain's translations.
     pub fn refresh(&mut self, source: SourceId, id: u16) {
-        self.unit.invalidate(&[context_device(0, source), context_device(id, source), iotlb_domain(id)]);
+        for source in self.followed(source) {
+            self.unit.invalidate(&[context_device(0, source), context_device(id, source), iotlb_domain(id)]);
+        }
     }
 
     /// The test fails if there is a fault.
@@ -110,17 +147,34 @@ impl World {
         }
     }
 
-    /// The test fails unless there is just this fault of the device; it is taken. Where faults are the host's, there must be none.
+    /// The test fails unless there is just this fault of the device, which accessed the eight bytes at `iova`; it is taken. There must
+    /// be none of a function of the host: then the device beside it does the same, and the fault is that one's.
     pub fn fault(&self, reason: u8, iova: u64, read: bool) {
-        if harness::faults_are_the_hosts() {
-            return self.no_fault();
+        let mut source = self.edu.sid;
+        if let Some(beside) = &self.beside {
+            self.no_fault();
+            match read {
+                true => beside.dma_read(iova, 8),
+                false => beside.dma_write(iova, 8),
+            }
+            source = beside.sid;
         }
-        let expected = Fault { source: self.edu.sid, reason, info: iova & !0xfff, read };
+        let expected = Fault { source, reason, info: iova & !0xfff, read };
         match self.unit.take_fault() {
             Some(fault) => check!(fault == expected, "the fault is {fault:x?}, not {expected:x?}"),
             None => panic!("there is no fault; it should be {expected:x?}"),
         }
         self.no_fault();
+    }
+
+    /// The first IOVA that an assigned device cannot reach although its table grants it, since its host did not map it: one record tells
+    /// of it, however many pages they are, and is taken. `None` where there is no such record.
+    pub fn refused(&self) -> Option<u64> {
+        let fault = self.unit.take_fault()?;
+        let expected = Fault { source: self.edu.sid, reason: TABLE_UNUSABLE, info: fault.info, read: true };
+        check!(self.edu.assigned && fault == expected, "the fault is {fault:x?}, not that of a refused mapping");
+        self.no_fault();
+        Some(fault.info)
     }
 
     /// The device writes at `iova`, and that reaches `gpa`.
@@ -167,6 +221,15 @@ impl World {
         self.no_fault();
     }
 
+    /// As [`World::read_blocked`], for a page that may be written. Linux up to 6.12 lets a function of the host read such a page: then
+    /// only the device beside it is looked at.
+    pub fn read_of_write_only_blocked(&self, iova: u64, gpa: u64) {
+        match self.edu.recorded {
+            false => self.fault(READ_DENIED, iova, true),
+            true => self.read_blocked(iova, gpa, READ_DENIED),
+        }
+    }
+
     /// Neither reads nor writes at `iova` reach `gpa`: no permission.
     pub fn not_mapped(&self, iova: u64, gpa: u64) {
         self.edu.fill(WRITTEN);
@@ -181,6 +244,8 @@ impl Default for World {
     }
 }
 
+/// Fault reason: a paging table could not be used; also for what the host did not map.
+pub const TABLE_UNUSABLE: u8 = 7;
 /// Fault reason: no write permission.
 pub const WRITE_DENIED: u8 = 5;
 /// Fault reason: no read permission.

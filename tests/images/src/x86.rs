@@ -72,12 +72,21 @@ pub fn pause(ms: u32) {
 
 unsafe extern "C" {
     static IRQ_COUNT: [core::sync::atomic::AtomicU64; 256];
+    static IRQ_REGISTER: core::sync::atomic::AtomicU64;
 }
 
 /// How often interrupt `vector` (32 to 255) arrived.
 pub fn interrupts(vector: u8) -> u64 {
     // SAFETY: start-up's assembly defines it, with this size; interrupts change it atomically on the one processor.
     unsafe { IRQ_COUNT[usize::from(vector)].load(core::sync::atomic::Ordering::Acquire) }
+}
+
+/// From now on every interrupt's handler writes ones to the four bytes at `register`, before it tells the end of the interrupt. It must be
+/// a register that is the processor's to write: a KVM that emulates ring 0 in software was seen to lose such a write of a handler where it
+/// is an exit.
+pub fn write_at_interrupts(register: u64) {
+    // SAFETY: start-up's assembly defines it, with this size, and only reads it.
+    unsafe { IRQ_REGISTER.store(register, core::sync::atomic::Ordering::Release) }
 }
 
 const LOCAL_APIC: u64 = 0xfee0_0000;

@@ -1,18 +1,29 @@
 //! The list of tests in an image's file.
 
 use crate::image::section;
+use crate::options::{DeviceKind, DeviceOption, IommuOption};
 
 /// A test of an image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Test {
     /// Its name.
     pub name: String,
-    /// Options of `causeway run`, besides those of every test.
+    /// Options of `causeway run`, besides those of every test and its devices.
     pub options: Vec<String>,
+    /// Devices besides the one that every test has.
+    pub devices: Vec<(String, DeviceOption)>,
 }
 
-/// What an image may ask for: it is somebody's file, and `--stats FILE` would write one.
-const ALLOWED: [&str; 4] = ["--iommu", "--cpus", "--memory", "--device"];
+impl Test {
+    /// Whether what it asks of the unit leaves room for an assigned device: without Caching Mode there is none.
+    pub fn allows_assigned(&self) -> bool {
+        let units = self.options.iter().filter_map(|option| option.parse::<IommuOption>().ok());
+        units.into_iter().all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode))
+    }
+}
+
+/// What an image may ask for, besides emulated devices: it is somebody's file, and `--stats FILE` would write one.
+const ALLOWED: [&str; 3] = ["--iommu", "--cpus", "--memory"];
 
 /// The tests of the image `file`. An image without a list is one test, called `name`.
 ///
@@ -20,7 +31,7 @@ const ALLOWED: [&str; 4] = ["--iommu", "--cpus", "--memory", "--device"];
 /// The list is not one, for the user.
 pub fn of(file: &[u8], name: &str) -> Result<Vec<Test>, String> {
     let Some(content) = section(file, b".tests") else {
-        return Ok(vec![Test { name: name.to_owned(), options: Vec::new() }]);
+        return Ok(vec![Test { name: name.to_owned(), options: Vec::new(), devices: Vec::new() }]);
     };
     let lines = content.split(|byte| matches!(byte, b'\n' | 0)).filter(|line| !line.is_empty());
     lines.map(|line| parse(&String::from_utf8_lossy(line))).collect()
@@ -31,18 +42,22 @@ fn parse(line: &str) -> Result<Test, String> {
     let name = words.next().filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'));
     let name =
         name.ok_or_else(|| format!("the image's list of tests has a line that begins with no name: {line:?}"))?;
-    let options: Vec<String> = words.collect();
-    for option in options.chunks(2) {
-        let allowed = match option {
-            [key, value] if key == "--device" => value == "edu" || value.starts_with("edu,"),
-            [key, value] => ALLOWED.contains(&key.as_str()) && !value.starts_with('-'),
-            _ => false,
-        };
-        if !allowed {
-            return Err(format!("the test {name} asks for {}, which an image may not", option.join(" ")));
+    let words: Vec<String> = words.collect();
+    let (mut options, mut devices) = (Vec::new(), Vec::new());
+    for option in words.chunks(2) {
+        let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
+        match option {
+            [key, value] if key == "--device" => {
+                let device = value.parse().ok().filter(|device: &DeviceOption| device.kind == DeviceKind::Edu);
+                devices.push((value.clone(), device.ok_or_else(refused)?));
+            }
+            [key, value] if ALLOWED.contains(&key.as_str()) && !value.starts_with('-') => {
+                options.extend([key.clone(), value.clone()]);
+            }
+            _ => return Err(refused()),
         }
     }
-    Ok(Test { name, options })
+    Ok(Test { name, options, devices })
 }
 
 #[cfg(test)]
@@ -52,7 +67,9 @@ mod tests {
     #[test]
     fn lines_are_names_and_options_that_an_image_may_ask_for() {
         let test = parse("a1_x --iommu vtd,aw-bits=57 --device edu").unwrap();
-        assert_eq!((test.name.as_str(), test.options.len()), ("a1_x", 4));
+        assert_eq!((test.name.as_str(), test.options.len(), test.devices.len()), ("a1_x", 2, 1));
+        assert!(test.allows_assigned());
+        assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
         for line in ["a --stats /x", "a --device vfio,host=0:1.0", "a --iommu", "a --cpus --log", "../a", ""] {
             assert!(parse(line).is_err(), "{line}");
         }
@@ -60,6 +77,7 @@ mod tests {
 
     #[test]
     fn a_file_without_a_list_is_one_test() {
-        assert_eq!(of(b"\x7fELF", "x").unwrap(), [Test { name: "x".to_owned(), options: Vec::new() }]);
+        let test = Test { name: "x".to_owned(), options: Vec::new(), devices: Vec::new() };
+        assert_eq!(of(b"\x7fELF", "x").unwrap(), [test]);
     }
 }

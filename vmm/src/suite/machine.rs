@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use super::devices::{Devices, Placed};
 use super::list::Test;
 
 /// What is kept of a test's output.
@@ -64,9 +65,8 @@ impl From<ExitStatus> for Ended {
     }
 }
 
-/// Runs `test` with `devices`; without any with an edu in a process of its own. Gives back how it ended and what it printed, at most the
-/// last 64 KiB.
-pub fn run(image: &ImageFile, test: &Test, devices: &[String], limit: Duration) -> io::Result<(Ended, String)> {
+/// Runs `test` with `devices`. Gives back how it ended and what it printed, at most the last 64 KiB.
+pub fn run(image: &ImageFile, test: &Test, devices: &Devices, limit: Duration) -> io::Result<(Ended, String)> {
     let (output, input) = io::pipe()?;
     let (told, tell) = mpsc::channel();
     let reader = std::thread::spawn(move || {
@@ -134,41 +134,29 @@ fn ourselves(out: &PipeWriter, sockets: &[&UnixStream]) -> io::Result<Command> {
     Ok(command)
 }
 
-fn start(
-    image: &ImageFile,
-    test: &Test,
-    devices: &[String],
-    limit: Duration,
-    out: PipeWriter,
-) -> io::Result<Processes> {
-    let (devices, others) = match devices {
-        [] => (vec!["edu".to_owned()], true),
-        devices => (devices.to_vec(), false),
-    };
-    let mut options: Vec<String> = devices.iter().flat_map(|device| ["--device".to_owned(), device.clone()]).collect();
-    options.extend(test.options.iter().cloned());
+fn start(image: &ImageFile, test: &Test, devices: &Devices, limit: Duration, out: PipeWriter) -> io::Result<Processes> {
+    let Placed { mut options, processes, words } = devices.of(test);
     let mut sockets = Vec::new();
-    let mut processes = Vec::new();
-    if others {
-        for option in options.iter_mut().filter(|option| *option == "edu" || option.starts_with("edu,")) {
-            let (ours, theirs) = UnixStream::pair()?;
-            let mut command = ourselves(&out, &[&theirs])?;
-            command.args(["device", "edu", "--fd"]).arg(theirs.as_raw_fd().to_string());
-            // Its client's death is all that it would say.
-            command.env("RUST_LOG", "error");
-            processes.push(command.spawn()?);
-            *option = format!("vfio-user,fd={}{}", ours.as_raw_fd(), &option["edu".len()..]);
-            sockets.push(ours);
-        }
+    let mut started = Vec::new();
+    for index in processes {
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut command = ourselves(&out, &[&theirs])?;
+        command.args(["device", "edu", "--fd"]).arg(theirs.as_raw_fd().to_string());
+        // Its client's death is all that it would say.
+        command.env("RUST_LOG", "error");
+        started.push(command.spawn()?);
+        options[index] = options[index].replacen("edu", &format!("vfio-user,fd={}", ours.as_raw_fd()), 1);
+        sockets.push(ours);
     }
     let mut command = ourselves(&out, &sockets.iter().collect::<Vec<_>>())?;
     command.args(["run", "--memory", "64M", "--no-reboot", "--timeout"]).arg(limit.as_secs_f64().to_string());
-    // What such a device does wrong, the host's IOMMU hears of.
-    let faults = if devices.iter().any(|device| device.starts_with("vfio,")) { " faults=host" } else { "" };
-    command.arg("--image").arg(image.path()).arg("--cmdline").arg(format!("test={}{faults}", test.name));
-    command.args(&options);
+    command.arg("--image").arg(image.path()).arg("--cmdline").arg(format!("test={}{words}", test.name));
+    command.args(&test.options);
+    options.iter().for_each(|device| {
+        command.arg("--device").arg(device);
+    });
     let machine = command.spawn()?;
-    Ok(Processes { machine, devices: processes })
+    Ok(Processes { machine, devices: started })
 }
 
 fn read_tail(mut output: impl Read) -> String {

@@ -1,6 +1,7 @@
 //! Rules 1 and 5: a guest that writes garbage everywhere gets no more than it had, and its virtual machine goes on.
 
 use images::memory::{load, page, pages, store};
+use images::tables::READ_WRITE;
 use images::vtd::offset::*;
 use images::vtd::{INTERRUPT_POINTER, INTERRUPT_REMAPPING, QUEUE, ROOT_POINTER, TRANSLATION, Unit};
 use images::world::{IOVA, UNTOUCHED};
@@ -110,8 +111,17 @@ fn rule1_tables_that_lead_to_themselves() {
     let before = load(domain.root + 8);
     world.edu.dma_write(IOVA & !0xfff | 8, 8);
     world.no_fault();
-    check_eq!(load(domain.root + 8), images::world::WRITTEN, "the root of the table, which is a page of itself");
-    store(domain.root + 8, before);
+    // A request walks four steps. An assigned device would need a mapping for each of 2^36 pages: a bound is exhausted, and its
+    // domain is blocked.
+    let after = if world.edu.assigned { before } else { images::world::WRITTEN };
+    check_eq!(load(domain.root + 8), after, "the root of the table, which is a page of itself");
+    (0..512).for_each(|index| store(domain.root + 8 * index, 0));
+    let page = page();
+    for edu in [&world.edu].into_iter().chain(&world.beside) {
+        domain.map(edu.scratch, edu.scratch, READ_WRITE);
+    }
+    domain.map(IOVA, page, READ_WRITE);
     world.unit.invalidate_all();
+    world.reaches(IOVA, page);
     answers(&world.unit);
 }

@@ -4,8 +4,8 @@ use images::edu::Edu;
 use images::memory::{page, store};
 use images::pci::SourceId;
 use images::vtd::offset::IRTA;
-use images::vtd::{ENTRIES_GLOBAL, INTERRUPT_POINTER, INTERRUPT_REMAPPING, Unit};
-use images::x86::{enable_interrupts, interrupts, pause, read, wait_for, write};
+use images::vtd::{ENTRIES_GLOBAL, Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, Unit};
+use images::x86::{enable_interrupts, interrupts, read, wait_for, write};
 use images::{check_eq, harness};
 
 images::tests!(
@@ -23,12 +23,8 @@ const IOAPIC: u64 = 0xfec0_0000;
 /// The IOAPIC's source id in the DMAR table of this machine.
 const IOAPIC_SOURCE: u64 = 0x1f << 3 | 7;
 
-fn edu() -> Edu {
-    Edu::all().next().unwrap_or_else(|| panic!("there is no edu"))
-}
-
 fn f5_message_arrives() {
-    let (edu, id) = (edu(), enable_interrupts());
+    let (edu, id) = (Edu::first(), enable_interrupts());
     edu.set_message(0xfee0_0000 | u64::from(id) << 12, VECTOR.into());
     for round in 1..=20 {
         edu.interrupt();
@@ -37,11 +33,11 @@ fn f5_message_arrives() {
 }
 
 fn f5_message_needs_bus_master() {
-    let (edu, id) = (edu(), enable_interrupts());
+    let (edu, id) = (Edu::first(), enable_interrupts());
     edu.set_message(0xfee0_0000 | u64::from(id) << 12, VECTOR.into());
     edu.sid.command(0, images::pci::MASTER);
     edu.interrupt();
-    pause(2);
+    edu.settle();
     check_eq!(interrupts(VECTOR), 0, "interrupts without Bus Master");
     edu.sid.command(images::pci::MASTER, 0);
     edu.interrupt();
@@ -65,18 +61,44 @@ fn pin(function: SourceId) -> u8 {
     pin
 }
 
-fn f5_line_interrupts_through_the_ioapic() {
-    let (edu, id) = (edu(), enable_interrupts());
-    route(pin(edu.sid), VECTOR.into(), u32::from(id) << 24);
-    for round in 1..=5 {
-        edu.interrupt();
-        wait_for("an interrupt", || interrupts(VECTOR) == round);
+/// Of a redirection entry: masked.
+const MASKED: u32 = 1 << 16;
+
+/// How a redirection entry for the device's line is triggered: 1 by its level. So are PCI's lines, and that of an assigned function is masked
+/// by its host until the interrupt has its end, which is told only of levels. An emulated one's is as good by its edge: then its handler
+/// need not reach the device.
+fn by_level(edu: &Edu) -> u32 {
+    edu.assigned.into()
+}
+
+/// The device raises its line five times, and is served: as many interrupts, and then no more.
+fn line_interrupts(edu: &Edu) {
+    if edu.assigned {
+        edu.acknowledge_in_the_handler();
     }
-    // Masked.
-    route(pin(edu.sid), u32::from(VECTOR) | 1 << 16, u32::from(id) << 24);
-    edu.interrupt();
-    pause(2);
+    for round in 1..=5 {
+        edu.raise();
+        wait_for("an interrupt", || interrupts(VECTOR) == round);
+        edu.acknowledge();
+    }
+    edu.settle();
+    check_eq!(interrupts(VECTOR), 5, "interrupts of a line that is low");
+}
+
+fn f5_line_interrupts_through_the_ioapic() {
+    let (edu, id) = (Edu::first(), enable_interrupts());
+    let entry = u32::from(VECTOR) | by_level(&edu) << 15;
+    route(pin(edu.sid), entry, u32::from(id) << 24);
+    line_interrupts(&edu);
+    route(pin(edu.sid), entry | MASKED, u32::from(id) << 24);
+    edu.raise();
+    edu.settle();
     check_eq!(interrupts(VECTOR), 5, "interrupts of a masked pin");
+    route(pin(edu.sid), entry, u32::from(id) << 24);
+    if edu.assigned {
+        wait_for("the interrupt of a level that is still there", || interrupts(VECTOR) == 6);
+    }
+    edu.acknowledge();
 }
 
 fn remapping(unit: &mut Unit) -> u64 {
@@ -93,61 +115,63 @@ fn remapping(unit: &mut Unit) -> u64 {
 }
 
 fn a9_line_is_remapped() {
-    let (edu, id, mut unit) = (edu(), enable_interrupts(), Unit::new());
+    let (edu, id, mut unit) = (Edu::first(), enable_interrupts(), Unit::new());
     let table = remapping(&mut unit);
     // Only the IOAPIC may use the entry.
     store(table + 16 * 6 + 8, 1 << 18 | IOAPIC_SOURCE);
-    store(table + 16 * 6, 1 | u64::from(VECTOR) << 16 | u64::from(id) << 40);
+    store(table + 16 * 6, 1 | u64::from(by_level(&edu)) << 4 | u64::from(VECTOR) << 16 | u64::from(id) << 40);
     unit.invalidate(&[ENTRIES_GLOBAL]);
     // Index 6 in bits 63:49, the format bit 48.
-    route(pin(edu.sid), VECTOR.into(), 6 << 17 | 1 << 16);
-    for round in 1..=5 {
-        edu.interrupt();
-        wait_for("an interrupt", || interrupts(VECTOR) == round);
-    }
+    route(pin(edu.sid), u32::from(VECTOR) | by_level(&edu) << 15, 6 << 17 | 1 << 16);
+    line_interrupts(&edu);
     check_eq!(unit.take_fault(), None, "a fault");
 }
 
-/// Routes the device's line to an entry that is for the device itself, as some guests do it, and interrupts.
-fn line_as_its_device(unit: &mut Unit) {
-    let (edu, id) = (edu(), enable_interrupts());
+/// Routes the device's line to an entry that is for the device itself, as some guests do it, and raises it.
+fn line_as_its_device(unit: &mut Unit) -> Edu {
+    let (edu, id) = (Edu::first(), enable_interrupts());
     let table = remapping(unit);
     store(table + 8, 1 << 18 | u64::from(edu.sid.0));
     store(table, 1 | u64::from(VECTOR) << 16 | u64::from(id) << 40);
     unit.invalidate(&[ENTRIES_GLOBAL]);
     route(pin(edu.sid), VECTOR.into(), 1 << 16);
-    edu.interrupt();
+    edu.raise();
+    edu
 }
 
-fn a9_line_with_the_source_of_its_device_is_blocked() {
-    let mut unit = Unit::new();
-    line_as_its_device(&mut unit);
+fn interrupt_fault(unit: &Unit) -> Option<Fault> {
     let mut fault = None;
     wait_for("the fault of an interrupt", || {
         fault = unit.take_fault();
         fault.is_some()
     });
+    fault
+}
+
+fn a9_line_with_the_source_of_its_device_is_blocked() {
+    let mut unit = Unit::new();
+    let edu = line_as_its_device(&mut unit);
+    let fault = interrupt_fault(&unit);
+    edu.acknowledge();
     check_eq!(fault.map(|fault| (u64::from(fault.source.0), fault.reason)), Some((IOAPIC_SOURCE, 0x26)), "the fault");
     check_eq!(interrupts(VECTOR), 0, "interrupts");
 }
 
 fn a9_line_with_the_source_of_its_device_is_an_option() {
     let mut unit = Unit::new();
-    line_as_its_device(&mut unit);
+    let edu = line_as_its_device(&mut unit);
     wait_for("an interrupt", || interrupts(VECTOR) == 1);
+    edu.acknowledge();
     check_eq!(unit.take_fault(), None, "a fault");
 }
 
 fn a9_line_in_compatibility_format_is_blocked() {
-    let (edu, id, mut unit) = (edu(), enable_interrupts(), Unit::new());
+    let (edu, id, mut unit) = (Edu::first(), enable_interrupts(), Unit::new());
     remapping(&mut unit);
     route(pin(edu.sid), VECTOR.into(), u32::from(id) << 24);
-    edu.interrupt();
-    let mut fault = None;
-    wait_for("the fault of an interrupt", || {
-        fault = unit.take_fault();
-        fault.is_some()
-    });
+    edu.raise();
+    let fault = interrupt_fault(&unit);
+    edu.acknowledge();
     let seen = fault.map(|fault| (u64::from(fault.source.0), fault.reason));
     check_eq!(seen, Some((IOAPIC_SOURCE, 0x25)), "the fault");
     check_eq!(interrupts(VECTOR), 0, "interrupts");

@@ -1,0 +1,122 @@
+//! The devices that the tests drive.
+
+use super::list::Test;
+use crate::options::{DeviceKind, DeviceOption, Slot};
+
+/// What every machine of a run has.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Devices {
+    /// Values of `--device`.
+    wanted: Vec<(String, DeviceOption)>,
+    /// The user named none: each edu gets a process of its own.
+    by_processes: bool,
+}
+
+/// The devices of one machine.
+#[derive(PartialEq, Eq, Debug)]
+pub struct Placed {
+    /// Values of `--device`; of those in `processes`, with `edu` in place of where their process is.
+    pub options: Vec<String>,
+    /// Which of them are emulated by processes of their own.
+    pub processes: Vec<usize>,
+    /// Words for the image's command line, each after a space.
+    pub words: String,
+}
+
+impl Devices {
+    /// Those that the user asked for: each text, and what it means.
+    pub fn new(wanted: Vec<(String, DeviceOption)>) -> Self {
+        let by_processes = wanted.is_empty();
+        Self { wanted, by_processes }
+    }
+
+    /// Whether one machine at a time can have them.
+    pub fn are_shared(&self) -> bool {
+        self.wanted.iter().any(|(_, option)| !matches!(option.kind, DeviceKind::Edu))
+    }
+
+    /// The devices of a machine for `test`.
+    ///
+    /// The image is told which functions are assigned (`assigned=DD.F`), and of which the host hears what their DMA does wrong
+    /// (`unrecorded=DD.F`). Beside such there is an emulated edu, whose faults the guest's unit records.
+    pub fn of(&self, test: &Test) -> Placed {
+        let by_processes = self.by_processes && test.allows_assigned();
+        let mut all = self.wanted.clone();
+        if all.iter().all(|(_, option)| matches!(option.kind, DeviceKind::Vfio { .. })) {
+            all.push(edu());
+        }
+        all.extend(test.devices.iter().cloned());
+        let taken: Vec<u8> = all.iter().filter_map(|(_, option)| option.addr).map(|slot| slot.device).collect();
+        let mut free = (1..0x1f).filter(|device| !taken.contains(device)).map(|device| Slot { device, function: 0 });
+        let mut placed = Placed { options: Vec::new(), processes: Vec::new(), words: String::new() };
+        for (index, (mut text, option)) in all.into_iter().enumerate() {
+            let is_process = by_processes && option.kind == DeviceKind::Edu;
+            if is_process {
+                placed.processes.push(index);
+            }
+            if is_process || option.kind != DeviceKind::Edu {
+                // Where the image is told that it is. A bus without a free slot is refused at the start.
+                if let Some(Slot { device, function }) = option.addr.or_else(|| free.next()) {
+                    if option.addr.is_none() {
+                        text.push_str(&format!(",addr={device:02x}.{function}"));
+                    }
+                    placed.words.push_str(&format!(" assigned={device:02x}.{function}"));
+                    if let DeviceKind::Vfio { .. } = option.kind {
+                        placed.words.push_str(&format!(" unrecorded={device:02x}.{function}"));
+                    }
+                }
+            }
+            placed.options.push(text);
+        }
+        placed
+    }
+}
+
+fn edu() -> (String, DeviceOption) {
+    ("edu".to_owned(), DeviceOption { id: None, addr: None, kind: DeviceKind::Edu })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(texts: &[&str]) -> Vec<(String, DeviceOption)> {
+        texts.iter().map(|text| (text.to_string(), text.parse().unwrap())).collect()
+    }
+
+    fn placed(wanted: &[&str], more: &[&str]) -> (Vec<String>, Vec<usize>, String) {
+        let test = Test { name: String::new(), options: Vec::new(), devices: parse(more) };
+        let Placed { options, processes, words } = Devices::new(parse(wanted)).of(&test);
+        (options, processes, words)
+    }
+
+    #[test]
+    fn the_image_is_told_where_assigned_functions_are() {
+        let host = "vfio,host=00:08.0";
+        let (options, processes, words) = placed(&[host], &["edu"]);
+        assert_eq!(options, ["vfio,host=00:08.0,addr=01.0", "edu", "edu"]);
+        assert!(processes.is_empty());
+        assert_eq!(words, " assigned=01.0 unrecorded=01.0");
+        let (options, _, words) = placed(&["edu,addr=01.0", host, "vfio-user,socket=x,addr=1d.2"], &[]);
+        assert_eq!(options, ["edu,addr=01.0", "vfio,host=00:08.0,addr=02.0", "vfio-user,socket=x,addr=1d.2"]);
+        assert_eq!(words, " assigned=02.0 unrecorded=02.0 assigned=1d.2");
+    }
+
+    #[test]
+    fn without_a_device_each_edu_is_a_process() {
+        let (options, processes, words) = placed(&[], &["edu", "edu,addr=05.0"]);
+        assert_eq!(options, ["edu,addr=01.0", "edu,addr=02.0", "edu,addr=05.0"]);
+        assert_eq!(processes, [0, 1, 2]);
+        assert_eq!(words, " assigned=01.0 assigned=02.0 assigned=05.0");
+    }
+
+    #[test]
+    fn emulated_devices_need_nothing_said() {
+        let emulated = |texts: &[&str]| (texts.iter().map(|text| text.to_string()).collect(), vec![], String::new());
+        assert_eq!(placed(&["edu,id=x"], &["edu"]), emulated(&["edu,id=x", "edu"]));
+        // Without Caching Mode none could follow.
+        let options = vec!["--iommu".to_owned(), "vtd,caching-mode=off".to_owned()];
+        let test = Test { name: String::new(), options, devices: Vec::new() };
+        assert!(Devices::new(Vec::new()).of(&test).processes.is_empty());
+    }
+}
