@@ -3,7 +3,7 @@
 //!
 //! The body of an image runs in ring 3, with all of the first 4 GiB and every port at its disposal: there compiled code with its SSE
 //! instructions and red zone needs no special target, and a KVM that emulates the kernel's mode in software runs it at full speed.
-//! An image has one processor and one thread.
+//! An image has one processor and one thread; a test that asks for `--cpus 2` can have a second one do something beside it, see [`smp`].
 #![no_std]
 
 pub mod edu;
@@ -12,6 +12,7 @@ mod intrinsics;
 pub mod memory;
 pub mod pci;
 pub mod serial;
+pub mod smp;
 mod start;
 pub mod tables;
 pub mod vtd;

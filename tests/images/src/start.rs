@@ -2,6 +2,7 @@
 //! every interrupt and exception. As little as possible runs in ring 0: see the crate's page.
 
 use core::arch::global_asm;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 global_asm!(
     r#"
@@ -14,6 +15,7 @@ global_asm!(
 // An identity map of 4 GiB in 2 MiB pages, for user mode too.
 .section .data
 .align 4096
+.global boot_pml4
 boot_pml4: .quad boot_pdpt + 7
     .fill 511, 8, 0
 boot_pdpt: .quad boot_pd + 7, boot_pd + 0x1007, boot_pd + 0x2007, boot_pd + 0x3007
@@ -31,7 +33,7 @@ idt:  .skip 4096
 tss:  .skip 8448
 .align 16
 kernel_stack: .skip 16384
-kernel_stack_top:
+kernel_stack_top: .skip 16 // where an exception goes on, see `common`
 user_stack: .skip 262144
 user_stack_top:
 .global IRQ_COUNT
@@ -89,6 +91,9 @@ start_pvh:
     movq %rdx, 4(%rax)
     movw $104, 102(%rax)
     movb $0xff, 8296(%rax)
+    leaq user_stack_top(%rip), %rcx
+    subq $8, %rcx
+    movq %rcx, (%rdx)
     leaq gdt_tss(%rip), %rdi
     movw %ax, 2(%rdi)
     shrq $16, %rax
@@ -97,9 +102,7 @@ start_pvh:
     movw $0x28, %ax
     ltr %ax
     pushq $0x23
-    leaq user_stack_top(%rip), %rax
-    subq $8, %rax
-    pushq %rax
+    pushq %rcx
     pushq $0x202
     pushq $0x1b
     leaq rust_main(%rip), %rax
@@ -127,7 +130,7 @@ common:
     cmpl $32, %eax
     jb exception
     leaq IRQ_COUNT(%rip), %rcx
-    incq (%rcx,%rax,8)
+    lock incq (%rcx,%rax,8)
     movq IRQ_REGISTER(%rip), %rcx
     jrcxz 5f
     movl $0xffffffff, (%rcx)
@@ -151,8 +154,8 @@ exception:
     movq %rax, 24(%rcx)
     leaq rust_exception(%rip), %rax
     movq %rax, 32(%rsp)
-    leaq user_stack_top(%rip), %rax
-    subq $8, %rax
+    // Above the frame: the stack of this processor, from its top.
+    movq 72(%rsp), %rax
     movq %rax, 56(%rsp)
     popq %rcx
     popq %rax
@@ -168,6 +171,7 @@ gdt_tss: .quad 0x0000890000002068
      .quad 0
 gdt_pointer: .word gdt_pointer - gdt - 1
       .long gdt
+.global idt_pointer
 idt_pointer: .word 4095
       .quad idt
 "#,
@@ -180,15 +184,24 @@ unsafe extern "C" {
 
 #[unsafe(no_mangle)]
 extern "C" fn rust_exception() -> ! {
-    // SAFETY: the assembly above wrote it before it came here, and there is one processor.
+    // SAFETY: the assembly above wrote it before it came here. A second processor that does the same only blurs the message of a
+    // test that has failed.
     let [vector, error, rip, address] = unsafe { (&raw const EXCEPTION).read_volatile() };
     panic!("exception {vector} (error {error:#x}) at {rip:#x}, address {address:#x}");
 }
 
 #[panic_handler]
 fn panicked(info: &core::panic::PanicInfo<'_>) -> ! {
+    // Of two processors one is quoted.
+    if PANICKED.swap(true, Ordering::Relaxed) {
+        loop {
+            core::hint::spin_loop();
+        }
+    }
     crate::harness::failed(info)
 }
+
+static PANICKED: AtomicBool = AtomicBool::new(false);
 
 // The prebuilt core unwinds and refers to it; with `panic = "abort"` nothing calls it.
 #[unsafe(no_mangle)]

@@ -47,11 +47,26 @@ pub fn write<T: Copy>(address: u64, value: T) {
 const TIMER: u16 = 0x608;
 const TICKS_PER_MS: u32 = 3579;
 
+/// Time that has passed since it was made. It wraps after 4.6 seconds.
+pub struct Stopwatch(u32);
+
+impl Stopwatch {
+    /// From now on.
+    pub fn start() -> Self {
+        Self(inl(TIMER))
+    }
+
+    /// Milliseconds.
+    pub fn ms(&self) -> u32 {
+        (inl(TIMER).wrapping_sub(self.0) & 0xff_ffff) / TICKS_PER_MS
+    }
+}
+
 /// Waits until `done`; the test fails after three seconds.
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let start = inl(TIMER);
+    let time = Stopwatch::start();
     while !done() {
-        if inl(TIMER).wrapping_sub(start) & 0xff_ffff > 3000 * TICKS_PER_MS {
+        if time.ms() >= 3000 {
             // Once more: this processor may not have run meanwhile.
             if done() {
                 return;
@@ -64,8 +79,8 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 
 /// Lets `ms` milliseconds (at most 4000) pass: for what must not happen.
 pub fn pause(ms: u32) {
-    let start = inl(TIMER);
-    while inl(TIMER).wrapping_sub(start) & 0xff_ffff < ms * TICKS_PER_MS {
+    let time = Stopwatch::start();
+    while time.ms() < ms {
         core::hint::spin_loop();
     }
 }
@@ -75,9 +90,9 @@ unsafe extern "C" {
     static IRQ_REGISTER: core::sync::atomic::AtomicU64;
 }
 
-/// How often interrupt `vector` (32 to 255) arrived.
+/// How often interrupt `vector` (32 to 255) arrived, at any processor.
 pub fn interrupts(vector: u8) -> u64 {
-    // SAFETY: start-up's assembly defines it, with this size; interrupts change it atomically on the one processor.
+    // SAFETY: start-up's assembly defines it, with this size; interrupts change it atomically.
     unsafe { IRQ_COUNT[usize::from(vector)].load(core::sync::atomic::Ordering::Acquire) }
 }
 
@@ -89,9 +104,10 @@ pub fn write_at_interrupts(register: u64) {
     unsafe { IRQ_REGISTER.store(register, core::sync::atomic::Ordering::Release) }
 }
 
-const LOCAL_APIC: u64 = 0xfee0_0000;
+/// The local APIC of the processor that looks there.
+pub(crate) const LOCAL_APIC: u64 = 0xfee0_0000;
 
-/// Turns the local APIC on, so that interrupts arrive. Gives its id.
+/// Turns this processor's local APIC on, so that interrupts arrive. Gives its id.
 pub fn enable_interrupts() -> u8 {
     write::<u32>(LOCAL_APIC + 0xf0, 0x1ff);
     (read::<u32>(LOCAL_APIC + 0x20) >> 24) as u8
