@@ -1,7 +1,8 @@
 //! `causeway test`: runs the tests of an image, each in a fresh virtual machine of its own process.
 //!
-//! An image lists its tests in the section `.tests` of its ELF file: a line for each, its name and then options of `causeway run`. The name goes
-//! to the image as `test=NAME`, and the value that it writes to isa-debug-exit is the verdict: 0 passed, 1 failed, 2 skipped.
+//! An image lists its tests in the section `.tests` of its ELF file: a line for each, its name, `reboots` if it resets its machine, and
+//! then options of `causeway run`. The name goes to the image as `test=NAME`, and the value that it writes to isa-debug-exit is the verdict: 0
+//! passed, 1 failed, 2 skipped.
 
 mod devices;
 mod junit;
@@ -264,7 +265,7 @@ mod tests {
     use super::*;
 
     fn outcome(name: &str, verdict: Verdict) -> Outcome {
-        let test = Test { name: name.to_owned(), options: Vec::new(), devices: Vec::new() };
+        let test = Test { name: name.to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() };
         Outcome { test, verdict, time: Duration::ZERO, log: String::new() }
     }
 

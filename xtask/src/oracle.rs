@@ -26,9 +26,10 @@ const DIFFERENCES: &str = include_str!("../../tests/images/differences.txt");
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A test and what it asks of its machine.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Test {
     name: String,
+    reboots: bool,
     options: Vec<String>,
 }
 
@@ -40,8 +41,10 @@ fn differences(text: &str) -> BTreeMap<&str, &str> {
 
 fn parse(list: &str) -> Vec<Test> {
     let test = |line: &str| {
-        let mut words = line.split_ascii_whitespace().map(str::to_owned);
-        Some(Test { name: words.next()?, options: words.collect() })
+        let mut words = line.split_ascii_whitespace().map(str::to_owned).peekable();
+        let name = words.next()?;
+        let reboots = words.next_if(|word| word == "reboots").is_some();
+        Some(Test { name, reboots, options: words.collect() })
     };
     list.lines().filter_map(test).collect()
 }
@@ -49,7 +52,7 @@ fn parse(list: &str) -> Vec<Test> {
 /// Our options in QEMU's words.
 fn machine(options: &[String]) -> Vec<String> {
     let mut unit = BTreeMap::from([("intremap", "on"), ("caching-mode", "on"), ("eim", "on"), ("aw-bits", "48")]);
-    let mut edus = 1;
+    let (mut edus, mut cpus) = (1, "1");
     for option in options.chunks(2) {
         match option {
             [key, value] if key == "--iommu" => {
@@ -61,11 +64,13 @@ fn machine(options: &[String]) -> Vec<String> {
                 }
             }
             [key, _] if key == "--device" => edus += 1,
+            [key, value] if key == "--cpus" => cpus = value,
             _ => {}
         }
     }
     let unit = unit.iter().map(|(key, value)| format!(",{key}={value}")).collect::<String>();
-    let mut arguments = vec!["-device".to_owned(), format!("intel-iommu{unit}")];
+    let mut arguments = ["-smp", cpus, "-device"].map(str::to_owned).to_vec();
+    arguments.push(format!("intel-iommu{unit}"));
     for slot in 1..=edus {
         // The mask of addresses is 28 bits wide unless it is said.
         arguments.extend(["-device".to_owned(), format!("edu,dma_mask=0xffffffffffffffff,addr={slot:02x}.0")]);
@@ -74,11 +79,14 @@ fn machine(options: &[String]) -> Vec<String> {
 }
 
 /// Runs the image. Gives back what it printed, once it or the time limit ended it.
-fn run(qemu: &Qemu, image: &Path, words: &str, options: &[String]) -> Result<String> {
+fn run(qemu: &Qemu, image: &Path, words: &str, test: &Test) -> Result<String> {
     let mut command = qemu.command();
     command.args(["-accel", "tcg", "-M", "q35,kernel-irqchip=split", "-cpu", "max", "-m", "64"]);
-    command.args(["-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"]);
-    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]).args(machine(options));
+    command.args(["-display", "none", "-nodefaults", "-serial", "stdio"]);
+    if !test.reboots {
+        command.arg("-no-reboot");
+    }
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]).args(machine(&test.options));
     command.arg("-kernel").arg(image).args(["-append", words]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().context("cannot start QEMU")?;
@@ -121,14 +129,14 @@ pub fn command(args: &OracleArgs) -> Result<u8> {
     progress(qemu.version()?);
     let reporter = Reporter::new(true);
     let known = differences(DIFFERENCES);
-    let list = parse(&run(&qemu, &image, "list", &[])?);
+    let list = parse(&run(&qemu, &image, "list", &Test::default())?);
     ensure!(!list.is_empty(), "the image prints no list under QEMU");
     for name in known.keys().filter(|name| !list.iter().any(|test| test.name == **name)) {
         reporter.add(name, Outcome::Failed("listed as a difference, and not a test".to_owned()), None);
     }
     for test in list.iter().filter(|test| args.only.as_ref().is_none_or(|only| only.is_match(&test.name))) {
         let start = Instant::now();
-        let output = run(&qemu, &image, &format!("test={}", test.name), &test.options)?;
+        let output = run(&qemu, &image, &format!("test={}", test.name), test)?;
         reporter.add(&test.name, judge(&output, known.get(test.name.as_str()).copied()), Some(start.elapsed()));
     }
     Ok(u8::from(!reporter.finish()))
@@ -140,8 +148,10 @@ mod tests {
 
     #[test]
     fn our_options_become_qemus() {
-        let list = parse("a1_x --iommu vtd,aw-bits=57 --device edu\nb2_y \n");
-        assert_eq!(list[1], Test { name: "b2_y".to_owned(), options: Vec::new() });
+        let list = parse("a1_x --iommu vtd,aw-bits=57 --device edu\nb2_y reboots --cpus 2\n");
+        assert_eq!(list[1].options, ["--cpus", "2"]);
+        assert!(list[1].reboots && !list[0].reboots);
+        assert!(machine(&list[1].options).join(" ").contains("-smp 2"));
         let arguments = machine(&list[0].options).join(" ");
         assert!(arguments.contains("aw-bits=57,caching-mode=on,eim=on,intremap=on"), "{arguments}");
         assert!(arguments.contains("addr=02.0") && !arguments.contains("addr=03.0"), "{arguments}");

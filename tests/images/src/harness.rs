@@ -21,7 +21,7 @@ const UNKNOWN: u32 = 3;
 pub struct Test {
     /// Its name.
     pub name: &'static str,
-    /// Options that `causeway run` needs for it.
+    /// Options that `causeway run` needs for it; `reboots` before them if it resets its machine.
     pub options: &'static str,
     /// Returns when it passed, panics when it failed.
     pub run: fn(),

@@ -85,7 +85,7 @@ mod tests {
     }
 
     fn placed(wanted: &[&str], more: &[&str]) -> (Vec<String>, Vec<usize>, String) {
-        let test = Test { name: String::new(), options: Vec::new(), devices: parse(more) };
+        let test = Test { name: String::new(), reboots: false, options: Vec::new(), devices: parse(more) };
         let Placed { options, processes, words } = Devices::new(parse(wanted)).of(&test);
         (options, processes, words)
     }
@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(placed(&["edu,id=x"], &["edu"]), emulated(&["edu,id=x", "edu"]));
         // Without Caching Mode none could follow.
         let options = vec!["--iommu".to_owned(), "vtd,caching-mode=off".to_owned()];
-        let test = Test { name: String::new(), options, devices: Vec::new() };
+        let test = Test { name: String::new(), reboots: false, options, devices: Vec::new() };
         assert!(Devices::new(Vec::new()).of(&test).processes.is_empty());
     }
 }

@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn results_are_elements_and_their_text_is_escaped() {
         let outcome = |name: &str, verdict, log: &str| Outcome {
-            test: Test { name: name.to_owned(), options: Vec::new(), devices: Vec::new() },
+            test: Test { name: name.to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() },
             verdict,
             time: Duration::from_millis(50),
             log: log.to_owned(),

@@ -149,7 +149,10 @@ fn start(image: &ImageFile, test: &Test, devices: &Devices, limit: Duration, out
         sockets.push(ours);
     }
     let mut command = ourselves(&out, &sockets.iter().collect::<Vec<_>>())?;
-    command.args(["run", "--memory", "64M", "--no-reboot", "--timeout"]).arg(limit.as_secs_f64().to_string());
+    command.args(["run", "--memory", "64M", "--timeout"]).arg(limit.as_secs_f64().to_string());
+    if !test.reboots {
+        command.arg("--no-reboot");
+    }
     command.arg("--image").arg(image.path()).arg("--cmdline").arg(format!("test={}{words}", test.name));
     command.args(&test.options);
     options.iter().for_each(|device| {
