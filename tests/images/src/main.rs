@@ -3,15 +3,18 @@
 #![no_main]
 
 mod suite {
+    pub mod concurrent;
     pub mod device;
     pub mod faults;
     pub mod hostile;
     pub mod interrupts;
     pub mod invalidation;
+    pub mod processors;
     pub mod queue;
     pub mod registers;
     pub mod remapping;
     pub mod reserved;
+    pub mod reset;
     pub mod translation;
     pub mod unmapping;
 }
@@ -19,15 +22,18 @@ mod suite {
 use suite::*;
 
 images::image!(
+    concurrent::TESTS,
     device::TESTS,
     faults::TESTS,
     hostile::TESTS,
     interrupts::TESTS,
     invalidation::TESTS,
+    processors::TESTS,
     queue::TESTS,
     registers::TESTS,
     remapping::TESTS,
     reserved::TESTS,
+    reset::TESTS,
     translation::TESTS,
     unmapping::TESTS,
 );

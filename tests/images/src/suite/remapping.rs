@@ -34,14 +34,14 @@ images::tests!(
     a9_new_table_takes_effect,
 );
 
-const VECTOR: u8 = 0x81;
-const OTHER: u8 = 0x82;
+pub(super) const VECTOR: u8 = 0x81;
+pub(super) const OTHER: u8 = 0x82;
 
 /// A world with a table of 256 entries, remapping on.
-struct Remapped {
-    world: World,
-    table: u64,
-    id: u8,
+pub(super) struct Remapped {
+    pub(super) world: World,
+    pub(super) table: u64,
+    pub(super) id: u8,
 }
 
 /// The address of a request in remappable format.
@@ -50,7 +50,7 @@ fn request(handle: u16, subhandle: bool) -> u64 {
 }
 
 impl Remapped {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(7, false)
     }
 
@@ -79,7 +79,7 @@ impl Remapped {
         remapped
     }
 
-    fn entry(&self, vector: u8) -> u64 {
+    pub(super) fn entry(&self, vector: u8) -> u64 {
         1 | u64::from(vector) << 16 | u64::from(self.id) << 40
     }
 
@@ -91,13 +91,13 @@ impl Remapped {
         store(at, low);
     }
 
-    fn set(&mut self, index: u16, low: u64, high: u64) {
+    pub(super) fn set(&mut self, index: u16, low: u64, high: u64) {
         self.write(index, low, high);
         self.world.unit.invalidate(&[entries(index, 0)]);
     }
 
     /// The device's interrupt arrives as `vector`, once.
-    fn arrives(&self, vector: u8) {
+    pub(super) fn arrives(&self, vector: u8) {
         let before = interrupts(vector);
         self.world.edu.interrupt();
         wait_for("an interrupt", || interrupts(vector) == before + 1);
@@ -125,7 +125,7 @@ impl Remapped {
     }
 
     /// The device sends messages to entry `handle`.
-    fn use_entry(&self, handle: u16) {
+    pub(super) fn use_entry(&self, handle: u16) {
         self.world.edu.set_message(request(handle, false), 0);
     }
 }
