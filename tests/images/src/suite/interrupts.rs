@@ -19,7 +19,7 @@ images::tests!(
 );
 
 const VECTOR: u8 = 0x91;
-const IOAPIC: u64 = 0xfec0_0000;
+pub(super) const IOAPIC: u64 = 0xfec0_0000;
 /// The IOAPIC's source id in the DMAR table of this machine.
 const IOAPIC_SOURCE: u64 = 0x1f << 3 | 7;
 
@@ -45,7 +45,7 @@ fn f5_message_needs_bus_master() {
 }
 
 /// Programs pin `pin` of the IOAPIC.
-fn route(pin: u8, low: u32, high: u32) {
+pub(super) fn route(pin: u8, low: u32, high: u32) {
     for (register, value) in [(0x11 + 2 * pin, high), (0x10 + 2 * pin, low)] {
         write::<u32>(IOAPIC, register.into());
         write::<u32>(IOAPIC + 0x10, value);

@@ -14,6 +14,7 @@ use images::x86::{enable_interrupts, interrupts, outb, pause, read, wait_for, wr
 use images::{World, check, check_eq};
 
 use super::concurrent::{driver, is_sealed, seal};
+use super::interrupts::{IOAPIC, route};
 use super::remapping::{Remapped, VECTOR};
 
 images::tests!(
@@ -78,6 +79,10 @@ fn a11_reset_leaves_the_unit_as_power_on_does() {
     let resets = resets();
     let unit = Unit::new();
     as_after_power_on("the unit's register", REGISTERS, 1024, resets == 0, |offset| unit.read32(offset));
+    as_after_power_on("the IOAPIC's register (times 4)", ELSEWHERE, 0x40, resets == 0, |offset| {
+        write::<u32>(IOAPIC, offset as u32 / 4);
+        read(IOAPIC + 0x10)
+    });
 
     // Neither DMA nor interrupts are remapped.
     let (edu, id, page) = (driver(), enable_interrupts(), page());
@@ -111,7 +116,7 @@ fn translation_on(world: &mut World) -> Domain {
     domain
 }
 
-/// Leaves no register as it was at power-on: with a fault, an error and events pending.
+/// Leaves few registers as they were at power-on: with a fault, an error and events pending.
 fn leave_traces(world: &mut World) {
     let unit = &mut world.unit;
     for (control, data, address) in [(FECTL, FEDATA, FEADDR), (IECTL, IEDATA, IEADDR)] {
@@ -119,6 +124,7 @@ fn leave_traces(world: &mut World) {
         unit.write32(address, 0xfee0_0000);
         unit.write32(control, 0);
     }
+    route(20, VECTOR.into(), 0);
     unit.write64(CCMD, 0x1234_5678);
     world.edu.dma_write(IOVA + PAGE, 8);
     // A wait that interrupts, then an unknown descriptor.
