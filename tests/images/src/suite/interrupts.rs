@@ -6,7 +6,7 @@ use images::pci::SourceId;
 use images::vtd::offset::IRTA;
 use images::vtd::{ENTRIES_GLOBAL, Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, Unit};
 use images::x86::{enable_interrupts, interrupts, read, wait_for, write};
-use images::{check_eq, harness};
+use images::{check, check_eq, harness};
 
 images::tests!(
     f5_message_arrives,
@@ -71,32 +71,41 @@ fn by_level(edu: &Edu) -> u32 {
     edu.assigned.into()
 }
 
-/// The device raises its line five times, and is served: as many interrupts, and then no more.
-fn line_interrupts(edu: &Edu) {
-    if edu.assigned {
+/// The device raises its line five times, and is served each time: it interrupts, and then no more. Gives how often it did.
+fn line_interrupts(edu: &Edu) -> u64 {
+    // The registers of one that another process emulates are not mapped: a handler does not reach them reliably, and so its level interrupts
+    // until the device is acknowledged here.
+    let once = !edu.assigned || !edu.recorded;
+    if edu.assigned && once {
         edu.acknowledge_in_the_handler();
     }
-    for round in 1..=5 {
+    let mut before = 0;
+    for _ in 0..5 {
         edu.raise();
-        wait_for("an interrupt", || interrupts(VECTOR) == round);
+        wait_for("an interrupt", || interrupts(VECTOR) > before);
         edu.acknowledge();
+        edu.settle();
+        let now = interrupts(VECTOR);
+        check!(now == before + 1 || !once, "{} interrupts of one level", now - before);
+        edu.settle();
+        check_eq!(interrupts(VECTOR), now, "interrupts of a line that is low");
+        before = now;
     }
-    edu.settle();
-    check_eq!(interrupts(VECTOR), 5, "interrupts of a line that is low");
+    before
 }
 
 fn f5_line_interrupts_through_the_ioapic() {
     let (edu, id) = (Edu::first(), enable_interrupts());
     let entry = u32::from(VECTOR) | by_level(&edu) << 15;
     route(pin(edu.sid), entry, u32::from(id) << 24);
-    line_interrupts(&edu);
+    let before = line_interrupts(&edu);
     route(pin(edu.sid), entry | MASKED, u32::from(id) << 24);
     edu.raise();
     edu.settle();
-    check_eq!(interrupts(VECTOR), 5, "interrupts of a masked pin");
+    check_eq!(interrupts(VECTOR), before, "interrupts of a masked pin");
     route(pin(edu.sid), entry, u32::from(id) << 24);
     if edu.assigned {
-        wait_for("the interrupt of a level that is still there", || interrupts(VECTOR) == 6);
+        wait_for("the interrupt of a level that is still there", || interrupts(VECTOR) > before);
     }
     edu.acknowledge();
 }
