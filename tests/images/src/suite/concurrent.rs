@@ -91,7 +91,7 @@ fn a6_page_moves_under_dma() {
     domain.map(IOVA, places[0], READ_WRITE);
     world.unit.invalidate(&[iotlb_pages(domain.id, IOVA, 0)]);
     beside(writes(&edu), |second| {
-        let mut go_on = rounds(3000, second);
+        let mut go_on = rounds(500, second);
         let mut change = 0;
         while go_on() {
             change += 1;
@@ -112,7 +112,7 @@ fn a6_page_is_unmapped_under_dma() {
     let (mut world, domain) = World::with_domain();
     let (edu, page) = (driver(), page());
     beside(writes(&edu), |second| {
-        let mut go_on = rounds(1000, second);
+        let mut go_on = rounds(500, second);
         while go_on() {
             domain.map(IOVA, page, READ_WRITE);
             world.unit.invalidate(&[iotlb_pages(domain.id, IOVA, 0)]);
@@ -144,7 +144,7 @@ fn a1_device_moves_between_domains_under_dma() {
     }
     world.unit.invalidate(&[IOTLB_GLOBAL]);
     beside(writes(&edu), |second| {
-        let mut go_on = rounds(1000, second);
+        let mut go_on = rounds(500, second);
         let mut change = 0;
         while go_on() {
             change += 1;
@@ -177,7 +177,7 @@ fn a11_translation_goes_off_and_on_under_dma() {
     beside(
         || edu.dma_write(identical, PAGE),
         |second| {
-            let mut go_on = rounds(2000, second);
+            let mut go_on = rounds(500, second);
             let mut change = 0;
             while go_on() {
                 change += 1;
@@ -209,7 +209,7 @@ fn a11_other_tables_take_effect_under_dma() {
     store(at, two.root | 1);
     let roots = [world.root, root];
     beside(writes(&edu), |second| {
-        let mut go_on = rounds(2000, second);
+        let mut go_on = rounds(500, second);
         let mut change = 0;
         while go_on() {
             change += 1;
@@ -270,7 +270,7 @@ fn b14_table_changes_its_shape_under_dma() {
     beside(
         || carrier.carry(),
         |second| {
-            let mut go_on = rounds(1000, second);
+            let mut go_on = rounds(500, second);
             let mut change = 0;
             while go_on() {
                 change += 1;
@@ -308,7 +308,7 @@ fn b1_superpage_and_table_replace_each_other_under_dma() {
     beside(
         || carrier.carry(),
         |second| {
-            let mut go_on = rounds(1000, second);
+            let mut go_on = rounds(500, second);
             let mut change = 0;
             while go_on() {
                 change += 1;
