@@ -180,28 +180,21 @@ impl<'a> Runner<'a> {
     fn one(&self, test: &Test) -> Outcome {
         let start = Instant::now();
         let (verdict, log) = match machine::run(&self.image, test, &self.devices, self.args.timeout) {
-            Ok((ended, log)) => (self.verdict(ended, test, &log), log),
+            Ok((machine::Ended::Code(4), log)) if self.devices.are_shared() => (refused(test, &log), log),
+            Ok((ended, log)) => (verdict(ended, &log), log),
             Err(e) => (Verdict::Failed(format!("the virtual machine could not be started: {e}")), String::new()),
         };
         Outcome { test: test.clone(), verdict, time: start.elapsed(), log }
     }
-
-    /// What became of a test. A host that has a device to assign may be unable to do so behind the unit that a test asks for.
-    fn verdict(&self, ended: machine::Ended, test: &Test, log: &str) -> Verdict {
-        match ended {
-            machine::Ended::Code(4)
-                if self.devices.are_shared() && test.options.iter().any(|option| option == "--iommu") =>
-            {
-                Verdict::Skipped(format!("{}: {}", test.options.join(" "), refusal(log)))
-            }
-            ended => verdict(ended, log),
-        }
-    }
 }
 
-/// Why a machine did not start, for the user.
-fn refusal(log: &str) -> &str {
-    log.lines().rev().find_map(|line| line.strip_prefix("causeway: ")).unwrap_or("no reason given")
+/// The start of a machine with an assigned device was refused: a test that asks for a unit which the host cannot follow is skipped.
+fn refused(test: &Test, log: &str) -> Verdict {
+    let why = log.lines().rev().find_map(|line| line.strip_prefix("causeway: error: "));
+    match why {
+        Some(why) if test.options.iter().any(|option| option == "--iommu") => Verdict::Skipped(why.to_owned()),
+        _ => Verdict::Failed("the start was refused".to_owned()),
+    }
 }
 
 /// What the exit code of `causeway run` says of a test.
@@ -294,6 +287,25 @@ mod tests {
         }
         assert!(matches!(verdict(machine::Ended::Signal(9), log), Verdict::Failed(_)));
         assert!(matches!(verdict(machine::Ended::Stuck, log), Verdict::Failed(_)));
+    }
+
+    #[test]
+    fn a_unit_that_the_host_cannot_follow_is_a_reason_to_skip() {
+        let test = |options: &[&str]| Test {
+            name: "x".to_owned(),
+            options: options.iter().map(|option| option.to_string()).collect(),
+            reboots: false,
+            devices: Vec::new(),
+        };
+        let log = "causeway: info: x\ncauseway: error: the host maps 48 bits\n";
+        assert_eq!(
+            refused(&test(&["--iommu", "vtd,aw-bits=57"]), log),
+            Verdict::Skipped("the host maps 48 bits".to_owned())
+        );
+        for options in [&[][..], &["--device", "edu"]] {
+            assert!(matches!(refused(&test(options), log), Verdict::Failed(_)));
+        }
+        assert!(matches!(refused(&test(&["--iommu", "vtd,aw-bits=57"]), ""), Verdict::Failed(_)));
     }
 
     #[test]
