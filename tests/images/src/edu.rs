@@ -69,7 +69,14 @@ impl Edu {
         write(self.bar + DESTINATION, to);
         write(self.bar + COUNT, len);
         write(self.bar + DMA_COMMAND, command | START);
-        wait_for("the end of a transfer", || read::<u64>(self.bar + DMA_COMMAND) & START == 0);
+        wait_for("the end of a transfer", || {
+            let ended = read::<u64>(self.bar + DMA_COMMAND) & START == 0;
+            if !ended && !self.recorded {
+                // QEMU's lock is taken by each look at the register, and by the transfer.
+                pause(5);
+            }
+            ended
+        });
     }
 
     /// The device writes `len` bytes of its buffer to `iova`.
