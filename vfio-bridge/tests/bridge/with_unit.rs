@@ -738,7 +738,10 @@ impl Machine {
             }
             Step::Resync => {
                 self.recover();
-                self.submit(&[Invalidate::Contexts, Invalidate::Everything])?;
+                // A function that was refused again and again sits out some re-syncs, unless it is named.
+                let named = (0..self.groups.len()).filter(|_| self.refused_once).map(Invalidate::ContextOf);
+                let all = [Invalidate::Contexts, Invalidate::Everything];
+                self.submit(&named.chain(all).collect::<Vec<_>>())?;
                 self.check_between()?;
                 self.check_exactly()?;
                 self.synced();
