@@ -46,8 +46,8 @@ work_begins() {
 }
 
 # edu_only_reads: the edu's work goes on, and writes nothing from now on. A kernel that goes down in order turns translation off, and a
-# write that is under way then goes to the guest-physical address that its IOVA is: into the kernel itself, at 16 MiB. Where programs are
-# ended first, their devices are quiet by then; here one still reads, which must not be blocked and harms nobody.
+# write that is under way then goes to the guest-physical address that its IOVA is: into whatever the kernel has at 16 MiB. Where programs
+# are ended first, their devices are quiet by then; here one still reads, which must not be blocked and harms nobody.
 edu_only_reads() {
     touch /edu-only-reads
     until grep -q 'only reads' /edu-work; do usleep 10000; done
