@@ -31,7 +31,7 @@ work_begins() {
             nvme_work=$!
             ;;
         edu)
-            ${ON_CPU:-} edu-vfio busy /work-over --only-reads-from /edu-only-reads >/edu-work &
+            ${ON_CPU:-} edu-vfio busy /work-over --at-home-from /edu-at-home >/edu-work &
             edu_work=$!
             wait-for /edu-work 20
             until grep -q begins /edu-work; do usleep 10000; done
@@ -45,12 +45,12 @@ work_begins() {
     done
 }
 
-# edu_only_reads: the edu's work goes on, and writes nothing from now on. A kernel that goes down in order turns translation off, and a
-# write that is under way then goes to the guest-physical address that its IOVA is: into whatever the kernel has at 16 MiB. Where programs
-# are ended first, their devices are quiet by then; here one still reads, which must not be blocked and harms nobody.
-edu_only_reads() {
-    touch /edu-only-reads
-    until grep -q 'only reads' /edu-work; do usleep 10000; done
+# edu_at_home: the edu's work goes on, at the IOVA that is its page's guest-physical address. A kernel that goes down in order turns translation
+# off, and from then on any other IOVA leads into memory that belongs to somebody else, on hardware as well: where programs are ended first,
+# their devices are quiet by then. This one page is the same with translation and without, so its DMA is never blocked in between.
+edu_at_home() {
+    touch /edu-at-home
+    until grep -q 'at home' /edu-work; do usleep 10000; done
 }
 
 # work_ends [nvme] [edu] [network]: it went well up to now.

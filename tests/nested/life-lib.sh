@@ -47,7 +47,7 @@ case "$answer" in
 reboot)
     # Shut down while it is up, Linux's driver of the 82574 frees its buffers and leaves the receiver on: what arrives then is a fault.
     ip link set "$wire" down
-    edu_only_reads
+    edu_at_home
     reboot -f
     ;;
 reset) echo b >/proc/sysrq-trigger ;;
@@ -109,7 +109,7 @@ case "$options" in
     work_begins
     # As before an orderly reboot.
     ip link set "$wire" down
-    edu_only_reads
+    edu_at_home
     kexec /files/vmlinuz /files/second.cpio "$options" || fail "kexec"
     ;;
 esac

@@ -62,9 +62,10 @@ enum Scenario {
     Busy {
         /// The file.
         until: PathBuf,
-        /// From when on this file is there, pages only go into the device: it writes to no memory any more.
+        /// From when on this file is there, one page goes into the device and comes back, at the IOVA that is its guest-physical address:
+        /// the same place with translation and without. Another one stays mapped where it is not, and no DMA aims at it.
         #[arg(long)]
-        only_reads_from: Option<PathBuf>,
+        at_home_from: Option<PathBuf>,
     },
     /// Random mappings come and go; the device reaches those that are there and no other.
     Loop {
@@ -111,7 +112,7 @@ fn main() -> Result<()> {
         Scenario::Armed => bench.armed(),
         Scenario::Readonly => bench.readonly(),
         Scenario::Big => bench.big(),
-        Scenario::Busy { until, only_reads_from } => bench.busy(&until, only_reads_from.as_deref()),
+        Scenario::Busy { until, at_home_from } => bench.busy(&until, at_home_from.as_deref()),
         Scenario::Loop { steps, seed } => bench.random_loop(steps, seed),
         Scenario::Crowded { pieces, huge } => bench.crowded(pieces, huge),
         Scenario::Storm { moves } => bench.storm(moves),
@@ -546,30 +547,49 @@ impl Bench {
             .with_context(|| format!("MAP_DMA at {iova:#x}"))
     }
 
-    fn busy(&self, until: &Path, only_reads_from: Option<&Path>) -> Result<()> {
+    fn busy(&self, until: &Path, at_home_from: Option<&Path>) -> Result<()> {
         let mut pages = 0u64;
-        let mut loaded = None;
         println!("busy: begins");
         while !until.exists() {
-            let iova = self.iova + pages % 16 * PAGE_LEN;
-            if only_reads_from.is_some_and(Path::exists) {
-                if loaded.is_none() {
-                    println!("busy: only reads");
-                }
-                let data = pattern(pages as u8, PAGE);
-                self.load(iova, &data)?;
-                loaded = Some(data);
-            } else {
-                self.still_works(iova)?;
+            if at_home_from.is_some_and(Path::exists) {
+                pages += self.busy_at_home(until)?;
+                break;
             }
+            self.still_works(self.iova + pages % 16 * PAGE_LEN)?;
             pages += 1;
         }
         ensure!(pages > 0, "{} was there before the first page", until.display());
-        if let Some(data) = loaded {
-            ensure!(self.unload(self.iova)? == data, "the device did not read the last page");
-        }
         println!("busy: {pages} pages came back");
         Ok(())
+    }
+
+    /// How many pages went into the device and came back before `until` was there.
+    fn busy_at_home(&self, until: &Path) -> Result<u64> {
+        let (memory, elsewhere) = (DmaMemory::new(PAGE, Backing::Base)?, DmaMemory::new(PAGE, Backing::Base)?);
+        self.container.map(self.iova, &elsewhere, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        ensure!(
+            elsewhere.physical_address(0)? != self.iova,
+            "a page is at {:#x} by chance: choose another --iova",
+            self.iova
+        );
+        let home = memory.physical_address(0)?;
+        self.container.map(home, &memory, 0, PAGE, Access::ReadWrite).context("MAP_DMA")?;
+        // From here on it is pinned.
+        ensure!(memory.physical_address(0)? == home, "the page moved before it was mapped");
+        println!("busy: at home, {home:#x}");
+        let mut pages = 0;
+        while !until.exists() {
+            let data = pattern(pages as u8, PAGE);
+            memory.write(0, &data);
+            self.edu.dma(Direction::FromMemory, home, PAGE)?;
+            memory.write(0, &pattern(pages as u8 ^ 0x80, PAGE));
+            self.edu.dma(Direction::ToMemory, home, PAGE)?;
+            ensure!(memory.read(0, PAGE) == data, "the device does not reach its page at {home:#x}");
+            pages += 1;
+        }
+        self.unmap_whole(home, PAGE_LEN)?;
+        self.unmap_whole(self.iova, PAGE_LEN)?;
+        Ok(pages)
     }
 
     fn random_loop(&self, steps: u32, seed: u64) -> Result<()> {
