@@ -10,7 +10,7 @@ use images::tables::{LARGE, READ_WRITE, span};
 use images::vtd::{Fault, IOTLB_GLOBAL, TRANSLATION, context_device, iotlb_domain, iotlb_pages};
 use images::world::{IOVA, UNTOUCHED, WRITE_DENIED, WRITTEN};
 use images::x86::Stopwatch;
-use images::{World, check, check_eq, harness};
+use images::{World, check, check_eq};
 
 images::tests!(
     a6_page_moves_under_dma => "--cpus 2",
