@@ -6,20 +6,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use vmm_sys_util::tempdir::TempDir;
-use vmm_sys_util::tempfile::TempFile;
+
+mod rig;
+
+use rig::{has_kvm, image};
 
 /// `mov al, 'A'; mov dx, 0x3f8; out dx, al; jmp .`
 const PRINT_AND_LOOP: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfe];
-
-/// 32-bit code behind a multiboot header with addresses.
-fn image(code: &[u8]) -> TempFile {
-    let words = [0x1bad_b002u32, 0x1_0000, 0xe451_4ffe, 0x10_0000, 0x10_0000, 0, 0, 0x10_0020];
-    let mut image: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
-    image.extend_from_slice(code);
-    let file = TempFile::new().unwrap();
-    file.as_file().write_all(&image).unwrap();
-    file
-}
 
 fn causeway(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_causeway"));
@@ -46,14 +39,6 @@ fn end(child: Child) -> (i32, String) {
     use std::os::unix::process::ExitStatusExt;
     let code = output.status.code().unwrap_or_else(|| -output.status.signal().unwrap_or(0));
     (code, String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-fn has_kvm() -> bool {
-    let there = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        eprintln!("no /dev/kvm: nothing to check");
-    }
-    there
 }
 
 #[test]

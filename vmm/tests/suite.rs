@@ -4,6 +4,10 @@ use std::io::Write;
 use std::process::{Command, Output};
 
 use vmm_sys_util::tempdir::TempDir;
+
+mod rig;
+
+use rig::{has_kvm, image};
 use vmm_sys_util::tempfile::TempFile;
 
 fn run(args: &[&str]) -> (i32, String, String) {
@@ -11,24 +15,6 @@ fn run(args: &[&str]) -> (i32, String, String) {
     let Output { status, stdout, stderr } = output.unwrap();
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     (status.code().unwrap_or(-1), text(&stdout), text(&stderr))
-}
-
-fn has_kvm() -> bool {
-    let there = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    if !there {
-        eprintln!("no /dev/kvm: nothing to check");
-    }
-    there
-}
-
-/// 32-bit code behind a multiboot header with addresses.
-fn image(code: &[u8]) -> TempFile {
-    let words = [0x1bad_b002u32, 0x1_0000, 0xe451_4ffe, 0x10_0000, 0x10_0000, 0, 0, 0x10_0020];
-    let mut image: Vec<u8> = words.into_iter().flat_map(u32::to_le_bytes).collect();
-    image.extend_from_slice(code);
-    let file = TempFile::new().unwrap();
-    file.as_file().write_all(&image).unwrap();
-    file
 }
 
 #[test]
