@@ -4,11 +4,11 @@ use std::io::Write;
 use std::process::{Command, Output};
 
 use vmm_sys_util::tempdir::TempDir;
+use vmm_sys_util::tempfile::TempFile;
 
 mod rig;
 
 use rig::{has_kvm, image};
-use vmm_sys_util::tempfile::TempFile;
 
 fn run(args: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_causeway")).arg("test").args(args).output();
