@@ -95,6 +95,8 @@ struct Waiting {
 struct Shared {
     name: String,
     stream: UnixStream,
+    /// For the server's commands, if it wants another socket for them.
+    twin: Option<UnixStream>,
     deadline: Duration,
     /// The last id; held while a message is sent.
     sending: Mutex<u16>,
@@ -106,7 +108,6 @@ struct Shared {
 /// A connection. Dropping it closes it and ends its threads.
 pub(super) struct Connection {
     shared: Arc<Shared>,
-    twin: Option<UnixStream>,
     threads: Vec<JoinHandle<()>>,
     capabilities: Capabilities,
     peer: Option<OwnedFd>,
@@ -149,6 +150,7 @@ impl Connection {
         let shared = Arc::new(Shared {
             name,
             stream,
+            twin,
             deadline,
             sending: Mutex::new(0),
             waiting: Mutex::default(),
@@ -157,11 +159,11 @@ impl Connection {
         });
         let (tell, commands) = sync_channel(COMMANDS_WAITING);
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
-        let mut connection = Self { shared: shared.clone(), twin, threads: Vec::new(), capabilities, peer };
+        let mut connection = Self { shared: shared.clone(), threads: Vec::new(), capabilities, peer };
         // Commands have a thread of their own: one may wait for something that waits for a reply.
-        if let Some(twin) = &connection.twin {
-            let (twin, shared) = (twin.try_clone()?, shared.clone());
-            connection.threads.push(thread("vfio-user-dma").spawn(move || shared.serve_twin(&twin))?);
+        if shared.twin.is_some() {
+            let server = shared.clone();
+            connection.threads.push(thread("vfio-user-dma").spawn(move || server.serve_twin())?);
         }
         let server = shared.clone();
         connection.threads.push(thread("vfio-user-cmd").spawn(move || server.serve(&commands))?);
@@ -219,10 +221,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         // The end that is wanted needs no word.
         self.shared.waiting().end.get_or_insert(End::CutOff);
-        let _ = self.shared.stream.shutdown(Shutdown::Both);
-        if let Some(twin) = &self.twin {
-            let _ = twin.shutdown(Shutdown::Both);
-        }
+        self.shared.shut_down();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 error!("{}: a thread of the connection panicked", self.shared.name);
@@ -333,7 +332,14 @@ impl Shared {
             }
         }
         waiting.calls.clear();
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.shut_down();
+    }
+
+    /// Nothing comes or goes any more: whoever is cut off asks for nothing, either.
+    fn shut_down(&self) {
+        for stream in [&self.stream].into_iter().chain(&self.twin) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 
     /// Takes what comes: answers to their callers, commands to `tell`.
@@ -374,7 +380,8 @@ impl Shared {
     }
 
     /// Serves commands that come by the second socket.
-    fn serve_twin(&self, twin: &UnixStream) {
+    fn serve_twin(&self) {
+        let Some(twin) = &self.twin else { return };
         while let Ok(Some(message)) = receive(twin) {
             let (header, payload) = self.answer(&message);
             let wanted = message.header.flags & FLAG_NO_REPLY == 0;

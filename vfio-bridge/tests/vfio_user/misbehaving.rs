@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
 use vfio_bridge::{Bridge, HostIommu, Quarantine, RegionKind, UnmapRange};
-use vtd::{Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener};
+use vtd::{Iova, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener};
 
 use super::rig::{Memory, PATIENT, Rig, serving};
 
@@ -121,6 +121,24 @@ fn d3_the_machine_is_stopped_before_the_guest_is_told_of_an_unmap_that_was_not_a
     assert!(bridge.attach(requester, None, &SpaceKey::Blocked, &mut std::iter::empty()).is_err());
     assert_eq!(*stubborn.functions.lock().unwrap(), [requester]);
     assert!(stubborn.machine.load(Ordering::Relaxed));
+}
+
+#[test]
+fn d3_who_is_cut_off_reaches_nothing_by_message_either() {
+    let (stream, serving) = serving();
+    let rig = Rig::connect(stream, SHORT).unwrap();
+    rig.map(0x1000, 0, 0x1000, Perm::ReadWrite).unwrap();
+    let message = || serving.memory.write(Iova(0xfee0_0000), &[1, 2, 3, 4]);
+    message().unwrap();
+    *serving.device.slowness.lock().unwrap() = 3 * SHORT;
+    let mut data = [0; 4];
+    rig.function.read(RegionKind::Config, 0, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    assert!(message().is_err());
+    assert_eq!(rig.heard.messages.lock().unwrap().len(), 1);
+    // Its thread ends when it finds out; then it has forgotten what it was given.
+    let _ = serving.thread.join().unwrap();
+    assert!(serving.memory.read(Iova(0x1000), &mut data).is_err());
 }
 
 #[test]

@@ -61,6 +61,8 @@ pub enum Asked {
 pub struct Device {
     pub asked: Mutex<Vec<Asked>>,
     pub triggers: Mutex<Vec<Option<File>>>,
+    /// How long it takes to read a region.
+    pub slowness: Mutex<Duration>,
 }
 
 impl Device {
@@ -89,6 +91,7 @@ impl Served for Device {
         }
     }
     fn read(&self, _: RegionKind, offset: u64, data: &mut [u8]) {
+        std::thread::sleep(*self.slowness.lock().unwrap());
         data.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = at as u8);
     }
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) {
