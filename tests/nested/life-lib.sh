@@ -68,7 +68,7 @@ GUEST
     } >answers &
     mark
     count_host_operations
-    LIMIT=$((LIMIT + $1 * 20 * ${BOOT_SCALE:-1}))
+    LIMIT=$((LIMIT + $1 * 30 * ${BOOT_SCALE:-1}))
     # shellcheck disable=SC2046
     INPUT=answers run life "intel_iommu=on" $(three_functions) --cpus 2
     expect "checksums of $(($1 + 1)) boots" "$(lines life 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
