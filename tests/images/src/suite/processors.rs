@@ -259,6 +259,13 @@ fn a9_entries_change_under_a_storm_of_interrupts() {
 const IDENTIFICATION: u32 = 0x0100_00ed;
 const LIVENESS: u64 = 4;
 
+/// Whether `seen` is what a register may be read as while its BAR comes and goes: its value, ones, or, at a function of the host, 0. An access that
+/// finds the window gone is KVM's to carry out, and when the window is back by then KVM copies from it byte by byte: QEMU's edu, which
+/// takes accesses of four bytes only, gives 0 for these. (Seen with such a function only; that this is the way is inferred.)
+fn is_read(world: &World, seen: u32, value: u32) -> bool {
+    seen == value || seen == u32::MAX || (seen == 0 && !world.edu.recorded)
+}
+
 fn f1_bar_moves_under_access_by_another_processor() {
     let world = World::new();
     let sid = world.edu.sid;
@@ -267,7 +274,7 @@ fn f1_bar_moves_under_access_by_another_processor() {
         || {
             for place in places {
                 let seen = read::<u32>(place);
-                check!(matches!(seen, IDENTIFICATION | u32::MAX), "the register was read as {seen:#x}");
+                check!(is_read(&world, seen, IDENTIFICATION), "the register was read as {seen:#x}");
             }
         },
         |second| {
@@ -300,8 +307,8 @@ fn f2_memory_goes_off_and_on_under_access_by_another_processor() {
         || {
             write::<u32>(bar + LIVENESS, if off.load(Ordering::Acquire) { UNHEARD } else { ALLOWED });
             let seen = (read::<u32>(bar), read::<u32>(bar + LIVENESS));
-            check!(matches!(seen.0, IDENTIFICATION | u32::MAX), "the identification was read as {:#x}", seen.0);
-            check!(seen.1 == !ALLOWED || seen.1 == u32::MAX, "the liveness register was read as {:#x}", seen.1);
+            check!(is_read(&world, seen.0, IDENTIFICATION), "the identification was read as {:#x}", seen.0);
+            check!(is_read(&world, seen.1, !ALLOWED), "the liveness register was read as {:#x}", seen.1);
         },
         |second| {
             let mut go_on = rounds(500, second);

@@ -11,7 +11,7 @@ use images::vtd::offset::{
 use images::vtd::{PENDING, QUEUE_ERROR, TRANSLATION, Unit, iotlb_domain};
 use images::world::{IOVA, WRITTEN};
 use images::x86::{enable_interrupts, interrupts, outb, pause, read, wait_for, write};
-use images::{World, check, check_eq};
+use images::{World, check, check_eq, harness};
 
 use super::concurrent::{driver, is_sealed, seal};
 use super::interrupts::{IOAPIC, route};
@@ -126,7 +126,7 @@ fn leave_traces(world: &mut World) {
     }
     route(20, VECTOR.into(), 0);
     unit.write64(CCMD, 0x1234_5678);
-    world.edu.dma_write(IOVA + PAGE, 8);
+    world.beside.as_ref().unwrap_or(&world.edu).dma_write(IOVA + PAGE, 8);
     // A wait that interrupts, then an unknown descriptor.
     unit.queue(&[[5 | 1 << 4, 0], [0xf, 0]]);
     unit.ring();
@@ -160,7 +160,10 @@ fn a11_reset_under_dma_leaves_the_device_quiet() {
     as_after_power_on("configuration space at", CONFIGURATION, 64, resets == 0, configuration);
     check_eq!(sid.read(COMMAND) & MASTER, 0, "Bus Master");
     let bar = u64::from(sid.read(BAR0) & !0xf);
-    as_after_power_on("the device's register", DEVICE, 0xa0 / 4, resets == 0, |offset| read(bar + offset));
+    // On a bus that nothing resets, a function of the host keeps its registers.
+    if !harness::is_unrecorded(sid) {
+        as_after_power_on("the device's register", DEVICE, 0xa0 / 4, resets == 0, |offset| read(bar + offset));
+    }
     as_after_power_on("where the BAR was,", ELSEWHERE, 4, resets == 0, |offset| read(OTHER_PLACE + offset));
     enable_interrupts();
     let count = load(COUNT);
