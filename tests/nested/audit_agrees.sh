@@ -38,7 +38,7 @@ count_host_operations
 } >asking 2>&1 &
 asking=$!
 # shellcheck disable=SC2016
-sh -c 'echo $$ >pid; exec causeway run "$@"' sh --kernel "$KERNEL" --initrd busy.cpio --memory 512M --timeout $LIMIT \
+sh -c 'echo $$ >pid; exec causeway run "$@"' sh --kernel "$KERNEL" --initrd busy.cpio --memory 512M --timeout "$(time_left)" \
     --cmdline "$GUEST_CMDLINE intel_iommu=on iommu.strict=1 vfio_iommu_type1.allow_unsafe_interrupts=1" \
     --device vfio,host="$NVME" --device vfio,host="$EDU" --stats busy.json --trace busy.trace </dev/null >busy.log 2>busy.err
 status=$?

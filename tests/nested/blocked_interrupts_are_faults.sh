@@ -1,4 +1,4 @@
-# limit: 240
+# limit: 480
 # What a function sends without a right to it reaches nobody, and becomes a fault record of the unit with the index and the cause when it
 # fires: a message in compatibility format, one by another function's entry, one by an entry that is not there, one beyond the table. By an
 # entry of its own it reaches who it is for, once. Of an assigned and of an emulated edu, and of the latter also what it writes by DMA.

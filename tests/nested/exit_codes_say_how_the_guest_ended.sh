@@ -1,5 +1,5 @@
 # Power-off 0, reset under --no-reboot 8, triple fault 8, time limit 10; without --no-reboot a reset boots again.
-# limit: 240
+# limit: 480
 . /causeway/files/lib.sh
 
 guest off </dev/null
@@ -20,11 +20,11 @@ guest sleeper <<'GUEST'
 echo "sleeping"
 sleep 1000
 GUEST
-start sleeper "" --timeout $((15 * ${BOOT_SCALE:-1}))
+start sleeper "" --timeout $((30 * ${BOOT_SCALE:-1}))
 expect "the status at the time limit" $STATUS 10
 grep -q sleeping sleeper.log || fail "the guest was not up before the time limit"
 
-start reboot "" --timeout $((25 * ${BOOT_SCALE:-1}))
+start reboot "" --timeout $((45 * ${BOOT_SCALE:-1}))
 expect "the status of a guest that resets itself for ever" $STATUS 10
 boots=$(lines reboot 'guest: init at ' | wc -l)
 [ "$boots" -ge 2 ] || fail "after a reset the guest came up $boots times"

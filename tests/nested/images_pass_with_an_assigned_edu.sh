@@ -1,4 +1,4 @@
-# limit: 300
+# limit: 600
 # All test images with an assigned edu: guest tables, notifications, the bridge and the real IOMMU; interrupts by way of the host's kernel
 # and KVM's routes. The same images pass with the emulated edu (`images::`). L1's kernel logs the faults that they provoke.
 . /causeway/files/lib.sh

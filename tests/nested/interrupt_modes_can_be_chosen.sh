@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 360
 # `eim=off` leaves the guest in xAPIC mode, `intremap=off` without remapping; devices work in both, and `intel_iommu=off` in the guest
 # leaves remapping off.
 . /causeway/files/lib.sh

@@ -1,4 +1,4 @@
-# limit: 240
+# limit: 480
 # Interrupts of assigned functions and of the IOAPIC go through the guest's remapping table, by x2APIC destinations, and arrive also
 # while the guest moves them from processor to processor under load.
 . /causeway/files/lib.sh

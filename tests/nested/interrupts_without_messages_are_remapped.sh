@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 360
 # A level-triggered interrupt of an assigned function (INTx, `pci=nomsi`) goes through the IOAPIC and the guest's remapping table: each
 # one is ended by the guest and fires again, also while it moves between processors.
 . /causeway/files/lib.sh

@@ -2,12 +2,11 @@
 # same permissions, and the frames of the VMM's memory at those guest addresses. With strict invalidation, an NVMe at work and mappings
 # that come and go at random for an edu; in passthrough; and after SIGKILL and after a power-off it is empty.
 # kernel: own
-# limit: 240
+# limit: 480
 # needs: CONFIG_INTEL_IOMMU_DEBUGFS
 . /causeway/files/lib.sh
 
 bind-vfio "$NVME" "$EDU" || fail "binding"
-LIMIT=$((LIMIT * 2))
 mkfifo keys
 # Both ends, so that the guest's input never ends.
 exec 3<>keys
@@ -17,7 +16,7 @@ boot() {
     name=$1
     count_host_operations
     audits=0
-    causeway run --kernel "$KERNEL" --initrd "$name.cpio" --memory 512M --timeout $LIMIT --cmdline "$GUEST_CMDLINE $2" \
+    causeway run --kernel "$KERNEL" --initrd "$name.cpio" --memory 512M --timeout "$(time_left)" --cmdline "$GUEST_CMDLINE $2" \
         --device vfio,host="$NVME" --device vfio,host="$EDU" --stats "$name.json" --trace "$name.trace" \
         <&3 >"$name.log" 2>"$name.err" &
     vmm=$!

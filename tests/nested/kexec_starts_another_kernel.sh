@@ -1,5 +1,5 @@
 # topology: ports
-# limit: 180
+# limit: 360
 # The guest starts another kernel by itself: by kexec, and by a panic (kdump), where it finds translation and interrupt remapping on and
 # copies the tables. Each time DMA of the first kernel is under way, and the second one reads the disk right.
 . /causeway/files/lib.sh

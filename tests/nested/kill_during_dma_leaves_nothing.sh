@@ -1,11 +1,10 @@
-# limit: 240
+# limit: 480
 # SIGKILL while the guest reads its NVMe and copies with its edu, again and again: each time the next start on the same devices succeeds at
 # once, the pages that were pinned are not, and L1's kernel has nothing to say.
 . /causeway/files/lib.sh
 
 ROUNDS=${ROUNDS:-3}
 MEMORY=512
-LIMIT=$((60 * ${BOOT_SCALE:-1}))
 bind-vfio "$NVME" "$EDU" || fail "binding"
 guest busy "$(command -v randread)" <<'GUEST'
 wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
@@ -42,7 +41,7 @@ for round in $(seq "$ROUNDS"); do
     # What the last guest wrote must not be taken for this one's.
     rm -f busy.log
     causeway run --kernel "$KERNEL" --initrd busy.cpio --cmdline "$GUEST_CMDLINE intel_iommu=on iommu.strict=$((round % 2))" --cpus 2 \
-        --memory ${MEMORY}M --device vfio,host="$NVME" --device vfio,host="$EDU" --timeout $LIMIT </dev/null >busy.log 2>busy.err &
+        --memory ${MEMORY}M --device vfio,host="$NVME" --device vfio,host="$EDU" --timeout "$(time_left)" </dev/null >busy.log 2>busy.err &
     pid=$!
     wait_until 40 grep -qs '^reading' busy.log || { tail busy.log busy.err; fail "round $round: the guest does not read"; }
     # Another moment each time.

@@ -1,5 +1,5 @@
 # long
-# limit: 1800
+# limit: 3600
 # kill_during_dma_leaves_nothing in full.
 ROUNDS=50
 . /causeway/files/kill_during_dma_leaves_nothing.sh

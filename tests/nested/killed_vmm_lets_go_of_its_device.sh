@@ -3,7 +3,7 @@
 
 waiting_guest
 before=$(host_state)
-causeway run --kernel "$KERNEL" --initrd waiting.cpio --cmdline "$GUEST_CMDLINE" --device vfio,host="$EDU" --timeout $LIMIT \
+causeway run --kernel "$KERNEL" --initrd waiting.cpio --cmdline "$GUEST_CMDLINE" --device vfio,host="$EDU" --timeout "$(time_left)" \
     </dev/null >waiting.log 2>waiting.err &
 is_waiting || { tail waiting.log waiting.err; fail "the guest does not come up"; }
 

@@ -6,7 +6,6 @@
 set -u
 FILES=/causeway/files
 VMM=${VMM:-causeway}
-LIMIT=$((60 * ${BOOT_SCALE:-1}))
 GUEST_CMDLINE="console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable panic=-1"
 
 fail() {
@@ -32,9 +31,17 @@ expect_line() {
     done
 }
 
-# wait_until SECONDS COMMAND...: until the command succeeds; fails if it does not in time.
+# time_left: seconds in which a guest may run. It ends 20 s before the case does, so that there is time to say what it printed.
+time_left() {
+    now=$(cut -d. -f1 /proc/uptime)
+    left=$((${CASE_ENDS:-$((now + 620))} - now - 20))
+    echo $((left > 0 ? left : 1))
+}
+
+# wait_until SECONDS COMMAND...: until the command succeeds; fails if it does not in time. SECONDS is ample on a quiet machine; others
+# have three times that.
 wait_until() {
-    tries=$(($1 * 10 * ${BOOT_SCALE:-1}))
+    tries=$(($1 * 30 * ${BOOT_SCALE:-1}))
     shift
     until "$@"; do
         tries=$((tries - 1))
@@ -63,11 +70,11 @@ start() {
     cpio=${CPIO:-$name.cpio}
     if [ $VMM = qemu ]; then
         # shellcheck disable=SC2046
-        timeout $LIMIT qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -accel kvm -machine q35,kernel-irqchip=split -cpu host \
+        timeout "$(time_left)" qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -accel kvm -machine q35,kernel-irqchip=split -cpu host \
             -display none -serial stdio $(as_qemu --memory 512M "$@") -kernel "$KERNEL" -initrd "$cpio" -append "$cmdline" \
             </dev/null >"$name.log" 2>"$name.err"
     else
-        case " $* " in *" --timeout "*) ;; *) set -- "$@" --timeout $LIMIT ;; esac
+        case " $* " in *" --timeout "*) ;; *) set -- "$@" --timeout "$(time_left)" ;; esac
         causeway run --kernel "$KERNEL" --initrd "$cpio" --cmdline "$cmdline" --stats "$name.json" "$@" \
             <"${INPUT:-/dev/null}" >"$name.log" 2>"$name.err"
     fi
@@ -125,7 +132,7 @@ as_owner() {
     shift 3
     (
         cd /tmp/owner && ulimit -l "$limit" && exec su -s /bin/sh guest -c \
-            "exec causeway run --kernel $KERNEL --initrd $name.cpio --cmdline '$cmdline' --timeout $LIMIT --stats $name.json $*"
+            "exec causeway run --kernel $KERNEL --initrd $name.cpio --cmdline '$cmdline' --timeout $(time_left) --stats $name.json $*"
     ) </dev/null >"$name.log" 2>"$name.err"
     STATUS=$?
     [ ! -e "/tmp/owner/$name.json" ] || cp "/tmp/owner/$name.json" .

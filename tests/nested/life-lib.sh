@@ -68,7 +68,6 @@ GUEST
     } >answers &
     mark
     count_host_operations
-    LIMIT=$((LIMIT + $1 * 30 * ${BOOT_SCALE:-1}))
     # shellcheck disable=SC2046
     INPUT=answers run life "intel_iommu=on" $(three_functions) --cpus 2
     expect "checksums of $(($1 + 1)) boots" "$(lines life 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
@@ -159,7 +158,6 @@ show_faults
 GUEST
     mark
     count_host_operations
-    LIMIT=$((LIMIT + $1 * 15 * ${BOOT_SCALE:-1}))
     # shellcheck disable=SC2046
     run rebound "intel_iommu=on" $(three_functions) --cpus 2
     expect "the checksums" "$(lines rebound 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"

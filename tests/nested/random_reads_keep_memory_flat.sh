@@ -1,4 +1,4 @@
-# limit: 180
+# limit: 360
 # Two vCPUs read the NVMe at random, each map and unmap of a page at once the host's (strict mode): every read is right, the VMM's memory
 # stays flat after the first 10 s, and the audit agrees whenever the reads pause.
 #
@@ -9,7 +9,6 @@
 ROUNDS=${ROUNDS:-2}
 SECONDS_EACH=${SECONDS_EACH:-10}
 MEMORY=512
-LIMIT=$((LIMIT + ROUNDS * (SECONDS_EACH + 10 * ${BOOT_SCALE:-1})))
 bind-vfio "$NVME" || fail "binding"
 { echo "ROUNDS=$ROUNDS SECONDS_EACH=$SECONDS_EACH" && cat <<'GUEST'; } | guest random "$(command -v randread)"
 wait-for /dev/nvme0n1 20 || fail "no NVMe disk"
@@ -31,7 +30,7 @@ anonymous() { awk '/^RssAnon:/ { print $2 }' /proc/$vmm/status; }
 
 mark
 mkfifo answers || fail "mkfifo"
-causeway run --kernel "$KERNEL" --initrd random.cpio --memory ${MEMORY}M --cpus 2 --timeout $LIMIT \
+causeway run --kernel "$KERNEL" --initrd random.cpio --memory ${MEMORY}M --cpus 2 --timeout "$(time_left)" \
     --cmdline "$GUEST_CMDLINE intel_iommu=on iommu.strict=1" --device vfio,host="$NVME" --stats random.json \
     <answers >random.log 2>random.err &
 vmm=$!

@@ -1,5 +1,5 @@
 # long
-# limit: 1200
+# limit: 2400
 # random_reads_keep_memory_flat in full.
 ROUNDS=20
 SECONDS_EACH=30

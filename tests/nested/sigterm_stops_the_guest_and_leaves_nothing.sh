@@ -11,7 +11,7 @@ for signal in TERM INT; do
     { is_waiting; kill -$signal "$(cat pid)"; } 2>/dev/null &
     # shellcheck disable=SC2016
     sh -c 'echo $$ >pid; exec causeway run "$@"' sh --kernel "$KERNEL" --initrd waiting.cpio --cmdline "$GUEST_CMDLINE" \
-        --device vfio,host="$EDU" --timeout $LIMIT --stats waiting.json </dev/null >waiting.log 2>waiting.err
+        --device vfio,host="$EDU" --timeout "$(time_left)" --stats waiting.json </dev/null >waiting.log 2>waiting.err
     status=$?
     wait
     grep -q '^waiting' waiting.log || { tail waiting.log waiting.err; fail "the guest did not come up"; }

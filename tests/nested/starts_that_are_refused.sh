@@ -24,7 +24,7 @@ refused_alone() {
     done
     shift
     before=$(host_state)
-    causeway run --timeout $LIMIT "$@" </dev/null >refused.log 2>refused.err
+    causeway run --timeout "$(time_left)" "$@" </dev/null >refused.log 2>refused.err
     status=$?
     echo "$what: $(cat refused.err)"
     expect "the status for '$what'" $status 4

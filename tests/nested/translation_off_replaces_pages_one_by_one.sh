@@ -24,7 +24,6 @@ mkfifo answers
 } >answers &
 mark
 count_host_operations
-LIMIT=$((LIMIT * 2))
 INPUT=answers run gap "intel_iommu=on" --device vfio,host="$EDU" --trace gap.trace
 expect "guest_resets" "$(field gap.json guest_resets)" 3
 sound gap 4

@@ -5,7 +5,7 @@ use crate::cache::{Cache, progress, target};
 use crate::crate_tests::cargo;
 use crate::demo::READS;
 use crate::l1;
-use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Limit, Machine, Topology};
 use crate::programs;
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail, ensure};
@@ -203,8 +203,7 @@ fn nested(args: &BenchArgs) -> Result<Nested> {
         files: &files,
         programs: &programs,
         out: Some(&out),
-        limit: Duration::from_secs(200 + 60 * u64::from(args.rounds)),
-        scaled: true,
+        limit: Limit::Scaled(Duration::from_secs(200 + 60 * u64::from(args.rounds))),
         interactive: false,
     };
     let result = nested::run(&cache, &images, &job, Box::new(Tee(Arc::clone(&kept))))?;

@@ -5,7 +5,7 @@
 
 use crate::cache::{Cache, workspace};
 use crate::l1::Images;
-use crate::nested::{self, DEFAULT_CPU, End, Files, Job, Kernel, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Files, Job, Kernel, Limit, Machine, Topology};
 use crate::programs::Program;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result, bail};
@@ -14,9 +14,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-const DEFAULT_LIMIT: u64 = 120;
+const DEFAULT_LIMIT: u64 = 240;
+/// What an L1 has, beyond a case's limit, to end that case and to begin the next one.
+const OVERTIME: Duration = Duration::from_secs(60);
 const DRIVER: &str = include_str!("../../resources/l1/run-cases");
 /// A case's status that means: this machine cannot run it.
 const SKIPPED: i32 = 77;
@@ -133,7 +135,13 @@ fn run_together(
     let script = DRIVER.replacen("#!/bin/sh\n", &format!("#!/bin/sh\nMARK='{token}'\n"), 1);
     let progress = Arc::new(Mutex::new(Progress::default()));
     let sink = Sink { token, line: Vec::new(), progress: Arc::clone(&progress), reporter: reporter.clone() };
-    let total: u64 = cases.iter().map(|case| case.limit + 15).sum();
+    let limits: HashMap<&str, u64> = cases.iter().map(|case| (case.name.as_str(), case.limit)).collect();
+    let hangs = |scale: u32| {
+        let Ok(mut progress) = progress.lock() else { return true };
+        let limit = progress.current.as_ref().and_then(|(name, _)| limits.get(name.as_str())).copied();
+        let since = *progress.since.get_or_insert_with(Instant::now);
+        since.elapsed() > Duration::from_secs(limit.unwrap_or_default()) * scale + OVERTIME
+    };
     let log =
         format!("cases-{}", machine.topology.to_possible_value().map_or(String::new(), |v| v.get_name().to_owned()));
     let job = Job {
@@ -143,8 +151,7 @@ fn run_together(
         files: &files,
         programs,
         out: None,
-        limit: Duration::from_secs(total),
-        scaled: true,
+        limit: Limit::When(&hangs),
         interactive: false,
     };
     let report = nested::run(cache, images, &job, Box::new(sink))?;
@@ -153,7 +160,7 @@ fn run_together(
     if let Some((name, output)) = progress.current.take() {
         let reason = match &report.end {
             End::TimeLimit if slow => "bench too slow".to_owned(),
-            End::TimeLimit => "L1 hung while it ran".to_owned(),
+            End::TimeLimit => format!("L1 hung while it ran; its processor:\n{}", report.processor.trim_end()),
             End::Exit(status) => format!("L1's driver ended ({status}) while it ran"),
             End::Broken(reason) => format!("L1 ended while it ran: {reason}"),
         };
@@ -186,6 +193,8 @@ fn random() -> Result<String> {
 
 #[derive(Default)]
 struct Progress {
+    /// The last mark, or when L1 was up.
+    since: Option<Instant>,
     current: Option<(String, String)>,
     done: Vec<String>,
 }
@@ -203,8 +212,12 @@ impl Sink {
         let Ok(mut progress) = self.progress.lock() else { return };
         let marked = line.strip_prefix(&self.token).map(|rest| rest.split_whitespace().collect::<Vec<_>>());
         match marked.as_deref() {
-            Some(["begin", name]) => progress.current = Some(((*name).to_owned(), String::new())),
+            Some(["begin", name]) => {
+                progress.since = Some(Instant::now());
+                progress.current = Some(((*name).to_owned(), String::new()));
+            }
             Some(["end", name, status, seconds]) => {
+                progress.since = Some(Instant::now());
                 let output = progress.current.take().map(|(_, output)| output).unwrap_or_default();
                 let outcome = match status.parse::<i32>() {
                     Ok(0) => Outcome::Passed,

@@ -3,7 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::host_device::HostDevice;
 use crate::l1::{self, Images};
-use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Limit, Machine, Topology};
 use crate::programs::{self, Program};
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail};
@@ -89,8 +89,7 @@ fn nested(cache: &Cache, images: &Images, programs: &[Program], options: &str) -
         files: &files,
         programs,
         out: Some(&out),
-        limit: Duration::from_secs(180),
-        scaled: true,
+        limit: Limit::Scaled(Duration::from_secs(180)),
         interactive: false,
     };
     progress("booting a host with KVM and VFIO, and in it a guest");

@@ -11,6 +11,7 @@ mod host_device;
 mod images;
 mod kernel_modules;
 mod l1;
+mod monitor;
 mod nested;
 mod oracle;
 mod own_kernel;

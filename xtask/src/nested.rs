@@ -3,6 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::cpio::{self, Archive};
 use crate::l1::{self, Images};
+use crate::monitor::Monitor;
 use crate::own_kernel;
 use crate::programs::{self, Program};
 use anyhow::{Context, Result, bail, ensure};
@@ -20,8 +21,8 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const END_LIMIT: Duration = Duration::from_secs(60);
 const OUT_BYTES: u64 = 1 << 30;
 /// The boot time that time limits are given for.
-const NORMAL_BOOT: f64 = 5.0;
-const LARGEST_SCALE: f64 = 6.0;
+const NORMAL_BOOT: Duration = Duration::from_secs(5);
+const LARGEST_SCALE: u32 = 6;
 pub const TIME_LIMIT: u8 = 124;
 pub const BENCH_FAILURE: u8 = 125;
 
@@ -108,10 +109,17 @@ pub struct Job<'a> {
     pub programs: &'a [Program],
     pub out: Option<&'a Path>,
     /// Of the script, after L1 is up.
-    pub limit: Duration,
-    /// `limit` grows with this L1's boot time.
-    pub scaled: bool,
+    pub limit: Limit<'a>,
     pub interactive: bool,
+}
+
+/// When a script has to be done.
+pub enum Limit<'a> {
+    After(Duration),
+    /// So long after L1 was up, more with this L1's boot time.
+    Scaled(Duration),
+    /// Once this says so, which is given this L1's `scale`.
+    When(&'a dyn Fn(u32) -> bool),
 }
 
 /// How a run ended.
@@ -128,11 +136,13 @@ pub struct Report {
     /// From QEMU's start until L1's init had done its part.
     pub boot: Option<Duration>,
     pub console: PathBuf,
+    /// After a time limit: what L1's processor was doing.
+    pub processor: String,
 }
 
-/// Time limits are given for a machine on which L1 boots in 5 s.
-pub fn scale(boot: Duration) -> f64 {
-    (boot.as_secs_f64() / NORMAL_BOOT).clamp(1.0, LARGEST_SCALE)
+/// Time limits are given for a machine on which L1 boots in 5 s. At least L1's own `BOOT_SCALE`, which counts from its kernel's start.
+pub fn scale(boot: Duration) -> u32 {
+    (1..LARGEST_SCALE).find(|scale| boot <= NORMAL_BOOT * *scale).unwrap_or(LARGEST_SCALE)
 }
 
 pub fn command(args: &NestedArgs) -> Result<u8> {
@@ -168,8 +178,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
             files: &files,
             programs: &programs,
             out: args.out.as_deref(),
-            limit: Duration::from_secs(args.timeout),
-            scaled: false,
+            limit: Limit::After(Duration::from_secs(args.timeout)),
             interactive: args.interactive,
         },
         Box::new(std::io::stdout()),
@@ -185,7 +194,8 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
             123
         }
         End::TimeLimit => {
-            progress(format_args!("time limit; L1's console is in {}", report.console.display()));
+            progress(format_args!("time limit; L1's processor:\n{}", report.processor.trim_end()));
+            progress(format_args!("L1's console is in {}", report.console.display()));
             TIME_LIMIT
         }
         End::Broken(reason) => {
@@ -198,7 +208,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
 
 /// Whether time limits cannot be stretched any further on this machine.
 pub fn too_slow(boot: Duration) -> bool {
-    boot.as_secs_f64() > NORMAL_BOOT * LARGEST_SCALE
+    boot > NORMAL_BOOT * LARGEST_SCALE
 }
 
 /// The last lines of L1's console.
@@ -283,8 +293,10 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
     if job.interactive {
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit());
     } else {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stdout(Stdio::piped());
     }
+    // A terminal's input is the terminal's.
+    let mut monitor = (!job.interactive).then(|| Monitor::attach(&mut command)).transpose()?;
     end_with_this_process(&mut command, libc::SIGKILL);
     let start = Instant::now();
     let mut running = Running(command.spawn().context("cannot start QEMU")?);
@@ -305,6 +317,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
 
     let mut boot = None;
     let mut limit = BOOT_LIMIT;
+    let mut processor = String::new();
     let mut end = None;
     let ended = loop {
         if let Some(status) = running.0.try_wait()? {
@@ -314,13 +327,22 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
         if boot.is_none() && said.lines().any(|line| line.starts_with("up ")) {
             let took = start.elapsed();
             boot = Some(took);
-            limit = took + job.limit.mul_f64(if job.scaled { scale(took) } else { 1.0 });
+            limit = match job.limit {
+                Limit::After(limit) => took + limit,
+                Limit::Scaled(limit) => took + limit * scale(took),
+                Limit::When(_) => Duration::MAX,
+            };
         }
         if end.is_none() && exit_status(&said).is_some() {
             end = exit_status(&said);
             limit = start.elapsed() + END_LIMIT;
         }
-        if start.elapsed() > limit {
+        let over = match (&job.limit, boot) {
+            (Limit::When(is_over), Some(boot)) if end.is_none() => is_over(scale(boot)),
+            _ => start.elapsed() > limit,
+        };
+        if over {
+            processor = monitor.as_mut().map(Monitor::processor).unwrap_or_default();
             break None;
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -353,7 +375,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
             cpio::extract((&first[..]).chain(disk), into).context("what came back from L1")?;
         }
     }
-    Ok(Report { end, boot, console })
+    Ok(Report { end, boot, console, processor })
 }
 
 fn exit_status(said: &str) -> Option<u8> {
@@ -536,9 +558,12 @@ mod tests {
 
     #[test]
     fn limits_grow_with_a_slow_boot_but_not_without_end() {
-        assert_eq!(scale(Duration::from_secs(2)), 1.0);
-        assert_eq!(scale(Duration::from_secs(15)), 3.0);
-        assert_eq!(scale(Duration::from_secs(100)), 6.0);
+        assert_eq!(scale(Duration::from_secs(2)), 1);
+        assert_eq!(scale(Duration::from_secs(5)), 1);
+        // As L1 itself, in whole numbers and upwards: a case's limit outside of L1 must not come before the one inside.
+        assert_eq!(scale(Duration::from_millis(6600)), 2);
+        assert_eq!(scale(Duration::from_secs(15)), 3);
+        assert_eq!(scale(Duration::from_secs(100)), 6);
     }
 
     #[test]
