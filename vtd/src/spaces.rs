@@ -65,6 +65,8 @@ struct Member {
     domain: Option<DomainId>,
     /// The turn in which its context entry was looked up last.
     looked_up_in: u64,
+    /// The turn in which it was attached, or refused, last.
+    attached_in: u64,
     /// It waits for room to be where its tables say.
     waiting: Option<Waiting>,
 }
@@ -166,7 +168,14 @@ impl Spaces {
             return Ok(());
         }
         let blocked = SpaceKey::Blocked;
-        let member = Member { attached: blocked, source: None, domain: None, looked_up_in: self.turn, waiting: None };
+        let member = Member {
+            attached: blocked,
+            source: None,
+            domain: None,
+            looked_up_in: self.turn,
+            attached_in: self.turn,
+            waiting: None,
+        };
         self.members.insert(requester, member);
         // It may have the id of another one: then that one is blocked first.
         self.sources_changed(shared);
@@ -348,10 +357,14 @@ impl Spaces {
         }
     }
 
-    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet.
+    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet. One that waits for room
+    /// is reached by its name all the same, unless it was tried already: what came before it did not have it tried.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
-        let reached =
-            move |(_, member): &(&Requester, &Member)| member.looked_up_in != self.turn && scope.reaches(member);
+        let named = matches!(scope, ContextScope::Device { .. });
+        let reached = move |(_, member): &(&Requester, &Member)| {
+            let waits = named && member.waiting.is_some() && member.attached_in != self.turn;
+            (member.looked_up_in != self.turn || waits) && scope.reaches(member)
+        };
         self.members.iter().filter(reached).map(|(requester, _)| *requester)
     }
 
@@ -424,6 +437,7 @@ impl Spaces {
             let kept = matches!(attached, SpaceKey::Paged(_));
             let waits = !kept && refused.iter().any(|refusal| refusal.cause.may_pass());
             member.waiting = waits.then(|| Waiting::refused(member.waiting, key, now));
+            member.attached_in = now.turn;
             std::mem::replace(&mut member.attached, attached)
         });
         report(shared, &mut self.reported, refused);

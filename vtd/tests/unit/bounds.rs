@@ -8,7 +8,7 @@ use vtd::{Bounds, Iova, Perm, SpaceKey, UnitConfig, UnitId};
 
 use crate::rig::{
     Event, MEMORY, NIC, NVME, Rig, context_device, context_domain, context_global, iotlb_domain, iotlb_global,
-    iotlb_pages, map, mapping, requester, unmap,
+    iotlb_pages, map, mapping, requester, unmap, wait_status,
 };
 
 fn bounded(bounds: Bounds) -> (Rig, u64) {
@@ -195,6 +195,14 @@ fn b11_a_function_that_waits_for_room_is_tried_ever_more_rarely_unless_the_guest
     assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
     assert_eq!((tries(&rig), rig.fault_records().len()), (1, 1));
     assert_eq!(rig.unit.attachments()[1], (NIC, SpaceKey::Blocked));
+    // Once a drain, whatever stands before it there.
+    for others in
+        [vec![context_global()], vec![context_global(), wait_status(1)], vec![context_domain(0), iotlb_global()]]
+    {
+        let named = [&others[..], &[context_device(0, NIC.sid, 0); 3]].concat();
+        assert!(rig.submit(&named));
+        assert_eq!(tries(&rig), 1, "{others:?}");
+    }
     rig.listener.0.lock().unwrap().crowded.clear();
     assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
     assert_eq!(rig.unit.attachments()[1], (NIC, space));
