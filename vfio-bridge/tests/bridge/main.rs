@@ -4,5 +4,6 @@ mod audit;
 mod behaviours;
 mod property;
 mod refusals;
+mod steps;
 mod with_unit;
 mod world;
