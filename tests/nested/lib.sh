@@ -243,7 +243,30 @@ same_counts() {
     [ $VMM = causeway ] || return 0
     expect "host_maps" "$(field "$1.json" host_maps)" "$MAPS"
     expect "host_unmaps" "$(field "$1.json" host_unmaps)" "$UNMAPS"
+    [ "$(field "$1.json" splits)" = "${2:-0}" ] || [ ! -e "$1.trace" ] || cuts "$1"
     expect "splits" "$(field "$1.json" splits)" "${2:-0}"
+}
+
+# cuts NAME: from the trace, the batches in which a part of what was unmapped was mapped again.
+cuts() {
+    awk '
+        # Hex numbers with 0x and without leading zeros.
+        function at_most(a, b) { return length(a) < length(b) || length(a) == length(b) && a <= b }
+        function within(part, whole, p, w) {
+            split(part, p, "-")
+            split(whole, w, "-")
+            return at_most(w[1], p[1]) && at_most(p[2], w[2])
+        }
+        function iova() { match($0, / iova=[^ ]*/); return substr($0, RSTART + 6, RLENGTH - 6) }
+        / host unmap / { gone = iova() }
+        / host map / && gone != "" && within(iova(), gone) { cut = 1 }
+        lines < 20 { lines++; batch = batch "\n    " $0 }
+        / notify (applied|attached) / {
+            if (cut) print "cut:" batch
+            cut = lines = 0
+            gone = batch = ""
+        }
+    ' "$1.trace"
 }
 
 # edu_in_guest SPLITS COMMAND OPTION...: the command (guest-lib's `edu SCENARIO...`) inside a guest. Its vfio demands interrupt remapping.

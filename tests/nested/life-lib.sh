@@ -159,7 +159,7 @@ GUEST
     mark
     count_host_operations
     # shellcheck disable=SC2046
-    run rebound "intel_iommu=on" $(three_functions) --cpus 2
+    run rebound "intel_iommu=on" $(three_functions) --cpus 2 --trace rebound.trace
     expect "the checksums" "$(lines rebound 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
     expect "rounds" "$(lines rebound 'vfio-huge: ' | wc -l)" "$1"
     # One container of the guest's own vfio for each round, and one for edu.
