@@ -21,8 +21,9 @@ use super::wire::{self, DeviceInfo, IrqInfo, IrqSet, RegionAccess, command};
 use crate::function::{IrqKind, RegionInfo, RegionKind, mappable_pages};
 use crate::host::GroupId;
 
-/// Bytes of a region's capabilities that are taken.
-const CAPABILITIES_MAX: u32 = 4096;
+/// Bytes of a region's capabilities that are asked for at first, and what is asked for at most.
+const CAPABILITIES: u32 = 4096;
+const REGION_INFO_MAX: u32 = MAX_DATA as u32;
 
 /// A function behind a connection, open.
 pub struct UserFunction {
@@ -185,14 +186,27 @@ fn parse<T: FromBytes>(reply: &Message) -> Result<(T, &[u8]), ConnectError> {
 }
 
 fn region(connection: &Connection, index: u32) -> Result<Region, ConnectError> {
-    let argsz = size_of::<wire::RegionInfo>() as u32 + CAPABILITIES_MAX;
-    let ask = wire::RegionInfo { argsz, index, ..wire::RegionInfo::new_zeroed() };
-    let reply = connection.call(command::DEVICE_GET_REGION_INFO, &[ask.as_bytes()], &[])?;
-    let (info, _) = parse::<wire::RegionInfo>(&reply)?;
+    let ask = |argsz| -> Result<(wire::RegionInfo, Message), ConnectError> {
+        let ask = wire::RegionInfo { argsz, index, ..wire::RegionInfo::new_zeroed() };
+        let reply = connection.call(command::DEVICE_GET_REGION_INFO, &[ask.as_bytes()], &[])?;
+        Ok((parse::<wire::RegionInfo>(&reply)?.0, reply))
+    };
+    let argsz = size_of::<wire::RegionInfo>() as u32 + CAPABILITIES;
+    let (mut info, mut reply) = ask(argsz)?;
+    let needs_more = info.argsz > argsz;
+    if needs_more && info.argsz <= REGION_INFO_MAX {
+        (info, reply) = ask(info.argsz)?;
+    }
+    let has_capabilities = info.flags & VFIO_REGION_INFO_FLAG_CAPS != 0;
     let mappable = match info.flags & VFIO_REGION_INFO_FLAG_MMAP {
         0 => Vec::new(),
-        _ if info.flags & VFIO_REGION_INFO_FLAG_CAPS == 0 => vec![(0, info.size)],
-        _ => sparse_areas(&reply.payload, info.cap_offset).unwrap_or_else(|| vec![(0, info.size)]),
+        _ if has_capabilities => {
+            // Of a list that cannot be read nothing is mappable: what it leaves out is not memory.
+            let areas = sparse_areas(&reply.payload, info.cap_offset);
+            areas.map_or_else(Vec::new, |areas| areas.unwrap_or_else(|| vec![(0, info.size)]))
+        }
+        _ if needs_more => Vec::new(),
+        _ => vec![(0, info.size)],
     };
     let file = reply.fds.into_iter().next().map(Arc::new);
     let inside = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= info.size);
@@ -207,19 +221,24 @@ fn region(connection: &Connection, index: u32) -> Result<Region, ConnectError> {
     Ok(Region { info, file })
 }
 
-/// The areas of the capability that lists them. Offsets count from the start of the structure.
-fn sparse_areas(payload: &[u8], first: u32) -> Option<Vec<(u64, u64)>> {
+/// The areas of the capability that lists them; without one `Some(None)`; `None` when the capabilities are not there, or not whole. Offsets count
+/// from the start of the structure.
+fn sparse_areas(payload: &[u8], first: u32) -> Option<Option<Vec<(u64, u64)>>> {
     let u32_at = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at.checked_add(4)?)?.try_into().ok()?));
     let u64_at = |at: usize| Some(u64::from_ne_bytes(payload.get(at..at.checked_add(8)?)?.try_into().ok()?));
     let mut at = first as usize;
+    if at == 0 {
+        return None;
+    }
     while at != 0 {
         let (kind, next) = (u32_at(at)? & 0xffff, u32_at(at + 4)? as usize);
         if kind == VFIO_REGION_INFO_CAP_SPARSE_MMAP {
             let count = u32_at(at + 8)? as usize;
-            return (0..count).map(|i| Some((u64_at(at + 16 + i * 16)?, u64_at(at + 24 + i * 16)?))).collect();
+            let areas = (0..count).map(|i| Some((u64_at(at + 16 + i * 16)?, u64_at(at + 24 + i * 16)?)));
+            return areas.collect::<Option<_>>().map(Some);
         }
         // They stand in ascending order; anything else would not end.
         at = if next > at { next } else { 0 };
     }
-    None
+    Some(None)
 }

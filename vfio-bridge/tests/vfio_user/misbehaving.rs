@@ -1,6 +1,7 @@
 //! Processes that do not do as they should: each call ends, and nothing is said to be revoked that is not.
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -8,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
 use vfio_bridge::{Bridge, HostIommu, Quarantine, RegionKind, UnmapRange};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use vmm_sys_util::tempfile::TempFile;
 use vtd::{Iova, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener};
 
 use super::rig::{Memory, PATIENT, Rig, serving};
@@ -188,6 +191,45 @@ fn a_full_process_is_a_limit() {
     assert_eq!(rig.map(0, 0, 0x1000, Perm::Read).unwrap_err().cause, RefusalCause::Limit);
     // It is not in the book: asked by message, the device does not get it either.
     assert_eq!(rig.host_unmap_all(), 0);
+}
+
+/// A server whose region 2 (of 16 MiB) lists every other page as mappable: more than a client asks for at first. It says so, and gives the list
+/// when all of it is asked for, or as much of it as `given`, or (0) none.
+fn server_with_long_list(pages: u32, given: u32) -> UnixStream {
+    let (client, mut server) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let file = TempFile::new().unwrap().into_file();
+        while let Some((id, command, payload)) = next(&mut server) {
+            if command != 5 || payload[8] != 2 {
+                server.write_all(&message(id, command, REPLY, 0, &orderly(command, &payload))).unwrap();
+                continue;
+            }
+            let (size, needed) = (16u64 << 20, 48 + 16 * pages);
+            let asked = u32::from_ne_bytes(payload[..4].try_into().unwrap());
+            let list = [
+                words(&[1 | 1 << 16, 0, pages, 0]),
+                (0..pages.into()).flat_map(|i| [i * 0x2000, 0x1000]).flat_map(u64::to_ne_bytes).collect(),
+            ];
+            let len = if asked < needed { 0 } else { given.min(needed) as usize };
+            let (flags, at) = if len == 0 { (7, 0) } else { (15, 32) };
+            let info = [words(&[needed, flags, 2, at]), size.to_ne_bytes().to_vec(), vec![0; 8]].concat();
+            let answer = [&info, &list.concat()[..len.saturating_sub(info.len())]].concat();
+            server.send_with_fd(&message(id, command, REPLY, 0, &answer)[..], file.as_raw_fd()).unwrap();
+        }
+    });
+    client
+}
+
+#[test]
+fn a_list_of_mappable_areas_that_is_longer_than_asked_for_is_asked_for_again() {
+    let rig = Rig::connect(server_with_long_list(1000, u32::MAX), PATIENT).unwrap();
+    let mappable = rig.function.region(RegionKind::Bar(2)).mappable;
+    assert_eq!(mappable, (0..1000).map(|i| (i * 0x2000, 0x1000)).collect::<Vec<_>>());
+    // Otherwise nothing is mappable: what the list leaves out is no memory.
+    for given in [0, 32, 40, 48, 1000] {
+        let rig = Rig::connect(server_with_long_list(1000, given), PATIENT).unwrap();
+        assert_eq!(rig.function.region(RegionKind::Bar(2)).mappable, [], "{given} bytes");
+    }
 }
 
 #[test]
