@@ -103,8 +103,9 @@ fn end_map(connection: &Connection, map: &Map<'_>, call: Call) -> Result<(), Map
 /// Takes back what was granted, and says why.
 fn not_mapped(connection: &Connection, map: &Map<'_>, error: &CallError) -> MapRefused {
     connection.granted().remove(map.iova, map.iova + (map.mem.size() - 1));
-    // What a process's errno means is its own affair; a full table is the exception.
-    let full = *error == CallError::Refused(libc::ENOSPC);
+    // What a process's errno means is its own affair. A full table is the exception; so are no more mappings of its own (ENOMEM of mmap: Linux
+    // lets a process have 65,530, fewer than the protocol promises), which is what ends it in servers on libvfio-user.
+    let full = matches!(*error, CallError::Refused(libc::ENOSPC | libc::ENOMEM));
     MapRefused::from_errno(if full { libc::ENOSPC } else { libc::EIO })
 }
 
