@@ -15,6 +15,7 @@ use zerocopy::IntoBytes;
 use super::connection::{CALL_DEADLINE, Call, CallError, ConnectError, Connection};
 use super::function::UserFunction;
 use super::granted::Grant;
+use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::guest_map::HostMem;
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, PAGE_SIZE, UnmapRange};
@@ -53,7 +54,7 @@ impl VfioUser {
         deadline: Duration,
     ) -> Result<UserFunction, ConnectError> {
         let stream = match endpoint {
-            UserEndpoint::Path(path) => UnixStream::connect(path)?,
+            UserEndpoint::Path(path) => connect(&path, deadline)?,
             UserEndpoint::Connected(fd) => UnixStream::from(fd),
         };
         let connection = Arc::new(Connection::new(stream, name.to_owned(), deadline)?);

@@ -2,7 +2,10 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
 
 use libc::iovec;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -38,6 +41,41 @@ impl Message {
 /// `InvalidData`, with a reason.
 pub fn invalid(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+/// Connects to whoever listens at `path`. `TimedOut` where nobody takes the connection in time: one whose queue is full lets others wait for ever.
+pub fn connect(path: &Path, deadline: Duration) -> io::Result<UnixStream> {
+    let mut address = libc::sockaddr_un { sun_family: libc::AF_UNIX as libc::sa_family_t, sun_path: [0; 108] };
+    let path = path.as_os_str().as_bytes();
+    // One zero byte stays at the end.
+    if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "no path that a socket can have"));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(path) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the call takes three numbers.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call made this descriptor just now, so nobody else has it.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    // It is also the limit of how long a connection waits to be taken.
+    stream.set_write_timeout(Some(deadline))?;
+    loop {
+        let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+        // SAFETY: `address` has the `len` bytes that the call reads.
+        if unsafe { libc::connect(fd, (&raw const address).cast(), len) } == 0 {
+            return Ok(stream);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            _ => return Err(error),
+        }
+    }
 }
 
 /// Sends one message. Whoever calls it keeps others from sending at the same time.

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
 use vfio_bridge::{Bridge, HostIommu, Quarantine, RegionKind, UnmapRange};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 use vtd::{Iova, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener};
 
@@ -233,6 +234,27 @@ fn a_list_of_mappable_areas_that_is_longer_than_asked_for_is_asked_for_again() {
         let rig = Rig::connect(server_with_long_list(1000, given), PATIENT).unwrap();
         assert_eq!(rig.function.region(RegionKind::Bar(2)).mappable, [], "{given} bytes");
     }
+}
+
+#[test]
+fn who_does_not_take_a_connection_is_not_waited_for() {
+    let place = TempDir::new().unwrap();
+    let path = place.as_path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    // As libvfio-user listens: who is served leaves room for one who waits.
+    // SAFETY: the call takes two numbers.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    let host = VfioUser::default();
+    let connect = || host.open_with_deadline(UserEndpoint::Path(path.clone()), "test", SHORT).err().unwrap();
+    // Its place stays taken although nobody is there any more.
+    assert!(matches!(connect(), ConnectError::Io(_)));
+    let start = Instant::now();
+    assert!(matches!(connect(), ConnectError::Io(e) if e.kind() == std::io::ErrorKind::TimedOut));
+    assert!(start.elapsed() >= SHORT);
+    drop(listener);
+    assert!(matches!(connect(), ConnectError::Io(e) if e.kind() == std::io::ErrorKind::ConnectionRefused));
+    let nowhere = UserEndpoint::Path("x".repeat(200).into());
+    assert!(matches!(host.open(nowhere, "test").err().unwrap(), ConnectError::Io(_)));
 }
 
 #[test]
