@@ -8,7 +8,7 @@ use vtd::audit::disagreements;
 use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
 
 use super::Bridge;
-use crate::ledger::Extent;
+use crate::ledger::{Extent, subtract};
 use crate::limits::{IovaRange, without_interrupt_window};
 use crate::trace::Trace;
 
@@ -21,7 +21,7 @@ impl Bridge {
     }
 
     /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a paged
-    /// space). Identity is all RAM without the interrupt window; a group whose members disagree holds nothing (C-3). A function that
+    /// space). Identity is all RAM without the interrupt window, and without what the host refused, which is pending; a group whose members disagree holds nothing (C-3). A function that
     /// was stopped because an unmap was refused is a difference as such.
     ///
     /// To be called by [`vtd::Unit::audit`].
@@ -53,7 +53,11 @@ impl Bridge {
         let expected: Vec<Mapping> = match space {
             _ if entry.group.agreed() != *space => Vec::new(),
             SpaceKey::Blocked => Vec::new(),
-            SpaceKey::Identity => self.identity().flat_map(outside_interrupt_window).collect(),
+            SpaceKey::Identity => {
+                audit.pending += entry.refused.len() as u64;
+                let inside = |mapping| without(mapping, &entry.refused);
+                self.identity().flat_map(outside_interrupt_window).flat_map(inside).collect()
+            }
             SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
         };
         let held = ledger.extents().map(|extent| {
@@ -79,10 +83,20 @@ impl Bridge {
 
 fn outside_interrupt_window(mapping: Mapping) -> impl Iterator<Item = Mapping> {
     let range = IovaRange { first: mapping.iova.0, last: mapping.last().0 };
-    without_interrupt_window(range).map(move |part| Mapping {
-        iova: Iova(part.first),
-        gpa: Gpa(mapping.gpa.0 + (part.first - mapping.iova.0)),
-        len: part.last - part.first + 1,
+    without_interrupt_window(range).map(move |range| part(&mapping, range))
+}
+
+/// What `holes` (ascending, disjoint) leave of `mapping`.
+fn without(mapping: Mapping, holes: &[IovaRange]) -> impl Iterator<Item = Mapping> {
+    let ranges = subtract(mapping.iova.0, mapping.last().0, holes.iter().copied());
+    ranges.into_iter().map(move |range| part(&mapping, range))
+}
+
+fn part(mapping: &Mapping, range: IovaRange) -> Mapping {
+    Mapping {
+        iova: Iova(range.first),
+        gpa: Gpa(mapping.gpa.0 + (range.first - mapping.iova.0)),
+        len: range.last - range.first + 1,
         perm: mapping.perm,
-    })
+    }
 }

@@ -59,6 +59,8 @@ struct Entry {
     container: Container,
     /// The space that the container holds.
     space: SpaceKey,
+    /// What the host refused of the identity space that it is in: ascending, disjoint. (What is refused of a paged one its unit forgets.)
+    refused: Vec<IovaRange>,
     /// Its functions were stopped, or are about to be.
     quarantined: bool,
     /// It was said that it is blocked until an attach: a guest could make that happen again and again.
@@ -131,6 +133,7 @@ impl Bridge {
             group: Group::default(),
             container: Container::new(container, group, Arc::clone(&self.host)),
             space: SpaceKey::Blocked,
+            refused: Vec::new(),
             quarantined: false,
             told: false,
         });
@@ -216,6 +219,8 @@ impl Bridge {
         if !whole || lost.is_empty() {
             container.switch(&self.guest, &target, whole, lost);
         }
+        let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
+        entry.refused = union_of(of_identity.map(|lost| lost.range).collect());
         entry.space = space;
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_bridge::model::{HostOp, Kernel, Model};
 use vfio_bridge::{Bridge, GroupId, Trace, TracedHost, TracedListener};
-use vtd::{Audit, Iova, Mapping, Perm, SpaceKey, SpaceListener};
+use vtd::{AttachRefused, Audit, Iova, Mapping, Perm, SpaceKey, SpaceListener};
 
 use crate::world::{GIB, KIB4, MIB2, Ram, Stopped, World, map, mapping, paged, requester, unmap};
 
@@ -59,6 +59,27 @@ fn identity_is_all_ram_without_the_interrupt_window() {
     let found = audit(&world, 1, &SpaceKey::Identity, &[]);
     assert_eq!((said(&found).len(), found.checked), (0, 3));
     assert_eq!(audit(&world, 1, &SpaceKey::Blocked, &[]).differing(), 4, "the attachment, and three ranges of RAM");
+}
+
+#[test]
+fn what_the_host_refused_of_identity_is_pending_until_it_takes_it() {
+    let world = World::new(Kernel::new(48), Ram { low: GIB, high: GIB }, &[(1, 1)]);
+    // All of it, as a process that is no more, and the upper half alone.
+    for (refused_from, held, pending) in [(0, 0, 2), (4 * GIB, 1, 1)] {
+        world.attach(1, &SpaceKey::Blocked, &[]).expect("blocked");
+        world
+            .model
+            .inject(move |_, op| matches!(op, HostOp::Map(held) if held.iova >= refused_from).then_some(libc::EIO));
+        assert!(matches!(world.attach(1, &SpaceKey::Identity, &[]), Err(AttachRefused::Partial(_))));
+        assert_eq!(world.contents().len(), held);
+        assert_eq!(
+            audit(&world, 1, &SpaceKey::Identity, &[]),
+            Audit { checked: held as u64, pending, ..Audit::default() }
+        );
+    }
+    world.model.stop_injecting();
+    world.attach(1, &SpaceKey::Identity, &[]).expect("attached");
+    assert_eq!(audit(&world, 1, &SpaceKey::Identity, &[]), Audit { checked: 2, ..Audit::default() });
 }
 
 #[test]
