@@ -132,7 +132,11 @@ impl Connection {
         };
         let header = Header { command: command::VERSION, ..Header::default() };
         send(&stream, header, &[&version_payload(&wanted)], &[])?;
-        let reply = receive(&stream)?.ok_or(ConnectError::Protocol("it closed the connection"))?;
+        let reply = receive(&stream).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+            _ => e,
+        });
+        let reply = reply?.ok_or(ConnectError::Protocol("it closed the connection"))?;
         if reply.header.flags & FLAG_ERROR != 0 || reply.header.flags & 0xf != FLAG_REPLY {
             return Err(ConnectError::Protocol("its first message is not a version"));
         }
