@@ -427,9 +427,10 @@ impl VfioPci {
         self.quiesce_function(config);
         if let Some(at) = self.places.power.filter(|_| !config.is_d0) {
             // A reset that goes by power state, or none, would leave it asleep.
-            let mut power = [0];
+            let mut power = [0; 2];
             self.host.read(RegionKind::Config, at.into(), &mut power);
-            self.forward(at, &[power[0] & !3]);
+            // The whole register: libvfio-user takes no part of it. A 1 would clear PME Status.
+            self.forward(at, &[power[0] & !3, power[1] & !0x80]);
         }
         {
             // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
