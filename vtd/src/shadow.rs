@@ -100,6 +100,16 @@ impl Shadow {
         self.within(first, last).map(|piece| piece.mapping(piece.last))
     }
 
+    /// `first` to `last` (inclusive), with the whole of the extents that cross its edges.
+    pub(crate) fn with_edges(&self, first: u64, last: u64) -> (u64, u64) {
+        let crossing = |at: u64| {
+            let before = self.extents.range(..=at).next_back();
+            before.filter(|(_, extent)| extent.last > at).map(|(&start, extent)| (start, extent.last))
+        };
+        let from = first.checked_sub(1).and_then(crossing).map_or(first, |(start, _)| start);
+        (from, crossing(last).map_or(last, |(_, end)| end))
+    }
+
     /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
     /// adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and `false` is
     /// returned, when `changes` may hold a map that would have to go again: then the batch must be given first.

@@ -20,6 +20,7 @@ use crate::remap::EntriesChanged;
 use crate::shadow::{Changes, Shadow};
 use crate::space::{AttachRefused, MapOp, Mapping, PagedSpace, Refusal, RefusalCause, SpaceKey};
 use crate::spec::fault::FaultReason;
+use crate::spec::second_stage::levels;
 use crate::tables::{Resolved, resolve};
 use crate::unit::Shared;
 use crate::waiting::{Now, Waiting};
@@ -100,6 +101,8 @@ pub struct SpaceView {
 #[derive(Default)]
 struct Scratch {
     found: Found,
+    /// Of a look at what is beside a range.
+    beside: Found,
     changes: Changes,
     ops: Vec<MapOp>,
     ranges: Vec<(u64, u64)>,
@@ -629,8 +632,13 @@ impl Space {
         for index in 0..scratch.ranges.len() {
             let range = scratch.ranges[index];
             let found = &mut scratch.found;
-            let walked = walk_range(&shared.memory, &shared.config, &self.key, range, Merge::Range, found);
-            shared.counters.leaves_walked.add(found.leaves);
+            let mut walked = self.walk(shared, range, found);
+            if walked.is_ok()
+                && let Some(wider) = self.gone_beyond(shared, found, &mut scratch.beside)
+            {
+                // If it has more runs than there may be, the range alone has to do.
+                walked = self.walk(shared, wider, found).or_else(|Exhausted| self.walk(shared, range, found));
+            }
             if let Err(Exhausted) = walked {
                 if visited == 0 {
                     return self.block(shared, scratch);
@@ -654,6 +662,45 @@ impl Space {
         }
         self.ranges_in = (turn, budget - scratch.found.entries_left);
         self.give(shared, scratch);
+    }
+
+    fn walk<M: GuestMemoryBackend>(
+        &self,
+        shared: &Shared<M>,
+        range: (u64, u64),
+        found: &mut Found,
+    ) -> Result<(), Exhausted> {
+        let walked = walk_range(&shared.memory, &shared.config, &self.key, range, Merge::Range, found);
+        shared.counters.leaves_walked.add(found.leaves);
+        walked
+    }
+
+    /// The range that `found` speaks of with the whole of the extents at its edges, if these are not only gone from it but beyond it, too.
+    ///
+    /// A guest that takes away several mappings clears them all, and then invalidates them one by one, each in a range that is rounded up
+    /// to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped again without need, for
+    /// as long as its own invalidation takes (B-8). Only one page beside the range is looked at, and if that is live, no more.
+    fn gone_beyond<M: GuestMemoryBackend>(
+        &self,
+        shared: &Shared<M>,
+        found: &Found,
+        beside: &mut Found,
+    ) -> Option<(u64, u64)> {
+        let (first, last) = (found.first, found.last);
+        let (from, to) = self.shadow.with_edges(first, last);
+        let mut is_gone = |at: u64| {
+            // No more than the entries on the way to one leaf.
+            beside.entries_left = u64::from(levels(self.key.width));
+            self.walk(shared, (at, at), beside).is_ok() && beside.runs.is_empty()
+        };
+        let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
+        let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
+        let left = from < first && !first_is_here && is_gone(first - 1);
+        let right = to > last && !last_is_here && is_gone(last + 1);
+        let (from, to) = (if left { from } else { first }, if right { to } else { last });
+        // More than its leaves and the tables above them: a walk that is cut short would block the space.
+        let most_entries = ((to - from) >> 11) + 64;
+        ((left || right) && most_entries <= found.entries_left).then_some((from, to))
     }
 
     /// Gives the batch to the listener, if the space has members.

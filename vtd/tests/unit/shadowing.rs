@@ -171,6 +171,61 @@ fn b8_a_page_taken_out_of_a_2m_extent_is_unmapped_exactly() {
 }
 
 #[test]
+fn b8_an_extent_that_a_rounded_range_cuts_goes_whole_if_nothing_of_it_is_live() {
+    // As Linux's vfio takes 3 + 13 huge pages away: both are cleared, then each is invalidated, rounded up to a power of two.
+    let (mut rig, root) = Rig::with_nvme();
+    for pages in [
+        [(0x4000_0000, 0x600_0000, 3), (0x4000_3000, 0x680_0000, 13)],
+        [(0x4000_0000, 0x600_0000, 13), (0x4000_d000, 0x680_0000, 3)],
+    ] {
+        let ranges = [iotlb_pages(1, 0x4000_0000, 2), iotlb_pages(1, 0x4000_0000, 4)];
+        let (ranges, whole) = if pages[0].2 == 3 {
+            (ranges, ranges[1])
+        } else {
+            ([iotlb_pages(1, 0x4000_c000, 2), ranges[1]], ranges[1])
+        };
+        for (iova, gpa, count) in pages {
+            rig.pages(root, iova, gpa, count);
+            assert!(rig.submit(&[whole]));
+        }
+        rig.listener.take_ops();
+        rig.clear(root, 0x4000_0000, 16);
+        // What is not at an edge of the range, or beyond an extent, stays until it is invalidated.
+        rig.pages(root, 0x5000_0000, 0x90_0000, 1);
+        assert!(rig.submit(&[ranges[0]]));
+        assert_eq!(rig.listener.take_ops(), [unmap(0x4000_0000, 0x4000_ffff)]);
+        assert!(rig.submit(&[ranges[1]]));
+        assert_eq!((rig.listener.take_ops(), rig.listener.reach(NVME)), (vec![], vec![]));
+    }
+}
+
+#[test]
+fn b8_what_is_live_beside_a_range_is_not_looked_at_any_further() {
+    let (mut rig, root) = Rig::with_nvme();
+    rig.pages(root, 0x4000_0000, 0x600_0000, 16);
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000_0000, 4)]));
+    rig.listener.take_ops();
+    // Not invalidated, and beyond a live page.
+    rig.clear(root, 0x4000_8000, 1);
+    rig.clear(root, 0x4000_0000, 2);
+    let walked = rig.unit.stats().leaves_walked;
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000_0000, 1)]));
+    assert_eq!(rig.listener.take_ops(), [unmap(0x4000_0000, 0x4000_1fff)]);
+    assert_eq!(rig.unit.stats().leaves_walked - walked, 1, "the page beside it");
+    // Gone beside it, and live further on: exactly what is gone goes.
+    rig.clear(root, 0x4000_2000, 2);
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000_2000, 0)]));
+    assert_eq!(rig.listener.take_ops(), [unmap(0x4000_2000, 0x4000_3fff), unmap(0x4000_8000, 0x4000_8fff)]);
+    let live = [(0x4000_4000, 0x600_4000, 0x4000), (0x4000_9000, 0x600_9000, 0x7000)];
+    assert_eq!(rig.listener.reach(NVME), live.map(|(iova, gpa, len)| mapping(iova, gpa, len, Perm::ReadWrite)));
+    // What leads elsewhere by now is live, too: it waits for its own invalidation.
+    rig.clear(root, 0x4000_9000, 1);
+    rig.pages(root, 0x4000_a000, 0x700_0000, 6);
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000_9000, 0)]));
+    assert_eq!(rig.listener.take_ops(), [unmap(0x4000_9000, 0x4000_9fff)]);
+}
+
+#[test]
 fn b14_a_superpage_replaced_by_equal_pages_is_no_operation() {
     let (mut rig, root) = Rig::with_nvme();
     rig.leaf(root, 48, 0x20_0000, 0x100_0000, RW, 2);
