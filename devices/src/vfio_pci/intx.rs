@@ -25,6 +25,8 @@ struct State {
     enabled: bool,
     /// The line is high because the device fired; VFIO has it masked.
     pending: bool,
+    /// It fired again since: not VFIO, but servers of vfio-user do not mask it, and need not fire once more when they are asked to unmask.
+    again: bool,
 }
 
 impl Intx {
@@ -66,7 +68,7 @@ impl Intx {
     pub fn fired(&self) {
         let mut state = self.state.lock().unwrap();
         if self.event.read().is_ok() && state.enabled {
-            state.pending = true;
+            state.again = std::mem::replace(&mut state.pending, true);
             self.line.set_level(true);
         }
     }
@@ -75,10 +77,13 @@ impl Intx {
     pub fn end_of_interrupt(&self) {
         let mut state = self.state.lock().unwrap();
         if state.pending {
-            state.pending = false;
             self.line.set_level(false);
             if let Err(e) = self.host.unmask_intx() {
                 log::debug!("the legacy interrupt could not be unmasked: {e}");
+            }
+            state.pending = std::mem::take(&mut state.again);
+            if state.pending {
+                self.line.set_level(true);
             }
         }
     }
