@@ -318,6 +318,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
     let mut boot = None;
     let mut limit = BOOT_LIMIT;
     let mut processor = String::new();
+    let mut watching_ended = false;
     let mut end = None;
     let ended = loop {
         if let Some(status) = running.0.try_wait()? {
@@ -344,6 +345,10 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
         if over {
             processor = monitor.as_mut().map(Monitor::processor).unwrap_or_default();
             break None;
+        }
+        // One that does not answer any more has its say at the time limit.
+        if monitor.as_mut().is_some_and(|monitor| !watching_ended && monitor.watch().is_err()) {
+            watching_ended = true;
         }
         std::thread::sleep(Duration::from_millis(10));
     };
