@@ -8,12 +8,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+/// What builds and runs the models of the lock-free code.
+pub const MODELS: &[&str] = &["--package", "vtd"];
+
 /// One test executable and the tests in it that are wanted.
 pub struct Executable {
     /// The crate's name, and for an integration test its file's.
-    prefix: String,
-    file: PathBuf,
-    folder: PathBuf,
+    pub prefix: String,
+    pub file: PathBuf,
+    /// The crate's folder, where its tests run.
+    pub folder: PathBuf,
     pub tests: Vec<String>,
 }
 
@@ -38,8 +42,24 @@ pub fn build() -> Result<Vec<Executable>> {
         .output()
         .context("cannot run cargo test")?;
     ensure!(result.status.success(), "the tests do not build");
+    let mut executables = executables(&result.stdout)?;
+    for executable in &mut executables {
+        let mut list = Command::new(&executable.file);
+        let list = list.args(["--list", "--format", "terse"]).stdin(Stdio::null()).output()?;
+        ensure!(list.status.success(), "{} does not list its tests", executable.file.display());
+        executable.tests = String::from_utf8_lossy(&list.stdout)
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"))
+            .map(str::to_owned)
+            .collect();
+    }
+    Ok(executables)
+}
+
+/// The test executables that cargo's messages name, by name, without their lists of tests.
+pub fn executables(messages: &[u8]) -> Result<Vec<Executable>> {
     let mut executables = Vec::new();
-    for line in String::from_utf8_lossy(&result.stdout).lines() {
+    for line in String::from_utf8_lossy(messages).lines() {
         let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
         let (Some(file), true) = (message["executable"].as_str(), message["profile"]["test"] == true) else { continue };
         let manifest = PathBuf::from(message["manifest_path"].as_str().context("an artefact has no manifest")?);
@@ -47,15 +67,7 @@ pub fn build() -> Result<Vec<Executable>> {
         let target = message["target"]["name"].as_str().unwrap_or_default().replace('-', "_");
         let package = package_name(&message);
         let prefix = if target == package { package } else { format!("{package}::{target}") };
-        let mut executable = Executable { prefix, file: file.into(), folder, tests: Vec::new() };
-        let list = Command::new(file).args(["--list", "--format", "terse"]).stdin(Stdio::null()).output()?;
-        ensure!(list.status.success(), "{file} does not list its tests");
-        executable.tests = String::from_utf8_lossy(&list.stdout)
-            .lines()
-            .filter_map(|line| line.strip_suffix(": test"))
-            .map(str::to_owned)
-            .collect();
-        executables.push(executable);
+        executables.push(Executable { prefix, file: file.into(), folder, tests: Vec::new() });
     }
     executables.sort_by(|a, b| a.prefix.cmp(&b.prefix));
     Ok(executables)

@@ -12,6 +12,7 @@ mod images;
 mod kernel_modules;
 mod l1;
 mod monitor;
+mod mutate;
 mod nested;
 mod oracle;
 mod own_kernel;
@@ -48,6 +49,10 @@ enum Task {
     ///
     /// Writes bench-report.json and bench-report.md into the target folder.
     Bench(bench::BenchArgs),
+    /// Breaks the code on purpose, one listed mutation at a time, and says which tests notice
+    ///
+    /// Writes docs/mutations.md. The exit status is 0 if everything that is not equivalent was noticed, else 1.
+    Mutate(mutate::MutateArgs),
     /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in tests/images/differences.txt
     Oracle(oracle::OracleArgs),
     /// Runs every check and test; the last line is `N passed, N failed, N skipped`
@@ -60,6 +65,7 @@ fn main() -> ExitCode {
         Task::Nested(args) => nested::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::OwnKernel(args) => own_kernel::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
+        Task::Mutate(args) => mutate::command(&args).map_err(|error| (error, 2)),
         Task::Oracle(args) => oracle::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),
     };
