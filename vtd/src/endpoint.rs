@@ -4,7 +4,8 @@
 //! that are open, so what it took away is not touched any more when the guest sees that it is done. A session must not
 //! span a system call, MMIO dispatch, or a wait for the guest. How a hit gets by without a lock is told in `iotlb.rs`.
 
-use std::iter::FusedIterator;
+use std::iter::{self, FusedIterator};
+use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
@@ -39,7 +40,8 @@ pub enum DmaError {
     /// The device has no source id, because no bus number leads to it, and translation is on. No fault: there is no id to record.
     #[error("{0} was asked for by a device without a source id")]
     NoSourceId(Iova),
-    /// The translation leads to no memory. No fault: hardware would end such a request elsewhere.
+    /// The translation leads to no memory. No fault: hardware would end such a request elsewhere. Nor is there memory for
+    /// what goes on beyond the last address that there is, [`u64::MAX`].
     #[error("{iova} leads to {gpa}, where there is no memory")]
     NoMemory {
         /// The address of the request.
@@ -47,6 +49,37 @@ pub enum DmaError {
         /// Where it leads.
         gpa: Gpa,
     },
+}
+
+/// What a look-up is for. There is no look-up for nothing: what asks for no access gets no address.
+#[derive(Clone, Copy)]
+struct Wanted {
+    first: Access,
+    also: Option<Access>,
+}
+
+impl Wanted {
+    /// What `permissions` stand for; `None` for none.
+    fn of(permissions: Permissions) -> Option<Self> {
+        match permissions {
+            Permissions::No => None,
+            Permissions::Read => Some(Access::Read.into()),
+            Permissions::Write => Some(Access::Write.into()),
+            Permissions::ReadWrite => Some(Self { first: Access::Read, also: Some(Access::Write) }),
+        }
+    }
+
+    /// Whether `perm` lets all of it through; else the access that it does not, and the reason.
+    fn permitted(self, perm: Perm) -> Result<(), (Access, FaultReason)> {
+        let mut accesses = iter::once(self.first).chain(self.also);
+        accesses.try_for_each(|access| permits(perm, access).map_err(|reason| (access, reason)))
+    }
+}
+
+impl From<Access> for Wanted {
+    fn from(access: Access) -> Self {
+        Self { first: access, also: None }
+    }
 }
 
 /// A requester that is emulated, and its cached translations.
@@ -97,18 +130,20 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     }
 
     /// What `iova`'s page leads to, from the cache or the tables; faults are not recorded.
-    fn look_up(&self, iova: Iova, access: Access) -> Result<Gpa, DmaError> {
+    ///
+    /// All that is wanted is asked of one translation: of two, each could be of another moment, and allow half of it.
+    fn look_up(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         let offset = iova.0 % PAGE;
         if let Some((page, perm)) = self.iotlb.get(iova.0 / PAGE)
-            && permits(perm, access).is_ok()
+            && wanted.permitted(perm).is_ok()
         {
             return Ok(Gpa(page.0 + offset));
         }
-        self.walk(iova, access).map(|page| Gpa(page.0 + offset))
+        self.walk(iova, wanted).map(|page| Gpa(page.0 + offset))
     }
 
     /// The slow way. The cache's epoch is sampled before the first table read.
-    fn walk(&self, iova: Iova, access: Access) -> Result<Gpa, DmaError> {
+    fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         // Untranslated requests to this range are interrupts, also with translation off. Section 3.14.
         if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&iova.0) {
             return Err(DmaError::InterruptRange(iova));
@@ -117,10 +152,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let shared = &self.unit.shared;
         // Sampled before: an id that changes takes the epoch forward.
         let source = shared.sources.load().of(self.requester);
-        let fault = |reason: FaultReason, disabled: bool| {
+        let fault_of = |access: Access, reason: FaultReason, disabled: bool| {
             let silenced = disabled && reason.qualified();
             DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
         };
+        let fault = |reason, disabled| fault_of(wanted.first, reason, disabled);
         let page = Gpa(iova.0 & !(PAGE - 1));
         let untranslated = Translated { page, perm: Perm::ReadWrite, large: false };
         let translation = **shared.translation.load();
@@ -141,8 +177,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
                 (Some(domain), untranslated)
             }
             Ok(Resolved::Paged { space, fault_processing_disable }) => {
-                let found = translate(&shared.memory, &shared.config, &space, iova, access);
-                (Some(space.domain), found.map_err(|reason| fault(reason, fault_processing_disable))?)
+                let found = translate(&shared.memory, &shared.config, &space, iova, wanted.first);
+                let found = found.map_err(|reason| fault(reason, fault_processing_disable))?;
+                let permitted = wanted.permitted(found.perm);
+                permitted.map_err(|(access, reason)| fault_of(access, reason, fault_processing_disable))?;
+                (Some(space.domain), found)
             }
             Err(Unresolved { reason, fault_processing_disable }) => {
                 return Err(fault(reason, fault_processing_disable));
@@ -171,7 +210,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
     /// # Errors
     /// A fault, which has been recorded, or that the address is one of interrupts.
     pub fn translate(&self, iova: Iova, access: Access) -> Result<Gpa, DmaError> {
-        self.endpoint.look_up(iova, access).inspect_err(|error| {
+        self.translate_for(iova, access.into())
+    }
+
+    fn translate_for(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
+        self.endpoint.look_up(iova, wanted).inspect_err(|error| {
             if let DmaError::Fault(fault) = error {
                 self.endpoint.unit.shared.record(fault);
             }
@@ -180,33 +223,39 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
 
     /// Reads `data.len()` bytes at `iova`. See [`Endpoint::read`].
     pub fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaError> {
-        let mut rest = data;
-        let mut iova = iova;
-        while !rest.is_empty() {
-            let gpa = self.translate(iova, Access::Read)?;
-            let (part, after) = rest.split_at_mut(in_page(iova, rest.len()));
-            let memory = &self.endpoint.unit.shared.memory;
-            memory.read_slice(part, GuestAddress(gpa.0)).map_err(|_| DmaError::NoMemory { iova, gpa })?;
-            iova = Iova(iova.0.wrapping_add(part.len() as u64));
-            rest = after;
-        }
-        Ok(())
+        let memory = &self.endpoint.unit.shared.memory;
+        self.each_page(iova, data.len(), Access::Read, |gpa, part| memory.read_slice(&mut data[part], gpa))
     }
 
     /// Writes `data` at `iova`. See [`Endpoint::write`].
     pub fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaError> {
-        let mut rest = data;
-        let mut iova = iova;
-        while !rest.is_empty() {
-            let gpa = self.translate(iova, Access::Write)?;
-            let (part, after) = rest.split_at(in_page(iova, rest.len()));
-            let memory = &self.endpoint.unit.shared.memory;
-            memory.write_slice(part, GuestAddress(gpa.0)).map_err(|_| DmaError::NoMemory { iova, gpa })?;
-            iova = Iova(iova.0.wrapping_add(part.len() as u64));
-            rest = after;
+        let memory = &self.endpoint.unit.shared.memory;
+        self.each_page(iova, data.len(), Access::Write, |gpa, part| memory.write_slice(&data[part], gpa))
+    }
+
+    /// Calls `transfer` for the part of each page of `len` bytes at `iova`, in order.
+    fn each_page(
+        &self,
+        iova: Iova,
+        len: usize,
+        access: Access,
+        mut transfer: impl FnMut(GuestAddress, Range<usize>) -> Result<(), GuestMemoryError>,
+    ) -> Result<(), DmaError> {
+        let mut done = 0;
+        while done < len {
+            let at = after(iova, done).ok_or(DmaError::NoMemory { iova, gpa: Gpa(u64::MAX) })?;
+            let gpa = self.translate(at, access)?;
+            let part = done..done + in_page(at, len - done);
+            done = part.end;
+            transfer(GuestAddress(gpa.0), part).map_err(|_| DmaError::NoMemory { iova: at, gpa })?;
         }
         Ok(())
     }
+}
+
+/// The address `len` bytes behind `iova`, if there is one.
+fn after(iova: Iova, len: usize) -> Option<Iova> {
+    iova.0.checked_add(len as u64).map(Iova)
 }
 
 /// How many of `len` bytes at `iova` are in its page.
@@ -214,34 +263,26 @@ fn in_page(iova: Iova, len: usize) -> usize {
     len.min((PAGE - iova.0 % PAGE) as usize)
 }
 
-/// The accesses that `permissions` stands for.
-fn accesses(permissions: Permissions) -> impl Iterator<Item = Access> {
-    let wanted = [(Permissions::Read, Access::Read), (Permissions::Write, Access::Write)];
-    wanted.into_iter().filter(move |(each, _)| permissions.allow(*each)).map(|(_, access)| access)
-}
-
 type Slice<'a, M> = VolatileSlice<'a, BS<'a, <<M as GuestMemoryBackend>::R as GuestMemoryRegion>::B>>;
 
-/// Addresses are IOVAs. The slices live no longer than the session, so the compiler keeps the access inside it.
+/// Addresses are IOVAs. The slices live no longer than the session, so the compiler keeps the access inside it. Without
+/// a permission there is no access, and nothing is reachable.
 impl<M: GuestMemoryBackend + Clone + Send + Sync> GuestMemory for DmaSession<'_, M> {
     type PhysicalMemory = M;
     type Bitmap = <M::R as GuestMemoryRegion>::B;
 
     fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        let Some(wanted) = Wanted::of(access) else { return false };
         let memory = &self.endpoint.unit.shared.memory;
-        let mut iova = Iova(addr.0);
-        let mut left = count;
-        while left > 0 {
-            let len = in_page(iova, left);
-            let reachable = |access| {
-                let gpa = self.endpoint.look_up(iova, access);
-                gpa.is_ok_and(|gpa| GuestMemoryBackend::check_range(memory, GuestAddress(gpa.0), len))
-            };
-            if !accesses(access).all(reachable) {
+        let mut done = 0;
+        while done < count {
+            let Some(iova) = after(Iova(addr.0), done) else { return false };
+            let len = in_page(iova, count - done);
+            let gpa = self.endpoint.look_up(iova, wanted);
+            if !gpa.is_ok_and(|gpa| GuestMemoryBackend::check_range(memory, GuestAddress(gpa.0), len)) {
                 return false;
             }
-            iova = Iova(iova.0.wrapping_add(len as u64));
-            left -= len;
+            done += len;
         }
         true
     }
@@ -252,47 +293,39 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> GuestMemory for DmaSession<'_,
         count: usize,
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>, GuestMemoryError> {
-        Ok(Slices { session: self, iova: Iova(addr.0), left: count, access })
+        Ok(Slices { session: self, first: Iova(addr.0), done: 0, count, wanted: Wanted::of(access) })
     }
 }
 
-/// The slices of a range of IOVAs, one a run of contiguous guest memory.
+/// The slices of `count` bytes from `first` on, one a run of contiguous guest memory.
 struct Slices<'a, 'e, M> {
     session: &'a DmaSession<'e, M>,
-    iova: Iova,
-    left: usize,
-    access: Permissions,
+    first: Iova,
+    done: usize,
+    count: usize,
+    wanted: Option<Wanted>,
 }
 
 impl<'a, M: GuestMemoryBackend + Clone + Send + Sync> Slices<'a, '_, M> {
-    fn translate(&self, iova: Iova) -> Result<Gpa, GuestMemoryError> {
-        let mut gpa = Gpa(iova.0);
-        for access in accesses(self.access) {
-            let translated = self.session.translate(iova, access);
-            gpa = translated.map_err(|_| GuestMemoryError::InvalidGuestAddress(GuestAddress(iova.0)))?;
-        }
-        Ok(gpa)
-    }
-
-    fn slice(&mut self) -> Result<Slice<'a, M>, GuestMemoryError> {
-        let gpa = self.translate(self.iova)?;
-        let mut len = in_page(self.iova, self.left);
-        while len < self.left {
-            let next = Iova(self.iova.0.wrapping_add(len as u64));
+    fn slice(&self) -> Result<Slice<'a, M>, GuestMemoryError> {
+        let iova = after(self.first, self.done).ok_or(GuestMemoryError::GuestAddressOverflow)?;
+        let unreachable = || GuestMemoryError::InvalidGuestAddress(GuestAddress(iova.0));
+        let wanted = self.wanted.ok_or_else(unreachable)?;
+        let left = self.count - self.done;
+        let gpa = self.session.translate_for(iova, wanted).map_err(|_| unreachable())?;
+        let mut len = in_page(iova, left);
+        while len < left {
             // A page that cannot be reached ends this slice; its fault is recorded when its turn comes.
-            let reached = |access| self.session.endpoint.look_up(next, access);
-            if !accesses(self.access).all(|access| reached(access).is_ok_and(|next| next.0 == gpa.0 + len as u64)) {
+            let Some(next) = after(iova, len) else { break };
+            let contiguous = |page: Gpa| Some(page.0) == gpa.0.checked_add(len as u64);
+            if !self.session.endpoint.look_up(next, wanted).is_ok_and(contiguous) {
                 break;
             }
-            len += in_page(next, self.left - len);
+            len += in_page(next, left - len);
         }
         let memory: &'a M = &self.session.endpoint.unit.shared.memory;
-        let mut slices = GuestMemoryBackend::get_slices(memory, GuestAddress(gpa.0), len);
-        let slice = slices.next().unwrap_or(Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(self.iova.0))))?;
         // Where regions of memory meet, the next call begins at the second one.
-        self.iova = Iova(self.iova.0.wrapping_add(slice.len() as u64));
-        self.left -= slice.len();
-        Ok(slice)
+        GuestMemoryBackend::get_slices(memory, GuestAddress(gpa.0), len).next().unwrap_or_else(|| Err(unreachable()))
     }
 }
 
@@ -300,13 +333,11 @@ impl<'a, M: GuestMemoryBackend + Clone + Send + Sync> Iterator for Slices<'a, '_
     type Item = Result<Slice<'a, M>, GuestMemoryError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.left == 0 {
+        if self.done == self.count {
             return None;
         }
         let slice = self.slice();
-        if slice.is_err() {
-            self.left = 0;
-        }
+        self.done = slice.as_ref().map_or(self.count, |slice| self.done + slice.len());
         Some(slice)
     }
 }

@@ -137,6 +137,72 @@ fn a_session_is_guest_memory_at_iovas() {
 }
 
 #[test]
+fn rule6_a_slice_without_a_permission_leads_nowhere() {
+    let (rig, _) = rig(1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    // Neither where the address leads somewhere, nor where it would be memory if it were not translated.
+    for iova in [0x10_0000, 0x80_0000] {
+        let mut slices = session.get_slices(GuestAddress(iova), 4096, Permissions::No).unwrap();
+        assert!(slices.next().unwrap().is_err() && slices.next().is_none());
+        assert!(!session.check_range(GuestAddress(iova), 4096, Permissions::No));
+        assert!(!session.check_range(GuestAddress(iova), 0, Permissions::No));
+    }
+    drop(session);
+    rig.command(|on| on.with_translation(false));
+    assert!(!endpoint.enter().check_range(GuestAddress(0x10_0000), 4096, Permissions::No), "with translation off, too");
+}
+
+#[test]
+fn rule6_a_slice_of_no_bytes_is_none_and_asks_nobody() {
+    let (rig, _) = rig(0);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    assert!(session.get_slices(GuestAddress(0x10_0000), 0, Permissions::Read).unwrap().next().is_none());
+    assert!(session.check_range(GuestAddress(0x10_0000), 0, Permissions::Read));
+    assert!(session.read(Iova(0x10_0000), &mut []).is_ok() && session.write(Iova(0x10_0000), &[]).is_ok());
+    assert_eq!(rig.fault_records(), []);
+}
+
+#[test]
+fn rule6_reading_and_writing_are_asked_of_one_translation() {
+    // The page that is cached may be read, and the one that took its place (without an invalidation yet) be written:
+    // neither may be both.
+    let (mut rig, root) = rig(0);
+    rig.leaf(root, 48, 0x10_0000, 0x80_0000, Some(Perm::Read), 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    assert!(session.translate(Iova(0x10_0000), Access::Read).is_ok());
+    rig.leaf(root, 48, 0x10_0000, 0x90_0000, Some(Perm::Write), 1);
+    assert!(!session.check_range(GuestAddress(0x10_0000), 8, Permissions::ReadWrite));
+    let mut slices = session.get_slices(GuestAddress(0x10_0000), 8, Permissions::ReadWrite).unwrap();
+    assert!(slices.next().unwrap().is_err());
+    assert_eq!(rig.fault_records(), [(0, NVME.sid, 6, 0x10_0000, true)]);
+    // And of a page that may only be read, it is the write that is refused.
+    rig.leaf(root, 48, 0x10_1000, 0x90_0000, Some(Perm::Read), 1);
+    rig.write32(vtd::spec::registers::offset::FSTS, 1);
+    let mut slices = session.get_slices(GuestAddress(0x10_1000), 8, Permissions::ReadWrite).unwrap();
+    assert!(slices.next().unwrap().is_err());
+}
+
+#[test]
+fn rule6_no_access_goes_on_beyond_the_last_address() {
+    // With translation off, every address leads to itself.
+    let rig = Rig::new();
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    let last_page = GuestAddress(!0xfff);
+    for permissions in [Permissions::Read, Permissions::Write, Permissions::ReadWrite] {
+        assert!(!session.check_range(last_page, 0x2000, permissions));
+        let mut slices = session.get_slices(last_page, 0x2000, permissions).unwrap();
+        assert!(slices.next().unwrap().is_err() && slices.next().is_none());
+    }
+    let error = session.read(Iova(!0xfff), &mut [0; 0x2000]).unwrap_err();
+    assert_eq!(error, DmaError::NoMemory { iova: Iova(!0xfff), gpa: Gpa(!0xfff) });
+    assert!(session.read_slice(&mut [0; 0x2000], last_page).is_err());
+}
+
+#[test]
 fn an_invalidation_waits_for_the_sessions_that_are_open() {
     let (mut rig, root) = rig(1);
     let endpoint = rig.unit.endpoint(NVME);
