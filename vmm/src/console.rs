@@ -1,18 +1,27 @@
 //! stdin to the guest's serial port, with Ctrl-A as the key that is for us.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use devices::serial::SerialPort;
-use event_manager::{EventOps, Events, MutEventSubscriber};
-use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Stop};
+use crate::output::OutputWriter;
+use crate::terminal::{self, Terminal};
 
 const CTRL_A: u8 = 1;
 const HELP: &str = "\r\nCtrl-A x  quits\r\nCtrl-A h  shows this\r\nCtrl-A Ctrl-A  sends Ctrl-A to the guest\r\n";
+
+/// What was typed at a terminal and the guest has not read, at most: bytes. A terminal is always read, else Ctrl-A x would not
+/// be seen behind it.
+const TYPED_MAX: usize = 1 << 20;
+/// How often a terminal that another job has is looked at: nobody says when it becomes ours.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What a key after Ctrl-A means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,138 +52,121 @@ impl Escape {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Input {
-    /// In the event loop.
-    Watched,
-    /// Out of it, until the guest takes what it has.
-    Full,
-    /// A file: always ready, and not for epoll. Read whenever the guest takes something.
-    Unpollable,
-    /// At its end.
-    Closed,
-}
-
-/// stdin as an event source. A guest that reads nothing stops us reading, so nothing is lost and nothing grows.
+/// stdin for the guest, in a thread of its own: a read may block when somebody else reads the same file.
+///
+/// From a terminal everything is read at once; what the guest does not take is bounded and then lost. From anything else no
+/// more is read than the guest takes, so nothing is lost and nothing grows.
 pub struct Console {
-    fd: RawFd,
     serial: Arc<SerialPort>,
     drained: EventFd,
     control: Arc<Control>,
-    /// `Some` when stdin is a terminal in raw mode.
-    escape: Option<Escape>,
+    /// For the help.
+    screen: OutputWriter,
+    escape: Escape,
     pending: VecDeque<u8>,
-    input: Input,
+    closed: bool,
+    lost: Arc<AtomicU64>,
 }
 
 impl Console {
-    /// `drained` is the serial port's signal that the guest took its input.
-    pub fn new(serial: Arc<SerialPort>, drained: EventFd, control: Arc<Control>, terminal: bool) -> Self {
-        Self {
-            fd: libc::STDIN_FILENO,
+    /// Takes the terminal if it is ours, and starts the thread, which ends with the process. `drained` is the serial port's
+    /// signal that the guest took its input. Gives back the count of bytes that were typed and lost.
+    pub fn start(
+        serial: Arc<SerialPort>,
+        drained: EventFd,
+        control: Arc<Control>,
+        screen: OutputWriter,
+    ) -> io::Result<Arc<AtomicU64>> {
+        terminal::take();
+        let lost = Arc::new(AtomicU64::new(0));
+        let mut console = Self {
             serial,
             drained,
             control,
-            escape: terminal.then(Escape::default),
+            screen,
+            escape: Escape::default(),
             pending: VecDeque::new(),
-            input: Input::Closed,
-        }
+            closed: false,
+            lost: lost.clone(),
+        };
+        std::thread::Builder::new().name("console".to_owned()).spawn(move || while console.turn() {})?;
+        Ok(lost)
     }
 
-    /// Hands over what the guest takes; whether all is gone.
-    fn feed(&mut self) -> bool {
+    /// Waits until there is something to do, and does it; whether to go on.
+    fn turn(&mut self) -> bool {
+        self.feed();
+        let terminal = terminal::take();
+        let reads = match terminal {
+            Terminal::Ours => true,
+            // A read would fail, or take what is typed for the job that has the terminal.
+            Terminal::Others => false,
+            Terminal::None => self.pending.is_empty(),
+        };
+        let stdin = if reads && !self.closed { libc::STDIN_FILENO } else { -1 };
+        // The kernel leaves out a negative descriptor.
+        let mut polls =
+            [stdin, self.drained.as_raw_fd()].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+        let timeout = if terminal == Terminal::Others { LOOK.as_millis() as i32 } else { -1 };
+        // SAFETY: the call is told of these structures and how many they are.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout) };
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                log::warn!("stdin cannot be watched, the guest gets no input: {error}");
+                return false;
+            }
+            return true;
+        }
+        if polls[1].revents != 0 {
+            let _ = self.drained.read();
+        }
+        if polls[0].revents != 0 {
+            self.closed = !self.read(terminal);
+        }
+        true
+    }
+
+    /// Hands over what the guest takes.
+    fn feed(&mut self) {
         while !self.pending.is_empty() {
             let accepted = self.serial.enqueue(self.pending.make_contiguous());
             if accepted == 0 {
-                return false;
+                return;
             }
             self.pending.drain(..accepted);
         }
-        true
     }
 
     /// Reads once; whether there may be more.
-    fn read(&mut self) -> bool {
-        let mut typed = [0u8; 64];
+    fn read(&mut self, from: Terminal) -> bool {
+        let mut typed = [0u8; 4096];
         // SAFETY: the buffer is ours and as long as we say.
-        let got = unsafe { libc::read(self.fd, typed.as_mut_ptr().cast(), typed.len()) };
-        let Some(typed) = usize::try_from(got).ok().filter(|got| *got > 0).map(|got| &typed[..got]) else {
-            let again = got < 0 && matches!(errno(), libc::EAGAIN | libc::EINTR);
-            return again;
+        let got = unsafe { libc::read(libc::STDIN_FILENO, typed.as_mut_ptr().cast(), typed.len()) };
+        let Some(typed) = usize::try_from(got).ok().map(|got| &typed[..got]) else {
+            return match io::Error::last_os_error().raw_os_error() {
+                Some(libc::EAGAIN | libc::EINTR) => true,
+                // Another job got the terminal since we looked.
+                Some(libc::EIO) => terminal::take() == Terminal::Others,
+                _ => false,
+            };
         };
-        match &mut self.escape {
-            None => self.pending.extend(typed),
-            Some(escape) => {
-                for command in escape.filter(typed, &mut self.pending) {
-                    match command {
-                        Command::Quit => self.control.request(Stop::Quit),
-                        Command::Help => eprint!("{HELP}"),
-                    }
+        if from != Terminal::Ours {
+            self.pending.extend(typed);
+            return !typed.is_empty();
+        }
+        for command in self.escape.filter(typed, &mut self.pending) {
+            match command {
+                Command::Quit => self.control.request(Stop::Quit),
+                Command::Help => {
+                    // It never fails.
+                    let _ = self.screen.write_all(HELP.as_bytes());
                 }
             }
         }
-        true
-    }
-
-    fn stdin_ready(&mut self, ops: &mut EventOps<'_>) {
-        let more = self.read();
-        if !more || !self.feed() {
-            let _ = ops.remove(Events::new_raw(self.fd, EventSet::IN));
-            self.input = if more { Input::Full } else { Input::Closed };
-        }
-    }
-
-    fn guest_took(&mut self, ops: &mut EventOps<'_>) {
-        let _ = self.drained.read();
-        if !self.feed() {
-            return;
-        }
-        match self.input {
-            Input::Full => self.watch(ops),
-            Input::Unpollable => {
-                while self.input == Input::Unpollable && self.feed() {
-                    if !self.read() {
-                        self.input = Input::Closed;
-                    }
-                }
-            }
-            Input::Watched | Input::Closed => {}
-        }
-    }
-
-    fn watch(&mut self, ops: &mut EventOps<'_>) {
-        self.input = match ops.add(Events::new_raw(self.fd, EventSet::IN)) {
-            Ok(()) => Input::Watched,
-            Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EPERM => Input::Unpollable,
-            Err(e) => {
-                log::warn!("stdin cannot be watched, the guest gets no input: {e}");
-                Input::Closed
-            }
-        };
-    }
-}
-
-fn errno() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
-}
-
-impl MutEventSubscriber for Console {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        if let Err(e) = ops.add(Events::new(&self.drained, EventSet::IN)) {
-            log::warn!("the serial port's input cannot be watched: {e}");
-        }
-        self.watch(ops);
-        if self.input == Input::Unpollable {
-            self.guest_took(ops);
-        }
-    }
-
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if events.fd() == self.drained.as_raw_fd() {
-            self.guest_took(ops);
-        } else {
-            self.stdin_ready(ops);
-        }
+        self.lost.fetch_add(self.pending.len().saturating_sub(TYPED_MAX) as u64, Ordering::Relaxed);
+        self.pending.truncate(TYPED_MAX);
+        !typed.is_empty()
     }
 }
 

@@ -24,9 +24,9 @@ use vfio_bridge::{IrqKind, RegionKind};
 use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use vtd::{Iova, Msi, Requester, SourceId};
 
-use crate::events::{self, Signals};
 use crate::options;
 use crate::run::{ERROR, REFUSED};
+use crate::signals::{self, Signals, Woken};
 
 /// `causeway device`.
 #[derive(Args, Debug)]
@@ -114,12 +114,14 @@ fn serve_path(path: &Path) -> Result<(), Stopped> {
             }
         }
     });
-    let signal = signals.wait();
+    let woken = signals.wait(None, None);
     if let Err(e) = fs::remove_file(path) {
         log::warn!("{} could not be removed: {e}", path.display());
     }
-    match signal {
-        Ok(signal) => events::die_by(signal),
+    match woken {
+        Ok(Woken::Ended(signal)) => signals::die_by(signal),
+        // Nothing else was waited for.
+        Ok(Woken::Event | Woken::TimedOut) => Ok(()),
         Err(e) => Err(Stopped { code: ERROR, message: format!("signals cannot be waited for: {e}") }),
     }
 }

@@ -1,7 +1,7 @@
-//! What reaches the main thread from outside: signals, and the end of the time limit.
+//! What reaches the main thread from outside: the end of the time limit, events of functions, and [signals](crate::signals).
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,71 +13,12 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::{Control, Stop};
 use crate::irq::KvmInterrupts;
-
-/// Signals that end us, after an orderly stop.
-const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
-
-/// Signals as a file. They are blocked in every thread that is started after this was made.
-pub struct Signals(OwnedFd);
-
-impl Signals {
-    /// Blocks the signals in this thread, and in those it starts.
-    pub fn block() -> io::Result<Self> {
-        let all: Vec<libc::c_int> = ENDING.into_iter().chain([libc::SIGUSR1]).collect();
-        let set = vmm_sys_util::signal::create_sigset(&all).map_err(io::Error::from)?;
-        // SAFETY: the set was initialised just now.
-        if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: as above; -1 asks for a new descriptor.
-        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: signalfd returned this descriptor just now, nobody else has it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    /// Waits for one that ends us.
-    pub fn wait(&self) -> io::Result<libc::c_int> {
-        loop {
-            let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: `poll` is the one structure that the call is told of.
-            let ready = unsafe { libc::poll(&raw mut poll, 1, -1) };
-            if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                return Err(io::Error::last_os_error());
-            }
-            if let Some(signal) = self.next().filter(|signal| ENDING.contains(signal)) {
-                return Ok(signal);
-            }
-        }
-    }
-
-    fn next(&self) -> Option<libc::c_int> {
-        let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
-        let size = size_of::<libc::signalfd_siginfo>();
-        // SAFETY: the buffer is ours and as long as we say.
-        let got = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        // SAFETY: the kernel writes whole structures.
-        (got == size as isize).then(|| unsafe { info.assume_init() }.ssi_signo as libc::c_int)
-    }
-}
-
-/// Ends this process by `signal`, as if it had never been caught.
-pub fn die_by(signal: libc::c_int) -> ! {
-    // SAFETY: the default action, an unblocked signal and raise are the documented way to die by a signal.
-    unsafe {
-        libc::signal(signal, libc::SIG_DFL);
-        libc::raise(signal);
-    }
-    let _ = vmm_sys_util::signal::unblock_signal(signal);
-    // The default action of every signal in `ENDING` ends the process, so this is not reached.
-    std::process::exit(128 + signal)
-}
+use crate::signals::{Signal, Signals};
+use crate::terminal;
 
 /// Turns signals and the timer into stop requests.
 pub struct Outside {
-    signals: Signals,
+    signals: Arc<Signals>,
     timer: Option<TimerFd>,
     control: Arc<Control>,
     report: Arc<std::sync::atomic::AtomicBool>,
@@ -86,7 +27,7 @@ pub struct Outside {
 impl Outside {
     /// `report` becomes true when SIGUSR1 comes.
     pub fn new(
-        signals: Signals,
+        signals: Arc<Signals>,
         limit: Option<Duration>,
         control: Arc<Control>,
         report: Arc<std::sync::atomic::AtomicBool>,
@@ -105,7 +46,8 @@ impl Outside {
 
 impl MutEventSubscriber for Outside {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let mut fds = vec![self.signals.0.as_raw_fd(), self.control.event().as_raw_fd()];
+        let mut fds = self.signals.files().to_vec();
+        fds.push(self.control.event().as_raw_fd());
         fds.extend(self.timer.as_ref().map(AsRawFd::as_raw_fd));
         for fd in fds {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
@@ -115,11 +57,13 @@ impl MutEventSubscriber for Outside {
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if events.fd() == self.signals.0.as_raw_fd() {
+        if self.signals.files().contains(&events.fd()) {
             while let Some(signal) = self.signals.next() {
                 match signal {
-                    libc::SIGUSR1 => self.report.store(true, std::sync::atomic::Ordering::Relaxed),
-                    signal => self.control.request(Stop::Signal(signal)),
+                    Signal::End(signal) => self.control.request(Stop::Signal(signal)),
+                    Signal::Suspend => terminal::suspend(),
+                    Signal::Continue => terminal::resume(),
+                    Signal::Report => self.report.store(true, std::sync::atomic::Ordering::Relaxed),
                 }
             }
         } else if let Some(timer) = self.timer.as_mut().filter(|timer| timer.as_raw_fd() == events.fd()) {

@@ -27,6 +27,7 @@ use crate::dmar::{Remapping, Scope, UnitDescription};
 use crate::irq::{self, KvmInterrupts, Remapper};
 use crate::memory::Ram;
 use crate::options::{DeviceKind, DeviceOption};
+use crate::output::OutputWriter;
 use crate::slots::KvmSlots;
 use crate::stats::{self, Device, Stats};
 use crate::vcpu::{self, Buses};
@@ -140,13 +141,17 @@ fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result
 }
 
 impl Platform {
-    fn new(interrupts: &Arc<KvmInterrupts>, control: &Arc<Control>, drained: EventFd) -> Result<Self, Overlap> {
+    fn new(
+        interrupts: &Arc<KvmInterrupts>,
+        control: &Arc<Control>,
+        output: OutputWriter,
+        drained: EventFd,
+    ) -> Result<Self, Overlap> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::new(mmio.clone());
         let ioapic = IoApic::new(irq::ioapic_requester(), interrupts.clone(), Some(interrupts.clone()));
         let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
-        let output = Box::new(std::io::stdout());
-        let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), output, Some(drained)));
+        let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), Box::new(output), Some(drained)));
         let keyboard = Arc::new(I8042::new(control.clone()));
         let config = Arc::new(ConfigPorts::new(root.clone(), control.clone()));
 
@@ -172,6 +177,8 @@ pub struct Parts<'a> {
     pub checked: &'a [Checked],
     /// Stops and starts the vCPUs.
     pub control: Arc<Control>,
+    /// Where the guest's serial output goes. It never waits.
+    pub output: OutputWriter,
     /// Signalled when the guest took its serial input.
     pub drained: EventFd,
     /// Where notifications and host operations are traced.
@@ -181,7 +188,7 @@ pub struct Parts<'a> {
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { args, names, payload, checked, control, drained, trace } = parts;
+        let Parts { args, names, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
         let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
         let ram = memory::create(args.memory, for_processes)?;
@@ -196,7 +203,7 @@ impl Machine {
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
-        let platform = Platform::new(&interrupts, &control, drained)?;
+        let platform = Platform::new(&interrupts, &control, output, drained)?;
 
         let unit = match args.vtd() {
             None => None,

@@ -1,11 +1,13 @@
 //! `causeway run`: checks, the event loop, and how it ends.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use vfio_bridge::Trace;
@@ -16,9 +18,12 @@ use crate::boot::{self, Kernel, Payload};
 use crate::cli::RunArgs;
 use crate::console::Console;
 use crate::control::{Control, Stop};
-use crate::events::{self, BlockedInterrupts, FunctionEvents, Outside, Signals};
+use crate::events::{BlockedInterrupts, FunctionEvents, Outside};
 use crate::image::Image;
 use crate::machine::{Machine, Parts};
+use crate::messages::{Messages, say};
+use crate::output::Output;
+use crate::signals::{self, Guard, Signals};
 use crate::stats::{Exit, Stats};
 use crate::{assign, audit, options, terminal, vm};
 
@@ -36,42 +41,10 @@ pub const TIME_LIMIT: u8 = 10;
 /// The command line of a kernel that is given none.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
-fn start_log(args: &RunArgs) -> anyhow::Result<()> {
-    let level = match args.verbose {
-        0 => log::LevelFilter::Info,
-        1 => log::LevelFilter::Debug,
-        _ => log::LevelFilter::Trace,
-    };
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level);
-    if args.verbose == 0 {
-        // It warns of interrupt kinds that a device simply does not have; what fails, we say ourselves.
-        builder.filter_module("vfio_ioctls", log::LevelFilter::Error);
-    }
-    if let Ok(filters) = std::env::var("RUST_LOG") {
-        builder.parse_filters(&filters);
-    }
-    let start = Instant::now();
-    let timed = args.log.is_some() || args.verbose > 0;
-    builder.format(move |out, record| {
-        use std::io::Write;
-        let level = record.level().as_str().to_ascii_lowercase();
-        match timed {
-            true => writeln!(out, "causeway [{:.6}] {level}: {}", start.elapsed().as_secs_f64(), record.args()),
-            false => writeln!(out, "causeway: {level}: {}", record.args()),
-        }
-    });
-    if let Some(path) = &args.log {
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(|e| anyhow::anyhow!("the log file {} cannot be opened: {e}", path.display()))?;
-        builder.target(env_logger::Target::Pipe(Box::new(file)));
-    }
-    builder.try_init()?;
-    Ok(())
-}
+/// How long a reader that is there may take for the guest's last output.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// How long a guest that ended by itself waits for a reader of its output.
+const UNREAD_OUTPUT: Duration = Duration::from_secs(30);
 
 /// How a run ended, for the exit code and the statistics.
 fn outcome(stop: &Stop) -> Exit {
@@ -104,6 +77,8 @@ struct Run<'a> {
     names: Vec<String>,
     start: Instant,
     control: Arc<Control>,
+    signals: Arc<Signals>,
+    messages: Arc<Messages>,
 }
 
 /// Runs a guest to its end.
@@ -112,34 +87,39 @@ pub fn run(args: &RunArgs) -> ExitCode {
     let names = match options::name_devices(&args.devices) {
         Ok(names) => names,
         Err(e) => {
-            eprintln!("causeway: {e}");
+            say(format_args!("causeway: {e}"));
             return ExitCode::from(USAGE);
         }
     };
-    let run = start_log(args).and_then(|()| {
+    let run = || -> anyhow::Result<Run<'_>> {
         // Before any thread exists, so that none of them gets these signals.
-        let signals = Signals::block()?;
+        let signals = Arc::new(Signals::block()?);
+        let guard = Guard::start(signals.clone(), |_, _| {})?;
+        let messages = Arc::new(Messages::start(args)?);
+        drop(guard);
         let control = Arc::new(Control::new(args.cpus.into())?);
-        Ok((Run { args, names, start, control }, signals))
-    });
-    let (run, signals) = match run {
+        Ok(Run { args, names, start, control, signals, messages })
+    };
+    let run = match run() {
         Ok(run) => run,
         Err(e) => {
-            eprintln!("causeway: {e}");
+            say(format_args!("causeway: {e}"));
             return ExitCode::from(REFUSED);
         }
     };
-    let stop = match run.guest(signals) {
-        Ok(stop) => stop,
+    let result = run.guest();
+    terminal::give_back();
+    let code = match &result {
+        Ok(stop) => outcome(stop).code as u8,
         Err(e) => {
             log::error!("{e}");
-            return ExitCode::from(REFUSED);
+            REFUSED
         }
     };
-    explain(&stop);
-    match stop {
-        Stop::Signal(signal) => events::die_by(signal),
-        stop => ExitCode::from(outcome(&stop).code as u8),
+    run.messages.finish(&run.signals);
+    match result {
+        Ok(Stop::Signal(signal)) => signals::die_by(signal),
+        _ => ExitCode::from(code),
     }
 }
 
@@ -147,12 +127,18 @@ type Subscriber = Box<dyn MutEventSubscriber>;
 
 impl Run<'_> {
     /// An error means that nothing ran.
-    fn guest(&self, signals: Signals) -> anyhow::Result<Stop> {
+    fn guest(&self) -> anyhow::Result<Stop> {
         let args = self.args;
+        let messages = self.messages.clone();
+        let guard = Guard::start(self.signals.clone(), move |signal, signals| {
+            log::info!("stopped by signal {signal}, before the guest ran");
+            messages.finish(signals);
+        })?;
         let payload = self.payload()?;
         let checked = assign::check(&args.devices, args.vtd(), args.memory)?;
         let kvm = vm::open().map_err(remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let output = Output::start("output", io::stdout().as_fd())?;
         let trace = self.trace()?;
         let parts = Parts {
             args,
@@ -160,6 +146,7 @@ impl Run<'_> {
             payload,
             checked: &checked,
             control: self.control.clone(),
+            output: output.writer(),
             drained: drained.try_clone()?,
             trace: trace.clone(),
         };
@@ -168,10 +155,8 @@ impl Run<'_> {
         let report = Arc::new(AtomicBool::new(false));
         let mut events: EventManager<Subscriber> =
             EventManager::new().map_err(|e| anyhow::anyhow!("no event loop: {e}"))?;
-        events.add_subscriber(Box::new(Outside::new(signals, args.timeout, self.control.clone(), report.clone())?));
-        let raw = terminal::is_ours() && terminal::make_raw().is_ok();
-        let console = Console::new(machine.serial().clone(), drained, self.control.clone(), raw);
-        events.add_subscriber(Box::new(console));
+        let (signals, control) = (self.signals.clone(), self.control.clone());
+        events.add_subscriber(Box::new(Outside::new(signals, args.timeout, control.clone(), report.clone())?));
         let blocked = BlockedInterrupts::new(machine.interrupts().clone(), self.control.clone());
         events.add_subscriber(Box::new(blocked));
         for (id, function) in machine.assigned() {
@@ -182,10 +167,13 @@ impl Run<'_> {
             events.add_subscriber(Box::new(watched));
         }
 
+        // From here on the event loop hears the signals.
+        drop(guard);
+        let typed = Console::start(machine.serial().clone(), drained, control, self.messages.terminal())?;
         machine.resume();
         let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref());
         machine.halt();
-        terminal::restore();
+        terminal::give_back();
         // Before the functions are torn down.
         let audit = self.args.stats.as_ref().map(|_| machine.audit(trace.as_deref()));
         machine.stop();
@@ -196,7 +184,42 @@ impl Run<'_> {
             audit::say(&audit);
             self.write_stats(&machine, Some(outcome(&stop)), &audit);
         }
+        let stop = self.give_out(&output, stop);
+        match typed.load(Ordering::Relaxed) {
+            0 => {}
+            lost => log::warn!("{lost} bytes that were typed were lost: the guest did not read them"),
+        }
         Ok(stop)
+    }
+
+    /// Says why the guest stopped, behind its last output: what waits for a reader is given some time. Gives back why the
+    /// program ends.
+    fn give_out(&self, output: &Output, stop: Stop) -> Stop {
+        let mut signal = output.finish(LAST_OUTPUT, &self.signals);
+        explain(&stop);
+        let by_itself = !matches!(stop, Stop::Quit | Stop::TimeLimit | Stop::Signal(_));
+        let waiting = output.waiting();
+        if signal.is_none() && by_itself && waiting > 0 {
+            log::warn!(
+                "{waiting} bytes of the guest's output wait for a reader, for {} s at most; a signal ends that",
+                UNREAD_OUTPUT.as_secs()
+            );
+            signal = output.finish(UNREAD_OUTPUT, &self.signals);
+        }
+        let lost = output.lost();
+        match (lost.bytes, lost.why) {
+            (0, _) => {}
+            (bytes, Some(why)) => log::warn!("{bytes} bytes of the guest's output were lost: {why}"),
+            (bytes, None) => log::warn!("{bytes} bytes of the guest's output were lost: nobody read them"),
+        }
+        match signal {
+            Some(signal) if by_itself => {
+                let stop = Stop::Signal(signal);
+                explain(&stop);
+                stop
+            }
+            _ => stop,
+        }
     }
 
     fn payload(&self) -> Result<Payload, boot::Error> {
@@ -267,10 +290,10 @@ impl Run<'_> {
 /// Adds to an error of KVM what the user can do.
 pub fn remedy(error: vm::Error) -> anyhow::Error {
     match &error {
-        vm::Error::Open(e) if e.kind() == std::io::ErrorKind::NotFound => anyhow::anyhow!(
+        vm::Error::Open(e) if e.kind() == io::ErrorKind::NotFound => anyhow::anyhow!(
             "{error}; turn virtualization on in the firmware and load the module: modprobe kvm-intel or modprobe kvm-amd"
         ),
-        vm::Error::Open(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+        vm::Error::Open(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             anyhow::anyhow!("{error}; give it to this user: usermod -aG kvm $USER, then log in again")
         }
         _ => error.into(),

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use regex::Regex;
 
+use crate::messages::{say, tell};
 use crate::options::{self, DeviceOption};
 use crate::run::{CRASHED, ERROR, REFUSED, USAGE, remedy};
 use crate::vm;
@@ -80,7 +81,7 @@ pub fn run(args: &TestArgs) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(CRASHED),
         Err(Stopped { code, message }) => {
-            eprintln!("causeway: {message}");
+            say(format_args!("causeway: {message}"));
             ExitCode::from(code)
         }
     }
@@ -132,7 +133,7 @@ impl<'a> Runner<'a> {
     /// Whether all passed.
     fn run(self) -> Result<bool, Stopped> {
         if self.args.list {
-            self.tests.iter().for_each(|test| println!("{}", test.name));
+            self.tests.iter().for_each(|test| tell(format_args!("{}", test.name)));
             return Ok(true);
         }
         vm::open().map_err(remedy).map_err(|e| {
@@ -142,9 +143,9 @@ impl<'a> Runner<'a> {
         })?;
         let outcomes = self.all();
         for outcome in outcomes.iter().filter(|outcome| matches!(outcome.verdict, Verdict::Failed(_))) {
-            println!("\n---- {} stdout ----\n{}", outcome.test.name, outcome.log.trim_end());
+            tell(format_args!("\n---- {} stdout ----\n{}", outcome.test.name, outcome.log.trim_end()));
         }
-        print!("\n{}", table(&outcomes));
+        tell(format_args!("\n{}", table(&outcomes).trim_end()));
         if let Some(file) = &self.args.junit {
             junit::write(file, &outcomes)
                 .map_err(|e| format!("the results cannot be written to {}: {e}", file.display()))
@@ -222,7 +223,7 @@ fn progress(outcome: &Outcome) {
         Verdict::Failed(why) => format!("FAILED: {why}"),
         Verdict::Skipped(why) => format!("skipped: {why}"),
     };
-    println!("test {} ... {verdict} ({:.2} s)", outcome.test.name, outcome.time.as_secs_f64());
+    tell(format_args!("test {} ... {verdict} ({:.2} s)", outcome.test.name, outcome.time.as_secs_f64()));
 }
 
 /// A line for each behaviour, by the part of the names before the first `_`, and the total.

@@ -110,6 +110,29 @@ fn a_socket_with_nobody_or_somebody_else_behind_it_refuses_the_start() {
 }
 
 #[test]
+fn a_signal_ends_a_start_that_waits_for_a_silent_device() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("silent");
+    let listener = UnixListener::bind(&path).unwrap();
+    let device = format!("vfio-user,socket={}", path.display());
+    let image = image(PRINT_AND_LOOP);
+    for number in [libc::SIGTERM, libc::SIGINT] {
+        let run = ["run", "--image", image.as_path().to_str().unwrap(), "--memory", "32M", "--device", &device];
+        let machine = causeway(&run).spawn().unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        // It asks which version is spoken, and would wait for the answer for 10 s.
+        std::io::Read::read_exact(&mut stream, &mut [0; 16]).unwrap();
+        signal(&machine, number);
+        let (code, message) = end(machine);
+        assert_eq!(code, -number, "{message}");
+        assert!(message.contains("before the guest ran"), "{message}");
+    }
+}
+
+#[test]
 fn a_device_that_dies_leaves_its_guest_running_and_serves_again_when_it_is_started_again() {
     if !has_kvm() {
         return;

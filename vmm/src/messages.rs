@@ -1,0 +1,103 @@
+//! Our own messages: to stderr or a file, and never in the way of the machine.
+
+use std::fmt::Arguments;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use crate::cli::RunArgs;
+use crate::output::{Output, OutputWriter};
+use crate::signals::Signals;
+
+/// How long the last messages may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Where messages go.
+pub struct Messages {
+    stderr: Output,
+    /// The file of `--log` where it is one that may block.
+    file: Option<Output>,
+}
+
+/// Whether writing to `file` blocks nobody for long, so that what is written is there at once, whatever happens next.
+fn is_regular(file: BorrowedFd<'_>) -> bool {
+    file.try_clone_to_owned().and_then(|file| File::from(file).metadata()).is_ok_and(|file| file.is_file())
+}
+
+impl Messages {
+    /// Starts the log of `causeway run`. An error is a file that cannot be opened, or a thread that cannot be made.
+    pub fn start(args: &RunArgs) -> anyhow::Result<Self> {
+        let stderr = Output::start("messages", io::stderr().as_fd())?;
+        let (target, file): (Box<dyn Write + Send>, _) = match &args.log {
+            None if is_regular(io::stderr().as_fd()) => (Box::new(io::stderr()), None),
+            None => (Box::new(stderr.writer()), None),
+            Some(path) => {
+                let file = OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(path)
+                    .map_err(|e| anyhow::anyhow!("the log file {} cannot be opened: {e}", path.display()))?;
+                if is_regular(file.as_fd()) {
+                    (Box::new(file), None)
+                } else {
+                    let output = Output::start("log", file.as_fd())?;
+                    (Box::new(output.writer()), Some(output))
+                }
+            }
+        };
+        logger(args, target).try_init()?;
+        Ok(Self { stderr, file })
+    }
+
+    /// Text for the user's terminal, also where messages go to a file.
+    pub fn terminal(&self) -> OutputWriter {
+        self.stderr.writer()
+    }
+
+    /// Gives the last messages the time to be read, within bounds.
+    pub fn finish(&self, signals: &Signals) {
+        for output in self.file.iter().chain([&self.stderr]) {
+            // It ends us anyway.
+            let _ = output.finish(LAST_WORDS, signals);
+        }
+    }
+}
+
+fn logger(args: &RunArgs, target: Box<dyn Write + Send>) -> env_logger::Builder {
+    let level = match args.verbose {
+        0 => log::LevelFilter::Info,
+        1 => log::LevelFilter::Debug,
+        _ => log::LevelFilter::Trace,
+    };
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level);
+    if args.verbose == 0 {
+        // It warns of interrupt kinds that a device simply does not have; what fails, we say ourselves.
+        builder.filter_module("vfio_ioctls", log::LevelFilter::Error);
+    }
+    if let Ok(filters) = std::env::var("RUST_LOG") {
+        builder.parse_filters(&filters);
+    }
+    let start = Instant::now();
+    let timed = args.log.is_some() || args.verbose > 0;
+    builder.format(move |out, record| {
+        let level = record.level().as_str().to_ascii_lowercase();
+        match timed {
+            true => writeln!(out, "causeway [{:.6}] {level}: {}", start.elapsed().as_secs_f64(), record.args()),
+            false => writeln!(out, "causeway: {level}: {}", record.args()),
+        }
+    });
+    builder.target(env_logger::Target::Pipe(target));
+    builder
+}
+
+/// Prints a line to stderr where there is no log. Nobody is told when that fails.
+pub fn say(message: Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{message}");
+}
+
+/// Prints a line to stdout. A reader that is gone is no error of ours.
+pub fn tell(message: Arguments<'_>) {
+    let _ = writeln!(io::stdout(), "{message}");
+}
