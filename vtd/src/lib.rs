@@ -33,6 +33,7 @@ mod memory;
 mod queue;
 mod registers;
 mod remap;
+mod resync;
 #[cfg(test)]
 #[path = "../tests/unit/rig.rs"]
 mod rig;

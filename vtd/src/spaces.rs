@@ -17,19 +17,17 @@ use crate::audit::Book;
 use crate::ids::{DomainId, Iova, Requester, SourceId};
 use crate::iotlb::{Iotlb, Scope};
 use crate::remap::EntriesChanged;
-use crate::shadow::{Changes, Shadow};
-use crate::space::{AttachRefused, MapOp, Mapping, PagedSpace, Refusal, RefusalCause, SpaceKey};
+use crate::resync::{Scratch, Space};
+use crate::shadow::Shadow;
+use crate::space::{AttachRefused, Mapping, PagedSpace, Refusal, RefusalCause, SpaceKey};
 use crate::spec::fault::FaultReason;
-use crate::spec::second_stage::levels;
 use crate::tables::{Resolved, resolve};
 use crate::unit::Shared;
 use crate::waiting::{Now, Waiting};
-use crate::walk::{Exhausted, Found, Merge, walk_range};
 use crate::{Access, Fault};
 
 pub(crate) use renumber::{Source, Sources};
 
-const EVERYWHERE: (u64, u64) = (0, u64::MAX);
 /// Looks at a part of the interrupt entries in one turn; the next one is at all of them, and the last. Each may cost the listener a
 /// change of all its routes.
 const ENTRY_LOOKS: u32 = 64;
@@ -72,18 +70,6 @@ struct Member {
     waiting: Option<Waiting>,
 }
 
-struct Space {
-    key: PagedSpace,
-    members: BTreeSet<Requester>,
-    shadow: Shadow,
-    /// A bound was exhausted: nothing is mapped until a whole re-sync succeeds.
-    blocked: bool,
-    /// The turn in which it was compared whole last.
-    whole_in: u64,
-    /// The turn in which ranges were compared last, and the table entries that this visited.
-    ranges_in: (u64, u64),
-}
-
 /// A space as an audit sees it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SpaceView {
@@ -95,31 +81,6 @@ pub struct SpaceView {
     pub extents: Vec<Mapping>,
     /// Nothing is mapped because a bound was exhausted.
     pub blocked: bool,
-}
-
-/// Storage that is used again and again.
-#[derive(Default)]
-struct Scratch {
-    found: Found,
-    /// Of a look at what is beside a range.
-    beside: Found,
-    changes: Changes,
-    ops: Vec<MapOp>,
-    ranges: Vec<(u64, u64)>,
-    refused: Vec<Refusal>,
-}
-
-impl Scratch {
-    /// Gives back what an exceptionally large re-sync took.
-    fn shrink(&mut self) {
-        const KEPT: usize = 1 << 14;
-        self.found.runs.shrink_to(KEPT);
-        self.changes.unmaps.shrink_to(KEPT);
-        self.changes.maps.shrink_to(KEPT);
-        self.ops.shrink_to(KEPT);
-        self.ranges.shrink_to(KEPT);
-        self.refused.shrink_to(KEPT);
-    }
 }
 
 /// Invalidations that did not take effect yet.
@@ -225,8 +186,8 @@ impl Spaces {
         let view = |space: &Space| SpaceView {
             key: space.key,
             members: space.members.iter().copied().collect(),
-            extents: space.shadow.iter().collect(),
-            blocked: space.blocked,
+            extents: space.shadow().into_iter().flat_map(Shadow::iter).collect(),
+            blocked: space.shadow().is_none(),
         };
         self.spaces.values().map(view).collect()
     }
@@ -382,7 +343,7 @@ impl Spaces {
 
     /// The spaces that no bound has blocked, with their shadows.
     pub(crate) fn open_shadows(&self) -> impl Iterator<Item = (PagedSpace, impl Iterator<Item = Mapping> + '_)> + '_ {
-        self.spaces.values().filter(|space| !space.blocked).map(|space| (space.key, space.shadow.iter()))
+        self.spaces.values().filter_map(|space| Some((space.key, space.shadow()?.iter())))
     }
 
     /// The part of a space's shadow in `range` (inclusive), unless a bound has blocked the space.
@@ -391,23 +352,23 @@ impl Spaces {
         space: PagedSpace,
         range: (u64, u64),
     ) -> Option<impl Iterator<Item = Mapping> + '_> {
-        let space = self.spaces.get(&(space.domain, space)).filter(|space| !space.blocked)?;
-        Some(space.shadow.part(range))
+        let shadow = self.spaces.get(&(space.domain, space))?.shadow()?;
+        Some(shadow.part(range))
     }
 
     /// A shadow that says something else than its listener was told: what an audit is there to find.
     #[cfg(test)]
     pub(crate) fn falsify(&mut self, first: u64, last: u64) {
-        self.spaces.values_mut().for_each(|space| space.shadow.remove(first, last));
+        self.spaces.values_mut().for_each(|space| space.falsify(first, last));
     }
 
     /// What the listener was told about the space that `key` names; nothing unless it is a paged one.
     pub(crate) fn granted(&self, key: &SpaceKey) -> Box<dyn Iterator<Item = Mapping> + '_> {
         match key {
-            SpaceKey::Paged(space) => match self.spaces.get(&(space.domain, *space)) {
-                Some(space) => Box::new(space.shadow.iter()),
-                None => Box::new(std::iter::empty()),
-            },
+            SpaceKey::Paged(space) => {
+                let shadow = self.spaces.get(&(space.domain, *space)).and_then(Space::shadow);
+                Box::new(shadow.into_iter().flat_map(Shadow::iter))
+            }
             SpaceKey::Identity | SpaceKey::Blocked => Box::new(std::iter::empty()),
         }
     }
@@ -422,7 +383,7 @@ impl Spaces {
         let key = self.with_space(shared, requester, wanted);
         let nothing = Shadow::default();
         let live = match key {
-            SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).map(|space| &space.shadow),
+            SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).and_then(Space::shadow),
             SpaceKey::Identity | SpaceKey::Blocked => None,
         };
         let result = shared.listener.attach(requester, None, &key, &mut live.unwrap_or(&nothing).iter());
@@ -448,7 +409,7 @@ impl Spaces {
             && let Some(space) = self.spaces.get_mut(&(space.domain, space))
         {
             space.members.insert(requester);
-            refused.iter().for_each(|refusal| space.shadow.remove(refusal.first.0, refusal.last.0));
+            space.lose(refused);
             self.book.refused(space.key, refused);
         }
         self.freed += u64::from(left.is_some_and(|left| left != attached && left != SpaceKey::Blocked));
@@ -516,15 +477,8 @@ impl Spaces {
             );
             return SpaceKey::Blocked;
         }
-        let mut space = Space {
-            key: paged,
-            members: BTreeSet::new(),
-            shadow: Shadow::default(),
-            blocked: false,
-            whole_in: self.turn,
-            ranges_in: (self.turn, 0),
-        };
-        space.compare_whole(shared, &mut self.scratch);
+        let mut space = Space::new(paged);
+        space.compare_whole(shared, &mut self.scratch, self.turn);
         self.spaces.insert(index, space);
         key
     }
@@ -571,8 +525,7 @@ impl Spaces {
                 continue;
             }
             if everything || domains.contains(&space.key.domain) || whole.contains(&space.key) {
-                space.whole_in = self.turn;
-                space.compare_whole(shared, &mut self.scratch);
+                space.compare_whole(shared, &mut self.scratch, self.turn);
             } else {
                 let domain = space.key.domain;
                 let before = |scope: &Scope| !matches!(scope, Scope::Pages(other, ..) if *other >= domain);
@@ -598,160 +551,8 @@ impl Spaces {
     }
 }
 
-impl Space {
-    /// Compares all of it. Nothing that stayed the same is touched (B-2).
-    fn compare_whole<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
-        let Scratch { found, changes, .. } = scratch;
-        changes.clear();
-        found.entries_left = shared.config.bounds.table_entries;
-        let walked = walk_range(&shared.memory, &shared.config, &self.key, EVERYWHERE, Merge::Aligned, found);
-        shared.counters.leaves_walked.add(found.leaves);
-        if walked.is_err() {
-            return self.block(shared, scratch);
-        }
-        self.blocked = false;
-        if found.runs.is_empty() && !self.shadow.is_empty() {
-            self.shadow.clear();
-            changes.unmaps.push(EVERYWHERE);
-        } else {
-            self.shadow.sync(EVERYWHERE, &found.runs, changes);
-        }
-        self.give(shared, scratch);
-    }
-
-    /// Compares the ranges of `scratch`, each of one page-selective invalidation.
-    fn compare_ranges<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch, turn: u64) {
-        if self.blocked {
-            return;
-        }
-        scratch.changes.clear();
-        // One budget for all ranges of a turn: a queue full of overlapping ranges is no way around it.
-        let budget = shared.config.bounds.table_entries;
-        let visited = if self.ranges_in.0 == turn { self.ranges_in.1 } else { 0 };
-        scratch.found.entries_left = budget.saturating_sub(visited);
-        for index in 0..scratch.ranges.len() {
-            let range = scratch.ranges[index];
-            let found = &mut scratch.found;
-            let mut walked = self.walk(shared, range, found);
-            if walked.is_ok()
-                && let Some(wider) = self.gone_beyond(shared, found, &mut scratch.beside)
-            {
-                // If it has more runs than there may be, the range alone has to do.
-                walked = self.walk(shared, wider, found).or_else(|Exhausted| self.walk(shared, range, found));
-            }
-            if let Err(Exhausted) = walked {
-                if visited == 0 {
-                    return self.block(shared, scratch);
-                }
-                // A full queue is legal: one look at everything stands for the ranges that are left.
-                self.give(shared, scratch);
-                self.whole_in = turn;
-                return self.compare_whole(shared, scratch);
-            }
-            let spoken_of = (found.first, found.last);
-            if !self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes) {
-                // The guest changed its mind within one drain: what was found before is given first.
-                self.give(shared, scratch);
-                self.shadow.sync(spoken_of, &scratch.found.runs, &mut scratch.changes);
-            }
-            // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice, because
-            // what takes the place of all that was there may come before it in the order of addresses.
-            if self.shadow.len() / 2 > shared.config.bounds.shadow_entries {
-                return self.block(shared, scratch);
-            }
-        }
-        self.ranges_in = (turn, budget - scratch.found.entries_left);
-        self.give(shared, scratch);
-    }
-
-    fn walk<M: GuestMemoryBackend>(
-        &self,
-        shared: &Shared<M>,
-        range: (u64, u64),
-        found: &mut Found,
-    ) -> Result<(), Exhausted> {
-        let walked = walk_range(&shared.memory, &shared.config, &self.key, range, Merge::Range, found);
-        shared.counters.leaves_walked.add(found.leaves);
-        walked
-    }
-
-    /// The range that `found` speaks of with the whole of the extents at its edges, if these are not only gone from it but beyond it, too.
-    ///
-    /// A guest that takes away several mappings clears them all, and then invalidates them one by one, each in a range that is rounded up
-    /// to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped again without need, for
-    /// as long as its own invalidation takes (B-8). Only one page beside the range is looked at, and if that is live, no more.
-    fn gone_beyond<M: GuestMemoryBackend>(
-        &self,
-        shared: &Shared<M>,
-        found: &Found,
-        beside: &mut Found,
-    ) -> Option<(u64, u64)> {
-        let (first, last) = (found.first, found.last);
-        let (from, to) = self.shadow.with_edges(first, last);
-        let mut is_gone = |at: u64| {
-            // No more than the entries on the way to one leaf.
-            beside.entries_left = u64::from(levels(self.key.width));
-            self.walk(shared, (at, at), beside).is_ok() && beside.runs.is_empty()
-        };
-        let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
-        let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
-        let left = from < first && !first_is_here && is_gone(first - 1);
-        let right = to > last && !last_is_here && is_gone(last + 1);
-        let (from, to) = (if left { from } else { first }, if right { to } else { last });
-        // More than its leaves and the tables above them: a walk that is cut short would block the space.
-        let most_entries = ((to - from) >> 11) + 64;
-        ((left || right) && most_entries <= found.entries_left).then_some((from, to))
-    }
-
-    /// Gives the batch to the listener, if the space has members.
-    fn give<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
-        if self.shadow.len() > shared.config.bounds.shadow_entries {
-            return self.block(shared, scratch);
-        }
-        if !scratch.changes.is_empty() && !self.members.is_empty() {
-            scratch.ops.clear();
-            scratch.changes.to_ops(&mut scratch.ops);
-            self.apply(shared, scratch);
-        }
-        scratch.changes.clear();
-    }
-
-    fn apply<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
-        let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap { .. })).count() as u64;
-        shared.counters.unmap_ops.add(unmaps);
-        shared.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
-        let applied = shared.listener.apply(&SpaceKey::Paged(self.key), &scratch.ops);
-        for refusal in &applied.refused {
-            self.shadow.remove(refusal.first.0, refusal.last.0);
-        }
-        scratch.refused.extend(applied.refused);
-    }
-
-    /// A bound is exhausted: nothing of the space stays mapped (rule 5).
-    fn block<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, scratch: &mut Scratch) {
-        let level = bound_exhausted(shared);
-        if !self.blocked {
-            log::log!(
-                level,
-                "unit {}: domain {} has more mappings or tables than the bounds allow; it is blocked until the guest \
-                 invalidates all of it",
-                shared.config.id.0,
-                self.key.domain.0
-            );
-        }
-        self.blocked = true;
-        self.shadow.clear();
-        scratch.changes.clear();
-        if !self.members.is_empty() {
-            scratch.ops.clear();
-            scratch.ops.push(MapOp::Unmap { first: Iova(0), last: Iova(u64::MAX) });
-            self.apply(shared, scratch);
-        }
-    }
-}
-
 /// Counts a bound that was exhausted. The first one is a warning; a guest must not be able to fill the log.
-fn bound_exhausted<M>(shared: &Shared<M>) -> log::Level {
+pub(crate) fn bound_exhausted<M>(shared: &Shared<M>) -> log::Level {
     let first = shared.counters.bounds_exhausted.get() == 0;
     shared.counters.bounds_exhausted.add(1);
     if first { log::Level::Warn } else { log::Level::Debug }

@@ -86,10 +86,37 @@ fn rule5_many_overlapping_ranges_share_one_budget() {
     let ranges: Vec<_> = (0..100).map(|page| iotlb_pages(1, 0x20_0000 + (page << 12), 9)).collect();
     assert!(rig.submit(&ranges), "the same range a hundred times is one range");
     assert_eq!(rig.unit.stats().bounds_exhausted, 0);
+    let walked = rig.unit.stats().leaves_walked;
     let ranges: Vec<_> = (9..19).map(|mask| iotlb_pages(1, 0x20_0000, mask)).collect();
+    assert!(rig.submit(&ranges), "ten ranges with the same table in them are more than the budget");
+    assert_eq!((rig.listener.reach(NVME).len(), rig.unit.stats().bounds_exhausted), (1, 0));
+    // The last look is at everything.
+    let walked = rig.unit.stats().leaves_walked - walked;
+    assert!(walked <= 4096 + 512, "{walked} leaves walked");
+}
+
+#[test]
+fn rule5_a_range_that_is_more_than_the_budget_blocks_the_space_without_another_look() {
+    let (mut rig, root) = bounded(Bounds { table_entries: 2048, ..Bounds::default() });
+    (0..4).for_each(|table| rig.pages(root, table * 0x20_0000, 0x80_0000, 512));
+    assert!(rig.submit(&[iotlb_pages(1, 0, 18), iotlb_pages(1, 0, 0)]));
+    assert_eq!((rig.listener.reach(NVME), rig.unit.stats().bounds_exhausted), (vec![], 1));
+    let walked = rig.unit.stats().leaves_walked;
+    assert!(walked <= 2048, "{walked} leaves walked");
+}
+
+#[test]
+fn rule5_a_full_queue_of_ranges_in_one_batch_is_served_with_one_look_at_everything() {
+    let (mut rig, root) = bounded(Bounds { table_entries: 1 << 14, ..Bounds::default() });
+    (0..8).for_each(|table| rig.pages(root, table * 0x20_0000, 0x80_0000, 8));
+    // 8 MiB to 1 GiB around the same tables, in two forms each: more than the budget without a wait between them.
+    let ranges: Vec<_> = (11..19).flat_map(|mask| [iotlb_pages(1, 0, mask), iotlb_pages(1, 0x80_0000, mask)]).collect();
     assert!(rig.submit(&ranges));
-    assert_eq!(rig.unit.stats().bounds_exhausted, 1);
-    assert_eq!(rig.listener.reach(NVME), []);
+    assert_eq!((rig.listener.reach(NVME).len(), rig.unit.stats().bounds_exhausted), (8, 0));
+    // What the look at everything found is followed as before.
+    rig.clear(root, 0x20_0000, 8);
+    assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 3)]));
+    assert_eq!(rig.listener.reach(NVME).len(), 7);
 }
 
 #[test]

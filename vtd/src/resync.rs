@@ -1,0 +1,322 @@
+//! One space that has members: its shadow, and how it is compared with the guest's tables.
+//!
+//! A space is open or blocked. Only an open one has a shadow, and a comparison takes the shadow out of the space: it is put
+//! back when the comparison ends within the bounds, and else the space stays without one, so that nothing can be added to a
+//! space that is blocked. A blocked space holds nothing, and is opened again only by a whole comparison (rule 5).
+
+use std::collections::BTreeSet;
+
+use vm_memory::GuestMemoryBackend;
+
+use crate::ids::{Iova, Requester};
+use crate::shadow::{Changes, Shadow};
+use crate::space::{MapOp, PagedSpace, Refusal, SpaceKey};
+use crate::spaces::bound_exhausted;
+use crate::spec::second_stage::levels;
+use crate::unit::Shared;
+use crate::walk::{Exhausted, Found, Merge, walk_range};
+
+const EVERYWHERE: (u64, u64) = (0, u64::MAX);
+
+/// Storage that is used again and again.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    found: Found,
+    /// Of a look at what is beside a range.
+    beside: Found,
+    changes: Changes,
+    ops: Vec<MapOp>,
+    /// The ranges that are to be compared, each of one page-selective invalidation.
+    pub(crate) ranges: Vec<(u64, u64)>,
+    /// What the listener refused.
+    pub(crate) refused: Vec<Refusal>,
+}
+
+impl Scratch {
+    /// Gives back what an exceptionally large re-sync took.
+    pub(crate) fn shrink(&mut self) {
+        const KEPT: usize = 1 << 14;
+        self.found.runs.shrink_to(KEPT);
+        self.changes.unmaps.shrink_to(KEPT);
+        self.changes.maps.shrink_to(KEPT);
+        self.ops.shrink_to(KEPT);
+        self.ranges.shrink_to(KEPT);
+        self.refused.shrink_to(KEPT);
+    }
+}
+
+enum State {
+    /// Follows the guest's tables.
+    Open(Shadow),
+    /// A bound was exhausted: nothing is mapped until a whole comparison succeeds.
+    Blocked,
+}
+
+/// A space that has members.
+pub(crate) struct Space {
+    pub(crate) key: PagedSpace,
+    pub(crate) members: BTreeSet<Requester>,
+    state: State,
+    /// The turn in which it was compared whole last.
+    pub(crate) whole_in: u64,
+    /// The turn in which ranges were compared last, and the table entries that this visited.
+    ranges_in: (u64, u64),
+}
+
+impl Space {
+    /// A space that was not compared yet, without members.
+    pub(crate) fn new(key: PagedSpace) -> Self {
+        let state = State::Open(Shadow::default());
+        Self { key, members: BTreeSet::new(), state, whole_in: 0, ranges_in: (0, 0) }
+    }
+
+    /// What the listener was told, unless a bound has blocked the space.
+    pub(crate) fn shadow(&self) -> Option<&Shadow> {
+        match &self.state {
+            State::Open(shadow) => Some(shadow),
+            State::Blocked => None,
+        }
+    }
+
+    /// The listener does not have these.
+    pub(crate) fn lose(&mut self, refused: &[Refusal]) {
+        if let State::Open(shadow) = &mut self.state {
+            refused.iter().for_each(|refusal| shadow.remove(refusal.first.0, refusal.last.0));
+        }
+    }
+
+    /// A shadow that says something else than its listener was told: what an audit is there to find.
+    #[cfg(test)]
+    pub(crate) fn falsify(&mut self, first: u64, last: u64) {
+        if let State::Open(shadow) = &mut self.state {
+            shadow.remove(first, last);
+        }
+    }
+
+    /// Compares all of it. Nothing that stayed the same is touched (B-2).
+    pub(crate) fn compare_whole<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        scratch: &mut Scratch,
+        turn: u64,
+    ) {
+        self.whole_in = turn;
+        let (mut shadow, was_open) = match std::mem::replace(&mut self.state, State::Blocked) {
+            State::Open(shadow) => (shadow, true),
+            State::Blocked => (Shadow::default(), false),
+        };
+        match self.comparison(shared, scratch, &mut shadow).whole() {
+            Ok(()) => self.state = State::Open(shadow),
+            Err(Exhausted) => self.block(shared, scratch, was_open),
+        }
+    }
+
+    /// Compares the ranges of `scratch`.
+    pub(crate) fn compare_ranges<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        scratch: &mut Scratch,
+        turn: u64,
+    ) {
+        let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
+        // One budget for all ranges of a turn: a queue full of overlapping ranges is no way around it.
+        let budget = shared.config.bounds.table_entries;
+        let visited = if self.ranges_in.0 == turn { self.ranges_in.1 } else { 0 };
+        scratch.changes.clear();
+        scratch.found.entries_left = budget.saturating_sub(visited);
+        let mut comparison = self.comparison(shared, scratch, &mut shadow);
+        let (mut compared, mut is_whole) = (comparison.ranges(), false);
+        if let Ok(Ranges::Unaffordable) = compared {
+            // A full queue is legal: one look at everything stands for the ranges that are left.
+            is_whole = true;
+            compared = comparison.whole().map(|()| Ranges::Compared);
+        }
+        if is_whole {
+            self.whole_in = turn;
+        }
+        self.ranges_in = (turn, budget - scratch.found.entries_left);
+        match compared {
+            Ok(_) => self.state = State::Open(shadow),
+            Err(Exhausted) => self.block(shared, scratch, true),
+        }
+    }
+
+    fn comparison<'a, M>(
+        &self,
+        shared: &'a Shared<M>,
+        scratch: &'a mut Scratch,
+        shadow: &'a mut Shadow,
+    ) -> Comparison<'a, M> {
+        Comparison { shared, key: self.key, told: !self.members.is_empty(), shadow, scratch }
+    }
+
+    /// A bound is exhausted, and the space has no shadow any more: nothing of it stays mapped (rule 5).
+    fn block<M>(&self, shared: &Shared<M>, scratch: &mut Scratch, was_open: bool) {
+        let level = bound_exhausted(shared);
+        if was_open {
+            log::log!(
+                level,
+                "unit {}: domain {} has more mappings or tables than the bounds allow; it is blocked until the guest \
+                 invalidates all of it",
+                shared.config.id.0,
+                self.key.domain.0
+            );
+        }
+        scratch.changes.clear();
+        if !self.members.is_empty() {
+            scratch.ops.clear();
+            scratch.ops.push(MapOp::Unmap { first: Iova(0), last: Iova(u64::MAX) });
+            apply(shared, self.key, scratch);
+        }
+    }
+}
+
+/// What became of a batch of ranges.
+enum Ranges {
+    Compared,
+    /// They visit more table entries than one drain may; those before were compared, and the listener has what they changed.
+    Unaffordable,
+}
+
+/// An open space, while it is compared with the guest's tables. An error ends it: the shadow is not to be used any more.
+struct Comparison<'a, M> {
+    shared: &'a Shared<M>,
+    key: PagedSpace,
+    /// The space has members, so there is somebody who is told.
+    told: bool,
+    shadow: &'a mut Shadow,
+    scratch: &'a mut Scratch,
+}
+
+impl<M: GuestMemoryBackend> Comparison<'_, M> {
+    fn whole(&mut self) -> Result<(), Exhausted> {
+        let Scratch { found, changes, .. } = &mut *self.scratch;
+        changes.clear();
+        found.entries_left = self.shared.config.bounds.table_entries;
+        walk(self.shared, &self.key, EVERYWHERE, Merge::Aligned, found)?;
+        if found.runs.is_empty() && !self.shadow.is_empty() {
+            self.shadow.clear();
+            changes.unmaps.push(EVERYWHERE);
+        } else {
+            self.shadow.sync(EVERYWHERE, &found.runs, changes);
+        }
+        self.finish()
+    }
+
+    fn ranges(&mut self) -> Result<Ranges, Exhausted> {
+        for index in 0..self.scratch.ranges.len() {
+            if let Ranges::Unaffordable = self.range(self.scratch.ranges[index])? {
+                self.give();
+                return Ok(Ranges::Unaffordable);
+            }
+        }
+        self.finish()?;
+        Ok(Ranges::Compared)
+    }
+
+    fn range(&mut self, range: (u64, u64)) -> Result<Ranges, Exhausted> {
+        let Scratch { found, beside, .. } = &mut *self.scratch;
+        let whole_budget = found.entries_left == self.shared.config.bounds.table_entries;
+        let mut walked = walk(self.shared, &self.key, range, Merge::Range, found);
+        if walked.is_err() && whole_budget {
+            // A look at everything would be no shorter.
+            return Err(Exhausted);
+        }
+        if walked.is_ok()
+            && let Some(wider) = gone_beyond(self.shared, &self.key, self.shadow, found, beside)
+        {
+            // If it has more runs than there may be, the range alone has to do.
+            let mut walk = |range| walk(self.shared, &self.key, range, Merge::Range, found);
+            walked = walk(wider).or_else(|Exhausted| walk(range));
+        }
+        if walked.is_err() {
+            return Ok(Ranges::Unaffordable);
+        }
+        let spoken_of = (found.first, found.last);
+        if !self.shadow.sync(spoken_of, &self.scratch.found.runs, &mut self.scratch.changes) {
+            // The guest changed its mind within one drain: what was found before is given first.
+            self.give();
+            self.shadow.sync(spoken_of, &self.scratch.found.runs, &mut self.scratch.changes);
+        }
+        // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice, because
+        // what takes the place of all that was there may come before it in the order of addresses.
+        if self.shadow.len() / 2 > self.shared.config.bounds.shadow_entries {
+            return Err(Exhausted);
+        }
+        Ok(Ranges::Compared)
+    }
+
+    /// Gives the last batch, if there is room for what it leaves.
+    fn finish(&mut self) -> Result<(), Exhausted> {
+        if self.shadow.len() > self.shared.config.bounds.shadow_entries {
+            return Err(Exhausted);
+        }
+        self.give();
+        Ok(())
+    }
+
+    /// Gives the batch to the listener, if the space has members.
+    fn give(&mut self) {
+        if !self.scratch.changes.is_empty() && self.told {
+            self.scratch.ops.clear();
+            self.scratch.changes.to_ops(&mut self.scratch.ops);
+            let lost = self.scratch.refused.len();
+            apply(self.shared, self.key, self.scratch);
+            for refusal in &self.scratch.refused[lost..] {
+                self.shadow.remove(refusal.first.0, refusal.last.0);
+            }
+        }
+        self.scratch.changes.clear();
+    }
+}
+
+/// Gives `scratch.ops` to the listener; what it refuses is added to `scratch.refused`.
+fn apply<M>(shared: &Shared<M>, space: PagedSpace, scratch: &mut Scratch) {
+    let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap { .. })).count() as u64;
+    shared.counters.unmap_ops.add(unmaps);
+    shared.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
+    let applied = shared.listener.apply(&SpaceKey::Paged(space), &scratch.ops);
+    scratch.refused.extend(applied.refused);
+}
+
+fn walk<M: GuestMemoryBackend>(
+    shared: &Shared<M>,
+    space: &PagedSpace,
+    range: (u64, u64),
+    merge: Merge,
+    found: &mut Found,
+) -> Result<(), Exhausted> {
+    let walked = walk_range(&shared.memory, &shared.config, space, range, merge, found);
+    shared.counters.leaves_walked.add(found.leaves);
+    walked
+}
+
+/// The range that `found` speaks of with the whole of the extents at its edges, if these are not only gone from it but beyond it,
+/// too.
+///
+/// A guest that takes away several mappings clears them all, and then invalidates them one by one, each in a range that is rounded
+/// up to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped again without need,
+/// for as long as its own invalidation takes (B-8). Only one page beside the range is looked at, and if that is live, no more.
+fn gone_beyond<M: GuestMemoryBackend>(
+    shared: &Shared<M>,
+    space: &PagedSpace,
+    shadow: &Shadow,
+    found: &Found,
+    beside: &mut Found,
+) -> Option<(u64, u64)> {
+    let (first, last) = (found.first, found.last);
+    let (from, to) = shadow.with_edges(first, last);
+    let mut is_gone = |at: u64| {
+        // No more than the entries on the way to one leaf.
+        beside.entries_left = u64::from(levels(space.width));
+        walk(shared, space, (at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
+    };
+    let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
+    let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
+    let left = from < first && !first_is_here && is_gone(first - 1);
+    let right = to > last && !last_is_here && is_gone(last + 1);
+    let (from, to) = (if left { from } else { first }, if right { to } else { last });
+    // More than its leaves and the tables above them: a walk that is cut short would block the space.
+    let most_entries = ((to - from) >> 11) + 64;
+    ((left || right) && most_entries <= found.entries_left).then_some((from, to))
+}
