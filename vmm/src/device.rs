@@ -207,6 +207,10 @@ impl Served for ServedEdu {
         self.set_irqs(kind, 0, vec![None]);
     }
 
+    fn mask_intx(&self) {
+        self.lines.state().masked = true;
+    }
+
     fn unmask_intx(&self) {
         self.lines.state().unmask_line();
     }
@@ -261,7 +265,7 @@ struct LineState {
     /// That of the legacy line.
     line: Option<File>,
     high: bool,
-    /// It fired, and the client did not unmask it since.
+    /// It fired, or the client masked it, and the client did not unmask it since.
     masked: bool,
 }
 

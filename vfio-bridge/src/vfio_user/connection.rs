@@ -17,7 +17,7 @@ use zerocopy::IntoBytes;
 use super::granted::{Granted, Missing, Requests};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
-    Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, TwinSocket, VERSION, command,
+    Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, MAX_DMA_MAPS, TwinSocket, VERSION, command,
     parse_version, version_payload,
 };
 use crate::limits::INTERRUPT_WINDOW;
@@ -127,11 +127,12 @@ impl Connection {
         let wanted = Capabilities {
             max_msg_fds: MAX_FDS as u32,
             max_data_xfer_size: MAX_DATA as u64,
+            max_dma_maps: MAX_DMA_MAPS,
             twin_socket: Some(TwinSocket { supported: true, fd_index: None }),
             ..Capabilities::default()
         };
         let header = Header { command: command::VERSION, ..Header::default() };
-        send(&stream, header, &[&version_payload(&wanted)], &[])?;
+        send(&stream, header, &[&version_payload(VERSION, &wanted)], &[])?;
         let reply = receive(&stream).map_err(|e| match e.kind() {
             io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
             _ => e,
@@ -144,6 +145,9 @@ impl Connection {
             parse_version(&reply.payload).ok_or(ConnectError::Protocol("its version cannot be read"))?;
         if version.major != VERSION.major {
             return Err(ConnectError::Version { major: version.major });
+        }
+        if version.minor > VERSION.minor {
+            return Err(ConnectError::Protocol("it answers with a higher version than was proposed"));
         }
         if capabilities.pgsizes & 4096 == 0 {
             return Err(ConnectError::Protocol("it does not take mappings of 4 KiB"));

@@ -15,9 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use log::{debug, warn};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD,
-    VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_IRQ_INFO_MASKABLE, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_NUM_REGIONS,
+    VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
 use vtd::{Iova, Perm};
 use zerocopy::IntoBytes;
@@ -25,14 +25,12 @@ use zerocopy::IntoBytes;
 use super::granted::{Grant, Granted, Missing};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
-    Capabilities, DMA_MAP_READ, DMA_MAP_WRITE, DeviceInfo, DmaAccess, DmaMap, DmaUnmap, FLAG_ERROR, FLAG_NO_REPLY,
-    Header, IrqInfo, IrqSet, RegionAccess, RegionInfo, TwinSocket, VERSION, command, parse_version, version_payload,
+    Capabilities, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DeviceInfo, DmaAccess, DmaMap, DmaUnmap, FLAG_ERROR,
+    FLAG_NO_REPLY, Header, IrqInfo, IrqSet, MAX_DMA_MAPS, RegionAccess, RegionInfo, TwinSocket, VERSION, Version,
+    command, parse_version, version_payload,
 };
 use crate::function::{IrqKind, RegionKind};
 use crate::host::PAGE_SIZE;
-
-/// Mappings that a client may make: as many as a guest can ask for without being unreasonable.
-const MAX_DMA_MAPS: u64 = 1 << 20;
 
 /// A function that this process emulates. Called from the thread that serves it.
 pub trait Served {
@@ -48,6 +46,8 @@ pub trait Served {
     fn set_irqs(&self, kind: IrqKind, start: u32, triggers: Vec<Option<File>>);
     /// Disables `kind`.
     fn disable_irqs(&self, kind: IrqKind);
+    /// The legacy line is not raised until it is unmasked.
+    fn mask_intx(&self);
     /// The legacy line may be raised again.
     fn unmask_intx(&self);
     /// Back to the state after power-on. When it returns, no DMA of before is under way.
@@ -77,7 +77,14 @@ pub struct ClientMemory {
     /// Files that came, by device and inode: a client sends the same one with each of its mappings.
     files: Mutex<BTreeMap<(u64, u64), Weak<File>>>,
     /// For requests; one is under way at a time.
-    twin: Mutex<Option<UnixStream>>,
+    twin: Mutex<Option<Twin>>,
+}
+
+/// The second socket.
+struct Twin {
+    stream: UnixStream,
+    /// Bytes of data that the client takes with one message.
+    transfer: u64,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -93,7 +100,7 @@ impl ClientMemory {
         let mut done = 0;
         while let Err(Missing(more)) = self.granted.read(iova.0.wrapping_add(done as u64), &mut data[done..]) {
             done += more;
-            let (at, len) = in_page(iova, done, data.len())?;
+            let (at, len) = self.in_message(iova, done, data.len())?;
             let reply = self.ask(command::DMA_READ, at, len, &[]).ok_or(DmaRefused(Iova(at)))?;
             let (_, found) = reply.parse::<DmaAccess>().map_err(|_| DmaRefused(Iova(at)))?;
             data[done..done + len].copy_from_slice(found.get(..len).ok_or(DmaRefused(Iova(at)))?);
@@ -110,24 +117,33 @@ impl ClientMemory {
         let mut done = 0;
         while let Err(Missing(more)) = self.granted.write(iova.0.wrapping_add(done as u64), &data[done..]) {
             done += more;
-            let (at, len) = in_page(iova, done, data.len())?;
+            let (at, len) = self.in_message(iova, done, data.len())?;
             self.ask(command::DMA_WRITE, at, len, &data[done..done + len]).ok_or(DmaRefused(Iova(at)))?;
             done += len;
         }
         Ok(())
     }
 
+    /// What is asked for in one message from `done` bytes behind `iova` on: its address and length. It ends at the end of a page, and is no
+    /// longer than what the client takes.
+    fn in_message(&self, iova: Iova, done: usize, len: usize) -> Result<(u64, usize), DmaRefused> {
+        let at = iova.0.checked_add(done as u64).ok_or(DmaRefused(iova))?;
+        let transfer = locked(&self.twin).as_ref().map_or(PAGE_SIZE, |twin| twin.transfer.max(1));
+        Ok((at, (len - done).min((PAGE_SIZE - at % PAGE_SIZE).min(transfer) as usize)))
+    }
+
     /// Asks the client to do it.
     fn ask(&self, command: u16, address: u64, len: usize, data: &[u8]) -> Option<Message> {
         let twin = locked(&self.twin);
-        let stream = twin.as_ref()?;
+        let stream = &twin.as_ref()?.stream;
         let access = DmaAccess { address, count: len as u64 };
         let header = Header { command, ..Header::default() };
         send(stream, header, &[access.as_bytes(), data], &[]).ok()?;
         receive(stream).ok().flatten().filter(|reply| reply.header.flags & FLAG_ERROR == 0)
     }
 
-    fn map(&self, message: &mut Message) -> Result<(), i32> {
+    /// Grants what `message` names, if no more than `most` mappings are there then.
+    fn map(&self, message: &mut Message, most: u64) -> Result<(), i32> {
         let (map, _) = message.parse::<DmaMap>().map_err(|_| libc::EINVAL)?;
         let perm = match (map.flags & DMA_MAP_READ != 0, map.flags & DMA_MAP_WRITE != 0) {
             (true, true) => Perm::ReadWrite,
@@ -140,7 +156,7 @@ impl ClientMemory {
         if message.fds.len() > 1 {
             return Err(libc::EINVAL);
         }
-        if self.granted.len() >= MAX_DMA_MAPS {
+        if self.granted.len() >= most {
             return Err(libc::ENOSPC);
         }
         let file = message.fds.pop().map(|fd| self.file(fd)).transpose().map_err(|_| libc::EINVAL)?;
@@ -162,14 +178,18 @@ impl ClientMemory {
         Ok(file)
     }
 
+    /// Takes back whole mappings, as VFIO does: the range may have holes, and nothing at all. The reply says how many bytes were mapped there.
     fn unmap(&self, message: &Message) -> Result<Vec<u8>, i32> {
         let (unmap, _) = message.parse::<DmaUnmap>().map_err(|_| libc::EINVAL)?;
-        let last = unmap.size.checked_sub(1).and_then(|n| unmap.address.checked_add(n)).ok_or(libc::EINVAL)?;
-        match self.granted.remove(unmap.address, last) {
-            Some(gone) if !gone.is_empty() => Ok(unmap.as_bytes().to_vec()),
-            Some(_) => Err(libc::ENOENT),
-            None => Err(libc::EINVAL),
-        }
+        let last = match (unmap.flags, unmap.address, unmap.size) {
+            (0, first, size) => size.checked_sub(1).and_then(|n| first.checked_add(n)),
+            (DMA_UNMAP_ALL, 0, 0) => Some(u64::MAX),
+            // Whoever wants to know what was written is not told that nothing was.
+            _ => None,
+        };
+        let gone = self.granted.remove(unmap.address, last.ok_or(libc::EINVAL)?).ok_or(libc::EINVAL)?;
+        let size = gone.iter().map(|mapping| mapping.end - mapping.start).sum();
+        Ok(DmaUnmap { size, ..unmap }.as_bytes().to_vec())
     }
 
     /// The client is gone.
@@ -180,16 +200,10 @@ impl ClientMemory {
     }
 }
 
-/// What is asked for in one message from `done` bytes behind `iova` on: its address and length, which end at the end of a page.
-fn in_page(iova: Iova, done: usize, len: usize) -> Result<(u64, usize), DmaRefused> {
-    let at = iova.0.checked_add(done as u64).ok_or(DmaRefused(iova))?;
-    Ok((at, (len - done).min((PAGE_SIZE - at % PAGE_SIZE) as usize)))
-}
-
 /// Serves `function` to the client at the other end of `stream`, until it closes the connection. `memory` is what the function's DMA goes
 /// by; afterwards it is empty, and the function signals nobody.
 pub fn serve(stream: &UnixStream, function: &dyn Served, memory: &ClientMemory) -> Result<(), ServeError> {
-    let result = Session { stream, function, memory }.run();
+    let result = Session { stream, function, memory, mappings: 0 }.run();
     memory.clear();
     IrqKind::ALL.into_iter().for_each(|kind| function.disable_irqs(kind));
     result
@@ -199,10 +213,12 @@ struct Session<'a> {
     stream: &'a UnixStream,
     function: &'a dyn Served,
     memory: &'a ClientMemory,
+    /// How many mappings the client may make.
+    mappings: u64,
 }
 
 impl Session<'_> {
-    fn run(&self) -> Result<(), ServeError> {
+    fn run(mut self) -> Result<(), ServeError> {
         let Some(first) = receive(self.stream)? else { return Ok(()) };
         self.agree(&first)?;
         while let Some(mut message) = receive(self.stream)? {
@@ -226,27 +242,30 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn agree(&self, first: &Message) -> Result<(), ServeError> {
+    /// Answers what the client proposes: the smaller minor version of both, and what this side can as far as the client can it too.
+    fn agree(&mut self, first: &Message) -> Result<(), ServeError> {
         let proposed = (first.header.command == command::VERSION).then(|| parse_version(&first.payload)).flatten();
-        let Some((_, wanted)) = proposed.filter(|(version, _)| version.major == VERSION.major) else {
+        let Some((version, wanted)) = proposed.filter(|(version, _)| version.major == VERSION.major) else {
             send(self.stream, reply_to(&first.header, Some(libc::EINVAL)), &[], &[])?;
             return Err(ServeError::Version);
         };
         let mut capabilities = Capabilities {
             max_msg_fds: MAX_FDS as u32,
             max_data_xfer_size: MAX_DATA as u64,
-            max_dma_maps: MAX_DMA_MAPS,
+            max_dma_maps: wanted.max_dma_maps.min(MAX_DMA_MAPS),
             ..Capabilities::default()
         };
+        self.mappings = capabilities.max_dma_maps;
+        let version = Version { minor: version.minor.min(VERSION.minor), ..VERSION };
         let mut theirs = None;
         if wanted.twin_socket.is_some_and(|twin| twin.supported) {
             let (ours, other) = UnixStream::pair()?;
-            *locked(&self.memory.twin) = Some(ours);
+            *locked(&self.memory.twin) = Some(Twin { stream: ours, transfer: wanted.max_data_xfer_size });
             capabilities.twin_socket = Some(TwinSocket { supported: true, fd_index: Some(0) });
             theirs = Some(other);
         }
         let fds: Vec<_> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
-        send(self.stream, reply_to(&first.header, None), &[&version_payload(&capabilities)], &fds)?;
+        send(self.stream, reply_to(&first.header, None), &[&version_payload(version, &capabilities)], &fds)?;
         Ok(())
     }
 
@@ -254,7 +273,7 @@ impl Session<'_> {
     fn carry_out(&self, message: &mut Message) -> Result<Vec<u8>, i32> {
         let short = |_| libc::EINVAL;
         match message.header.command {
-            command::DMA_MAP => self.memory.map(message).map(|()| Vec::new()),
+            command::DMA_MAP => self.memory.map(message, self.mappings).map(|()| Vec::new()),
             command::DMA_UNMAP => self.memory.unmap(message),
             command::DEVICE_GET_INFO => {
                 let info = DeviceInfo {
@@ -328,6 +347,7 @@ impl Session<'_> {
         const TRIGGER: u32 = VFIO_IRQ_SET_ACTION_TRIGGER;
         const DISABLE: u32 = VFIO_IRQ_SET_DATA_NONE | TRIGGER;
         const EVENTS: u32 = VFIO_IRQ_SET_DATA_EVENTFD | TRIGGER;
+        const MASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK;
         const UNMASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK;
         match set.flags {
             DISABLE if set.count == 0 => self.function.disable_irqs(kind),
@@ -338,6 +358,7 @@ impl Session<'_> {
                 let triggers = message.fds.drain(..).map(|fd| Some(File::from(fd))).collect();
                 self.function.set_irqs(kind, set.start, triggers);
             }
+            MASK if kind == IrqKind::Intx && set.count == 1 => self.function.mask_intx(),
             UNMASK if kind == IrqKind::Intx && set.count == 1 => self.function.unmask_intx(),
             EVENTS => return Err(libc::EINVAL),
             _ => return Err(libc::ENOTSUP),

@@ -63,12 +63,17 @@ pub const HEADER_SIZE: usize = size_of::<Header>();
 pub struct Version {
     /// The same on both sides.
     pub major: u16,
-    /// The server's is not above the client's.
+    /// The server answers with the smaller of its own and what the client proposed.
     pub minor: u16,
 }
 
-/// The version that is spoken here.
+/// The highest version that is spoken here, and with it all smaller minor ones.
 pub const VERSION: Version = Version { major: 0, minor: 1 };
+
+/// Mappings that a server of ours holds at most, and what a client of ours proposes: as many as a guest can ask for without being
+/// unreasonable. What is agreed on is the smaller number of both sides, since clients may know of a limit of their own: QEMU's
+/// gives up a server that says more than it proposed, which is the specification's default of 65,535.
+pub const MAX_DMA_MAPS: u64 = 1 << 20;
 
 /// Readable by the device.
 pub const DMA_MAP_READ: u32 = 1;
@@ -91,17 +96,21 @@ pub struct DmaMap {
     pub size: u64,
 }
 
+/// Flag of DMA_UNMAP: everything goes; address and size are 0. It is VFIO's (`VFIO_DMA_UNMAP_FLAG_ALL`); the protocol's specification does not
+/// name it, and QEMU's client sends it when a device leaves an address space.
+pub const DMA_UNMAP_ALL: u32 = 1 << 1;
+
 /// Of DMA_UNMAP, both ways.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct DmaUnmap {
     /// Bytes of this structure.
     pub argsz: u32,
-    /// 0.
+    /// 0, or [`DMA_UNMAP_ALL`].
     pub flags: u32,
-    /// First IOVA: of one mapping, exactly.
+    /// First IOVA. The specification wants it to be that of one mapping, exactly; clients name ranges, as VFIO lets them.
     pub address: u64,
-    /// Bytes of that mapping.
+    /// Bytes of the range; in the reply those that were mapped there.
     pub size: u64,
 }
 
@@ -232,8 +241,8 @@ pub struct TwinSocket {
 }
 
 /// The payload of a VERSION message.
-pub fn version_payload(capabilities: &Capabilities) -> Vec<u8> {
-    let mut payload = VERSION.as_bytes().to_vec();
+pub fn version_payload(version: Version, capabilities: &Capabilities) -> Vec<u8> {
+    let mut payload = version.as_bytes().to_vec();
     let data = VersionData { capabilities: capabilities.clone() };
     // Numbers and switches always have a text.
     payload.extend(serde_json::to_vec(&data).unwrap_or_default());

@@ -3,5 +3,6 @@
 
 mod both_ends;
 mod misbehaving;
+mod negotiation;
 mod other_implementations;
 mod rig;

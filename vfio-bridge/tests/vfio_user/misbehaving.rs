@@ -16,11 +16,11 @@ use vtd::{Iova, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener
 
 use super::rig::{Memory, PATIENT, Rig, serving};
 
-const REPLY: u32 = 1;
-const ERROR: u32 = 1 << 5;
+pub const REPLY: u32 = 1;
+pub const ERROR: u32 = 1 << 5;
 
 /// A message, byte by byte: id, command, size, flags, error, payload.
-fn message(id: u16, command: u16, flags: u32, error: u32, payload: &[u8]) -> Vec<u8> {
+pub fn message(id: u16, command: u16, flags: u32, error: u32, payload: &[u8]) -> Vec<u8> {
     let size = 16 + payload.len() as u32;
     [
         &id.to_ne_bytes()[..],
@@ -34,7 +34,7 @@ fn message(id: u16, command: u16, flags: u32, error: u32, payload: &[u8]) -> Vec
 }
 
 /// Reads a message: id, command, payload. `None` when the client is gone.
-fn next(stream: &mut UnixStream) -> Option<(u16, u16, Vec<u8>)> {
+pub fn next(stream: &mut UnixStream) -> Option<(u16, u16, Vec<u8>)> {
     let mut header = [0; 16];
     stream.read_exact(&mut header).ok()?;
     let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
@@ -44,7 +44,7 @@ fn next(stream: &mut UnixStream) -> Option<(u16, u16, Vec<u8>)> {
     Some((half(0), half(2), payload))
 }
 
-fn words(words: &[u32]) -> Vec<u8> {
+pub fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
@@ -60,7 +60,7 @@ fn orderly(command: u16, payload: &[u8]) -> Vec<u8> {
 }
 
 /// A server that is orderly but for what `strange` does instead: bytes to send, or `None` to be orderly.
-fn server(strange: impl Fn(u16, u16, &[u8]) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
+pub fn server(strange: impl Fn(u16, u16, &[u8]) -> Option<Vec<u8>> + Send + 'static) -> UnixStream {
     let (client, mut server) = UnixStream::pair().unwrap();
     std::thread::spawn(move || {
         while let Some((id, command, payload)) = next(&mut server) {

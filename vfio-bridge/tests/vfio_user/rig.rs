@@ -52,6 +52,7 @@ pub enum Asked {
     Write(RegionKind, u64, Vec<u8>),
     Irqs(IrqKind, u32, Vec<bool>),
     Disable(IrqKind),
+    Mask,
     Unmask,
     Reset,
 }
@@ -103,6 +104,9 @@ impl Served for Device {
     }
     fn disable_irqs(&self, kind: IrqKind) {
         self.note(Asked::Disable(kind));
+    }
+    fn mask_intx(&self) {
+        self.note(Asked::Mask);
     }
     fn unmask_intx(&self) {
         self.note(Asked::Unmask);
