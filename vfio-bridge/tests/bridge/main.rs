@@ -4,6 +4,7 @@ mod audit;
 mod behaviours;
 mod property;
 mod refusals;
+mod refused_joins;
 mod steps;
 mod with_unit;
 mod world;
