@@ -58,8 +58,12 @@ impl UserFunction {
         let regions = regions.collect::<Result<_, _>>()?;
         let irqs = (0..(IrqKind::ALL.len() as u32).min(device.num_irqs)).map(|index| {
             let ask = IrqInfo { argsz: size_of::<IrqInfo>() as u32, index, ..IrqInfo::new_zeroed() };
-            let reply = connection.call(command::DEVICE_GET_IRQ_INFO, &[ask.as_bytes()], &[])?;
-            parse::<IrqInfo>(&reply).map(|(info, _)| info)
+            match connection.call(command::DEVICE_GET_IRQ_INFO, &[ask.as_bytes()], &[]) {
+                Ok(reply) => parse::<IrqInfo>(&reply).map(|(info, _)| info),
+                // A kind that the function does not have: servers answer as the kernel's VFIO does.
+                Err(CallError::Refused(_)) => Ok(IrqInfo::new_zeroed()),
+                Err(e) => Err(e.into()),
+            }
         });
         let irqs = irqs.collect::<Result<_, _>>()?;
         let resettable = device.flags & VFIO_DEVICE_FLAGS_RESET != 0;

@@ -304,6 +304,10 @@ impl Session<'_> {
                         _ => VFIO_IRQ_INFO_NORESIZE,
                     };
                 let count = self.function.irq_count(kind);
+                if count == 0 && kind == IrqKind::Error {
+                    // As the kernel's VFIO does it for functions that report no errors: QEMU's client warns of one with none.
+                    return Err(libc::EINVAL);
+                }
                 let info = IrqInfo { argsz: size_of::<IrqInfo>() as u32, flags, index: ask.index, count };
                 Ok(info.as_bytes().to_vec())
             }
