@@ -205,6 +205,7 @@ fn nested(args: &BenchArgs) -> Result<Nested> {
         out: Some(&out),
         limit: Limit::Scaled(Duration::from_secs(200 + 60 * u64::from(args.rounds))),
         interactive: false,
+        input: None,
     };
     let result = nested::run(&cache, &images, &job, Box::new(Tee(Arc::clone(&kept))))?;
     if result.end != End::Exit(0) {

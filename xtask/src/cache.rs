@@ -42,7 +42,23 @@ impl Cache {
             }
             Err(TryLockError::Error(error)) => return Err(error).context("cannot lock the cache"),
         }
+        // A run that was killed left its folders.
+        let left = folder.join("run");
+        if left.exists() {
+            std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
+        }
         Ok(Self { folder, _lock: lock })
+    }
+
+    /// Removes the logs of earlier runs whose names begin with `start`.
+    pub fn forget_logs(&self, start: &str) -> Result<()> {
+        for entry in std::fs::read_dir(self.path("logs"))? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(start) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -91,6 +91,7 @@ fn nested(cache: &Cache, images: &Images, programs: &[Program], options: &str) -
         out: Some(&out),
         limit: Limit::Scaled(Duration::from_secs(180)),
         interactive: false,
+        input: None,
     };
     progress("booting a host with KVM and VFIO, and in it a guest");
     let report = nested::run(cache, images, &job, Box::new(std::io::stderr()))?;

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 /// TCG of older ones aborts in nested guests, and their vIOMMU is 39 bits wide.
 const OLDEST_QEMU: u32 = 10;
@@ -108,13 +109,13 @@ pub struct Images {
     /// Stands for the content of all of these.
     pub recipe: String,
     /// What an L1 on the own kernel has besides, where that kernel is wanted.
-    pub own: Option<OwnImages>,
+    pub own: OnceLock<OwnImages>,
 }
 
 impl Images {
     /// The own kernel, which whoever wants it has put here.
     pub fn own(&self) -> Result<&OwnImages> {
-        self.own.as_ref().context("the own kernel was not made ready")
+        self.own.get().context("the own kernel was not made ready")
     }
 }
 
@@ -254,7 +255,7 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
         kernel_package: kernel_package.context("no kernel among the unpacked packages")?.to_owned(),
         disk_sha256,
         recipe,
-        own: None,
+        own: OnceLock::new(),
     };
     if !cache.is_fresh("images", &images.recipe) {
         progress("making L1's images");

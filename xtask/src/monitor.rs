@@ -30,20 +30,25 @@ pub struct Monitor {
     next_watch: Instant,
     /// The interrupts that wait, as it was told last, and how many looks in a row found them.
     waiting: (String, u32),
+    /// The run's, for what is said.
+    name: String,
+    /// One is told once: a machine with too much to do looks the same.
+    said: bool,
 }
 
 impl Monitor {
-    fn new(stream: UnixStream) -> Self {
-        Self { stream, greeted: false, next_watch: Instant::now(), waiting: Default::default() }
+    fn new(stream: UnixStream, name: &str) -> Self {
+        let (waiting, name) = (Default::default(), name.to_owned());
+        Self { stream, greeted: false, next_watch: Instant::now(), waiting, name, said: false }
     }
 
-    pub fn attach(command: &mut Command) -> std::io::Result<Self> {
+    pub fn attach(command: &mut Command, name: &str) -> std::io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_LIMIT))?;
         ours.set_write_timeout(Some(ANSWER_LIMIT))?;
         command.stdin(OwnedFd::from(theirs));
         command.args(["-chardev", "socket,id=monitor,fd=0", "-mon", "chardev=monitor,mode=readline"]);
-        Ok(Self::new(ours))
+        Ok(Self::new(ours, name))
     }
 
     /// To be called again and again. QEMU 10.0's SVM clears bits of the processor's interrupt requests without a lock, at each entry to
@@ -58,10 +63,12 @@ impl Monitor {
         }
         self.next_watch = Instant::now() + BETWEEN_WATCHES;
         if self.is_asleep()? {
-            progress(format_args!(
-                "L1's processor has not taken interrupt {} for {WATCHES} s; it is woken (docs/nested-bench.md)",
-                self.waiting.0
-            ));
+            if !std::mem::replace(&mut self.said, true) {
+                progress(format_args!(
+                    "{}: L1's processor has not taken interrupt {} for {WATCHES} s; it is woken, and each time (docs/nested-bench.md)",
+                    self.name, self.waiting.0
+                ));
+            }
             self.waiting = Default::default();
             self.ask(WAKE)?;
         }
@@ -161,7 +168,7 @@ mod tests {
             }
             let _ = theirs.read(&mut [0]);
         });
-        (Monitor::new(ours), asked)
+        (Monitor::new(ours, "test"), asked)
     }
 
     fn registers(count: usize) -> Vec<String> {

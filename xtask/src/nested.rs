@@ -10,9 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// L1 has to be up by then; it takes 3 s on an idle machine.
@@ -102,7 +104,7 @@ pub type Files = Vec<(String, PathBuf)>;
 /// One script for one L1.
 pub struct Job<'a> {
     pub machine: &'a Machine,
-    /// Names L1's log.
+    /// Names L1's log and its folder: no two that run at the same time have the same.
     pub name: &'a str,
     pub script: &'a [u8],
     pub files: &'a [(String, PathBuf)],
@@ -111,6 +113,8 @@ pub struct Job<'a> {
     /// Of the script, after L1 is up.
     pub limit: Limit<'a>,
     pub interactive: bool,
+    /// A socket that the script has as its standard input; nothing otherwise.
+    pub input: Option<BorrowedFd<'a>>,
 }
 
 /// When a script has to be done.
@@ -157,7 +161,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     }
     let programs = programs::build(args.causeway.as_deref())?;
     let cache = Cache::open()?;
-    let mut images = l1::prepare(&cache)?;
+    let images = l1::prepare(&cache)?;
     let kernel = match &args.kernel {
         _ if args.own_kernel => Kernel::Own,
         Some(file) => Kernel::File(file.clone()),
@@ -165,7 +169,8 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     };
     if kernel == Kernel::Own {
         let own = own_kernel::built(&cache, &images)?;
-        images.own = Some(own_kernel::images(&cache, &images, &own.context("run `cargo xtask own-kernel` first")?)?);
+        let own = own_kernel::images(&cache, &images, &own.context("run `cargo xtask own-kernel` first")?)?;
+        images.own.get_or_init(|| own);
     }
     let machine = Machine { topology: args.topology, append: args.append.clone(), cpu: args.cpu.clone(), kernel };
     let report = run(
@@ -180,6 +185,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
             out: args.out.as_deref(),
             limit: Limit::After(Duration::from_secs(args.timeout)),
             interactive: args.interactive,
+            input: None,
         },
         Box::new(std::io::stdout()),
     )?;
@@ -226,12 +232,9 @@ pub fn show_console(log: &Path) {
 struct RunFolder(PathBuf);
 
 impl RunFolder {
-    fn new(cache: &Cache) -> Result<Self> {
-        let folder = cache.path("run");
-        if folder.exists() {
-            std::fs::remove_dir_all(&folder)?;
-        }
-        std::fs::create_dir(&folder)?;
+    fn new(cache: &Cache, name: &str) -> Result<Self> {
+        let folder = cache.path("run").join(name);
+        std::fs::create_dir_all(&folder)?;
         Ok(Self(folder))
     }
 
@@ -278,7 +281,7 @@ impl Drop for Terminal {
 
 /// Boots L1, runs the script, and copies its output to `output` as it comes.
 pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write + Send>) -> Result<Report> {
-    let folder = RunFolder::new(cache)?;
+    let folder = RunFolder::new(cache, job.name)?;
     let console = cache.path(&format!("logs/{}.console.log", job.name));
     let messages = cache.path(&format!("logs/{}.qemu.log", job.name));
     File::create(&console)?;
@@ -296,7 +299,7 @@ pub fn run(cache: &Cache, images: &Images, job: &Job, mut output: Box<dyn Write 
         command.stdout(Stdio::piped());
     }
     // A terminal's input is the terminal's.
-    let mut monitor = (!job.interactive).then(|| Monitor::attach(&mut command)).transpose()?;
+    let mut monitor = (!job.interactive).then(|| Monitor::attach(&mut command, job.name)).transpose()?;
     end_with_this_process(&mut command, libc::SIGKILL);
     let start = Instant::now();
     let mut running = Running(command.spawn().context("cannot start QEMU")?);
@@ -460,6 +463,11 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
             "virtserialport,chardev=output,name=script",
         ]);
     }
+    if let Some(input) = job.input {
+        inherit(&mut command, input);
+        command.args(["-chardev", &format!("socket,id=input,fd={}", input.as_raw_fd())]);
+        command.args(["-device", "virtserialport,chardev=input,name=input"]);
+    }
     disk(&mut command, "qemu", &images.qemu_disk, "readonly=on")?;
     command.args(["-device", "virtio-blk-pci,drive=qemu,addr=1d.0"]);
     disk(&mut command, "out", &folder.path("out.img"), "cache=unsafe")?;
@@ -537,13 +545,38 @@ fn option(path: &Path) -> Result<String> {
 /// The frequency of this machine's time stamp counter, measured. L1 must know it well: TCG's SVM has no TSC scaling, and with an error
 /// above 250 ppm KVM in L1 loses the timers of its guests.
 fn tsc_khz() -> u64 {
+    static KHZ: OnceLock<u64> = OnceLock::new();
+    *KHZ.get_or_init(|| {
+        let (start, first) = now_and_ticks();
+        std::thread::sleep(Duration::from_millis(100));
+        let (end, last) = now_and_ticks();
+        let khz = u128::from(last.wrapping_sub(first)) * 1_000_000 / (end - start).as_nanos();
+        u64::try_from(khz).unwrap_or_default()
+    })
+}
+
+/// The time and the counter at the same moment: of several tries, the one that took least, as others run in between.
+fn now_and_ticks() -> (Instant, u64) {
     // SAFETY: rdtsc only reads a counter; every x86-64 processor has it.
     let ticks = || unsafe { std::arch::x86_64::_rdtsc() };
-    let (start, first) = (Instant::now(), ticks());
-    std::thread::sleep(Duration::from_millis(100));
-    let (time, last) = (start.elapsed(), ticks());
-    let khz = u128::from(last.wrapping_sub(first)) * 1_000_000 / time.as_nanos();
-    u64::try_from(khz).unwrap_or_default()
+    let tries = (0..20).map(|_| {
+        let (before, now, after) = (ticks(), Instant::now(), ticks());
+        (after.wrapping_sub(before), (now, before))
+    });
+    tries.min_by_key(|(took, _)| *took).map_or_else(|| (Instant::now(), ticks()), |(_, read)| read)
+}
+
+/// The command has this one too, under the same number.
+fn inherit(command: &mut Command, fd: BorrowedFd) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: fcntl is async-signal-safe; F_SETFD changes one flag of the new process's own table. The descriptor is open until it was
+    // forked, as `Job` borrows it.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
 }
 
 /// A run that is killed leaves no QEMU and no compiler behind: they get `signal`.

@@ -81,7 +81,8 @@ pub fn command(args: &OwnKernelArgs) -> Result<u8> {
     if args.again {
         cache.forget("own-kernel")?;
     }
-    let kernel = build(&cache, &images, args.keep)?;
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let kernel = build(&cache, &images, args.keep, jobs)?;
     let release = fs::read_to_string(kernel.folder.join("release"))?;
     println!("{} is Linux {}", kernel.vmlinuz().display(), release.trim());
     Ok(0)
@@ -100,8 +101,8 @@ fn stamp(package: &str) -> String {
     recipe(&parts)
 }
 
-/// Builds the kernel, unless it is there.
-pub fn build(cache: &Cache, images: &Images, keep: bool) -> Result<OwnKernel> {
+/// Builds the kernel, unless it is there, in so many processes at a time.
+pub fn build(cache: &Cache, images: &Images, keep: bool, jobs: usize) -> Result<OwnKernel> {
     if let Some(kernel) = built(cache, images)? {
         return Ok(kernel);
     }
@@ -112,7 +113,7 @@ pub fn build(cache: &Cache, images: &Images, keep: bool) -> Result<OwnKernel> {
     let start = Instant::now();
     let source = source(cache, &images.kernel_package, &work.folder)?;
     let log = cache.path("logs/own-kernel.log");
-    let mut make = Make { source, out: work.folder.join("out"), log: File::create(&log)?, start };
+    let mut make = Make { source, out: work.folder.join("out"), log: File::create(&log)?, start, jobs };
     fs::create_dir(&make.out)?;
     let done = configure(&mut make, &work.folder).and_then(|()| make.run(BUILD));
     done.with_context(|| format!("the kernel was not built; {} has the whole output", log.display()))?;
@@ -237,6 +238,7 @@ struct Make {
     out: PathBuf,
     log: File,
     start: Instant,
+    jobs: usize,
 }
 
 impl Make {
@@ -255,9 +257,8 @@ impl Make {
     }
 
     fn run(&mut self, arguments: &[&str]) -> Result<()> {
-        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
         let mut command = self.command(arguments);
-        command.arg(format!("-j{jobs}")).stdout(Stdio::piped()).stderr(self.log.try_clone()?);
+        command.arg(format!("-j{}", self.jobs)).stdout(Stdio::piped()).stderr(self.log.try_clone()?);
         // make takes its compilers with it.
         end_with_this_process(&mut command, libc::SIGTERM);
         let mut child = command.spawn().context("cannot run make")?;

@@ -4,15 +4,15 @@ use crate::cache::{Cache, progress};
 use crate::cases::{self, Case};
 use crate::crate_tests::{self, cargo};
 use crate::images;
-use crate::l1::{self, Images, OwnImages};
-use crate::nested::Kernel;
-use crate::own_kernel;
+use crate::l1;
+use crate::lanes::{self, Bench};
 use crate::programs;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result};
 use clap::Args;
 use regex::Regex;
-use std::path::{Path, PathBuf};
+use std::num::NonZero;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -33,6 +33,9 @@ pub struct TestArgs {
     /// Also what takes longer than a minute
     #[arg(long)]
     long: bool,
+    /// At most so many L1s at a time, instead of one a processor where memory allows (6 GiB each)
+    #[arg(long, value_name = "N")]
+    jobs: Option<NonZero<usize>>,
     /// A static `causeway` that is built already
     #[arg(long, value_name = "FILE", env = "CAUSEWAY_BINARY")]
     causeway: Option<PathBuf>,
@@ -172,56 +175,15 @@ fn available(program: &str) -> bool {
 }
 
 fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
+    let start = Instant::now();
     let programs = programs::build(args.causeway.as_deref())?;
+    reporter.took("building the static programs", start.elapsed());
+    let start = Instant::now();
     let cache = Cache::open()?;
-    let mut images = l1::prepare(&cache)?;
-    let (own, distribution): (Vec<Case>, Vec<Case>) =
-        cases.into_iter().partition(|case| case.machine.kernel == Kernel::Own);
-    let run = |images: &Images, config: &Path, cases: Vec<Case>| {
-        cases::run(&cache, images, &programs, files, &able(config, cases, reporter), reporter)
-    };
-    run(&images, &cases::kernel_config(&images), distribution)?;
-    // The longest step of an empty cache, and in nobody's way here: what is measured is over, or does not begin before it ends.
-    if !own.is_empty() {
-        match own_kernel(&cache, &images) {
-            Ok(Some(kernel)) => {
-                let config = kernel.config.clone();
-                images.own = Some(kernel);
-                run(&images, &config, own)?;
-            }
-            Ok(None) => add_all(&own, &Outcome::Skipped("`cargo xtask own-kernel` was not run".to_owned()), reporter),
-            Err(error) => add_all(&own, &Outcome::Failed(format!("the own kernel: {error:#}")), reporter),
-        }
-    }
+    let images = l1::prepare(&cache)?;
+    reporter.took("making the bench ready", start.elapsed());
+    cache.forget_logs("cases-")?;
+    let bench = Bench { cache: &cache, images: &images, programs: &programs, files, reporter };
+    lanes::run(&bench, cases, args.jobs.map_or_else(lanes::default_lanes, NonZero::get));
     Ok(())
-}
-
-/// In CI it is built; elsewhere building it is left to the user.
-fn own_kernel(cache: &Cache, images: &Images) -> Result<Option<OwnImages>> {
-    let kernel = match own_kernel::built(cache, images)? {
-        None if cases::in_ci() => Some(own_kernel::build(cache, images, false)?),
-        built => built,
-    };
-    kernel.map(|kernel| own_kernel::images(cache, images, &kernel)).transpose()
-}
-
-fn add_all(cases: &[Case], outcome: &Outcome, reporter: &Reporter) {
-    cases.iter().for_each(|case| reporter.add(&case.full_name(), outcome.clone(), None));
-}
-
-/// The cases that a kernel with this configuration can run; the others are skipped.
-fn able(config: &Path, cases: Vec<Case>, reporter: &Reporter) -> Vec<Case> {
-    let options = cases::kernel_options(config);
-    let (able, unable): (Vec<Case>, Vec<Case>) =
-        cases.into_iter().partition(|case| case.needs.iter().all(|need| options.contains_key(need)));
-    for case in unable {
-        let missing: Vec<&str> =
-            case.needs.iter().map(String::as_str).filter(|need| !options.contains_key(*need)).collect();
-        reporter.add(
-            &case.full_name(),
-            Outcome::Skipped(format!("the bench's kernel lacks {}", missing.join(" "))),
-            None,
-        );
-    }
-    able
 }
