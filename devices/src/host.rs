@@ -37,17 +37,22 @@ pub trait MemorySlots: Send + Sync {
 pub trait IrqRoute: Send + Sync {
     /// The eventfd to hand to VFIO as the trigger. It stays the same for the life of the route.
     fn trigger(&self) -> &EventFd;
-    /// From now on a signal is delivered as `msi`, remapped by the requester's unit. `None`: masked;
-    /// signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
-    fn set(&self, msi: Option<Msi>) -> io::Result<()>;
+    /// Its number, which no other route has that one [`Interrupts`] handed out and that is still there.
+    fn number(&self) -> u32;
     /// While masked: whether a signal came since; clears it.
     fn take_pending(&self) -> bool;
 }
 
 /// Hands out message routes and delivers single messages.
 pub trait Interrupts: Send + Sync {
-    /// A new route for `requester`, masked.
+    /// A new route for `requester`, masked. It goes back when it is dropped.
+    ///
+    /// # Errors
+    /// There is no more of what a route needs, or the requester has its share of it. The message says what helps.
     fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>>;
+    /// From now on a signal of each of these routes is delivered as its message, remapped by the requester's unit. `None`:
+    /// masked; signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
+    fn set_routes(&self, changes: &[(Arc<dyn IrqRoute>, Option<Msi>)]);
     /// Deliver `msi` of `requester` now, remapped by its unit. What the unit blocks it records as a fault.
     fn signal(&self, requester: Requester, msi: Msi);
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::{Msi, Requester};
@@ -14,11 +14,16 @@ use crate::host::{HostWindow, Interrupts, IoapicRoutes, IrqLine, IrqRoute, Memor
 #[derive(Default)]
 pub struct FakeInterrupts {
     sent: Mutex<Vec<(Requester, Msi)>>,
-    pub routes: Mutex<Vec<Arc<FakeRoute>>>,
+    routes: Mutex<Vec<Weak<FakeRoute>>>,
+    /// How often routes were set.
+    pub changes: AtomicU32,
+    /// So many routes more can be had; any number where nothing is said.
+    pub left: Mutex<Option<u32>>,
 }
 
-pub struct FakeRoute {
-    pub requester: Requester,
+struct FakeRoute {
+    requester: Requester,
+    number: u32,
     eventfd: EventFd,
     msi: Mutex<Option<Msi>>,
 }
@@ -29,9 +34,16 @@ impl FakeInterrupts {
         self.pump();
         self.sent.lock().unwrap().drain(..).map(|(_, msi)| msi).collect()
     }
+    /// How many routes there are.
+    pub fn count(&self) -> usize {
+        self.routes().len()
+    }
+    fn routes(&self) -> Vec<Arc<FakeRoute>> {
+        self.routes.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
+    }
     /// Delivers what the unmasked routes' eventfds hold.
     fn pump(&self) {
-        for route in self.routes.lock().unwrap().iter() {
+        for route in self.routes() {
             let msi = route.msi.lock().unwrap();
             if let Some(msi) = *msi
                 && route.eventfd.read().is_ok()
@@ -44,9 +56,22 @@ impl FakeInterrupts {
 
 impl Interrupts for FakeInterrupts {
     fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>> {
-        let route = Arc::new(FakeRoute { requester, eventfd: EventFd::new(EFD_NONBLOCK)?, msi: Mutex::new(None) });
-        self.routes.lock().unwrap().push(route.clone());
+        if let Some(left) = &mut *self.left.lock().unwrap() {
+            *left = left.checked_sub(1).ok_or(io::ErrorKind::QuotaExceeded)?;
+        }
+        let mut routes = self.routes.lock().unwrap();
+        let eventfd = EventFd::new(EFD_NONBLOCK)?;
+        let route = Arc::new(FakeRoute { requester, number: routes.len() as u32, eventfd, msi: Mutex::new(None) });
+        routes.push(Arc::downgrade(&route));
         Ok(route)
+    }
+    fn set_routes(&self, changes: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {
+        let routes = self.routes.lock().unwrap();
+        for (change, msi) in changes {
+            let route = routes.iter().filter_map(Weak::upgrade).find(|route| route.number() == change.number());
+            *route.expect("a route that is there").msi.lock().unwrap() = *msi;
+        }
+        self.changes.fetch_add(1, Ordering::SeqCst);
     }
     fn signal(&self, requester: Requester, msi: Msi) {
         self.sent.lock().unwrap().push((requester, msi));
@@ -57,9 +82,8 @@ impl IrqRoute for FakeRoute {
     fn trigger(&self) -> &EventFd {
         &self.eventfd
     }
-    fn set(&self, msi: Option<Msi>) -> io::Result<()> {
-        *self.msi.lock().unwrap() = msi;
-        Ok(())
+    fn number(&self) -> u32 {
+        self.number
     }
     fn take_pending(&self) -> bool {
         self.eventfd.read().is_ok()

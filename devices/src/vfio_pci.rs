@@ -246,7 +246,7 @@ impl VfioPci {
                 return Ok(None);
             }
             let event = EventFd::new(EFD_NONBLOCK).map_err(VfioPciError::Event)?;
-            Ok(host.set_irqs(kind, &[Some(&event)]).is_ok().then_some(event))
+            Ok(host.set_irqs(kind, 0, &[Some(&event)]).is_ok().then_some(event))
         };
         let (error, request) = (event(IrqKind::Error)?, event(IrqKind::Request)?);
 
@@ -336,6 +336,12 @@ impl VfioPci {
     /// Signalled when the host wants the device back.
     pub fn request_event(&self) -> Option<&EventFd> {
         self.request.as_ref()
+    }
+
+    /// Its address in the guest, and how many vectors it can use at a time.
+    pub fn vectors(&self) -> (Requester, usize) {
+        let count = |kind| self.host.irq_count(kind) as usize;
+        (self.requester, count(IrqKind::Msi).max(count(IrqKind::Msix)))
     }
 
     /// The BARs: number, kind, size in bytes.

@@ -5,7 +5,6 @@ use vtd::SourceId;
 use super::host::RegionInfo;
 use super::*;
 use crate::Bus;
-use crate::host::IrqRoute;
 use crate::pci::PciRoot;
 use crate::testing::{FakeInterrupts, FakeLine, FakeSlots};
 
@@ -24,8 +23,14 @@ struct FakeHost {
     config: Mutex<[u8; CONFIG_SIZE]>,
     bar: Mutex<Vec<u8>>,
     slots: Arc<FakeSlots>,
-    triggers: Mutex<Vec<(IrqKind, Vec<EventFd>)>>,
+    /// What is enabled: of each vector that is allocated, what it signals.
+    irqs: Mutex<Vec<(IrqKind, Vec<Option<EventFd>>)>>,
     enables: AtomicU32,
+    /// Calls of `set_irqs`.
+    sets: AtomicU32,
+    /// Vectors that the host can still give; each that signals somebody is one, or, where all are allocated at once, each.
+    host_vectors: AtomicU32,
+    noresize: AtomicBool,
     accesses: AtomicU32,
     violations: AtomicU32,
     resets: Mutex<Vec<ResetScope>>,
@@ -56,8 +61,11 @@ impl FakeHost {
             config: Mutex::new(config),
             bar: Mutex::new(vec![0; 0x4000]),
             slots,
-            triggers: Mutex::default(),
+            irqs: Mutex::default(),
             enables: AtomicU32::new(0),
+            sets: AtomicU32::new(0),
+            host_vectors: AtomicU32::new(1000),
+            noresize: AtomicBool::new(false),
             accesses: AtomicU32::new(0),
             violations: AtomicU32::new(0),
             resets: Mutex::default(),
@@ -77,14 +85,34 @@ impl FakeHost {
     fn check(&self, holds: bool) {
         self.violations.fetch_add(u32::from(!holds), Ordering::SeqCst);
     }
-    /// The device raises vector `index` of `kind`.
+    /// The device raises vector `index` of `kind`. One that signals nobody is masked by the host, and so pending in the device.
     fn raise(&self, kind: IrqKind, index: usize) {
-        let triggers = self.triggers.lock().unwrap();
-        let (_, events) = triggers.iter().find(|(k, _)| *k == kind).expect("enabled on the host");
-        events[index].write(1).unwrap();
+        let irqs = self.irqs.lock().unwrap();
+        let (_, events) = irqs.iter().find(|(k, _)| *k == kind).expect("enabled on the host");
+        match events.get(index) {
+            Some(Some(event)) => event.write(1).unwrap(),
+            _ => drop(self.set_pending(kind, index, true)),
+        }
+    }
+    /// Sets the device's own pending bit, and says what it was.
+    fn set_pending(&self, kind: IrqKind, index: usize, pending: bool) -> bool {
+        let (mut config, mut bar) = (self.config.lock().unwrap(), self.bar.lock().unwrap());
+        let byte = match kind {
+            IrqKind::Msix => &mut bar[0x3000 + index / 8],
+            _ => &mut config[usize::from(MSI) + 20 + index / 8],
+        };
+        let was = *byte >> (index % 8) & 1 != 0;
+        *byte = *byte & !(1 << (index % 8)) | u8::from(pending) << (index % 8);
+        was
     }
     fn live(&self, kind: IrqKind) -> bool {
-        self.triggers.lock().unwrap().iter().any(|(k, _)| *k == kind)
+        self.irqs.lock().unwrap().iter().any(|(k, _)| *k == kind)
+    }
+    /// The vectors of `kind` that signal somebody.
+    fn taken(&self, kind: IrqKind) -> Vec<usize> {
+        let irqs = self.irqs.lock().unwrap();
+        let events = irqs.iter().filter(|(k, _)| *k == kind).flat_map(|(_, events)| events.iter().enumerate());
+        events.filter_map(|(index, event)| event.is_some().then_some(index)).collect()
     }
 }
 
@@ -127,7 +155,7 @@ impl AssignedHost for FakeHost {
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(&data);
             if at == usize::from(MSI) {
                 // Linux's vfio then writes the control register as well, with what it has there itself: disabled.
-                self.triggers.lock().unwrap().retain(|(kind, _)| *kind != IrqKind::Msi);
+                self.irqs.lock().unwrap().retain(|(kind, _)| *kind != IrqKind::Msi);
             }
             // F-1, F-3: nothing is mapped when memory goes off, nor before it comes on.
             if !was_enabled || !self.is_enabled() {
@@ -151,16 +179,51 @@ impl AssignedHost for FakeHost {
             IrqKind::Error | IrqKind::Request => 0,
         }
     }
-    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
-        let mut all = self.triggers.lock().unwrap();
+    fn irq_noresize(&self, kind: IrqKind) -> bool {
+        kind != IrqKind::Intx && self.noresize.load(Ordering::SeqCst)
+    }
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        let (start, end) = (start as usize, start as usize + triggers.len());
+        self.check(end <= self.irq_count(kind) as usize);
+        self.sets.fetch_add(1, Ordering::SeqCst);
+        let most = self.host_vectors.load(Ordering::SeqCst) as usize;
+        let noresize = self.noresize.load(Ordering::SeqCst);
+        let mut irqs = self.irqs.lock().unwrap();
         // VFIO has one kind at a time.
-        self.check(all.is_empty());
-        self.enables.fetch_add(1, Ordering::SeqCst);
-        all.push((kind, triggers.iter().map(|t| t.unwrap().try_clone().unwrap()).collect()));
+        self.check(irqs.iter().all(|(live, _)| *live == kind));
+        if irqs.is_empty() {
+            if noresize && end > most {
+                return Err(io::Error::from_raw_os_error(28));
+            }
+            self.enables.fetch_add(1, Ordering::SeqCst);
+            irqs.push((kind, Vec::new()));
+            irqs[0].1.resize_with(end, || None);
+        }
+        let (_, events) = &mut irqs[0];
+        if noresize && end > events.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        events.resize_with(events.len().max(end), || None);
+        for (index, trigger) in (start..).zip(triggers) {
+            events[index] = None;
+            if trigger.is_some() && !noresize && events.iter().flatten().count() >= most {
+                // As VFIO does: none of the vectors of this call is left.
+                events[start..end].fill_with(|| None);
+                return Err(io::Error::from_raw_os_error(28));
+            }
+            events[index] = trigger.map(|event| event.try_clone().unwrap());
+            // The host unmasks it, and the device sends what it had to.
+            if let Some(event) = trigger
+                && kind != IrqKind::Intx
+                && self.set_pending(kind, index, false)
+            {
+                event.write(1).unwrap();
+            }
+        }
         Ok(())
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
-        self.triggers.lock().unwrap().retain(|(k, _)| *k != kind);
+        self.irqs.lock().unwrap().retain(|(k, _)| *k != kind);
         Ok(())
     }
     fn unmask_intx(&self) -> io::Result<()> {
@@ -417,41 +480,137 @@ fn f4_a_sleeping_function_is_awake_after_a_reset() {
 }
 
 #[test]
-fn f5_all_vectors_are_enabled_at_once_and_one_more_loses_none() {
+fn f5_one_more_vector_loses_no_interrupt_of_the_others() {
+    for noresize in [false, true] {
+        let bench = Bench::running();
+        bench.host.noresize.store(noresize, Ordering::SeqCst);
+        bench.vector(0, 0x40, false);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        let enables = bench.host.enables.load(Ordering::SeqCst);
+        bench.host.raise(IrqKind::Msix, 0);
+        // What comes for the new one before it is taken is the device's to send.
+        bench.host.raise(IrqKind::Msix, 3);
+        bench.vector(3, 0x43, false);
+        assert_eq!(bench.delivered(), [0x40, 0x43]);
+        bench.host.raise(IrqKind::Msix, 3);
+        assert_eq!(bench.delivered(), [0x43]);
+        assert_eq!(bench.host.enables.load(Ordering::SeqCst), enables, "nothing is disabled to add one");
+    }
+}
+
+#[test]
+fn f5_a_vector_costs_nothing_until_the_guest_unmasks_it() {
+    for noresize in [false, true] {
+        let bench = Bench::running();
+        bench.host.noresize.store(noresize, Ordering::SeqCst);
+        let took = |vectors: &[usize]| {
+            assert_eq!((bench.host.taken(IrqKind::Msix), bench.interrupts.count()), (vectors.to_vec(), vectors.len()));
+        };
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+        bench.vector(2, 0x42, false);
+        took(&[]);
+        assert!(bench.host.live(IrqKind::Msix), "the function sees that MSI-X is enabled all the same");
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        took(&[2]);
+        bench.vector(2, 0x42, true);
+        let (sets, enables) = (&bench.host.sets, &bench.host.enables);
+        let before = (sets.load(Ordering::SeqCst), enables.load(Ordering::SeqCst));
+        bench.vector(2, 0x42, false);
+        took(&[2]);
+        let after = (sets.load(Ordering::SeqCst), enables.load(Ordering::SeqCst));
+        assert_eq!(before, after, "masking and unmasking is no business of the host's");
+        bench.vector(0, 0x40, false);
+        took(&[0, 2]);
+        bench.config16(MSIX + 2, 0);
+        took(&[]);
+    }
+}
+
+#[test]
+fn f5_all_that_is_unmasked_at_once_is_one_change() {
     let bench = Bench::running();
-    bench.vector(0, 0x40, false);
+    (0..4).for_each(|index| bench.vector(index, 0x40, index == 1));
+    let before = (bench.interrupts.changes.load(Ordering::SeqCst), bench.host.sets.load(Ordering::SeqCst));
     bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
-    let enables = bench.host.enables.load(Ordering::SeqCst);
-    bench.host.raise(IrqKind::Msix, 0);
+    let after = (bench.interrupts.changes.load(Ordering::SeqCst), bench.host.sets.load(Ordering::SeqCst));
+    // Of the host: the enabling, and one for each run of neighbours.
+    assert_eq!((after.0 - before.0, after.1 - before.1), (1, 3));
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert_eq!(bench.interrupts.changes.load(Ordering::SeqCst), after.0 + 2);
+}
+
+/// What a bench delivers when each of its four vectors fires.
+fn all_fire(bench: &Bench) -> Vec<u32> {
+    (0..4).for_each(|index| bench.host.raise(IrqKind::Msix, index));
+    bench.delivered()
+}
+
+#[test]
+fn f5_a_host_that_is_short_of_vectors_costs_only_those_beyond() {
+    for noresize in [false, true] {
+        for at_once in [false, true] {
+            for (has, works) in [(0, &[][..]), (1, &[0x40]), (3, &[0x40, 0x41, 0x42])] {
+                let bench = Bench::running();
+                bench.host.noresize.store(noresize, Ordering::SeqCst);
+                bench.host.host_vectors.store(has, Ordering::SeqCst);
+                if !at_once {
+                    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+                }
+                (0..4).for_each(|index| bench.vector(index, 0x40 + index as u32, false));
+                bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+                if has > 0 {
+                    assert_eq!(all_fire(&bench), works, "{noresize} {at_once} {has}");
+                }
+                assert_eq!(bench.interrupts.count(), works.len(), "what cannot be used is given back");
+            }
+        }
+    }
+}
+
+#[test]
+fn f5_a_shortage_of_routes_costs_only_the_vectors_beyond_and_is_over_when_there_are_some() {
+    let bench = Bench::running();
+    *bench.interrupts.left.lock().unwrap() = Some(2);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    (0..4).for_each(|index| bench.vector(index, 0x40 + index as u32, false));
+    assert_eq!(all_fire(&bench), [0x40, 0x41]);
+    assert_eq!(bench.read(PBA), 0b1100, "the device has the others pending");
+    *bench.interrupts.left.lock().unwrap() = None;
+    bench.vector(3, 0x43, true);
     bench.vector(3, 0x43, false);
-    bench.host.raise(IrqKind::Msix, 3);
-    assert_eq!(bench.delivered(), [0x40, 0x43]);
-    assert_eq!(bench.host.enables.load(Ordering::SeqCst), enables);
+    assert_eq!(bench.delivered(), [0x43], "that came meanwhile");
+    assert_eq!(bench.read(PBA), 0b100);
 }
 
 #[test]
 fn f5_a_masked_vector_is_pending_and_delivered_once_at_unmask() {
-    let bench = Bench::running();
-    bench.vector(1, 0x41, true);
-    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
-    assert_eq!(bench.read(PBA), 0);
-    bench.host.raise(IrqKind::Msix, 1);
-    assert_eq!(bench.read(PBA), 2);
-    assert_eq!(bench.read(PBA), 2, "reading does not clear it");
-    assert!(bench.delivered().is_empty());
-    bench.write(TABLE + 16 + 12, 0);
-    assert_eq!(bench.delivered(), [0x41]);
-    assert_eq!(bench.read(PBA), 0);
-    bench.write(TABLE + 16 + 12, 1);
-    bench.write(TABLE + 16 + 12, 0);
-    assert!(bench.delivered().is_empty());
+    // Never unmasked before: the device keeps it. Masked again: we do.
+    for taken in [false, true] {
+        let bench = Bench::running();
+        bench.vector(1, 0x41, !taken);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        bench.vector(1, 0x41, true);
+        assert_eq!(bench.read(PBA), 0);
+        bench.host.raise(IrqKind::Msix, 1);
+        assert_eq!(bench.read(PBA), 2);
+        assert_eq!(bench.read(PBA), 2, "reading does not clear it");
+        assert!(bench.delivered().is_empty());
+        bench.write(TABLE + 16 + 12, 0);
+        assert_eq!(bench.delivered(), [0x41]);
+        assert_eq!(bench.read(PBA), 0);
+        bench.write(TABLE + 16 + 12, 1);
+        bench.write(TABLE + 16 + 12, 0);
+        assert!(bench.delivered().is_empty());
+    }
 }
 
 #[test]
 fn f5_signals_before_and_after_a_look_at_the_pending_bits_are_one_message() {
     let bench = Bench::running();
-    bench.vector(1, 0x41, true);
+    bench.vector(1, 0x41, false);
     bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.vector(1, 0x41, true);
     bench.host.raise(IrqKind::Msix, 1);
     assert_eq!(bench.read(PBA), 2);
     bench.host.raise(IrqKind::Msix, 1);
@@ -464,14 +623,18 @@ fn f5_the_function_mask_masks_all_and_keeps_what_came() {
     let bench = Bench::running();
     bench.vector(0, 0x40, false);
     bench.vector(1, 0x41, true);
-    bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
-    bench.host.raise(IrqKind::Msix, 0);
-    bench.host.raise(IrqKind::Msix, 1);
-    assert_eq!(bench.read(PBA), 3);
-    assert!(bench.delivered().is_empty());
-    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
-    assert_eq!(bench.delivered(), [0x40]);
-    assert_eq!(bench.read(PBA), 2);
+    for taken in [false, true] {
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+        assert_eq!(bench.host.taken(IrqKind::Msix).contains(&0), taken);
+        assert_eq!(bench.read(PBA), 2 * u32::from(taken));
+        bench.host.raise(IrqKind::Msix, 0);
+        bench.host.raise(IrqKind::Msix, 1);
+        assert_eq!(bench.read(PBA), 3);
+        assert!(bench.delivered().is_empty());
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        assert_eq!(bench.delivered(), [0x40]);
+        assert_eq!(bench.read(PBA), 2);
+    }
 }
 
 #[test]
@@ -528,15 +691,14 @@ fn f5_the_head_of_the_msi_capability_is_never_written_on_the_host() {
 #[test]
 fn f5_disabling_forgets_what_was_pending() {
     let bench = Bench::running();
-    bench.vector(0, 0x40, true);
+    bench.vector(0, 0x40, false);
     bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.vector(0, 0x40, true);
     bench.host.raise(IrqKind::Msix, 0);
     bench.config16(MSIX + 2, 0);
     bench.vector(0, 0x40, false);
     bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
     assert!(bench.delivered().is_empty());
-    let masked = bench.interrupts.routes.lock().unwrap().iter().filter(|route| route.take_pending()).count();
-    assert_eq!(masked, 0);
 }
 
 #[test]

@@ -308,6 +308,10 @@ impl Interrupts for Lines {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn set_routes(&self, _: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {
+        // It hands out none.
+    }
+
     fn signal(&self, _: Requester, msi: Msi) {
         if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address) {
             // Written by DMA: the client, whose unit remaps it, is asked.

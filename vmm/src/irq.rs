@@ -31,11 +31,15 @@ use vtd::{EntriesChanged, Msi, MsiSink, RemapError, RemapListener, Requester, So
 
 use crate::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
 use crate::memory::Ram;
+use crate::open_files;
 
 /// Trigger mode of the data of a message: level.
 const DATA_LEVEL: u32 = 1 << 15;
 /// KVM takes this many routes (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: usize = 4096;
+/// Vectors that functions can have between them.
+pub const MAX_VECTORS: usize = MAX_ROUTES - IOAPIC_PINS as usize;
+const FEWER_VECTORS: &str = "let the guest's driver use fewer queues, or assign fewer functions";
 /// Blocked vectors that are served in one round of the event loop.
 const SERVED_AT_ONCE: usize = 32;
 
@@ -126,6 +130,12 @@ struct Vector {
 #[derive(Default)]
 struct Table {
     vectors: BTreeMap<u32, Vector>,
+    /// GSIs that were given back.
+    free: BTreeSet<u32>,
+    /// How many vectors each function has taken.
+    taken: BTreeMap<Requester, usize>,
+    /// How many it may take; as many as there are, where nothing is said.
+    shares: BTreeMap<Requester, usize>,
     /// What each pin sends, the last that it sent if it is masked.
     pins: [Option<Msi>; IOAPIC_PINS as usize],
     /// The routes as they should be in KVM: remapped.
@@ -135,11 +145,28 @@ struct Table {
 }
 
 impl Table {
-    /// A GSI without a vector.
-    fn free_gsi(&self) -> io::Result<u32> {
-        (IOAPIC_PINS..MAX_ROUTES as u32)
-            .find(|gsi| !self.vectors.contains_key(gsi))
-            .ok_or_else(|| io::Error::other("all of KVM's interrupt routes are in use"))
+    /// A GSI for one more vector of `requester`.
+    fn take_gsi(&mut self, requester: Requester) -> io::Result<u32> {
+        let taken = self.taken.get(&requester).copied().unwrap_or_default();
+        if let Some(share) = self.shares.get(&requester).filter(|share| taken >= **share) {
+            return Err(io::Error::other(format!("its share of {share} is used up; {FEWER_VECTORS}")));
+        }
+        // All that is not free is in use: the next one follows them.
+        let next = IOAPIC_PINS + (self.vectors.len() + self.free.len()) as u32;
+        let gsi = self.free.pop_first().or_else(|| Some(next).filter(|gsi| *gsi < MAX_ROUTES as u32));
+        let gsi = gsi.ok_or_else(|| io::Error::other(format!("KVM has no interrupt route left; {FEWER_VECTORS}")))?;
+        *self.taken.entry(requester).or_default() += 1;
+        Ok(gsi)
+    }
+
+    fn give_gsi_back(&mut self, gsi: u32) {
+        let Some(vector) = self.vectors.remove(&gsi) else { return };
+        self.free.insert(gsi);
+        if let Some(taken) = self.taken.get_mut(&vector.requester) {
+            *taken -= 1;
+        }
+        // KVM hears of it with the next change: nobody signals by that route meanwhile.
+        self.set_route(gsi, None);
     }
 
     fn set_route(&mut self, gsi: u32, msi: Option<Msi>) {
@@ -211,6 +238,11 @@ impl KvmInterrupts {
         if self.remapper.set(remapper).is_err() {
             log::error!("a second unit was to remap the same interrupts");
         }
+    }
+
+    /// Each of these functions takes no more vectors than its share.
+    pub fn share_out(&self, shares: impl IntoIterator<Item = (Requester, usize)>) {
+        self.table().shares.extend(shares);
     }
 
     /// Readable while a blocked vector has fired: the event loop then calls [`Self::serve_blocked`].
@@ -367,14 +399,33 @@ impl KvmInterrupts {
 
 impl Interrupts for KvmInterrupts {
     fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>> {
-        let trigger = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let trigger = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(open_files::remedy)?);
         let owner = self.this.upgrade().ok_or_else(|| io::Error::other("the machine is going away"))?;
         let mut table = self.table();
-        let gsi = table.free_gsi()?;
+        let gsi = table.take_gsi(requester)?;
         let vector = Vector { requester, trigger: trigger.clone(), sends: None, path: Path::Masked };
         table.vectors.insert(gsi, vector);
         drop(table);
         Ok(Arc::new(Route { owner, gsi, trigger }))
+    }
+
+    fn set_routes(&self, changes: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {
+        let mut table = self.table();
+        let mut unmasked = BTreeSet::new();
+        for (route, msi) in changes {
+            let gsi = route.number();
+            if let Some(vector) = table.vectors.get_mut(&gsi) {
+                vector.sends = *msi;
+            }
+            match msi {
+                // The route stays in the table: a vector that is masked and unmasked costs no new table.
+                None => self.take_path(&mut table, gsi, Path::Masked),
+                Some(_) => drop(unmasked.insert(gsi)),
+            }
+        }
+        if !unmasked.is_empty() {
+            self.resolve(&mut table, &unmasked);
+        }
     }
 
     fn signal(&self, requester: Requester, msi: Msi) {
@@ -428,17 +479,8 @@ impl IrqRoute for Route {
         &self.trigger
     }
 
-    fn set(&self, msi: Option<Msi>) -> io::Result<()> {
-        let mut table = self.owner.table();
-        if let Some(vector) = table.vectors.get_mut(&self.gsi) {
-            vector.sends = msi;
-        }
-        match msi {
-            // The route stays in the table: a vector that is masked and unmasked costs no new table.
-            None => self.owner.take_path(&mut table, self.gsi, Path::Masked),
-            Some(_) => self.owner.resolve(&mut table, &BTreeSet::from([self.gsi])),
-        }
-        Ok(())
+    fn number(&self) -> u32 {
+        self.gsi
     }
 
     fn take_pending(&self) -> bool {
@@ -452,11 +494,7 @@ impl Drop for Route {
     fn drop(&mut self) {
         let mut table = self.owner.table();
         self.owner.take_path(&mut table, self.gsi, Path::Masked);
-        table.vectors.remove(&self.gsi);
-        table.set_route(self.gsi, None);
-        if let Err(e) = self.owner.commit(&mut table) {
-            self.owner.complain_of_routes(&e);
-        }
+        table.give_gsi_back(self.gsi);
     }
 }
 

@@ -144,12 +144,66 @@ fn gsis_begin_above_the_pins_and_are_taken_back() {
 }
 
 #[test]
+fn f5_a_function_takes_no_more_than_its_share_and_gives_it_back() {
+    let Bench { interrupts, .. } = bench();
+    let other = Requester { segment: 0, sid: SourceId::new(0, 6, 0) };
+    interrupts.share_out([(requester(), 2), (other, 1)]);
+    let mut mine = vec![interrupts.route(requester()).unwrap(), interrupts.route(requester()).unwrap()];
+    let refused = |requester| interrupts.route(requester).err().unwrap().to_string();
+    assert!(refused(requester()).contains("its share of 2") && refused(requester()).contains("fewer queues"));
+    let other_one = interrupts.route(other).unwrap();
+    assert!(refused(other).contains("its share of 1"));
+    mine.pop();
+    mine.push(interrupts.route(requester()).unwrap());
+    refused(requester());
+    assert_eq!(other_one.number(), 26);
+}
+
+#[test]
+fn f5_kvms_routes_come_to_an_end_and_are_used_again() {
+    let Bench { interrupts, .. } = bench();
+    // Handed out without an eventfd each: this process cannot have so many.
+    let mut table = interrupts.table();
+    let trigger = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    for _ in 0..MAX_VECTORS {
+        let gsi = table.take_gsi(requester()).unwrap();
+        let vector = Vector { requester: requester(), trigger: trigger.clone(), sends: None, path: Path::Masked };
+        assert!(table.vectors.insert(gsi, vector).is_none(), "{gsi} was in use");
+    }
+    assert_eq!((table.vectors.first_key_value().unwrap().0, table.vectors.last_key_value().unwrap().0), (&24, &4095));
+    assert!(table.take_gsi(requester()).unwrap_err().to_string().contains("no interrupt route left"));
+    table.give_gsi_back(1000);
+    table.give_gsi_back(1000);
+    assert_eq!(table.take_gsi(requester()).unwrap(), 1000);
+    assert_eq!(table.taken[&requester()], MAX_VECTORS);
+}
+
+#[test]
+fn f5_what_is_unmasked_at_once_is_one_change_of_the_routes() {
+    let Bench { kvm, unit, interrupts } = &bench();
+    unit.set(SENT, Some(REMAPPED));
+    unit.set(OTHER, Some(MOVED));
+    let vectors: Vec<_> = (0..4).map(|_| interrupts.route(requester()).unwrap()).collect();
+    let sends = [Some(SENT), None, Some(OTHER), Some(SENT)];
+    let changes: Vec<_> = vectors.iter().cloned().zip(sends).collect();
+    interrupts.set_routes(&changes);
+    let connected = [24, 26, 27].map(Call::Connect);
+    let all = routes([(24, REMAPPED), (26, MOVED), (27, REMAPPED)]);
+    assert_eq!(kvm.take(), [vec![all], connected.to_vec()].concat());
+    let masked: Vec<_> = vectors.iter().cloned().map(|vector| (vector, None)).collect();
+    interrupts.set_routes(&masked);
+    assert_eq!(kvm.take(), [24, 26, 27].map(Call::Disconnect));
+    interrupts.set_routes(&changes);
+    assert_eq!(kvm.take(), connected, "the routes are there still");
+}
+
+#[test]
 fn a9_a_vector_is_routed_as_its_entry_says_and_rerouted_at_the_invalidation() {
     let bench = bench();
     let Bench { kvm, unit, interrupts } = &bench;
     unit.set(SENT, Some(REMAPPED));
     let route = interrupts.route(requester()).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     assert_eq!(kvm.take(), [routes([(24, REMAPPED)]), Call::Connect(24)]);
 
     unit.set(SENT, Some(MOVED));
@@ -160,14 +214,16 @@ fn a9_a_vector_is_routed_as_its_entry_says_and_rerouted_at_the_invalidation() {
     interrupts.entries_changed(EntriesChanged::All);
     assert_eq!(kvm.take(), [], "nothing changed");
 
-    route.set(None).unwrap();
+    interrupts.set_routes(&[(route.clone(), None)]);
     unit.set(SENT, Some(REMAPPED));
     bench.invalidate(3, 1);
     assert_eq!(kvm.take(), [Call::Disconnect(24)], "a masked vector is not looked up");
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     assert_eq!(kvm.take(), [routes([(24, REMAPPED)]), Call::Connect(24)]);
     drop(route);
-    assert_eq!(kvm.take(), [Call::Disconnect(24), routes([])]);
+    assert_eq!(kvm.take(), [Call::Disconnect(24)], "nobody signals by the route, so KVM may keep it for now");
+    interrupts.set_pin(1, Some((SENT, false)));
+    assert_eq!(kvm.take(), [routes([(1, REMAPPED)])]);
     assert_eq!(unit.faults(), []);
 }
 
@@ -179,7 +235,7 @@ fn a9_all_that_an_invalidation_touches_is_one_change_of_the_routes() {
     unit.set(OTHER, Some(REMAPPED));
     let vectors: Vec<_> = (0..3).map(|_| interrupts.route(requester()).unwrap()).collect();
     for (vector, sends) in vectors.iter().zip([SENT, OTHER, SENT]) {
-        vector.set(Some(sends)).unwrap();
+        interrupts.set_routes(&[(vector.clone(), Some(sends))]);
     }
     interrupts.set_pin(7, Some((OTHER, false)));
     kvm.take();
@@ -202,7 +258,7 @@ fn a9_a_blocked_vector_faults_when_it_fires_and_not_before() {
     let bench = bench();
     let Bench { kvm, unit, interrupts } = &bench;
     let route = interrupts.route(requester()).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     bench.invalidate(0, 65536);
     interrupts.serve_blocked();
     assert_eq!((kvm.take(), unit.faults()), (vec![], vec![]));
@@ -233,13 +289,13 @@ fn a9_a_signal_that_kvm_delivered_at_the_handover_is_no_fault_later() {
     let route = interrupts.route(requester()).unwrap();
     // Between the last look at what is pending and the handover: KVM delivers it, and leaves it counted.
     route.trigger().write(1).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     unit.set(SENT, None);
     bench.invalidate(3, 1);
     interrupts.serve_blocked();
     assert_eq!(unit.faults(), []);
     assert_eq!(kvm.take(), [routes([(24, REMAPPED)]), Call::Connect(24), Call::Disconnect(24)]);
-    route.set(None).unwrap();
+    interrupts.set_routes(&[(route.clone(), None)]);
     assert!(!route.take_pending());
 }
 
@@ -252,8 +308,8 @@ fn a_masked_vector_counts_signals() {
     assert!(route.take_pending());
     assert!(!route.take_pending());
     // Blocked, then masked: the event loop leaves it alone.
-    route.set(Some(SENT)).unwrap();
-    route.set(None).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
+    interrupts.set_routes(&[(route.clone(), None)]);
     route.trigger().write(1).unwrap();
     interrupts.serve_blocked();
     assert!(route.take_pending());
@@ -269,7 +325,7 @@ fn where_kvm_refuses_interrupts_are_served_by_the_event_loop() {
         let refused = if refuses_routes { &kvm.refuses_routes } else { &kvm.refuses_eventfds };
         refused.store(true, Ordering::SeqCst);
         let route = interrupts.route(requester()).unwrap();
-        route.set(Some(SENT)).unwrap();
+        interrupts.set_routes(&[(route.clone(), Some(SENT))]);
         assert_eq!(kvm.take().len(), calls);
         route.trigger().write(1).unwrap();
         interrupts.serve_blocked();
@@ -287,7 +343,7 @@ fn routes_that_cannot_be_replaced_deliver_nothing_to_the_old_target() {
     let Bench { kvm, unit, interrupts } = &bench;
     unit.set(SENT, Some(REMAPPED));
     let route = interrupts.route(requester()).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     kvm.take();
     kvm.refuses_routes.store(true, Ordering::SeqCst);
     unit.set(SENT, Some(MOVED));
@@ -327,7 +383,7 @@ fn nothing_is_delivered_once_the_unit_is_gone() {
     drop(unit);
     Interrupts::signal(&*interrupts, requester(), SENT);
     let route = interrupts.route(requester()).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     assert_eq!(kvm.take(), []);
 }
 
@@ -363,7 +419,7 @@ fn kvm_takes_what_it_is_given() {
     let route = interrupts.route(requester()).unwrap();
     let path = || interrupts.table().vectors[&24].path;
     route.trigger().write(1).unwrap();
-    route.set(Some(SENT)).unwrap();
+    interrupts.set_routes(&[(route.clone(), Some(SENT))]);
     assert_eq!((path(), interrupts.table().stale), (Path::Kvm, false));
     unit.set(SENT, Some(MOVED));
     interrupts.entries_changed(EntriesChanged::All);
@@ -376,7 +432,7 @@ fn kvm_takes_what_it_is_given() {
     route.trigger().write(1).unwrap();
     interrupts.serve_blocked();
     assert_eq!(unit.faults(), [(requester(), SENT)]);
-    route.set(None).unwrap();
+    interrupts.set_routes(&[(route.clone(), None)]);
     route.trigger().write(1).unwrap();
     assert!(route.take_pending());
 }
@@ -416,16 +472,16 @@ fn rule5_what_kvm_refuses_again_and_again_is_said_once_and_leaves_no_memory() {
         kvm.refuses_messages.store(refuses(3), Ordering::SeqCst);
         // Another target each time, now and then none; masked and unmasked; and more vectors that come and go.
         unit.set(SENT, (!number.is_multiple_of(7)).then_some(Msi { data: number as u32, ..REMAPPED }));
-        route.set(Some(SENT)).unwrap();
+        interrupts.set_routes(&[(route.clone(), Some(SENT))]);
         interrupts.entries_changed(EntriesChanged::All);
         interrupts.set_pin((number % 24) as u8, Some((SENT, number.is_multiple_of(2))));
         route.trigger().write(1).unwrap();
         interrupts.serve_blocked();
         Interrupts::signal(&**interrupts, requester(), SENT);
         let other = interrupts.route(requester()).unwrap();
-        other.set(Some(OTHER)).unwrap();
+        interrupts.set_routes(&[(other.clone(), Some(OTHER))]);
         drop(other);
-        route.set((!number.is_multiple_of(5)).then_some(SENT)).unwrap();
+        interrupts.set_routes(&[(route.clone(), (!number.is_multiple_of(5)).then_some(SENT))]);
         kvm.take();
         unit.faults();
     };

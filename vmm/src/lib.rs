@@ -20,6 +20,7 @@ mod layout;
 mod machine;
 mod memory;
 mod messages;
+mod open_files;
 mod options;
 mod output;
 mod run;

@@ -31,7 +31,7 @@ use crate::output::OutputWriter;
 use crate::slots::KvmSlots;
 use crate::stats::{self, Device, Stats};
 use crate::vcpu::{self, Buses};
-use crate::{acpi, cpuid, firmware, layout, memory, vm};
+use crate::{acpi, cpuid, firmware, layout, memory, open_files, vm};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -282,6 +282,7 @@ impl Machine {
                 }
             }
         }
+        machine.share_vectors_out().map_err(Error::Interrupts)?;
         machine.control.reset_vcpus();
         Ok(machine)
     }
@@ -311,6 +312,18 @@ impl Machine {
         if let Payload::Image(_) = self.payload {
             firmware::assign_bars(&self.platform.root, *pci64);
         }
+        Ok(())
+    }
+
+    /// Deals out what vectors need, now that all else is open.
+    fn share_vectors_out(&self) -> std::io::Result<()> {
+        let wants: Vec<_> = self.assigned.iter().map(|(_, function)| function.vectors()).collect();
+        if wants.is_empty() {
+            return Ok(());
+        }
+        let room = open_files::room_for_vectors()?;
+        open_files::report(wants.iter().map(|(_, vectors)| vectors).sum(), room);
+        self.interrupts.share_out(open_files::shares(&wants, room.min(irq::MAX_VECTORS)));
         Ok(())
     }
 

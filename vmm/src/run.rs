@@ -25,7 +25,7 @@ use crate::messages::{Messages, say};
 use crate::output::Output;
 use crate::signals::{self, Guard, Signals};
 use crate::stats::{Exit, Stats};
-use crate::{assign, audit, options, terminal, vm};
+use crate::{assign, audit, open_files, options, terminal, vm};
 
 /// Exit code of a usage error.
 pub const USAGE: u8 = 2;
@@ -97,6 +97,9 @@ pub fn run(args: &RunArgs) -> ExitCode {
         let guard = Guard::start(signals.clone(), |_, _| {})?;
         let messages = Arc::new(Messages::start(args)?);
         drop(guard);
+        if let Err(e) = open_files::raise_limit() {
+            log::debug!("the limit on open files could not be raised: {e}");
+        }
         let control = Arc::new(Control::new(args.cpus.into())?);
         Ok(Run { args, names, start, control, signals, messages })
     };

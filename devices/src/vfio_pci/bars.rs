@@ -129,7 +129,9 @@ impl BusDevice for TrappedBar {
             let data = &mut data[piece];
             match shared.msix_part(*bar, at) {
                 Some((msix, true, at)) => msix.lock().unwrap().read_table(at, data),
-                Some((msix, false, at)) => msix.lock().unwrap().read_pba(at, data),
+                Some((msix, false, in_pba)) => {
+                    msix.lock().unwrap().read_pba((RegionKind::Bar(*bar), at), in_pba, data);
+                }
                 None => shared.host.read(RegionKind::Bar(*bar), at, data),
             }
         }

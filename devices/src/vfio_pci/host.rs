@@ -21,8 +21,11 @@ pub trait AssignedHost: Send + Sync {
     fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>>;
     /// How many vectors of `kind` there are.
     fn irq_count(&self, kind: IrqKind) -> u32;
-    /// Vectors from 0 on signal `triggers` from now on; the first call enables the kind.
-    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()>;
+    /// Whether all vectors of `kind` that are ever to be used must be there when it is enabled. Else each can be added alone.
+    fn irq_noresize(&self, kind: IrqKind) -> bool;
+    /// Vectors from `start` on signal `triggers` from now on, `None`: nobody; the first call enables the kind. After an error
+    /// none of these vectors signals anybody.
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()>;
     /// Disables `kind`.
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
     /// Unmasks the legacy line, which the host masks each time it fires.
@@ -48,8 +51,11 @@ impl AssignedHost for vfio_bridge::HostFunction {
     fn irq_count(&self, kind: IrqKind) -> u32 {
         self.irq_count(kind)
     }
-    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
-        self.set_irqs(kind, 0, triggers)
+    fn irq_noresize(&self, kind: IrqKind) -> bool {
+        self.irq_noresize(kind)
+    }
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        self.set_irqs(kind, start, triggers)
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.disable_irqs(kind)
@@ -78,8 +84,12 @@ impl AssignedHost for UserFunction {
     fn irq_count(&self, kind: IrqKind) -> u32 {
         self.irq_count(kind)
     }
-    fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
-        self.set_irqs(kind, triggers)
+    fn irq_noresize(&self, _: IrqKind) -> bool {
+        // A process has no vectors of the host to allocate.
+        false
+    }
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+        self.set_irqs(kind, start, triggers)
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.disable_irqs(kind)

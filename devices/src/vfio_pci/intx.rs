@@ -44,7 +44,7 @@ impl Intx {
     pub fn enable(&self) {
         let mut state = self.state.lock().unwrap();
         if !state.enabled {
-            match self.host.set_irqs(IrqKind::Intx, &[Some(&self.event)]) {
+            match self.host.set_irqs(IrqKind::Intx, 0, &[Some(&self.event)]) {
                 Ok(()) => state.enabled = true,
                 Err(e) => self.told.once(|| log::warn!("the host refused the legacy interrupt: {e}")),
             }

@@ -4,6 +4,7 @@
 
 use vtd::Msi;
 
+use super::host::RegionKind;
 use super::vectors::Vectors;
 use crate::pci::ConfigSpace;
 use crate::pci::config::CAP_MSI;
@@ -85,22 +86,29 @@ impl MsiCapability {
         }
         let enabled = (1 << (config.u16(self.at + 2) >> 4 & 7).min(5)).min(self.capable);
         let messages: Vec<_> = (0..usize::from(enabled)).map(|i| self.message(config, enabled, i)).collect();
-        if !self.vectors.is_enabled() {
-            self.vectors.enable(messages.len(), |index| messages[index]);
+        if self.vectors.is_enabled() && self.vectors.count() == messages.len() {
+            self.vectors.program_all(messages);
             return;
         }
-        for (index, message) in messages.into_iter().enumerate() {
-            self.vectors.program(index, message);
-        }
+        // Another number while it is enabled means nothing (section 7.7.1.2); a host has one for as long as it is.
+        self.vectors.disable();
+        self.vectors.enable(messages);
     }
 
     /// Puts the pending bits where the guest reads them.
     pub fn refresh_pending(&mut self, config: &mut ConfigSpace) {
-        if self.is_maskable {
-            let capable = usize::from(self.capable);
-            let bits = (0..capable).fold(0, |bits, i| bits | u32::from(self.vectors.is_pending(i)) << i);
-            config.put(self.mask_at() + 4, &bits.to_le_bytes());
+        if !self.is_maskable {
+            return;
         }
+        let at = self.mask_at() + 4;
+        let mut device = [0; 4];
+        if self.vectors.is_enabled() {
+            self.vectors.read_device(RegionKind::Config, at.into(), &mut device);
+        }
+        let device = u32::from_le_bytes(device);
+        let pending = |i: u16| self.vectors.is_pending(i.into(), device >> i & 1 != 0);
+        let bits = (0..self.capable).map(pending).zip(0..).fold(0, |bits, (bit, i)| bits | u32::from(bit) << i);
+        config.put(at, &bits.to_le_bytes());
     }
 
     /// Disables it.

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use vtd::Msi;
 
+use super::host::RegionKind;
 use super::vectors::Vectors;
 
 /// Control: MSI-X Enable.
@@ -79,14 +80,13 @@ impl Msix {
         self.enabled = enable;
         if !enable {
             self.vectors.disable();
-        } else if self.vectors.is_enabled() {
-            for index in 0..self.entries.len() {
-                self.vectors.program(index, self.message(index));
-            }
+            return;
+        }
+        let messages = (0..self.entries.len()).map(|index| self.message(index)).collect();
+        if self.vectors.is_enabled() {
+            self.vectors.program_all(messages);
         } else {
-            let (entries, masked) = (&self.entries, self.masked);
-            let message = |index: usize| if masked { None } else { Self::entry_message(&entries[index]) };
-            self.vectors.enable(entries.len(), message);
+            self.vectors.enable(messages);
         }
     }
 
@@ -123,11 +123,16 @@ impl Msix {
         self.vectors.program(index, self.message(index));
     }
 
-    /// Reads 1, 2 or 4 bytes of the pending bits.
-    pub fn read_pba(&mut self, offset: u64, data: &mut [u8]) {
+    /// Reads 1, 2 or 4 bytes of the pending bits, which are at `at` of `region` in the device.
+    pub fn read_pba(&mut self, (region, at): (RegionKind, u64), offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if self.vectors.is_enabled() {
+            self.vectors.read_device(region, at, data);
+        }
         for (i, byte) in data.iter_mut().enumerate() {
-            let first = 8 * (offset as usize + i);
-            *byte = (0..8).fold(0, |bits, bit| bits | u8::from(self.vectors.is_pending(first + bit)) << bit);
+            let (first, device) = (8 * (offset as usize + i), *byte);
+            let pending = |bit: usize| self.vectors.is_pending(first + bit, device >> bit & 1 != 0);
+            *byte = (0..8).map(pending).zip(0..).fold(0, |bits, (is_pending, bit)| bits | u8::from(is_pending) << bit);
         }
     }
 }

@@ -1,13 +1,24 @@
 //! Message-signalled vectors of the assigned function: an eventfd each, which VFIO signals and which becomes an MSI in the
 //! guest, or stays counted while the vector is masked.
+//!
+//! ```text
+//!  not taken  the guest never unmasked it since it enabled the kind: no eventfd, no route, no interrupt of the host. The host
+//!             has it masked, so what the device wants to send is in the device's own pending bits, and comes when it is taken
+//!  taken      from the first unmasking until the kind is disabled; masked, its signals are counted
+//! ```
+//!
+//! Drivers use a few of the vectors that a function has, so one that cannot be taken costs that vector and no other (F-5). What
+//! a host allocates once for all (`VFIO_IRQ_INFO_NORESIZE`) is allocated when the kind is enabled, without an eventfd: nothing
+//! is ever added by disabling what works.
 
 use std::io;
 use std::mem;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
 use vtd::{Msi, Requester};
 
-use super::host::{AssignedHost, IrqKind};
+use super::host::{AssignedHost, IrqKind, RegionKind};
 use crate::host::{Interrupts, IrqRoute};
 use crate::told::Told;
 
@@ -22,12 +33,21 @@ pub struct Vectors {
     told: Told,
 }
 
+#[derive(Default)]
 struct Vector {
-    route: Arc<dyn IrqRoute>,
-    /// What the route delivers now; `None`: masked.
+    /// What the guest wants it to deliver; `None`: masked.
     now: Option<Msi>,
-    /// A signal came while it was masked.
+    taken: Option<Arc<dyn IrqRoute>>,
+    /// A signal came while it was taken and masked.
     pending: bool,
+}
+
+impl Vector {
+    /// Whether a signal was counted since it was masked.
+    fn look_for_signal(&mut self) -> bool {
+        self.pending |= self.taken.as_ref().is_some_and(|route| route.take_pending());
+        self.pending
+    }
 }
 
 impl Vectors {
@@ -41,87 +61,170 @@ impl Vectors {
         Self { kind, requester, host, interrupts, vectors: Vec::new(), enabled: false, told: Told::default() }
     }
 
-    /// Whether the host's side is enabled.
+    /// Whether the guest has the kind enabled.
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
 
-    /// Enables `count` vectors on the host at once, so that none is ever added while others are live (F-5), each with
-    /// what `message` says. The routes are in place before the first signal can come.
-    pub fn enable(&mut self, count: usize, message: impl Fn(usize) -> Option<Msi>) {
-        if let Err(e) = self.try_enable(count, message) {
-            let (requester, kind) = (self.requester, self.kind);
-            self.told.once(|| log::error!("{requester}: the host refused {kind:?}: {e}; interrupts are lost"));
-        }
+    /// How many there are since the kind was enabled.
+    pub fn count(&self) -> usize {
+        self.vectors.len()
     }
 
-    fn try_enable(&mut self, count: usize, message: impl Fn(usize) -> Option<Msi>) -> io::Result<()> {
-        while self.vectors.len() < count {
-            let route = self.interrupts.route(self.requester)?;
-            self.vectors.push(Vector { route, now: None, pending: false });
+    /// Enables the kind with a vector for each of `messages`, and takes those that are not masked.
+    pub fn enable(&mut self, messages: Vec<Option<Msi>>) {
+        self.vectors.resize_with(messages.len(), Vector::default);
+        self.enabled = true;
+        self.allocate();
+        self.program_all(messages);
+    }
+
+    /// Tells the host that the kind is enabled: functions and their firmware act on it, whatever is masked.
+    fn allocate(&self) {
+        let nobody = |count: usize| self.host.set_irqs(self.kind, 0, &vec![None; count]);
+        if !self.host.irq_noresize(self.kind) {
+            // What is refused now is refused, and said, when a vector is taken.
+            if let Err(e) = nobody(1) {
+                log::debug!("{}: {:?} was not enabled yet: {e}", self.requester, self.kind);
+            }
+            return;
         }
-        for index in 0..count {
-            self.program(index, message(index));
+        let all = self.vectors.len();
+        if nobody(all).is_ok() {
+            return;
         }
-        let triggers: Vec<_> = self.vectors[..count].iter().map(|v| Some(v.route.trigger())).collect();
-        // A host that is short of vectors may still have some: fewer is better than none.
-        let mut offered = triggers.len();
-        loop {
-            match self.host.set_irqs(self.kind, &triggers[..offered]) {
-                Ok(()) => break,
-                Err(_) if offered > 1 => offered /= 2,
-                Err(e) => return Err(e),
+        // The most that the host has: it says no and leaves nothing enabled, or takes them, and then has to let go first.
+        let (mut most, mut refused) = (0, all);
+        while refused - most > 1 {
+            let asked = most.midpoint(refused);
+            if nobody(asked).is_ok() {
+                self.release_host();
+                most = asked;
+            } else {
+                refused = asked;
             }
         }
-        if offered < triggers.len() {
-            let (requester, kind, wanted) = (self.requester, self.kind, triggers.len());
-            self.told.once(|| log::warn!("{requester}: the host has {offered} of {wanted} {kind:?} vectors"));
+        if most > 0
+            && let Err(e) = nobody(most)
+        {
+            log::debug!("{}: {:?} was not enabled: {e}", self.requester, self.kind);
         }
-        self.enabled = true;
-        Ok(())
     }
 
-    /// Disables all; what was pending is forgotten.
-    pub fn disable(&mut self) {
-        if mem::take(&mut self.enabled)
-            && let Err(e) = self.host.disable_irqs(self.kind)
-        {
+    fn release_host(&self) {
+        if let Err(e) = self.host.disable_irqs(self.kind) {
             log::debug!("{}: {:?} could not be disabled: {e}", self.requester, self.kind);
         }
-        for index in 0..self.vectors.len() {
-            self.program(index, None);
-            let vector = &mut self.vectors[index];
-            vector.route.take_pending();
-            vector.pending = false;
+    }
+
+    /// Disables all, and gives back what they took; what was pending is forgotten.
+    pub fn disable(&mut self) {
+        if mem::take(&mut self.enabled) {
+            self.release_host();
         }
+        self.vectors.clear();
     }
 
     /// Vector `index` delivers `message` from now on, `None`: nothing. What came while it was masked is delivered.
     pub fn program(&mut self, index: usize, message: Option<Msi>) {
-        let Some(vector) = self.vectors.get_mut(index) else { return };
-        if vector.now == message {
-            return;
+        self.apply(&[(index, message)]);
+    }
+
+    /// As [`Vectors::program`], of the vectors from 0 on: together they are one change of the machine's routes.
+    pub fn program_all(&mut self, messages: Vec<Option<Msi>>) {
+        let changes: Vec<_> = messages.into_iter().enumerate().collect();
+        self.apply(&changes);
+    }
+
+    /// In ascending order of the vectors.
+    fn apply(&mut self, changes: &[(usize, Option<Msi>)]) {
+        let mut lost = None;
+        let mut routes: Vec<(Arc<dyn IrqRoute>, Option<Msi>)> = Vec::new();
+        let (mut fresh, mut due) = (Vec::new(), Vec::new());
+        for &(index, message) in changes {
+            let Some(vector) = self.vectors.get_mut(index).filter(|vector| vector.now != message) else { continue };
+            if vector.taken.is_none() && message.is_some() {
+                match self.interrupts.route(self.requester) {
+                    Ok(route) => {
+                        vector.taken = Some(route);
+                        fresh.push(index);
+                    }
+                    Err(e) => lost = lost.or(Some((index, e))),
+                }
+            } else if let (None, Some(message)) = (vector.now, message) {
+                // Before the route is set: what comes later is the route's to deliver, so nothing is delivered twice.
+                if vector.look_for_signal() {
+                    vector.pending = false;
+                    due.push(message);
+                }
+            }
+            vector.now = message;
+            routes.extend(vector.taken.clone().map(|route| (route, message)));
         }
-        // Before the route is set: what comes later is the route's to deliver, so nothing is delivered twice.
-        let pending = message.is_some() && vector.now.is_none() && {
-            vector.pending |= vector.route.take_pending();
-            mem::take(&mut vector.pending)
-        };
-        if let Err(e) = vector.route.set(message) {
-            log::debug!("{}: vector {index} could not be routed: {e}", self.requester);
+        // Before the first signal can come.
+        self.interrupts.set_routes(&routes);
+        for run in fresh.chunk_by(|a, b| a + 1 == *b) {
+            lost = self.connect(run).or(lost);
         }
-        vector.now = message;
-        if let Some(message) = message.filter(|_| pending) {
+        for message in due {
             self.interrupts.signal(self.requester, message);
+        }
+        if let Some((index, e)) = lost {
+            let (requester, kind, count) = (self.requester, self.kind, self.vectors.len());
+            self.told.once(|| {
+                log::error!(
+                    "{requester}: interrupts are lost: of the {count} {kind:?} vectors, number {index} could not be had: {e}; \
+                     what works goes on, and others that cannot be had are not named"
+                );
+            });
         }
     }
 
-    /// Whether vector `index` is masked and has something to deliver.
-    pub fn is_pending(&mut self, index: usize) -> bool {
-        let Some(vector) = self.vectors.get_mut(index) else { return false };
-        if vector.now.is_none() {
-            vector.pending |= vector.route.take_pending();
+    /// Lets the host signal the vectors `run`, which follow each other and were just taken. The first that it refuses is given
+    /// back, and so are the ones that it refuses after that.
+    fn connect(&mut self, run: &[usize]) -> Option<(usize, io::Error)> {
+        match self.signal_by(run) {
+            Ok(()) => return None,
+            Err(e) if run.len() == 1 => return self.give_back(run[0], e),
+            // It took none of them.
+            Err(_) => {}
         }
-        vector.pending
+        let mut lost = None;
+        for index in run {
+            if let Err(e) = self.signal_by(&[*index]) {
+                lost = lost.or(self.give_back(*index, e));
+            }
+        }
+        lost
+    }
+
+    fn signal_by(&self, run: &[usize]) -> io::Result<()> {
+        let triggers: Vec<Option<&EventFd>> =
+            run.iter().map(|index| self.vectors[*index].taken.as_ref().map(|route| route.trigger())).collect();
+        let start = u32::try_from(run[0]).map_err(io::Error::other)?;
+        self.host.set_irqs(self.kind, start, &triggers)
+    }
+
+    fn give_back(&mut self, index: usize, e: io::Error) -> Option<(usize, io::Error)> {
+        self.vectors[index].taken = None;
+        let e =
+            io::Error::new(e.kind(), format!("the host refused it ({e}); others there may have too many interrupts"));
+        Some((index, e))
+    }
+
+    /// Whether vector `index` has something to deliver that its mask holds back. `in_device`: its own pending bit, which tells for one
+    /// that is not taken.
+    pub fn is_pending(&mut self, index: usize, in_device: bool) -> bool {
+        let Some(vector) = self.vectors.get_mut(index) else { return false };
+        match (&vector.taken, vector.now) {
+            (None, _) => in_device,
+            (Some(_), None) => vector.look_for_signal(),
+            (Some(_), Some(_)) => false,
+        }
+    }
+
+    /// Reads the device's own pending bits.
+    pub fn read_device(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        self.host.read(region, offset, data);
     }
 }

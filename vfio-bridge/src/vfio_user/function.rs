@@ -140,10 +140,10 @@ impl UserFunction {
         info.filter(|irq| irq.flags & VFIO_IRQ_INFO_EVENTFD != 0).map_or(0, |irq| irq.count)
     }
 
-    /// Vectors `0..triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody.
-    pub fn set_irqs(&self, kind: IrqKind, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody.
+    pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let most = (self.connection.capabilities().max_msg_fds as usize).max(1);
-        let mut start = 0;
+        let mut start = start;
         // A message carries eventfds for all of its vectors, or takes away those of all.
         for run in triggers.chunk_by(|a, b| a.is_some() == b.is_some()).flat_map(|run| run.chunks(most)) {
             let fds: Vec<_> = run.iter().flatten().map(|event| event.as_raw_fd()).collect();

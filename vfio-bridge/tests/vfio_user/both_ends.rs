@@ -37,7 +37,7 @@ fn regions_interrupts_and_reset_reach_the_device() {
     let events: Vec<_> = (0..18).map(|_| event()).collect();
     let mut triggers: Vec<_> = events.iter().map(Some).collect();
     triggers.push(None);
-    function.set_irqs(IrqKind::Msix, &triggers).unwrap();
+    function.set_irqs(IrqKind::Msix, 0, &triggers).unwrap();
     let asked = |start, some: usize, none: usize| {
         Asked::Irqs(IrqKind::Msix, start, [vec![true; some], vec![false; none]].concat())
     };
@@ -46,7 +46,7 @@ fn regions_interrupts_and_reset_reach_the_device() {
     serving.device.triggers.lock().unwrap()[17].as_mut().unwrap().write_all(&1u64.to_ne_bytes()).unwrap();
     assert!(was_signalled(&events[17]) && !was_signalled(&events[16]));
     // More than there are.
-    assert!(function.set_irqs(IrqKind::Intx, &[None, None]).is_err());
+    assert!(function.set_irqs(IrqKind::Intx, 0, &[None, None]).is_err());
 
     function.disable_irqs(IrqKind::Msix).unwrap();
     function.unmask_intx().unwrap();

@@ -101,7 +101,7 @@ fn our_client_with_its_server() {
     assert!(function.write(RegionKind::Config, 4, &[0xee]).is_err());
     // It takes one file a message.
     let events = [event(), event()];
-    function.set_irqs(IrqKind::Msi, &[Some(&events[0]), Some(&events[1])]).unwrap();
+    function.set_irqs(IrqKind::Msi, 0, &[Some(&events[0]), Some(&events[1])]).unwrap();
     assert!(was_signalled(&events[0]) && was_signalled(&events[1]));
     function.reset().unwrap();
 
