@@ -1,5 +1,6 @@
 # topology: slot
-# Two functions that only a reset of their bus resets: it is done when the guest resets and at the end, with both of them quiet, and both
+# Two functions that only a reset of their bus resets: it is done before the guest starts, when it resets and at the end, with
+# both of them quiet, and both
 # work afterwards.
 . /causeway/files/lib.sh
 . /causeway/files/life-lib.sh
@@ -27,5 +28,5 @@ expect_line life.err "$EDU is reset with its bus, which $EDU2 share" "$EDU2 is r
 expect "guest_resets" "$(field life.json guest_resets)" 1
 expect "what edu said" "$(lines life 'inverted ' | sort | uniq -c | awk '{ print $1, $2 }')" "4 0xEDCBA987"
 no_faults life
-# Each of the functions at each of the two resets. One container is that of both, and both have its numbers. See same_counts for the rest.
-expect "maps, and resets of the bus" "$(host_operations 3b71)" $(($(field life.json host_maps) / 2 + 4))
+# Each of the functions at each of the three resets. One container is that of both, and both have its numbers. See same_counts for the rest.
+expect "maps, and resets of the bus" "$(host_operations 3b71)" $(($(field life.json host_maps) / 2 + 6))

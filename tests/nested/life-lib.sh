@@ -75,8 +75,8 @@ GUEST
     expect "guest_resets" "$(field life.json guest_resets)" "$1"
     # A reset of the bus: QEMU's e1000e survives the one by power state.
     expect_line life.err "$E1000E is reset with its bus"
-    # Two containers of the guest's own vfio each time; the last reset is that at the end.
-    sound life $((2 * ($1 + 1))) $(($1 + 1))
+    # Two containers of the guest's own vfio each time; the first reset is that before the start, and the last that at the end.
+    sound life $((2 * ($1 + 1))) $(($1 + 2))
     lines life 'work: '
 }
 
@@ -131,7 +131,7 @@ second_kernel() {
     expect "MSIs of edu" "$(lines "$1" 'msi: ' | grep -c arrived)" 2
     expect "guest_resets" "$(field "$1.json" guest_resets)" 0
     # A container of the guest's own vfio in each kernel; the reset at the end.
-    sound "$1" 2 1
+    sound "$1" 2 2
 }
 
 # rebinds NUMBER: the guest's NVMe goes from nvme to vfio-pci, gets huge pages mapped, and goes back, that often, while the others work.

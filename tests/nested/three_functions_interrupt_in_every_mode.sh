@@ -30,8 +30,8 @@ in_mode() {
     expect "the checksums" "$(lines modes 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "2 $DISK_SHA256"
     expect "MSIs of edu" "$(lines modes 'msi: ' | grep -c arrived)" 2
     expect "kinds of work" "$(lines modes 'work: ' | wc -l)" 2
-    # A container of the guest's own vfio for each of edu's three runs; at the end the e1000e is reset with its bus.
-    sound modes 3 1
+    # A container of the guest's own vfio for each of edu's three runs; before the start and at the end the e1000e is reset with its bus.
+    sound modes 3 2
     lines modes 'work: '
     lines modes 'guest-irq: '
 }

@@ -248,6 +248,8 @@ impl Machine {
         };
         let placed = plug.devices(&args.devices, names, assigned)?;
         let assigned = plug.assigned;
+        // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and quiet now.
+        platform.root.reset();
 
         if let Payload::Image(_) = &payload {
             firmware::add_ports(&platform.pio, &control, args)?;
