@@ -20,7 +20,7 @@ use crate::BusDevice;
 use crate::dma::DmaTarget;
 use crate::host::{Interrupts, IrqLine};
 use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, STATUS, STATUS_INTX};
-use crate::pci::{BarKind, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
 
 /// Bytes of BAR 0.
 pub const BAR_SIZE: u64 = 1 << 20;
@@ -54,7 +54,7 @@ const IDENTIFICATION: u32 = 0x0100_00ed;
 pub struct Edu {
     shared: Arc<Shared>,
     decoder: Arc<Decoder>,
-    bar: Arc<dyn BusDevice>,
+    bar: BarTarget,
     worker: Option<JoinHandle<()>>,
 }
 
@@ -143,13 +143,13 @@ impl Edu {
             let shared = shared.clone();
             std::thread::Builder::new().name("edu".to_owned()).spawn(move || shared.work())?
         };
-        let bar: Arc<dyn BusDevice> = Arc::new(Bar(shared.clone()));
+        let bar = BarTarget::of_device(Arc::new(Bar(shared.clone())));
         Ok(Arc::new(Self { shared, decoder, bar, worker: Some(worker) }))
     }
 
     /// BAR 0, wherever it is decoded.
     pub fn bar(&self) -> &Arc<dyn BusDevice> {
-        &self.bar
+        &self.bar.device
     }
 
     /// Where the MSI capability is in configuration space.

@@ -6,7 +6,7 @@ pub mod host_bridge;
 pub mod root;
 
 pub use config::{BarKind, ConfigSpace, Identity};
-pub use decode::Decoder;
+pub use decode::{BarTarget, Decoder};
 pub use host_bridge::HostBridge;
 pub use root::{ConfigPorts, Ecam, PciRoot, SlotError, gsi_of};
 

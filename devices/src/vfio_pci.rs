@@ -14,6 +14,7 @@
 
 mod bars;
 mod capabilities;
+mod command;
 pub mod host;
 mod intx;
 mod msi;
@@ -26,22 +27,21 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::Requester;
 
-use self::bars::{Bar, Trapped, TrappedBar, windows};
+use self::bars::{Bars, Trapped};
+use self::command::HostCommand;
 pub use self::host::AssignedHost;
 use self::host::{IrqKind, RegionKind, ResetScope};
 use self::intx::Intx;
 use self::msi::MsiCapability;
 use self::msix::{Layout, Msix};
 use self::vectors::Vectors;
-use crate::BusDevice;
-use crate::host::{HostWindow, Interrupts, IrqLine, MemorySlots, SlotId};
+use crate::host::{Interrupts, IrqLine, MemorySlots};
 use crate::ioapic::EoiListener;
 use crate::pci::config::{
-    BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY,
-    CONFIG_SIZE, INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
+    BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE,
+    INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
 use crate::pci::{BarKind, ConfigSpace, Decoder, Identity, PciFunction};
-use crate::told::Told;
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -81,9 +81,8 @@ pub struct VfioPci {
     requester: Requester,
     host: Arc<dyn AssignedHost>,
     decoder: Arc<Decoder>,
-    slots: Arc<dyn MemorySlots>,
     trapped: Arc<Trapped>,
-    bars: [Option<Bar>; 6],
+    bars: Bars,
     intx: Option<Intx>,
     error: Option<EventFd>,
     request: Option<EventFd>,
@@ -118,46 +117,6 @@ struct Config {
     msi: Option<MsiCapability>,
     /// Where each BAR is decoded now.
     decoded: [Option<(u64, u64)>; 6],
-    /// The windows in the guest, by BAR.
-    slots: [Vec<SlotId>; 6],
-}
-
-/// The command register of the host's function. Bus Master never comes back once the function is quarantined.
-struct HostCommand {
-    host: Arc<dyn AssignedHost>,
-    quarantined: Mutex<bool>,
-    told: Told,
-}
-
-impl HostCommand {
-    fn write(&self, value: u16) {
-        let quarantined = self.quarantined.lock().unwrap();
-        let value = if *quarantined { value & !COMMAND_MASTER } else { value };
-        if let Err(e) = self.host.write(RegionKind::Config, COMMAND.into(), &value.to_le_bytes()) {
-            self.told.once(|| log::warn!("the host's command register could not be written: {e}"));
-        }
-    }
-
-    fn quarantine(&self) -> Result<(), String> {
-        let mut quarantined = self.quarantined.lock().unwrap();
-        *quarantined = true;
-        let read = || {
-            let mut data = [0; 2];
-            self.host.read(RegionKind::Config, COMMAND.into(), &mut data);
-            u16::from_le_bytes(data)
-        };
-        let off = read() & !COMMAND_MASTER;
-        let written = self.host.write(RegionKind::Config, COMMAND.into(), &off.to_le_bytes());
-        // Ones are what a read gives that failed.
-        let now = read();
-        if written.is_err() || now == u16::MAX || now & COMMAND_MASTER != 0 {
-            return Err(format!("Bus Master could not be cleared (the command register reads {now:#06x})"));
-        }
-        if let Err(e) = self.host.reset(ResetScope::Function) {
-            log::warn!("the quarantined function could not be reset ({e}); its Bus Master bit is clear");
-        }
-        Ok(())
-    }
 }
 
 impl VfioPci {
@@ -236,7 +195,7 @@ impl VfioPci {
 
         let layout = msix.as_ref().map(|(layout, _)| layout.clone());
         let trapped = Trapped::new(host.clone(), msix);
-        let bars = Self::bars(&host, &snapshot, layout.as_ref(), &trapped, &mut space)?;
+        let bars = bars::find(&host, &snapshot, layout.as_ref(), &trapped, &slots, &mut space)?;
         let intx = match intx {
             Some((line, _)) => Some(Intx::new(host.clone(), line).map_err(VfioPciError::Event)?),
             None => None,
@@ -250,11 +209,10 @@ impl VfioPci {
         };
         let (error, request) = (event(IrqKind::Error)?, event(IrqKind::Request)?);
 
-        let command = HostCommand { host: host.clone(), quarantined: Mutex::new(false), told: Told::default() };
+        let command = HostCommand::new(host.clone());
         command.write(0);
         let is_d0 = places.power.is_none_or(|at| word(at) & 3 == 0);
-        let config =
-            Config { space, command: 0, is_d0, msi, decoded: [None; 6], slots: std::array::from_fn(|_| Vec::new()) };
+        let config = Config { space, command: 0, is_d0, msi, decoded: [None; 6] };
         let config = Mutex::new(config);
         if let Some(intx) = &intx {
             intx.enable();
@@ -263,7 +221,6 @@ impl VfioPci {
             requester,
             host,
             decoder,
-            slots,
             trapped,
             bars,
             intx,
@@ -274,46 +231,6 @@ impl VfioPci {
             command,
             config,
         }))
-    }
-
-    fn bars(
-        host: &Arc<dyn AssignedHost>,
-        snapshot: &capabilities::Snapshot,
-        layout: Option<&Layout>,
-        trapped: &Arc<Trapped>,
-        space: &mut ConfigSpace,
-    ) -> Result<[Option<Bar>; 6], VfioPciError> {
-        let mut bars = [const { None }; 6];
-        let mut upper_half = false;
-        for bar in 0..6u8 {
-            if std::mem::take(&mut upper_half) {
-                continue;
-            }
-            let region = host.region(RegionKind::Bar(bar));
-            let Some(kind) = BarKind::of(u32::from(snapshot[usize::from(BAR0) + 4 * usize::from(bar)])) else {
-                continue;
-            };
-            if region.size == 0 {
-                continue;
-            }
-            upper_half = kind.is_64();
-            let fits = if kind.is_64() { bar < 5 } else { region.size <= 1 << 31 };
-            if !region.size.is_power_of_two() || region.size < 16 || !fits {
-                return Err(VfioPciError::BarSize { bar, size: region.size });
-            }
-            space.add_bar(bar.into(), kind, region.size);
-            let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
-            let file = host.file(RegionKind::Bar(bar));
-            let window = |(offset, len): (u64, u64)| {
-                let file_offset = region.file_offset.checked_add(offset)?;
-                let window = HostWindow { fd: file.clone()?, offset: file_offset, len, writable: region.writable };
-                Some((offset, window))
-            };
-            let windows = windows(&region, &holes).into_iter().filter_map(window).collect();
-            let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });
-            bars[usize::from(bar)] = Some(Bar { kind, size: region.size, windows, device });
-        }
-        Ok(bars)
     }
 
     /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls [`VfioPci::intx_fired`].
@@ -346,7 +263,17 @@ impl VfioPci {
 
     /// The BARs: number, kind, size in bytes.
     pub fn bar_sizes(&self) -> Vec<(u8, BarKind, u64)> {
-        self.bars.iter().zip(0..).filter_map(|(bar, i)| bar.as_ref().map(|bar| (i, bar.kind, bar.size))).collect()
+        self.bars
+            .memory
+            .iter()
+            .zip(0..)
+            .filter_map(|(bar, i)| bar.as_ref().map(|bar| (i, bar.kind, bar.size)))
+            .collect()
+    }
+
+    /// The numbers of the I/O BARs that the function has, which are not offered to the guest.
+    pub fn io_bars(&self) -> &[u8] {
+        &self.bars.io
     }
 
     /// Stops the function's DMA for good (B-11): Bus Master off, then reset. After `Ok` it does none, whatever the guest
@@ -374,13 +301,13 @@ impl VfioPci {
         }
         for (index, wanted) in wanted.iter().enumerate() {
             if config.decoded[index] != *wanted {
-                self.withdraw(config, index);
+                self.decode(config, index, None);
             }
         }
         host_write();
         for (index, wanted) in wanted.iter().enumerate() {
             if config.decoded[index] != *wanted {
-                self.place(config, index, *wanted);
+                self.decode(config, index, *wanted);
             }
         }
         if on {
@@ -388,29 +315,11 @@ impl VfioPci {
         }
     }
 
-    fn withdraw(&self, config: &mut Config, index: usize) {
-        for slot in config.slots[index].drain(..) {
-            self.slots.unmap(slot);
+    fn decode(&self, config: &mut Config, index: usize, range: Option<(u64, u64)>) {
+        if let Some(bar) = &self.bars.memory[index] {
+            self.decoder.set(self.requester.sid, index as u8, range, &bar.target);
         }
-        if let Some(bar) = &self.bars[index] {
-            self.decoder.set(self.requester.sid, index as u8, None, &bar.device);
-        }
-        config.decoded[index] = None;
-    }
-
-    fn place(&self, config: &mut Config, index: usize, range: Option<(u64, u64)>) {
-        let (Some(bar), Some((first, _))) = (&self.bars[index], range) else { return };
         config.decoded[index] = range;
-        // Where something else answers, mapping over it would hide that.
-        if !self.decoder.set(self.requester.sid, index as u8, range, &bar.device) {
-            return;
-        }
-        for (offset, window) in &bar.windows {
-            match self.slots.map(first + offset, window) {
-                Ok(slot) => config.slots[index].push(slot),
-                Err(e) => log::debug!("{}: BAR {index} stays trapped: {e}", self.requester),
-            }
-        }
     }
 
     /// Mappings out, no bus mastering, no interrupt.
@@ -438,17 +347,7 @@ impl VfioPci {
             // The whole register: libvfio-user takes no part of it. A 1 would clear PME Status.
             self.forward(at, &[power[0] & !3, power[1] & !0x80]);
         }
-        {
-            // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
-            let _quarantined = self.command.quarantined.lock().unwrap();
-            // That nothing can reset it was said at start.
-            if let Err(e) = self.host.reset(scope)
-                && e.kind() != io::ErrorKind::Unsupported
-            {
-                let requester = self.requester;
-                self.command.told.once(|| log::warn!("{requester}: the host could not reset the function: {e}"));
-            }
-        }
+        self.command.reset(scope, self.requester);
         config.space.reset();
         config.is_d0 = true;
         if let Some(intx) = &self.intx {
@@ -613,10 +512,14 @@ impl EoiListener for VfioPci {
 impl Drop for VfioPci {
     fn drop(&mut self) {
         let config = self.config.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let slots: Vec<_> = config.slots.iter_mut().flat_map(|slots| slots.drain(..)).collect();
+        let decoded = std::mem::take(&mut config.decoded);
         self.trapped.close();
-        for slot in slots {
-            self.slots.unmap(slot);
+        for (index, (bar, _)) in
+            self.bars.memory.iter().zip(decoded).enumerate().filter(|(_, (_, range))| range.is_some())
+        {
+            if let Some(bar) = bar {
+                self.decoder.set(self.requester.sid, index as u8, None, &bar.target);
+            }
         }
         self.command.write(0);
     }

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vtd::SourceId;
@@ -6,6 +7,7 @@ use super::host::RegionInfo;
 use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
+use crate::pci::config::COMMAND_MASTER;
 use crate::testing::{FakeInterrupts, FakeLine, FakeSlots};
 
 const SID: SourceId = SourceId::new(0, 5, 0);
@@ -39,6 +41,8 @@ struct FakeHost {
     unmasks: AtomicU32,
     /// Bus Master does not go off.
     stuck: AtomicBool,
+    /// The sizes of BARs besides the first.
+    other_bars: Mutex<BTreeMap<u8, u64>>,
 }
 
 impl FakeHost {
@@ -72,6 +76,7 @@ impl FakeHost {
             bus: Mutex::default(),
             unmasks: AtomicU32::new(0),
             stuck: AtomicBool::new(false),
+            other_bars: Mutex::default(),
         }
     }
 
@@ -123,7 +128,7 @@ impl AssignedHost for FakeHost {
             RegionKind::Bar(0) => info(0x4000, vec![(0, 0x4000)]),
             RegionKind::Rom => info(0x1000, vec![]),
             RegionKind::Config => info(0x1000, vec![]),
-            RegionKind::Bar(_) => info(0, vec![]),
+            RegionKind::Bar(bar) => info(self.other_bars.lock().unwrap().get(&bar).copied().unwrap_or(0), vec![]),
         }
     }
     fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
@@ -253,11 +258,16 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(|_| {})
+    }
+    /// With a function of the host that `prepare` changed.
+    fn with(prepare: impl FnOnce(&FakeHost)) -> Self {
         let bus = Arc::new(Bus::default());
         let root = PciRoot::new(bus.clone());
         let (slots, interrupts, line) =
             (Arc::new(FakeSlots::default()), Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
         let host = Arc::new(FakeHost::new(slots.clone()));
+        prepare(&host);
         let function = VfioPci::new(VfioPciWiring {
             requester: root.requester(SID),
             host: host.clone(),
@@ -317,6 +327,24 @@ impl Drop for Bench {
     }
 }
 
+/// A second function beside that of `bench`, at 06.0, without a legacy interrupt.
+fn second(bench: &Bench) -> (Arc<FakeSlots>, Arc<FakeHost>, SourceId) {
+    let sid = SourceId::new(0, 6, 0);
+    let slots = Arc::new(FakeSlots::default());
+    let host = Arc::new(FakeHost::new(slots.clone()));
+    let function = VfioPci::new(VfioPciWiring {
+        requester: bench.root.requester(sid),
+        host: host.clone(),
+        decoder: bench.root.decoder(),
+        slots: slots.clone(),
+        interrupts: bench.interrupts.clone(),
+        intx: None,
+    })
+    .unwrap();
+    bench.root.insert(sid, function).unwrap();
+    (slots, host, sid)
+}
+
 /// Everything but the pages of the MSI-X table and the pending bits.
 const WINDOWS: [(u64, u64, u64); 1] = [(BAR_GPA, 0, 0x2000)];
 
@@ -350,12 +378,47 @@ fn f1_a_moved_bar_moves_its_windows() {
 }
 
 #[test]
+fn f1_a_bar_that_waited_for_its_address_is_mapped_when_it_gets_it() {
+    let bench = Bench::running();
+    let (slots, host, sid) = second(&bench);
+    bench.root.config_write(sid, 0x14, &0x80u32.to_le_bytes());
+    bench.root.config_write(sid, COMMAND, &COMMAND_MEMORY.to_le_bytes());
+    host.bar.lock().unwrap()[0x100] = 0x77;
+    assert_eq!((slots.mapped(), bench.read(BAR_GPA + 0x100)), (vec![], 0), "the first has the address");
+    bench.config32(0x14, 0x81);
+    assert_eq!((slots.mapped(), bench.read(BAR_GPA + 0x100)), (WINDOWS.to_vec(), 0x77));
+    // Back over the other one: now this one waits, and gets nothing when it goes away itself.
+    bench.config32(0x14, 0x80);
+    assert_eq!((bench.slots.mapped(), slots.mapped()), (vec![], WINDOWS.to_vec()));
+    bench.command(0);
+    bench.root.config_write(sid, COMMAND, &[0; 2]);
+    assert_eq!((bench.slots.mapped(), slots.mapped(), bench.read(BAR_GPA)), (vec![], vec![], u32::MAX));
+}
+
+#[test]
+fn f6_io_bars_are_not_offered_and_named() {
+    let bench = Bench::with(|host| {
+        let mut config = host.config.lock().unwrap();
+        // An I/O BAR, and a type that is reserved; BAR 4 says I/O and has nothing behind it.
+        config[0x18] = 0x01;
+        config[0x1c] = 0x02;
+        config[0x20] = 0x01;
+        drop(config);
+        *host.other_bars.lock().unwrap() = [(2, 0x20), (3, 0x1000)].into();
+    });
+    assert_eq!(bench.function.io_bars(), [2]);
+    assert_eq!(bench.function.bar_sizes(), [(0, BarKind::Memory64, 0x4000)]);
+    bench.config32(0x18, u32::MAX);
+    assert_eq!(bench.config(0x18), 0);
+}
+
+#[test]
 fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
     let bench = Bench::running();
     bench.write(BAR_GPA + 0x100, 0x1234_5678);
     assert_eq!(bench.read(BAR_GPA + 0x100), 0x1234_5678);
     // What a vCPU that was already on its way to the BAR reaches.
-    let bar = bench.function.bars[0].as_ref().unwrap().device.clone();
+    let bar = bench.function.bars.memory[0].as_ref().unwrap().target.device.clone();
     bench.command(0);
     let before = bench.host.accesses.load(Ordering::SeqCst);
     let mut data = [0; 4];
@@ -371,7 +434,7 @@ fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
 #[test]
 fn f3_toggling_from_several_threads_lets_no_access_through() {
     let bench = Bench::running();
-    let bar = bench.function.bars[0].as_ref().unwrap().device.clone();
+    let bar = bench.function.bars.memory[0].as_ref().unwrap().target.device.clone();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let accessors: Vec<_> = (0..2)
@@ -441,19 +504,7 @@ fn f4_a_function_level_reset_goes_the_same_way() {
 #[test]
 fn f4_all_functions_are_quiet_before_the_first_is_reset() {
     let bench = Bench::running();
-    let sid = SourceId::new(0, 6, 0);
-    let slots = Arc::new(FakeSlots::default());
-    let host = Arc::new(FakeHost::new(slots.clone()));
-    let other = VfioPci::new(VfioPciWiring {
-        requester: bench.root.requester(sid),
-        host: host.clone(),
-        decoder: bench.root.decoder(),
-        slots: slots.clone(),
-        interrupts: bench.interrupts.clone(),
-        intx: None,
-    })
-    .unwrap();
-    bench.root.insert(sid, other).unwrap();
+    let (slots, host, sid) = second(&bench);
     bench.root.config_write(sid, 0x14, &0x90u32.to_le_bytes());
     bench.root.config_write(sid, COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER).to_le_bytes());
     bench.root.config_write(sid, MSIX + 2, &msix::CONTROL_ENABLE.to_le_bytes());

@@ -495,7 +495,10 @@ impl Plug<'_> {
             interrupts: self.interrupts.clone(),
             intx,
         })
-        .map_err(|source| assign::Error::Function { name, source })?;
+        .map_err(|source| assign::Error::Function { name: name.clone(), source })?;
+        for bar in vfio.io_bars() {
+            log::warn!("{name}: its I/O BAR {bar} is not offered to the guest; a driver that needs it will not work");
+        }
         if let Some(gsi) = gsi {
             let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
             self.platform.ioapic.add_eoi_listener(gsi, listener);

@@ -1,26 +1,47 @@
-//! Which BAR is on the MMIO bus where.
+//! Which BAR is on the MMIO bus where, with its windows in the guest's memory: a BAR has both, or neither.
 //!
-//! A guest may give two BARs one address, for a moment or for good. The first keeps it; the second waits, and comes onto the
-//! bus as soon as its range is free.
+//! A guest may give two BARs one address, for a moment or for good. The first keeps it; the second waits, and is put there
+//! as soon as its range is free.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use vtd::SourceId;
 
+use crate::host::{HostWindow, MemorySlots, SlotId};
 use crate::{Bus, BusDevice};
+
+/// What answers for a BAR.
+#[derive(Clone)]
+pub struct BarTarget {
+    /// To accesses that are not mapped.
+    pub device: Arc<dyn BusDevice>,
+    /// What is mapped into the guest while the BAR is on the bus: offset in the BAR, and part of a file.
+    pub windows: Arc<[(u64, HostWindow)]>,
+    /// Puts them there; without it there are none.
+    pub slots: Option<Arc<dyn MemorySlots>>,
+}
+
+impl BarTarget {
+    /// Only a device.
+    pub fn of_device(device: Arc<dyn BusDevice>) -> Self {
+        Self { device, windows: Arc::new([]), slots: None }
+    }
+}
 
 /// Puts BARs on the MMIO bus and takes them off.
 pub struct Decoder {
     bus: Arc<Bus>,
+    // Held while windows are mapped and unmapped, which calls nothing that comes back here.
     claims: Mutex<BTreeMap<(SourceId, u8), Claim>>,
 }
 
 struct Claim {
     first: u64,
     last: u64,
-    device: Arc<dyn BusDevice>,
+    target: BarTarget,
     placed: bool,
+    mapped: Vec<SlotId>,
 }
 
 impl Decoder {
@@ -31,27 +52,27 @@ impl Decoder {
 
     /// From now on BAR `bar` of `sid` is decoded at `range` (first and last address), or nowhere. `true` when it is where it
     /// should be; `false` when something else has the range: then nothing answers for it until that goes away.
-    pub fn set(&self, sid: SourceId, bar: u8, range: Option<(u64, u64)>, device: &Arc<dyn BusDevice>) -> bool {
+    ///
+    /// Its windows leave the guest before it leaves the bus, and come after it (F-3).
+    pub fn set(&self, sid: SourceId, bar: u8, range: Option<(u64, u64)>, target: &BarTarget) -> bool {
         let mut claims = self.claims.lock().unwrap();
         let key = (sid, bar);
-        if let Some(old) = claims.get(&key) {
+        if let Some(old) = claims.get_mut(&key) {
             if range == Some((old.first, old.last)) {
                 return old.placed;
             }
-            if old.placed {
-                self.bus.remove(old.first);
-            }
+            old.withdraw(&self.bus);
             claims.remove(&key);
         }
         if let Some((first, last)) = range {
-            claims.insert(key, Claim { first, last, device: device.clone(), placed: false });
+            claims.insert(key, Claim { first, last, target: target.clone(), placed: false, mapped: Vec::new() });
         }
         // The one that asks comes first: it may take what it only waits for because it moved over itself.
         if let Some(claim) = claims.get_mut(&key) {
-            claim.place(&self.bus);
+            claim.place(&self.bus, key);
         }
-        for claim in claims.values_mut().filter(|claim| !claim.placed) {
-            claim.place(&self.bus);
+        for (key, claim) in claims.iter_mut().filter(|(_, claim)| !claim.placed) {
+            claim.place(&self.bus, *key);
         }
         let placed = claims.get(&key).is_none_or(|claim| claim.placed);
         if !placed {
@@ -62,7 +83,26 @@ impl Decoder {
 }
 
 impl Claim {
-    fn place(&mut self, bus: &Bus) {
-        self.placed = bus.insert(self.first, self.last, self.device.clone()).is_ok();
+    fn place(&mut self, bus: &Bus, (sid, bar): (SourceId, u8)) {
+        // Where something else answers, mapping over it would hide that.
+        self.placed = bus.insert(self.first, self.last, self.target.device.clone()).is_ok();
+        let Some(slots) = self.target.slots.as_ref().filter(|_| self.placed) else { return };
+        for (offset, window) in &*self.target.windows {
+            match slots.map(self.first + offset, window) {
+                Ok(slot) => self.mapped.push(slot),
+                Err(e) => log::debug!("a window of BAR {bar} of {sid} stays trapped: {e}"),
+            }
+        }
+    }
+
+    fn withdraw(&mut self, bus: &Bus) {
+        for slot in self.mapped.drain(..) {
+            if let Some(slots) = &self.target.slots {
+                slots.unmap(slot);
+            }
+        }
+        if std::mem::take(&mut self.placed) {
+            bus.remove(self.first);
+        }
     }
 }

@@ -1,14 +1,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
-use crate::pci::{BarKind, ConfigSpace, Identity};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Identity};
 
 /// A function with a 4 KiB 32-bit BAR 0 and a 64-bit BAR 2 of 16 MiB.
 struct TwoBars {
     sid: SourceId,
     decoder: Arc<Decoder>,
     config: Mutex<ConfigSpace>,
-    bars: [Arc<dyn BusDevice>; 2],
+    bars: [BarTarget; 2],
 }
 
 struct Answer(u8);
@@ -27,7 +27,7 @@ impl TwoBars {
         config.add_bar(0, BarKind::Memory32, 0x1000);
         config.add_bar(2, BarKind::Prefetchable64, 16 << 20);
         config.add_capability(0x09, &[0x04], &[]);
-        let bars: [Arc<dyn BusDevice>; 2] = [Arc::new(Answer(answer)), Arc::new(Answer(answer + 1))];
+        let bars = [answer, answer + 1].map(|answer| BarTarget::of_device(Arc::new(Answer(answer))));
         let function = Self { sid, decoder: root.decoder(), config: Mutex::new(config), bars };
         root.insert(sid, Arc::new(function)).unwrap();
     }

@@ -7,11 +7,14 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, RwLock};
 
+use super::VfioPciError;
+use super::capabilities::Snapshot;
 use super::host::{AssignedHost, RegionInfo, RegionKind};
 use super::msix::{Layout, Msix};
 use crate::BusDevice;
-use crate::host::HostWindow;
-use crate::pci::BarKind;
+use crate::host::{HostWindow, MemorySlots};
+use crate::pci::config::BAR0;
+use crate::pci::{BarKind, BarTarget, ConfigSpace};
 
 const PAGE: u64 = 4096;
 
@@ -21,10 +24,63 @@ pub struct Bar {
     pub kind: BarKind,
     /// Bytes, a power of two.
     pub size: u64,
-    /// What can be mapped: offset in the BAR, and the part of the file.
-    pub windows: Vec<(u64, HostWindow)>,
-    /// What answers to accesses that are not mapped.
-    pub device: Arc<dyn BusDevice>,
+    /// What answers: the windows are what of it can be mapped.
+    pub target: BarTarget,
+}
+
+/// The BARs of a function, by their numbers.
+#[derive(Default)]
+pub struct Bars {
+    /// Those in memory.
+    pub memory: [Option<Bar>; 6],
+    /// The numbers of those in I/O space, which are not offered.
+    pub io: Vec<u8>,
+}
+
+/// The BARs that `host` has, put into `space` for the guest.
+pub fn find(
+    host: &Arc<dyn AssignedHost>,
+    snapshot: &Snapshot,
+    layout: Option<&Layout>,
+    trapped: &Arc<Trapped>,
+    slots: &Arc<dyn MemorySlots>,
+    space: &mut ConfigSpace,
+) -> Result<Bars, VfioPciError> {
+    let mut found = Bars::default();
+    let mut upper_half = false;
+    for bar in 0..6u8 {
+        if std::mem::take(&mut upper_half) {
+            continue;
+        }
+        let region = host.region(RegionKind::Bar(bar));
+        let register = snapshot[usize::from(BAR0) + 4 * usize::from(bar)];
+        if region.size == 0 {
+            continue;
+        }
+        let Some(kind) = BarKind::of(register.into()) else {
+            // Reserved types have bit 0 clear.
+            found.io.extend(Some(bar).filter(|_| register & 1 != 0));
+            continue;
+        };
+        upper_half = kind.is_64();
+        let fits = if kind.is_64() { bar < 5 } else { region.size <= 1 << 31 };
+        if !region.size.is_power_of_two() || region.size < 16 || !fits {
+            return Err(VfioPciError::BarSize { bar, size: region.size });
+        }
+        space.add_bar(bar.into(), kind, region.size);
+        let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
+        let file = host.file(RegionKind::Bar(bar));
+        let window = |(offset, len): (u64, u64)| {
+            let file_offset = region.file_offset.checked_add(offset)?;
+            let window = HostWindow { fd: file.clone()?, offset: file_offset, len, writable: region.writable };
+            Some((offset, window))
+        };
+        let windows = windows(&region, &holes).into_iter().filter_map(window).collect();
+        let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });
+        let target = BarTarget { device, windows, slots: Some(slots.clone()) };
+        found.memory[usize::from(bar)] = Some(Bar { kind, size: region.size, target });
+    }
+    Ok(found)
 }
 
 /// The parts of a region that can be mapped into the guest: what the host lets be mapped, less the pages with anything in
