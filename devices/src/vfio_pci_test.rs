@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use vtd::SourceId;
@@ -433,29 +434,37 @@ fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
 
 #[test]
 fn f3_toggling_from_several_threads_lets_no_access_through() {
+    const ACCESSORS: usize = 2;
+    const TOGGLERS: u16 = 2;
     let bench = Bench::running();
     let bar = bench.function.bars.memory[0].as_ref().unwrap().target.device.clone();
     let done = AtomicBool::new(false);
+    // Reads of each accessor that reached the device.
+    let reached: [AtomicU32; ACCESSORS] = Default::default();
+    // Nobody toggles before everybody accesses: under load a thread can come to run when the others are done.
+    let all_run = Barrier::new(ACCESSORS + usize::from(TOGGLERS));
     std::thread::scope(|scope| {
-        let accessors: Vec<_> = (0..2)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut seen = (0u64, 0u64);
-                    while !done.load(Ordering::SeqCst) {
-                        let mut data = [0; 4];
-                        bar.read(0x10, &mut data);
-                        bar.write(0x2000, &[0; 4]);
-                        bar.write(0x20, &[1; 4]);
-                        if data == [0xff; 4] { seen.1 += 1 } else { seen.0 += 1 }
-                    }
-                    seen
-                })
-            })
-            .collect();
-        let togglers: Vec<_> = (0..2u16)
+        for reached in &reached {
+            scope.spawn(|| {
+                let access = || {
+                    let mut data = [0; 4];
+                    bar.read(0x10, &mut data);
+                    bar.write(0x2000, &[0; 4]);
+                    bar.write(0x20, &[1; 4]);
+                    reached.fetch_add(u32::from(data != [0xff; 4]), Ordering::SeqCst);
+                };
+                access();
+                all_run.wait();
+                while !done.load(Ordering::SeqCst) {
+                    access();
+                }
+            });
+        }
+        let togglers: Vec<_> = (0..TOGGLERS)
             .map(|n| {
-                let bench = &bench;
+                let (bench, all_run) = (&bench, &all_run);
                 scope.spawn(move || {
+                    all_run.wait();
                     for round in 0..300 {
                         bench.command(COMMAND_MEMORY * ((round + n) & 1));
                         match round % 50 {
@@ -473,9 +482,12 @@ fn f3_toggling_from_several_threads_lets_no_access_through() {
         bench.config16(POWER + 4, 0);
         bench.config32(0x14, 0x80);
         bench.command(COMMAND_MEMORY);
-        while bench.host.accesses.load(Ordering::SeqCst) == 0 {}
+        // With memory on, every accessor still gets to the device.
+        let before = reached.each_ref().map(|reached| reached.load(Ordering::SeqCst));
+        while reached.iter().zip(before).any(|(now, before)| now.load(Ordering::SeqCst) == before) {
+            std::thread::yield_now();
+        }
         done.store(true, Ordering::SeqCst);
-        accessors.into_iter().for_each(|a| assert_ne!(a.join().unwrap(), (0, 0)));
     });
     assert_eq!(bench.slots.mapped(), WINDOWS);
 }
