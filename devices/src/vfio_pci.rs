@@ -526,5 +526,14 @@ impl Drop for VfioPci {
 }
 
 #[cfg(test)]
-#[path = "vfio_pci_test.rs"]
-mod vfio_pci_test;
+mod config_test;
+#[cfg(test)]
+mod gate_test;
+#[cfg(test)]
+mod intx_test;
+#[cfg(test)]
+mod messages_test;
+#[cfg(test)]
+mod reset_test;
+#[cfg(test)]
+mod test_bench;

@@ -1,0 +1,226 @@
+//! MSI and MSI-X.
+
+use super::test_bench::*;
+use super::*;
+
+#[test]
+fn f5_one_more_vector_loses_no_interrupt_of_the_others() {
+    for noresize in [false, true] {
+        let bench = Bench::running();
+        bench.host.noresize.store(noresize, Ordering::SeqCst);
+        bench.vector(0, 0x40, false);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        let enables = bench.host.enables.load(Ordering::SeqCst);
+        bench.host.raise(IrqKind::Msix, 0);
+        // What comes for the new one before it is taken is the device's to send.
+        bench.host.raise(IrqKind::Msix, 3);
+        bench.vector(3, 0x43, false);
+        assert_eq!(bench.delivered(), [0x40, 0x43]);
+        bench.host.raise(IrqKind::Msix, 3);
+        assert_eq!(bench.delivered(), [0x43]);
+        assert_eq!(bench.host.enables.load(Ordering::SeqCst), enables, "nothing is disabled to add one");
+    }
+}
+
+#[test]
+fn f5_a_vector_costs_nothing_until_the_guest_unmasks_it() {
+    for noresize in [false, true] {
+        let bench = Bench::running();
+        bench.host.noresize.store(noresize, Ordering::SeqCst);
+        let took = |vectors: &[usize]| {
+            assert_eq!((bench.host.taken(IrqKind::Msix), bench.interrupts.count()), (vectors.to_vec(), vectors.len()));
+        };
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+        bench.vector(2, 0x42, false);
+        took(&[]);
+        assert!(bench.host.live(IrqKind::Msix), "the function sees that MSI-X is enabled all the same");
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        took(&[2]);
+        bench.vector(2, 0x42, true);
+        let (sets, enables) = (&bench.host.sets, &bench.host.enables);
+        let before = (sets.load(Ordering::SeqCst), enables.load(Ordering::SeqCst));
+        bench.vector(2, 0x42, false);
+        took(&[2]);
+        let after = (sets.load(Ordering::SeqCst), enables.load(Ordering::SeqCst));
+        assert_eq!(before, after, "masking and unmasking is no business of the host's");
+        bench.vector(0, 0x40, false);
+        took(&[0, 2]);
+        bench.config16(MSIX + 2, 0);
+        took(&[]);
+    }
+}
+
+#[test]
+fn f5_all_that_is_unmasked_at_once_is_one_change() {
+    let bench = Bench::running();
+    (0..4).for_each(|index| bench.vector(index, 0x40, index == 1));
+    let before = (bench.interrupts.changes.load(Ordering::SeqCst), bench.host.sets.load(Ordering::SeqCst));
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    let after = (bench.interrupts.changes.load(Ordering::SeqCst), bench.host.sets.load(Ordering::SeqCst));
+    // Of the host: the enabling, and one for each run of neighbours.
+    assert_eq!((after.0 - before.0, after.1 - before.1), (1, 3));
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert_eq!(bench.interrupts.changes.load(Ordering::SeqCst), after.0 + 2);
+}
+
+/// What a bench delivers when each of its four vectors fires.
+fn all_fire(bench: &Bench) -> Vec<u32> {
+    (0..4).for_each(|index| bench.host.raise(IrqKind::Msix, index));
+    bench.delivered()
+}
+
+#[test]
+fn f5_a_host_that_is_short_of_vectors_costs_only_those_beyond() {
+    for noresize in [false, true] {
+        for at_once in [false, true] {
+            for (has, works) in [(0, &[][..]), (1, &[0x40]), (3, &[0x40, 0x41, 0x42])] {
+                let bench = Bench::running();
+                bench.host.noresize.store(noresize, Ordering::SeqCst);
+                bench.host.host_vectors.store(has, Ordering::SeqCst);
+                if !at_once {
+                    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+                }
+                (0..4).for_each(|index| bench.vector(index, 0x40 + index as u32, false));
+                bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+                if has > 0 {
+                    assert_eq!(all_fire(&bench), works, "{noresize} {at_once} {has}");
+                }
+                assert_eq!(bench.interrupts.count(), works.len(), "what cannot be used is given back");
+            }
+        }
+    }
+}
+
+#[test]
+fn f5_a_shortage_of_routes_costs_only_the_vectors_beyond_and_is_over_when_there_are_some() {
+    let bench = Bench::running();
+    *bench.interrupts.left.lock().unwrap() = Some(2);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    (0..4).for_each(|index| bench.vector(index, 0x40 + index as u32, false));
+    assert_eq!(all_fire(&bench), [0x40, 0x41]);
+    assert_eq!(bench.read(PBA), 0b1100, "the device has the others pending");
+    *bench.interrupts.left.lock().unwrap() = None;
+    bench.vector(3, 0x43, true);
+    bench.vector(3, 0x43, false);
+    assert_eq!(bench.delivered(), [0x43], "that came meanwhile");
+    assert_eq!(bench.read(PBA), 0b100);
+}
+
+#[test]
+fn f5_a_masked_vector_is_pending_and_delivered_once_at_unmask() {
+    // Never unmasked before: the device keeps it. Masked again: we do.
+    for taken in [false, true] {
+        let bench = Bench::running();
+        bench.vector(1, 0x41, !taken);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        bench.vector(1, 0x41, true);
+        assert_eq!(bench.read(PBA), 0);
+        bench.host.raise(IrqKind::Msix, 1);
+        assert_eq!(bench.read(PBA), 2);
+        assert_eq!(bench.read(PBA), 2, "reading does not clear it");
+        assert!(bench.delivered().is_empty());
+        bench.write(TABLE + 16 + 12, 0);
+        assert_eq!(bench.delivered(), [0x41]);
+        assert_eq!(bench.read(PBA), 0);
+        bench.write(TABLE + 16 + 12, 1);
+        bench.write(TABLE + 16 + 12, 0);
+        assert!(bench.delivered().is_empty());
+    }
+}
+
+#[test]
+fn f5_signals_before_and_after_a_look_at_the_pending_bits_are_one_message() {
+    let bench = Bench::running();
+    bench.vector(1, 0x41, false);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.vector(1, 0x41, true);
+    bench.host.raise(IrqKind::Msix, 1);
+    assert_eq!(bench.read(PBA), 2);
+    bench.host.raise(IrqKind::Msix, 1);
+    bench.write(TABLE + 16 + 12, 0);
+    assert_eq!(bench.delivered(), [0x41]);
+}
+
+#[test]
+fn f5_the_function_mask_masks_all_and_keeps_what_came() {
+    let bench = Bench::running();
+    bench.vector(0, 0x40, false);
+    bench.vector(1, 0x41, true);
+    for taken in [false, true] {
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+        assert_eq!(bench.host.taken(IrqKind::Msix).contains(&0), taken);
+        assert_eq!(bench.read(PBA), 2 * u32::from(taken));
+        bench.host.raise(IrqKind::Msix, 0);
+        bench.host.raise(IrqKind::Msix, 1);
+        assert_eq!(bench.read(PBA), 3);
+        assert!(bench.delivered().is_empty());
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        assert_eq!(bench.delivered(), [0x40]);
+        assert_eq!(bench.read(PBA), 2);
+    }
+}
+
+#[test]
+fn f5_the_table_is_ours_and_pieces_of_wide_accesses_find_their_owner() {
+    let bench = Bench::running();
+    let before = bench.host.accesses.load(Ordering::SeqCst);
+    bench.bus.write(TABLE, &[0x00, 0x10, 0xe0, 0xfe, 0, 0, 0, 0]);
+    let mut wide = [0; 8];
+    bench.bus.read(TABLE, &mut wide);
+    assert_eq!(wide, [0x00, 0x10, 0xe0, 0xfe, 0, 0, 0, 0]);
+    assert_eq!(bench.read(TABLE + 12), 1, "comes up masked");
+    bench.write(PBA, u32::MAX);
+    assert_eq!(bench.read(PBA), 0);
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
+    bench.write(TABLE + 0x40, 7);
+    assert_eq!(bench.read(TABLE + 0x40), 7, "past the table the device answers");
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before + 2);
+}
+
+#[test]
+fn f5_msi_vectors_are_in_the_low_bits_of_the_data_and_masks_hold() {
+    let bench = Bench::running();
+    bench.config32(MSI + 4, 0xfee0_1000);
+    bench.config32(MSI + 12, 0x4050);
+    bench.config32(MSI + 16, 0x2);
+    bench.config16(MSI + 2, 0x0011);
+    assert!(!bench.host.live(IrqKind::Intx));
+    bench.host.raise(IrqKind::Msi, 0);
+    bench.host.raise(IrqKind::Msi, 1);
+    assert_eq!(bench.delivered(), [0x4050]);
+    assert_eq!(bench.config(MSI + 20), 2);
+    bench.config32(MSI + 16, 0);
+    assert_eq!(bench.delivered(), [0x4051]);
+    bench.config16(MSI + 2, 0);
+    assert!(bench.host.live(IrqKind::Intx), "the legacy interrupt is back");
+}
+
+#[test]
+fn f5_the_head_of_the_msi_capability_is_never_written_on_the_host() {
+    let bench = Bench::running();
+    let head = bench.config(MSI) & 0xffff;
+    bench.config32(MSI + 4, 0xfee0_1000);
+    for vector in [0x50, 0x60] {
+        bench.config32(MSI + 12, vector);
+        // Enable, in one access with the id and the link, which are read-only.
+        bench.config32(MSI, 0x0001_0000 | !head & 0xffff);
+        assert_eq!(bench.config(MSI) & 0x0001_ffff, 0x0001_0000 | head);
+        assert!(bench.host.live(IrqKind::Msi));
+        bench.host.raise(IrqKind::Msi, 0);
+        assert_eq!(bench.delivered(), [vector]);
+    }
+}
+
+#[test]
+fn f5_disabling_forgets_what_was_pending() {
+    let bench = Bench::running();
+    bench.vector(0, 0x40, false);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.vector(0, 0x40, true);
+    bench.host.raise(IrqKind::Msix, 0);
+    bench.config16(MSIX + 2, 0);
+    bench.vector(0, 0x40, false);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert!(bench.delivered().is_empty());
+}
