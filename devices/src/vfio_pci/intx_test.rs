@@ -42,3 +42,84 @@ fn f5_enabling_messages_lowers_the_line() {
     bench.config16(MSIX + 2, 0);
     assert!(bench.host.live(IrqKind::Intx));
 }
+
+#[test]
+fn f5_intx_that_is_disabled_raises_no_line() {
+    let bench = Bench::running();
+    let event = bench.function.intx_event().unwrap().try_clone().unwrap();
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    event.write(1).unwrap();
+    bench.function.intx_fired();
+    assert!(!bench.line.is_high());
+    // What came before it was disabled is gone as well.
+    bench.config16(MSIX + 2, 0);
+    bench.function.intx_fired();
+    assert!(!bench.line.is_high(), "nothing fired");
+    bench.host.raise(IrqKind::Intx, 0);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.config16(MSIX + 2, 0);
+    bench.function.intx_fired();
+    bench.function.end_of_interrupt();
+    assert!(!bench.line.is_high());
+    assert_eq!((*bench.line.rises.lock().unwrap(), bench.host.unmasks.load(Ordering::SeqCst)), (0, 0));
+    bench.host.raise(IrqKind::Intx, 0);
+    bench.function.intx_fired();
+    assert!(bench.line.is_high());
+}
+
+#[test]
+fn f5_intx_comes_back_only_when_neither_kind_of_message_is_enabled() {
+    let bench = Bench::running();
+    bench.config16(MSI + 2, 1);
+    bench.config16(MSIX + 2, 0);
+    assert!(bench.host.live(IrqKind::Msi) && !bench.host.live(IrqKind::Intx));
+    bench.config16(MSI + 2, 0);
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    bench.config16(MSI + 2, 0);
+    assert!(bench.host.live(IrqKind::Msix) && !bench.host.live(IrqKind::Intx));
+    bench.config16(MSIX + 2, 0);
+    assert!(bench.host.live(IrqKind::Intx));
+}
+
+#[test]
+fn f5_the_pin_is_one_of_four_and_only_if_the_host_serves_it() {
+    let pin_of = |pin: u8, count| {
+        let host = FakeHost::new(Arc::default());
+        host.put(INTERRUPT_PIN, &[pin]);
+        host.counts.lock().unwrap().push((IrqKind::Intx, count));
+        VfioPci::pin_of(&host)
+    };
+    assert_eq!([0, 1, 4, 5, 0xff].map(|pin| pin_of(pin, 1)), [None, Some(1), Some(4), None, None]);
+    assert_eq!(pin_of(1, 0), None);
+}
+
+#[test]
+fn f5_without_a_line_the_guest_sees_no_pin() {
+    let bench = Bench::new();
+    let (_, host, sid) = second(&bench);
+    let mut data = [0; 2];
+    bench.root.config_read(sid, INTERRUPT_LINE, &mut data);
+    assert_eq!((data, host.live(IrqKind::Intx)), ([0xff, 0], false));
+}
+
+#[test]
+fn f5_the_guest_may_write_the_line_and_not_the_pin() {
+    let bench = Bench::new();
+    bench.config16(INTERRUPT_LINE, 0x070a);
+    assert_eq!(bench.config(INTERRUPT_LINE) & 0xffff, 0x010a);
+}
+
+#[test]
+fn f5_errors_and_requests_of_the_host_are_heard() {
+    let bench = Bench::with(|host| host.counts.lock().unwrap().extend([(IrqKind::Error, 1), (IrqKind::Request, 1)]));
+    for (kind, event) in
+        [(IrqKind::Error, bench.function.error_event()), (IrqKind::Request, bench.function.request_event())]
+    {
+        let event = event.unwrap();
+        assert!(event.read().is_err());
+        bench.host.raise(kind, 0);
+        assert!(event.read().is_ok(), "{kind:?}");
+    }
+    let without = Bench::new();
+    assert!(without.function.error_event().is_none() && without.function.request_event().is_none());
+}

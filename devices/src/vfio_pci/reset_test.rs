@@ -82,3 +82,119 @@ fn b11_a_bus_master_bit_that_stays_set_is_an_error() {
     bench.host.stuck.store(true, Ordering::SeqCst);
     assert!(bench.function.quarantine().is_err());
 }
+
+#[test]
+fn f4_nothing_of_the_interrupts_outlives_a_reset() {
+    for by_guest in [false, true] {
+        let bench = Bench::running();
+        let reset = || if by_guest { bench.config16(EXPRESS + 8, 0x8000) } else { bench.root.reset() };
+        bench.config32(MSI + 4, 0xfee0_1000);
+        bench.config32(MSI + 8, 1);
+        bench.config32(MSI + 12, 0x4050);
+        bench.config32(MSI + 16, 2);
+        bench.config16(MSI + 2, 0x0011);
+        reset();
+        assert!(!bench.host.live(IrqKind::Msi) && bench.host.live(IrqKind::Intx));
+        let registers = [0, 4, 8, 12, 16, 20].map(|offset| bench.config(MSI + offset));
+        assert_eq!(registers, [0x0182_0005, 0, 0, 0, 0, 0]);
+
+        bench.config32(0x14, 0x80);
+        bench.command(COMMAND_MEMORY);
+        bench.vector(1, 0x41, false);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE | msix::CONTROL_MASK);
+        reset();
+        assert_eq!(bench.interrupts.count(), 0);
+        bench.config32(0x14, 0x80);
+        bench.command(COMMAND_MEMORY);
+        assert_eq!([0, 8, 12].map(|offset| bench.read(TABLE + 16 + offset)), [0, 0, 1]);
+        // Nor is the mask of all.
+        bench.vector(0, 0x40, false);
+        bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+        bench.host.raise(IrqKind::Msix, 0);
+        assert_eq!(bench.delivered(), [0x40]);
+    }
+}
+
+#[test]
+fn f4_a_reset_by_advanced_features_goes_the_same_way() {
+    const ADVANCED: u16 = 0xc0;
+    let bench = Bench::running_with(|host| {
+        host.put(MSI + 1, &[ADVANCED as u8]);
+        host.put(ADVANCED, &[CAP_ADVANCED, 0, 6, 3, 0, 0]);
+    });
+    bench.root.config_write(SID, ADVANCED + 4, &[0]);
+    assert!(bench.host.resets.lock().unwrap().is_empty());
+    bench.root.config_write(SID, ADVANCED + 4, &[1]);
+    assert_eq!(*bench.host.resets.lock().unwrap(), [ResetScope::Function]);
+    assert_eq!((bench.slots.mapped(), bench.host.command()), (vec![], 0));
+    assert_eq!(bench.host.get(ADVANCED + 4, 1), [0], "the host never sees the reset bit");
+}
+
+#[test]
+fn f4_without_function_level_reset_its_bit_is_the_hosts() {
+    let bench = Bench::running_with(|host| host.put(EXPRESS + 7, &[0]));
+    bench.config16(EXPRESS + 8, 0x8010);
+    assert!(bench.host.resets.lock().unwrap().is_empty());
+    assert_eq!(bench.host.get(EXPRESS + 8, 2), [0x10, 0x80]);
+}
+
+#[test]
+fn f4_a_reset_that_fails_leaves_the_function_quiet_and_usable() {
+    let bench = Bench::running();
+    bench.host.no_reset.store(true, Ordering::SeqCst);
+    bench.root.reset();
+    assert_eq!((bench.slots.mapped(), bench.host.command()), (vec![], 0));
+    bench.config32(0x14, 0x80);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!((bench.slots.mapped(), bench.read(BAR_GPA)), (WINDOWS.to_vec(), 0));
+}
+
+#[test]
+fn f4_at_first_the_function_is_quiet_whatever_the_host_left() {
+    let bench = Bench::with(|host| host.put(COMMAND, &[0x07, 0x04]));
+    assert_eq!((bench.host.command(), bench.config(4) & 0xffff), (0, 0));
+    assert!(bench.host.live(IrqKind::Intx));
+}
+
+#[test]
+fn f4_a_function_that_goes_away_leaves_nothing_behind() {
+    let bench = Bench::running();
+    let Bench { bus, host, slots, .. } = &bench;
+    let (bus, host, slots) = (bus.clone(), host.clone(), slots.clone());
+    let bar = bench.bar(0);
+    drop(bench);
+    assert_eq!((host.command(), slots.mapped()), (0, vec![]));
+    let mut data = [0; 4];
+    assert!(!bus.read(BAR_GPA, &mut data), "its BAR is off the bus");
+    bar.read(0x100, &mut data);
+    assert_eq!((data, host.accesses.load(Ordering::SeqCst)), ([0xff; 4], 0), "and its gate is closed");
+}
+
+#[test]
+fn b11_a_quarantined_function_is_reset_alone() {
+    let bench = Bench::running();
+    bench.host.no_reset.store(true, Ordering::SeqCst);
+    assert_eq!(bench.function.quarantine(), Ok(()), "Bus Master is what counts");
+    assert_eq!(*bench.host.resets.lock().unwrap(), [ResetScope::Function]);
+}
+
+#[test]
+fn b11_quarantine_leaves_the_other_bits_of_the_command_register() {
+    let bench = Bench::running();
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER | 0x0400);
+    assert_eq!(bench.function.quarantine(), Ok(()));
+    assert_eq!(bench.host.command(), COMMAND_MEMORY | 0x0400);
+}
+
+#[test]
+fn b11_quarantine_does_not_believe_a_read_or_a_write_that_failed() {
+    for cannot_be_read in [true, false] {
+        let bench = Bench::running();
+        // Nothing to clear where it cannot be written: only the write tells that it is not known.
+        bench.command(COMMAND_MEMORY);
+        let fails = if cannot_be_read { &bench.host.gone } else { &bench.host.read_only };
+        fails.store(true, Ordering::SeqCst);
+        assert!(bench.function.quarantine().is_err(), "{cannot_be_read}");
+        fails.store(false, Ordering::SeqCst);
+    }
+}

@@ -10,7 +10,7 @@ use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
 pub use crate::pci::config::COMMAND_MASTER;
-use crate::testing::{FakeInterrupts, FakeLine, FakeSlots};
+use crate::testing::{FakeInterrupts, FakeLine, FakeSlots, Mapped};
 
 pub const SID: SourceId = SourceId::new(0, 5, 0);
 pub const BAR_GPA: u64 = 0x80_0000_0000;
@@ -43,6 +43,20 @@ pub struct FakeHost {
     pub unmasks: AtomicU32,
     /// Bus Master does not go off.
     pub stuck: AtomicBool,
+    /// Its configuration space cannot be read any more: ones.
+    pub gone: AtomicBool,
+    /// It cannot be written.
+    pub read_only: AtomicBool,
+    /// A reset fails.
+    pub no_reset: AtomicBool,
+    /// Called while an access to a BAR is under way.
+    pub on_access: Mutex<Option<Box<dyn Fn() + Send>>>,
+    /// How many vectors it has of these kinds, where it is not as said above.
+    pub counts: Mutex<Vec<(IrqKind, u32)>>,
+    /// Whether BARs have a file.
+    pub no_file: AtomicBool,
+    /// Bytes of configuration space.
+    pub config_size: AtomicU32,
     /// The sizes of BARs besides the first.
     pub other_bars: Mutex<BTreeMap<u8, u64>>,
 }
@@ -78,6 +92,13 @@ impl FakeHost {
             bus: Mutex::default(),
             unmasks: AtomicU32::new(0),
             stuck: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            read_only: AtomicBool::new(false),
+            no_reset: AtomicBool::new(false),
+            on_access: Mutex::default(),
+            counts: Mutex::default(),
+            no_file: AtomicBool::new(false),
+            config_size: AtomicU32::new(0x1000),
             other_bars: Mutex::default(),
         }
     }
@@ -88,6 +109,14 @@ impl FakeHost {
     }
     pub fn is_enabled(&self) -> bool {
         self.command() & COMMAND_MEMORY != 0 && self.config.lock().unwrap()[usize::from(POWER) + 4] & 3 == 0
+    }
+    /// Changes its configuration space, as before it is assigned.
+    pub fn put(&self, at: u16, bytes: &[u8]) {
+        self.config.lock().unwrap()[usize::from(at)..][..bytes.len()].copy_from_slice(bytes);
+    }
+    /// What is there.
+    pub fn get(&self, at: u16, len: usize) -> Vec<u8> {
+        self.config.lock().unwrap()[usize::from(at)..][..len].to_vec()
     }
     pub fn check(&self, holds: bool) {
         self.violations.fetch_add(u32::from(!holds), Ordering::SeqCst);
@@ -125,11 +154,12 @@ impl FakeHost {
 
 impl AssignedHost for FakeHost {
     fn region(&self, region: RegionKind) -> RegionInfo {
-        let info = |size, mappable| RegionInfo { size, file_offset: 0, readable: true, writable: true, mappable };
+        let info =
+            |size, mappable| RegionInfo { size, file_offset: FILE_OFFSET, readable: true, writable: true, mappable };
         match region {
             RegionKind::Bar(0) => info(0x4000, vec![(0, 0x4000)]),
             RegionKind::Rom => info(0x1000, vec![]),
-            RegionKind::Config => info(0x1000, vec![]),
+            RegionKind::Config => info(self.config_size.load(Ordering::SeqCst).into(), vec![]),
             RegionKind::Bar(bar) => info(self.other_bars.lock().unwrap().get(&bar).copied().unwrap_or(0), vec![]),
         }
     }
@@ -137,10 +167,16 @@ impl AssignedHost for FakeHost {
         let at = offset as usize;
         if region == RegionKind::Config {
             data.copy_from_slice(&self.config.lock().unwrap()[at..at + data.len()]);
+            if self.gone.load(Ordering::SeqCst) {
+                data.fill(0xff);
+            }
             return;
         }
         self.accesses.fetch_add(1, Ordering::SeqCst);
         self.check(self.is_enabled());
+        if let Some(hook) = &*self.on_access.lock().unwrap() {
+            hook();
+        }
         data.copy_from_slice(&self.bar.lock().unwrap()[at..at + data.len()]);
         self.check(self.is_enabled());
     }
@@ -148,6 +184,10 @@ impl AssignedHost for FakeHost {
         let at = offset as usize;
         if region == RegionKind::Config {
             let was_enabled = self.is_enabled();
+            self.check(at.is_multiple_of(data.len()));
+            if self.read_only.load(Ordering::SeqCst) {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
             let mut data = data.to_vec();
             // Servers on libvfio-user take the power-management register whole, or not at all; a 1 clears PME Status.
             if at == usize::from(POWER) + 4 {
@@ -176,9 +216,13 @@ impl AssignedHost for FakeHost {
         Ok(())
     }
     fn file(&self, _: RegionKind) -> Option<Arc<std::os::fd::OwnedFd>> {
-        Some(Arc::new(std::fs::File::open("/dev/null").unwrap().into()))
+        let file = || Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        (!self.no_file.load(Ordering::SeqCst)).then(file)
     }
     fn irq_count(&self, kind: IrqKind) -> u32 {
+        if let Some((_, count)) = self.counts.lock().unwrap().iter().find(|(counted, _)| *counted == kind) {
+            return *count;
+        }
         match kind {
             IrqKind::Intx => 1,
             IrqKind::Msi => 2,
@@ -196,17 +240,22 @@ impl AssignedHost for FakeHost {
         let most = self.host_vectors.load(Ordering::SeqCst) as usize;
         let noresize = self.noresize.load(Ordering::SeqCst);
         let mut irqs = self.irqs.lock().unwrap();
-        // VFIO has one kind at a time.
-        self.check(irqs.iter().all(|(live, _)| *live == kind));
-        if irqs.is_empty() {
+        if matches!(kind, IrqKind::Error | IrqKind::Request) {
+            irqs.push((kind, triggers.iter().map(|event| event.map(|event| event.try_clone().unwrap())).collect()));
+            return Ok(());
+        }
+        // VFIO has one of the other kinds at a time.
+        let others = irqs.iter().take_while(|(live, _)| matches!(live, IrqKind::Error | IrqKind::Request)).count();
+        self.check(irqs[others..].iter().all(|(live, _)| *live == kind));
+        if irqs.len() == others {
             if noresize && end > most {
                 return Err(io::Error::from_raw_os_error(28));
             }
             self.enables.fetch_add(1, Ordering::SeqCst);
             irqs.push((kind, Vec::new()));
-            irqs[0].1.resize_with(end, || None);
+            irqs[others].1.resize_with(end, || None);
         }
-        let (_, events) = &mut irqs[0];
+        let (_, events) = &mut irqs[others];
         if noresize && end > events.len() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -244,7 +293,7 @@ impl AssignedHost for FakeHost {
             self.check(other.slots.mapped().is_empty() && !other.live(IrqKind::Msix));
         }
         self.resets.lock().unwrap().push(scope);
-        Ok(())
+        if self.no_reset.load(Ordering::SeqCst) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
 }
 
@@ -284,7 +333,11 @@ impl Bench {
     }
     /// With BAR 0 placed and memory on.
     pub fn running() -> Self {
-        let bench = Self::new();
+        Self::running_with(|_| {})
+    }
+    /// The same, of a function that `prepare` changed.
+    pub fn running_with(prepare: impl FnOnce(&FakeHost)) -> Self {
+        let bench = Self::with(prepare);
         bench.config32(0x10, BAR_GPA as u32);
         bench.config32(0x14, (BAR_GPA >> 32) as u32);
         bench.command(COMMAND_MEMORY | COMMAND_MASTER);
@@ -318,6 +371,10 @@ impl Bench {
         self.write(TABLE + 16 * index + 8, data);
         self.write(TABLE + 16 * index + 12, u32::from(masked));
     }
+    /// What answers for BAR `index`, wherever it is.
+    pub fn bar(&self, index: usize) -> Arc<dyn crate::BusDevice> {
+        self.function.bars.memory[index].as_ref().expect("a BAR").target.device.clone()
+    }
     pub fn delivered(&self) -> Vec<u32> {
         self.interrupts.take().iter().map(|msi| msi.data).collect()
     }
@@ -327,6 +384,19 @@ impl Drop for Bench {
     fn drop(&mut self) {
         assert_eq!(self.host.violations.load(Ordering::SeqCst), 0, "the host saw what it must never see");
     }
+}
+
+/// What becomes of `host` alone, at 05.0.
+pub fn function_of(host: FakeHost) -> Result<Arc<VfioPci>, VfioPciError> {
+    let root = PciRoot::new(Arc::default());
+    VfioPci::new(VfioPciWiring {
+        requester: root.requester(SID),
+        slots: host.slots.clone(),
+        host: Arc::new(host),
+        decoder: root.decoder(),
+        interrupts: Arc::new(FakeInterrupts::default()),
+        intx: None,
+    })
 }
 
 /// A second function beside that of `bench`, at 06.0, without a legacy interrupt.
@@ -348,4 +418,6 @@ pub fn second(bench: &Bench) -> (Arc<FakeSlots>, Arc<FakeHost>, SourceId) {
 }
 
 /// Everything but the pages of the MSI-X table and the pending bits.
-pub const WINDOWS: [(u64, u64, u64); 1] = [(BAR_GPA, 0, 0x2000)];
+pub const WINDOWS: [Mapped; 1] = [(BAR_GPA, FILE_OFFSET, 0x2000)];
+/// Where regions begin in the host's file.
+const FILE_OFFSET: u64 = 0x10_0000;
