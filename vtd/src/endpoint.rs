@@ -6,7 +6,7 @@
 
 use std::iter::{self, FusedIterator};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
@@ -18,7 +18,7 @@ use vm_memory::{
 use crate::fault::{Access, Fault};
 use crate::ids::{Gpa, Iova, Requester};
 use crate::iotlb::{Iotlb, SessionToken};
-use crate::space::Perm;
+use crate::space::{Msi, Perm};
 use crate::spaces::Source;
 use crate::spec::fault::FaultReason;
 use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
@@ -83,7 +83,7 @@ impl From<Access> for Wanted {
 }
 
 /// A requester that is emulated, and its cached translations.
-pub struct Endpoint<M> {
+pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
     unit: Arc<Unit<M>>,
     requester: Requester,
     iotlb: Arc<Iotlb>,
@@ -110,7 +110,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
 
     /// Opens a session; it ends when the result is dropped.
     pub fn enter(&self) -> DmaSession<'_, M> {
-        DmaSession { endpoint: self, token: self.iotlb.open_session() }
+        DmaSession { endpoint: self, token: self.iotlb.open_session(), message: Mutex::default() }
     }
 
     /// Reads `data.len()` bytes at `iova`, in a session of its own.
@@ -192,15 +192,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     }
 }
 
-/// Accesses of an endpoint that an invalidation waits for.
-pub struct DmaSession<'e, M> {
-    endpoint: &'e Endpoint<M>,
-    token: SessionToken,
+impl<M: GuestMemoryBackend + Clone + Send + Sync> Drop for Endpoint<M> {
+    fn drop(&mut self) {
+        self.unit.spaces().remove_endpoint(&self.unit.shared, self.requester, &self.iotlb);
+    }
 }
 
-impl<M> Drop for DmaSession<'_, M> {
+/// Accesses of an endpoint that an invalidation waits for.
+pub struct DmaSession<'e, M: GuestMemoryBackend + Clone + Send + Sync> {
+    endpoint: &'e Endpoint<M>,
+    token: SessionToken,
+    /// The fault event's, to be sent when the session is over: that may be a system call.
+    message: Mutex<Option<Msi>>,
+}
+
+impl<M: GuestMemoryBackend + Clone + Send + Sync> Drop for DmaSession<'_, M> {
     fn drop(&mut self) {
         self.endpoint.iotlb.close_session(&self.token);
+        let message = self.message.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        self.endpoint.unit.shared.signal(message);
     }
 }
 
@@ -215,8 +225,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
 
     fn translate_for(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         self.endpoint.look_up(iova, wanted).inspect_err(|error| {
-            if let DmaError::Fault(fault) = error {
-                self.endpoint.unit.shared.record(fault);
+            if let DmaError::Fault(fault) = error
+                && let Some(message) = self.endpoint.unit.shared.record(fault)
+            {
+                *self.message.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(message);
             }
         })
     }
@@ -298,7 +310,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> GuestMemory for DmaSession<'_,
 }
 
 /// The slices of `count` bytes from `first` on, one a run of contiguous guest memory.
-struct Slices<'a, 'e, M> {
+struct Slices<'a, 'e, M: GuestMemoryBackend + Clone + Send + Sync> {
     session: &'a DmaSession<'e, M>,
     first: Iova,
     done: usize,

@@ -31,7 +31,7 @@ pub(crate) fn read_pair<M: GuestMemoryBackend>(memory: &M, gpa: Gpa) -> Option<(
     Some((low, words.get(1)?))
 }
 
-/// Writes a 32-bit status that the guest polls; everything before it is visible first. `false` where there is no memory.
-pub(crate) fn write_status<M: GuestMemoryBackend>(memory: &M, gpa: Gpa, status: u32) -> bool {
-    memory.store(status.to_le(), GuestAddress(gpa.0), Ordering::SeqCst).is_ok()
+/// Writes 32 bits that the guest polls; everything before them is visible first. `false` where there is no memory.
+pub(crate) fn write_word<M: GuestMemoryBackend>(memory: &M, gpa: Gpa, word: u32) -> bool {
+    memory.store(word.to_le(), GuestAddress(gpa.0), Ordering::SeqCst).is_ok()
 }

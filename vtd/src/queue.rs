@@ -8,7 +8,7 @@ use vm_memory::GuestMemoryBackend;
 use crate::config::{MAX_ADDRESS_MASK, MAX_HANDLE_MASK};
 use crate::ids::{DomainId, Gpa, SourceId};
 use crate::iotlb::Scope;
-use crate::memory::{read_pair, write_status};
+use crate::memory::{read_pair, write_word};
 use crate::remap::EntriesChanged;
 use crate::spaces::{ContextScope, Spaces};
 use crate::spec::invalidation::{
@@ -30,7 +30,7 @@ struct Queue {
 
 impl Queue {
     /// The queue, if it is enabled and not stopped by an error.
-    fn running<M>(shared: &Shared<M>) -> Option<Self> {
+    fn running<M: GuestMemoryBackend>(shared: &Shared<M>) -> Option<Self> {
         let registers = shared.registers();
         let state = &registers.state;
         if !Global::from_bits(state.global_status).queued_invalidation() || registers.fault_status().queue_error() {
@@ -202,7 +202,7 @@ fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError>
 
 fn complete<M: GuestMemoryBackend>(shared: &Shared<M>, wait: Wait) {
     if let Some((address, status)) = wait.status
-        && !write_status(&shared.memory, address, status)
+        && !write_word(&shared.memory, address, status)
     {
         log::debug!("unit {}: there is no memory at {address} for a wait status", shared.config.id.0);
     }

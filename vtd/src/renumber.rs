@@ -95,9 +95,7 @@ impl Spaces {
             names.filter(|name| before.of(**name) != sources.of(**name)).copied().collect();
         shared.sources.store(sources.into());
         for (name, iotlb) in &self.endpoints {
-            if changed.contains(name)
-                && let Some(iotlb) = iotlb.upgrade()
-            {
+            if changed.contains(name) {
                 iotlb.invalidate(Scope::Everything);
                 iotlb.wait_for_sessions();
             }
@@ -105,29 +103,25 @@ impl Spaces {
         if !self.draining {
             self.turn += 1;
         }
-        for name in changed.iter().filter(|name| self.members.contains_key(*name)).copied().collect::<Vec<_>>() {
-            self.look_up_one(shared, name);
+        let mut moves = BTreeMap::new();
+        for name in changed {
+            let Some(member) = self.members.get_mut(&name) else { continue };
+            let (key, domain) = look_up(shared, name);
+            *member =
+                Member { domain, source: shared.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
+            if member.attached != key {
+                moves.insert(name, key);
+            }
         }
+        self.move_members(shared, moves);
         shared.entries_changed(EntriesChanged::All);
     }
 
-    fn look_up_one<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, name: Requester) {
-        let (key, domain) = look_up(shared, name);
-        let Some(member) = self.members.get_mut(&name) else { return };
-        *member = Member { domain, source: shared.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
-        if member.attached != key
-            && let Err(refused) = self.attach(shared, name, key)
-        {
-            self.not_attached(shared, name, &refused);
-        }
-    }
-
     /// Who has which id, from `ids` and from who there is.
-    fn sources(&mut self) -> Sources {
+    fn sources(&self) -> Sources {
         if self.ids.is_empty() {
             return Sources::default();
         }
-        self.endpoints.retain(|(_, iotlb)| iotlb.strong_count() > 0);
         let there = self.members.keys().chain(self.endpoints.iter().map(|(name, _)| name)).chain(self.ids.keys());
         let there: BTreeSet<Requester> = there.copied().collect();
         let id_of = |name: &Requester| self.ids.get(name).copied().unwrap_or(Some(name.sid));

@@ -9,7 +9,7 @@
 mod renumber;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use vm_memory::GuestMemoryBackend;
 
@@ -98,12 +98,14 @@ pub(crate) struct Spaces {
     members: BTreeMap<Requester, Member>,
     /// By domain id first: an invalidation names nothing else.
     spaces: BTreeMap<(DomainId, PagedSpace), Space>,
-    endpoints: Vec<(Requester, Weak<Iotlb>)>,
+    endpoints: Vec<(Requester, Arc<Iotlb>)>,
     /// The source ids of functions that do not have the one of their name; `None` for one that has none.
     ids: BTreeMap<Requester, Option<SourceId>>,
     pending: Pending,
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
+    /// Members that are about to move.
+    leaving: BTreeSet<Requester>,
     /// Of which functions the log has that they are blocked.
     said_blocked: BTreeSet<Requester>,
     scratch: Scratch,
@@ -177,8 +179,23 @@ impl Spaces {
         requester: Requester,
         iotlb: &Arc<Iotlb>,
     ) {
-        self.endpoints.retain(|(_, iotlb)| iotlb.strong_count() > 0);
-        self.endpoints.push((requester, Arc::downgrade(iotlb)));
+        self.endpoints.push((requester, iotlb.clone()));
+        self.sources_changed(shared);
+    }
+
+    /// An emulated device leaves, and with the last endpoint of its name its id: who had the same one has it alone.
+    pub(crate) fn remove_endpoint<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+        iotlb: &Arc<Iotlb>,
+    ) {
+        self.endpoints.retain(|(_, other)| !Arc::ptr_eq(other, iotlb));
+        let is_there =
+            self.members.contains_key(&requester) || self.endpoints.iter().any(|(name, _)| *name == requester);
+        if !is_there {
+            self.ids.remove(&requester);
+        }
         self.sources_changed(shared);
     }
 
@@ -266,10 +283,11 @@ impl Spaces {
         let more_than_pages = !pending.contexts.is_empty() || !pending.iotlb.iter().all(only_pages);
         self.note_contexts(&pending.contexts);
 
-        let mut whole = BTreeSet::new();
+        let (mut whole, mut moves) = (BTreeSet::new(), BTreeMap::new());
         for scope in pending.contexts.drain(..) {
-            self.look_up_again(shared, scope, &mut whole);
+            self.look_up_again(shared, scope, &mut whole, &mut moves);
         }
+        self.move_members(shared, moves);
         self.compare(shared, &mut pending.iotlb, &whole);
         self.look_again(shared);
         self.try_again(shared, more_than_pages);
@@ -280,8 +298,7 @@ impl Spaces {
     }
 
     fn invalidate_endpoints(&self, pending: &Pending) {
-        let endpoints = self.endpoints.iter().filter_map(|(_, iotlb)| iotlb.upgrade());
-        for iotlb in endpoints {
+        for (_, iotlb) in &self.endpoints {
             if pending.contexts.is_empty() {
                 pending.iotlb.iter().for_each(|scope| iotlb.invalidate(*scope));
             } else {
@@ -291,12 +308,14 @@ impl Spaces {
         }
     }
 
-    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`.
+    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`, and those that
+    /// are to be elsewhere to `moves`.
     fn look_up_again<M: GuestMemoryBackend>(
         &mut self,
         shared: &Shared<M>,
         scope: ContextScope,
         whole: &mut BTreeSet<PagedSpace>,
+        moves: &mut BTreeMap<Requester, SpaceKey>,
     ) {
         let reached: Vec<Requester> = self.reached_by(scope).collect();
         for requester in reached {
@@ -315,9 +334,18 @@ impl Spaces {
                 }
                 continue;
             }
+            moves.insert(requester, key);
+        }
+    }
+
+    /// Attaches functions to what their tables say.
+    fn move_members<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, moves: BTreeMap<Requester, SpaceKey>) {
+        self.leaving = moves.keys().copied().collect();
+        for (requester, key) in moves {
             if let Err(refused) = self.attach(shared, requester, key) {
                 self.not_attached(shared, requester, &refused);
             }
+            self.leaving.remove(&requester);
         }
     }
 
@@ -426,7 +454,12 @@ impl Spaces {
     }
 
     /// A member could not be attached whole. Said once a function: a guest could make it happen again and again.
-    fn not_attached<M>(&mut self, shared: &Shared<M>, requester: Requester, refused: &AttachRefused) {
+    fn not_attached<M: GuestMemoryBackend>(
+        &mut self,
+        shared: &Shared<M>,
+        requester: Requester,
+        refused: &AttachRefused,
+    ) {
         let has_its_records = match refused {
             AttachRefused::Partial(_) => return,
             AttachRefused::Shared(_) => true,
@@ -436,7 +469,7 @@ impl Spaces {
             log::warn!("unit {}: {requester} is blocked: {refused}", shared.config.id.0);
         }
         if !has_its_records && self.reported.insert((requester, RefusalCause::Other)) {
-            shared.record(&refused_fault(shared, requester, Iova(0)));
+            shared.signal(shared.record(&refused_fault(shared, requester, Iova(0))));
         }
     }
 
@@ -468,12 +501,16 @@ impl Spaces {
         if self.spaces.contains_key(&index) {
             return key;
         }
-        if self.spaces.len() >= shared.config.bounds.spaces {
+        let bound = shared.config.bounds.spaces;
+        // A space that all its members are about to leave is none that stays.
+        let stays = |member: &Requester| *member != requester && !self.leaving.contains(member);
+        if self.spaces.len() >= bound
+            && self.spaces.values().filter(|space| space.members.iter().any(stays)).count() >= bound
+        {
             log::log!(
                 bound_exhausted(shared),
-                "unit {}: more than {} spaces; {requester} is blocked",
+                "unit {}: more than {bound} spaces; {requester} is blocked",
                 shared.config.id.0,
-                self.spaces.len()
             );
             return SpaceKey::Blocked;
         }
@@ -581,11 +618,15 @@ fn refused_fault<M>(shared: &Shared<M>, requester: Requester, iova: Iova) -> Fau
 }
 
 /// One fault record per device and cause for what the host refused (B-11).
-fn report<M>(shared: &Shared<M>, reported: &mut BTreeSet<(Requester, RefusalCause)>, refused: &[Refusal]) {
+fn report<M: GuestMemoryBackend>(
+    shared: &Shared<M>,
+    reported: &mut BTreeSet<(Requester, RefusalCause)>,
+    refused: &[Refusal],
+) {
     shared.counters.maps_refused.add(refused.len() as u64);
     for refusal in refused {
         if reported.insert((refusal.requester, refusal.cause)) {
-            shared.record(&refused_fault(shared, refusal.requester, refusal.first));
+            shared.signal(shared.record(&refused_fault(shared, refusal.requester, refusal.first)));
         }
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is called
 //! with it held), then `registers` (a few instructions at a time, never while the listener or the message sink is
-//! called). Register reads take the second only, so they never wait behind a drain. Emulated DMA takes neither, unless it
-//! has a fault to record (see [`crate::Endpoint`]).
+//! called). Register reads take the second only, and so do writes that give no command: what a fault handler does never
+//! waits behind another processor's drain, unless it makes a queue go on that had stopped. Emulated DMA takes neither,
+//! unless it has a fault to record (see [`crate::Endpoint`]).
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -14,7 +15,8 @@ use crate::audit::{Audit, AuditHost};
 use crate::config::{ConfigError, UnitConfig};
 use crate::endpoint::Endpoint;
 use crate::fault::{Fault, Recorded};
-use crate::ids::{Requester, SourceId};
+use crate::ids::{Gpa, Requester, SourceId};
+use crate::memory::write_word;
 use crate::queue::{self, context_scope_of, iotlb_scope_of};
 use crate::registers::{Command, Registers};
 use crate::remap::{EntriesChanged, RemapError, RemapFault, RemapListener, Remapping, Sender};
@@ -42,25 +44,31 @@ pub(crate) struct Shared<M> {
     pub(crate) counters: Counters,
 }
 
-impl<M> Shared<M> {
+impl<M: GuestMemoryBackend> Shared<M> {
     pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Sends a message of the unit itself: a write of 32 bits, which is an interrupt only where interrupts are, as on hardware.
     pub(crate) fn signal(&self, message: Option<Msi>) {
-        if let Some(message) = message {
+        let Some(message) = message else { return };
+        if message.is_interrupt() {
             self.messages.signal(message);
+        } else if !write_word(&self.memory, Gpa(message.address), message.data) {
+            log::debug!("unit {}: there is no memory at {:#x} for an event", self.config.id.0, message.address);
         }
     }
 
-    /// Counts a fault and, unless the guest silenced it, records it.
-    pub(crate) fn record(&self, fault: &Fault) {
+    /// Counts a fault and, unless the guest silenced it, records it. The message that is to be sent then is given back: it may be a
+    /// system call, so whoever is inside a DMA session sends it when that is over.
+    #[must_use]
+    pub(crate) fn record(&self, fault: &Fault) -> Option<Msi> {
         self.counters.fault(fault.reason);
         if fault.silenced {
-            return;
+            return None;
         }
         let recorded = self.registers().record_fault(fault);
-        self.recorded(recorded);
+        self.recorded(recorded)
     }
 
     /// The same for an interrupt that fired.
@@ -70,14 +78,14 @@ impl<M> Shared<M> {
             return;
         }
         let recorded = self.registers().record_remap_fault(fault);
-        self.recorded(recorded);
+        self.signal(self.recorded(recorded));
     }
 
-    fn recorded(&self, (recorded, message): (Recorded, Option<Msi>)) {
+    fn recorded(&self, (recorded, message): (Recorded, Option<Msi>)) -> Option<Msi> {
         if recorded == Recorded::Dropped {
             self.counters.faults_dropped.add(1);
         }
-        self.signal(message);
+        message
     }
 
     /// Tells the remap listener; the queue lock is held.
@@ -147,9 +155,16 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let Some(bytes) = value.get_mut(..data.len()) else { return };
         bytes.copy_from_slice(data);
         let value = u64::from_le_bytes(value);
-        // The queue lock first: between this register write and its command no other command comes.
-        let mut spaces = Registers::commands(offset, data.len()).then(|| self.spaces());
-        let outcome = self.shared.registers().write(offset, data.len(), value);
+        let mut registers = self.shared.registers();
+        let mut spaces = None;
+        if registers.commands(offset, data.len(), value) {
+            // The queue lock first: between this register write and its command no other command comes.
+            drop(registers);
+            spaces = Some(self.spaces());
+            registers = self.shared.registers();
+        }
+        let outcome = registers.write(offset, data.len(), value);
+        drop(registers);
         self.shared.signal(outcome.message);
         let Some((spaces, command)) = spaces.as_deref_mut().zip(outcome.command) else { return };
         match command {
@@ -189,7 +204,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().renumber(&self.shared, changes);
     }
 
-    /// The way to guest memory for an emulated device.
+    /// The way to guest memory for an emulated device. The device is there for as long as the endpoint is: when it is dropped,
+    /// another function that shared its source id has that alone. So it is not to be dropped inside a [`crate::DmaSession`] of
+    /// another endpoint, or by a listener or a sink that the unit calls.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
         let endpoint = Endpoint::new(self.clone(), requester);
         self.spaces().add_endpoint(&self.shared, requester, endpoint.iotlb());

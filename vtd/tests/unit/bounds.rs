@@ -153,6 +153,37 @@ fn rule5_too_many_spaces_block_the_device() {
 }
 
 #[test]
+fn rule5_a_space_that_is_about_to_be_left_does_not_count() {
+    let (mut rig, root) = bounded(Bounds { spaces: 1, ..Bounds::default() });
+    // The only one there may be is left for another one.
+    let other = rig.set_paged(NVME, root, 48, 2);
+    assert!(rig.submit(&[context_device(1, NVME.sid, 0)]));
+    assert_eq!(rig.unit.attachments(), [(NVME, other)]);
+    rig.set_paged(NIC, root, 48, 2);
+    rig.unit.add_requester(NIC).unwrap();
+    // Both leave it in one batch; and each does what it can when the other one stays.
+    let third = rig.set_paged(NVME, root, 48, 3);
+    rig.set_paged(NIC, root, 48, 3);
+    assert!(rig.submit(&[context_device(2, NVME.sid, 0), context_device(2, NIC.sid, 0)]));
+    assert_eq!(rig.unit.attachments(), [(NVME, third), (NIC, third)]);
+    assert_eq!(rig.unit.stats().bounds_exhausted, 0);
+    rig.set_paged(NVME, root, 48, 4);
+    assert!(rig.submit(&[context_device(3, NVME.sid, 0)]));
+    assert_eq!(rig.unit.attachments(), [(NVME, SpaceKey::Blocked), (NIC, third)]);
+    // By their ids, too.
+    let tables = [rig.table(), rig.table()];
+    let (from, to) = ([requester(4, 0, 0), requester(4, 1, 0)], [requester(5, 0, 0).sid, requester(5, 1, 0).sid]);
+    let spaces = from.map(|function| rig.set_paged(function, tables[0], 48, 7));
+    let _ = to.map(|sid| rig.set_paged(vtd::Requester { segment: 0, sid }, tables[1], 48, 8));
+    rig.unit.remove_requester(NVME);
+    rig.unit.remove_requester(NIC);
+    from.iter().for_each(|function| rig.unit.add_requester(*function).unwrap());
+    assert_eq!(rig.unit.attachments(), [(from[0], spaces[0]), (from[1], spaces[1])]);
+    rig.unit.renumber(&[(from[0], Some(to[0])), (from[1], Some(to[1]))]);
+    assert!(rig.unit.attachments().iter().all(|(_, key)| matches!(key, SpaceKey::Paged(space) if space.domain.0 == 8)));
+}
+
+#[test]
 fn b11_a_refused_map_loses_itself_and_is_told_once() {
     let (mut rig, root) = bounded(Bounds::default());
     rig.pages(root, 0x4000, 0x8000, 1);

@@ -1,6 +1,7 @@
 //! Legacy tables with everything that can be wrong in them, and how it is told.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 use vtd::spec::fault::FaultReason;
@@ -335,12 +336,12 @@ fn a8_the_event_follows_its_mask_and_its_conditions() {
     let control = || EventControl::from_bits(rig.read32(offset::FECTL));
     rig.write32(offset::FEDATA, 0x4041);
     rig.write32(offset::FEADDR, 0xfee0_2008);
-    rig.write32(offset::FEUADDR, 0x5);
+    rig.write32(offset::FEUADDR, 0x500);
     assert!(control().masked(), "comes up masked");
     assert!(read(&endpoint, 0x1000).is_err());
     assert_eq!(rig.messages.take(), []);
     assert!(control().pending());
-    let message = Msi { address: 0x5_fee0_2008, data: 0x4041 };
+    let message = Msi { address: 0x500_fee0_2008, data: 0x4041 };
     rig.write32(offset::FECTL, 0);
     assert_eq!(rig.messages.take(), [message]);
     assert!(!control().pending());
@@ -353,6 +354,62 @@ fn a8_the_event_follows_its_mask_and_its_conditions() {
     }
     assert!(read(&endpoint, 0x1000).is_err());
     assert_eq!(rig.messages.take(), [message]);
+}
+
+#[test]
+fn a8_a_fault_in_a_session_is_recorded_at_once_and_its_message_is_sent_when_the_session_is_over() {
+    let (rig, _, endpoint) = rig(48);
+    rig.write32(offset::FEADDR, 0xfee0_0000);
+    rig.write32(offset::FECTL, 0);
+    let session = endpoint.enter();
+    for page in 1..3u64 {
+        assert!(session.translate(Iova(page << 12), Access::Read).is_err());
+        assert_eq!((rig.fault_records().len(), rig.messages.take()), (1, vec![]));
+    }
+    drop(session);
+    assert_eq!(rig.messages.take(), [Msi { address: 0xfee0_0000, data: 0 }]);
+    rig.write32(offset::FRCD + 12, 1 << 31);
+    // An access in a session of its own, whichever way it goes.
+    assert!(endpoint.read(Iova(0x1000), &mut [0; 4]).is_err());
+    assert_eq!(rig.messages.take().len(), 1);
+    // And none without a fault.
+    drop(endpoint.enter());
+    assert_eq!(rig.messages.take(), []);
+}
+
+#[test]
+fn a8_a_fault_handler_does_not_wait_behind_a_drain() {
+    let (mut rig, root) = Rig::with_nvme();
+    let endpoint = rig.unit.endpoint(requester(0, 9, 0));
+    assert!(read(&endpoint, 0x1000).is_err());
+    rig.pages(root, 0x4000, 0x8000, 1);
+    rig.push(&[iotlb_global()]);
+    // The listener, and the drain with it, stands still.
+    let told = rig.listener.0.lock().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| rig.ring());
+        while rig.unit.stats().map_ops == 0 {
+            std::thread::yield_now();
+        }
+        let (done, handled) = mpsc::channel();
+        let unit = rig.unit.clone();
+        scope.spawn(move || {
+            let write = |at: u64, value: u32| unit.write(at, &value.to_le_bytes());
+            let mut status = [0; 4];
+            unit.read(offset::FSTS, &mut status);
+            write(offset::FRCD + 12, 1 << 31);
+            // What Linux clears, and everything; IQE is not set.
+            write(offset::FSTS, 0x81);
+            write(offset::FSTS, u32::MAX);
+            unit.write(offset::FSTS - 4, &u64::MAX.to_le_bytes());
+            write(offset::FECTL, 0);
+            unit.read(offset::FSTS, &mut status);
+            done.send(u32::from_le_bytes(status)).unwrap();
+        });
+        let status = handled.recv_timeout(Duration::from_secs(60));
+        drop(told);
+        assert_eq!(status, Ok(0), "FSTS as the handler left it");
+    });
 }
 
 #[test]

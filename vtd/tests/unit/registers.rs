@@ -3,7 +3,7 @@
 use vtd::spec::registers::{ContextCommand, EventControl, InvalidateAddress, IotlbInvalidate, offset};
 use vtd::{Msi, SpaceKey, UnitConfig, UnitId};
 
-use crate::rig::{Event, NIC, NVME, QUEUE, Rig, map, wait_interrupt, wait_status};
+use crate::rig::{Event, MEMORY, NIC, NVME, QUEUE, Rig, map, wait_interrupt, wait_status};
 
 #[test]
 fn a5_every_offset_and_size_is_defined() {
@@ -154,8 +154,8 @@ fn a6_a_completion_event_follows_its_mask() {
     let mut rig = Rig::new();
     rig.enable_queue();
     rig.write32(offset::IEDATA, 0x41);
-    rig.write64(offset::IEADDR, 0x2_fee0_0000);
-    let message = Msi { address: 0x2_fee0_0000, data: 0x41 };
+    rig.write64(offset::IEADDR, 0x200_fee0_0000);
+    let message = Msi { address: 0x200_fee0_0000, data: 0x41 };
     rig.push(&[wait_interrupt()]);
     rig.ring();
     assert_eq!(rig.messages.take(), []);
@@ -173,6 +173,62 @@ fn a6_a_completion_event_follows_its_mask() {
     rig.push(&[wait_interrupt()]);
     rig.ring();
     assert_eq!(rig.messages.take(), [message]);
+}
+
+/// The addresses of messages that are no interrupts; the last two are beyond memory.
+const NO_INTERRUPTS: [u64; 5] = [0x1000, 0, MEMORY - 4, 0xfed0_0000, 0x1_fee0_0000];
+
+#[test]
+fn a6_a_completion_event_outside_the_interrupt_range_is_a_write_to_memory() {
+    for address in NO_INTERRUPTS {
+        let mut rig = Rig::new();
+        rig.enable_queue();
+        let around = address & !7;
+        if around < MEMORY {
+            rig.store(around, 0x5555_5555_5555_5555);
+        }
+        rig.write32(offset::IEDATA, 0x41);
+        rig.write64(offset::IEADDR, address);
+        rig.write32(offset::IECTL, 0);
+        rig.push(&[wait_interrupt()]);
+        rig.ring();
+        assert_eq!((rig.messages.take(), rig.read32(offset::ICS)), (vec![], 1), "{address:#x}");
+        if around < MEMORY {
+            let shift = 8 * (address - around);
+            assert_eq!(rig.load(around), (0x5555_5555_5555_5555 & !(0xffff_ffff << shift)) | 0x41 << shift);
+        }
+    }
+}
+
+#[test]
+fn a8_a_fault_event_outside_the_interrupt_range_is_a_write_to_memory() {
+    for address in NO_INTERRUPTS {
+        let (mut rig, _) = Rig::with_nvme();
+        rig.write32(offset::FEDATA, 0x41);
+        rig.write32(offset::FEADDR, address as u32);
+        rig.write32(offset::FEUADDR, (address >> 32) as u32);
+        rig.push(&[(0, 0)]);
+        rig.ring();
+        // Held back by the mask, and sent by the write that unmasks it.
+        rig.write32(offset::FECTL, 0);
+        assert_eq!(rig.messages.take(), []);
+        if address < MEMORY {
+            assert_eq!(rig.load(address & !7) >> (8 * (address & 7)) & 0xffff_ffff, 0x41, "{address:#x}");
+        }
+    }
+}
+
+#[test]
+fn a6_a_completion_event_anywhere_in_the_interrupt_range_is_an_interrupt() {
+    for address in [0xfee0_0000, 0xfeef_fffc, 0x100_fee0_1008, 0xffff_ff00_feef_f00c] {
+        let mut rig = Rig::new();
+        rig.enable_queue();
+        rig.write64(offset::IEADDR, address);
+        rig.write32(offset::IECTL, 0);
+        rig.push(&[wait_interrupt()]);
+        rig.ring();
+        assert_eq!(rig.messages.take(), [Msi { address, data: 0 }]);
+    }
 }
 
 #[test]

@@ -157,6 +157,31 @@ fn a16_functions_that_share_an_id_reach_nothing_until_they_do_not() {
 }
 
 #[test]
+fn a16_an_id_that_an_emulated_function_gave_up_is_the_others_own_at_once() {
+    let world = World::new();
+    let (edu, other) = (world.rig.unit.endpoint(EDU), world.rig.unit.endpoint(requester(2, 1, 0)));
+    let again = world.rig.unit.endpoint(requester(2, 1, 0));
+    world.renumber(&[(other.requester(), Some(EDU.sid))]);
+    assert!(translate(&edu).is_err() && translate(&other).is_err() && translate(&again).is_err());
+    drop(other);
+    assert!(translate(&edu).is_err() && translate(&again).is_err(), "it has another endpoint");
+    drop(again);
+    assert_eq!(translate(&edu).ok(), target(EDU.sid));
+    // Its id went with it.
+    let other = world.rig.unit.endpoint(requester(2, 1, 0));
+    assert_eq!(translate(&edu).ok(), target(EDU.sid));
+    assert_eq!(other.requester(), requester(2, 1, 0));
+    // An assigned function hears of it, too; and what an assigned function has stays when an endpoint of its name goes.
+    let nvme = world.rig.unit.endpoint(NVME);
+    world.renumber(&[(NVME, Some(EDU.sid))]);
+    assert_eq!(world.reach(NVME), None);
+    drop(edu);
+    assert_eq!(world.reach(NVME), target(EDU.sid));
+    drop(nvme);
+    assert_eq!(world.reach(NVME), target(EDU.sid));
+}
+
+#[test]
 fn a16_a_function_that_comes_to_an_id_that_is_taken_opens_nothing() {
     let world = World::new();
     world.renumber(&[(NVME, Some(EDU.sid))]);
@@ -164,7 +189,6 @@ fn a16_a_function_that_comes_to_an_id_that_is_taken_opens_nothing() {
     let edu = world.rig.unit.endpoint(EDU);
     assert_eq!((world.reach(NVME), translate(&edu).is_err()), (None, true));
     drop(edu);
-    world.renumber(&[]);
     assert_eq!(world.reach(NVME), target(EDU.sid), "it is alone again");
     world.rig.unit.add_requester(EDU).unwrap();
     assert_eq!((world.reach(NVME), world.reach(EDU)), (None, None));
