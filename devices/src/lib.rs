@@ -10,10 +10,14 @@ pub mod host;
 pub mod ioapic;
 pub mod legacy;
 pub mod pci;
+pub mod pic;
+pub mod pit;
 pub mod pm;
+pub mod rtc;
 pub mod serial;
 #[cfg(test)]
 mod testing;
+pub mod timers;
 mod told;
 pub mod vfio_pci;
 

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::{Msi, Requester};
 
 use crate::host::{HostWindow, Interrupts, IoapicRoutes, IrqLine, IrqRoute, MemorySlots, PowerControl, SlotId};
+use crate::timers::Clock;
 
 /// Records messages; routes deliver when [`FakeInterrupts::pump`] is called, as KVM does by itself.
 #[derive(Default)]
@@ -173,5 +175,28 @@ impl MemorySlots for FakeSlots {
             hook();
         }
         self.state.lock().unwrap().1.remove(&slot).expect("a slot that is mapped");
+    }
+}
+
+/// A clock that stands until it is set: the time since it was made, and the time of day then.
+#[derive(Default)]
+pub struct FakeClock(Mutex<(Duration, Duration)>);
+
+impl FakeClock {
+    pub fn set(&self, now: Duration) {
+        self.0.lock().unwrap().0 = now;
+    }
+    pub fn set_epoch(&self, wall: Duration) {
+        self.0.lock().unwrap().1 = wall;
+    }
+}
+
+impl Clock for FakeClock {
+    fn now(&self) -> Duration {
+        self.0.lock().unwrap().0
+    }
+    fn wall(&self) -> Duration {
+        let (now, epoch) = *self.0.lock().unwrap();
+        epoch + now
     }
 }

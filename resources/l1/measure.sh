@@ -1,6 +1,6 @@
 # Runs a guest under Causeway or, beside it, under QEMU, and measures from outside. Sourced by scripts that run in L1.
 
-GUEST_CMDLINE="console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable panic=-1"
+GUEST_CMDLINE="console=ttyS0 quiet mitigations=off tsc=reliable panic=-1"
 IOCTLS=/sys/kernel/tracing/events/syscalls/sys_enter_ioctl
 MAP_DMA=3b71
 UNMAP_DMA=3b72

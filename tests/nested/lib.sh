@@ -6,7 +6,7 @@
 set -u
 FILES=/causeway/files
 VMM=${VMM:-causeway}
-GUEST_CMDLINE="console=ttyS0 quiet mitigations=off no_timer_check tsc=reliable panic=-1"
+GUEST_CMDLINE="console=ttyS0 quiet mitigations=off tsc=reliable panic=-1"
 
 fail() {
     echo "FAIL: $*"

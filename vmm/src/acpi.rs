@@ -9,7 +9,9 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use devices::pci::ConfigPorts;
+use devices::pit::Pit;
 use devices::pm::PmBlock;
+use devices::rtc::Rtc;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::{LE, U16, U32};
 use zerocopy::{Immutable, IntoBytes};
@@ -26,8 +28,15 @@ pub const OEM_TABLE_ID: [u8; 8] = *b"CAUSEWAY";
 /// Their revision.
 pub const OEM_REVISION: u32 = 1;
 
-/// Legacy devices that are not there: VGA (bit 2), ASPM control (bit 4), the CMOS clock (bit 5). The 8042 bit (1) is off.
-const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1 << 4 | 1 << 5;
+/// Legacy devices that are not there: VGA (bit 2), ASPM control (bit 4). The 8042 bit (1) is off; the clock's (5) says
+/// that it is there.
+const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1 << 4;
+/// Flags of the MADT, and where they are: there is a pair of 8259A (ACPI 6.5, section 5.2.12). Linux gives ISA
+/// interrupts, and the timer's, numbers only where it believes in them.
+const PCAT_COMPAT: u8 = 1 << 0;
+const MADT_FLAGS: usize = 40;
+/// Where each table's checksum is.
+const CHECKSUM: usize = 9;
 
 /// What the tables describe.
 pub struct Description<'a> {
@@ -96,28 +105,34 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
     table.reset_reg = io_port(ConfigPorts::RESET_PORT, 8, AccessSize::ByteAccess);
     table.reset_value = ConfigPorts::RESET_VALUE;
     table.iapc_boot_arch = BOOT_ARCHITECTURE.into();
+    table.century = Rtc::CENTURY;
     // C2 and C3 are not there.
     (table.p_lvl2_lat, table.p_lvl3_lat) = (0xfff.into(), 0xfff.into());
     bytes(&table.finalize())
 }
 
 fn madt(cpus: u8) -> Vec<u8> {
-    // Flags stay 0: there is no dual 8259, and Linux takes its null controller.
     let address = LocalInterruptController::Address(layout::LOCAL_APIC as u32);
     let mut table = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, address);
     for id in 0..cpus {
         table.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     table.add_structure(IoApic::new(layout::IOAPIC_ID, layout::IOAPIC as u32, 0));
-    table.add_structure(SourceOverride {
-        kind: 2,
-        length: 10,
-        bus: 0,
-        source: layout::SCI_GSI as u8,
-        gsi: layout::SCI_GSI.into(),
-        flags: 0xd.into(), // active high, level
-    });
-    bytes(&table)
+    // The timer's interrupt 0 is where PCs have it; as ISA has it: active high, edge. The SCI: active high, level.
+    for (source, gsi, flags) in [(0, Pit::GSI.into(), 0x0), (layout::SCI_GSI as u8, layout::SCI_GSI, 0xd)] {
+        table.add_structure(SourceOverride {
+            kind: 2,
+            length: 10,
+            bus: 0,
+            source,
+            gsi: gsi.into(),
+            flags: flags.into(),
+        });
+    }
+    let mut table = bytes(&table);
+    table[MADT_FLAGS] |= PCAT_COMPAT;
+    table[CHECKSUM] = table[CHECKSUM].wrapping_sub(PCAT_COMPAT);
+    table
 }
 
 fn mcfg() -> Vec<u8> {

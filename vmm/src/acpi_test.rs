@@ -71,7 +71,7 @@ fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
 fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
     let tables = find(&Description { cpus: 3, pci64: None, remapping: None });
     let madt = &tables["APIC"];
-    assert_eq!(u32_at(madt, 40), 0);
+    assert_eq!(u32_at(madt, 40), 1, "a pair of 8259A is there");
     let mut rest = &madt[44..];
     let mut entries = Vec::new();
     while !rest.is_empty() {
@@ -83,7 +83,15 @@ fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
         assert_eq!(entries[usize::from(id)], [0, 8, id, id, 1, 0, 0, 0]);
     }
     assert_eq!((entries[3][0], u32_at(&entries[3], 4), u32_at(&entries[3], 8)), (1, 0xfec0_0000, 0));
-    assert_eq!(entries[4], [2, 10, 0, 9, 9, 0, 0, 0, 0xd, 0]);
+    assert_eq!(entries[4], [2, 10, 0, 0, 2, 0, 0, 0, 0, 0], "the timer's interrupt 0 is at pin 2");
+    assert_eq!(entries[5], [2, 10, 0, 9, 9, 0, 0, 0, 0xd, 0]);
+}
+
+#[test]
+fn the_fadt_says_that_there_is_a_clock_with_a_century() {
+    let tables = find(&Description { cpus: 1, pci64: None, remapping: None });
+    let fadt = &tables["FACP"];
+    assert_eq!((fadt[108], fadt[109] & 1 << 5), (0x32, 0));
 }
 
 #[test]
@@ -96,7 +104,7 @@ fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
     assert!(has(&ends));
     let ends = [(layout::PCI32_FIRST as u32).to_le_bytes(), (layout::PCI32_LAST as u32).to_le_bytes()].concat();
     assert!(has(&ends));
-    assert!(has(b"_S5_") && has(b"_PRT") && has(b"COM1"));
+    assert!(has(b"_S5_") && has(b"_PRT") && has(b"COM1") && has(b"RTC0"));
     for device in 0..32u32 {
         assert!(has(&(device << 16 | 0xffff).to_le_bytes()));
     }

@@ -7,6 +7,15 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const X2APIC: u32 = 1 << 21;
 const HYPERVISOR: u32 = 1 << 31;
 const MULTI_THREADING: u32 = 1 << 28;
+/// KVM's own leaves begin here, and say the last of them in EAX.
+const KVM_SIGNATURE: u32 = 0x4000_0000;
+/// "KVMKVMKVM" in EBX.
+const KVM_SIGNATURE_EBX: u32 = u32::from_le_bytes(*b"KVMK");
+/// The rates of the time-stamp counter (EAX) and of the local APIC's timer (EBX) in kHz, as VMware began to tell them;
+/// Linux, the BSDs and Darwin read it, and need not measure.
+const FREQUENCIES: u32 = KVM_SIGNATURE + 0x10;
+/// KVM's local APIC timer counts nanoseconds.
+const APIC_TIMER_KHZ: u32 = 1_000_000;
 /// Used when CPUID does not say: what the first 64-bit processors had.
 const DEFAULT_PHYSICAL_BITS: u8 = 36;
 
@@ -35,8 +44,8 @@ fn core_bits(cpus: u32) -> u32 {
     cpus.next_power_of_two().trailing_zeros()
 }
 
-/// What vCPU `index` of `cpus` (at most 254) sees.
-pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> CpuId {
+/// What vCPU `index` of `cpus` (at most 254) sees, whose time-stamp counter has that rate, if it is known.
+pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8, tsc_khz: Option<u32>) -> CpuId {
     let (id, cpus) = (u32::from(index), u32::from(cpus));
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
@@ -79,7 +88,15 @@ pub fn for_vcpu(supported: &CpuId, index: u8, cpus: u8) -> CpuId {
         // Threads of a core, cores of the package, the end.
         entries.extend([level(0, 0, 1, 1), level(1, core_bits(cpus), cpus, 2), level(2, 0, 0, 0)]);
     }
-    // KVM_GET_SUPPORTED_CPUID never fills more than the limit, and three entries replace at least the three of leaf 0xb.
+    let is_kvm = |entry: &&mut kvm_cpuid_entry2| entry.function == KVM_SIGNATURE && entry.ebx == KVM_SIGNATURE_EBX;
+    if let (Some(tsc_khz), Some(signature)) = (tsc_khz, entries.iter_mut().find(is_kvm)) {
+        signature.eax = signature.eax.max(FREQUENCIES);
+        entries.retain(|entry| entry.function != FREQUENCIES);
+        let (eax, ebx) = (tsc_khz, APIC_TIMER_KHZ);
+        entries.push(kvm_cpuid_entry2 { function: FREQUENCIES, eax, ebx, ..Default::default() });
+    }
+    // KVM_GET_SUPPORTED_CPUID never fills more than the limit, and three entries replace at least the three of leaf
+    // 0xb.
     CpuId::from_entries(&entries).unwrap_or_else(|_| supported.clone())
 }
 
@@ -103,7 +120,7 @@ mod tests {
         ])
         .unwrap();
         for index in 0..3 {
-            let cpuid = for_vcpu(&supported, index, 3);
+            let cpuid = for_vcpu(&supported, index, 3, None);
             let find =
                 |function, sub| *cpuid.as_slice().iter().find(|e| e.function == function && e.index == sub).unwrap();
             let id = u32::from(index);
@@ -116,6 +133,21 @@ mod tests {
             assert_eq!(find(0x8000_001e, 0).eax, id);
             assert!(!cpuid.as_slice().iter().any(|e| e.function == 0x1f));
         }
+    }
+
+    #[test]
+    fn rates_are_told_where_kvm_is_told_of() {
+        let signature = kvm_cpuid_entry2 { ebx: KVM_SIGNATURE_EBX, ..entry(KVM_SIGNATURE, 0x4000_0001) };
+        let rates = |entries: &[kvm_cpuid_entry2], tsc_khz| {
+            let cpuid = for_vcpu(&CpuId::from_entries(entries).unwrap(), 0, 1, tsc_khz);
+            let find = |function| cpuid.as_slice().iter().find(|entry| entry.function == function).copied();
+            (find(KVM_SIGNATURE).map(|entry| entry.eax), find(FREQUENCIES).map(|entry| (entry.eax, entry.ebx)))
+        };
+        let told = (Some(FREQUENCIES), Some((2_400_000, 1_000_000)));
+        assert_eq!(rates(&[entry(0, 0xd), signature], Some(2_400_000)), told);
+        assert_eq!(rates(&[signature, entry(FREQUENCIES, 7)], Some(2_400_000)), told);
+        assert_eq!(rates(&[signature], None), (Some(0x4000_0001), None));
+        assert_eq!(rates(&[entry(KVM_SIGNATURE, 5)], Some(2_400_000)), (Some(5), None), "another hypervisor's leaves");
     }
 
     #[test]

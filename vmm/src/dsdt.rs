@@ -8,6 +8,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 use devices::pci::gsi_of;
 use devices::pm::PmBlock;
+use devices::rtc::Rtc;
 use devices::serial::SerialPort;
 
 use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
@@ -81,12 +82,26 @@ fn serial(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
+fn clock(sink: &mut dyn AmlSink) {
+    let ports = IO::new(Rtc::FIRST as u16, Rtc::FIRST as u16, 1, 2);
+    let interrupt = Interrupt::new(true, true, false, false, Rtc::GSI.into());
+    Device::new(
+        "RTC0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
 /// The whole table.
 pub fn table(pci64: Option<Window>) -> Vec<u8> {
     let mut system_bus = Vec::new();
     root_bridge(&mut system_bus, pci64);
     reserved(&mut system_bus);
     serial(&mut system_bus);
+    clock(&mut system_bus);
     let mut body = Scope::raw("_SB_".into(), system_bus);
     let sleep_type = PmBlock::SLP_TYP_S5;
     Name::new("_S5_".into(), &Package::new(vec![&sleep_type, &ZERO, &ZERO, &ZERO])).to_aml_bytes(&mut body);

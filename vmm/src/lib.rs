@@ -17,6 +17,7 @@ mod firmware;
 mod image;
 mod irq;
 mod layout;
+mod legacy;
 mod machine;
 mod memory;
 mod messages;

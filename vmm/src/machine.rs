@@ -8,7 +8,6 @@ use devices::dma::{DirectMemory, DmaTarget};
 use devices::edu::Edu;
 use devices::host::{IrqLine, PowerControl};
 use devices::ioapic::{EoiListener, IoApic};
-use devices::legacy::I8042;
 use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, SlotError, gsi_of};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
@@ -25,6 +24,7 @@ use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
 use crate::dmar::{Remapping, Scope, UnitDescription};
 use crate::irq::{self, KvmInterrupts, Remapper};
+use crate::legacy::Legacy;
 use crate::memory::Ram;
 use crate::options::{DeviceKind, DeviceOption};
 use crate::output::OutputWriter;
@@ -118,6 +118,7 @@ struct Platform {
     ioapic: Arc<IoApic>,
     serial: Arc<SerialPort>,
     power: Arc<PmBlock>,
+    legacy: Legacy,
 }
 
 /// What the ACPI tables are made from, kept because a reset writes them again.
@@ -146,13 +147,12 @@ impl Platform {
         control: &Arc<Control>,
         output: OutputWriter,
         drained: EventFd,
-    ) -> Result<Self, Overlap> {
+    ) -> Result<Self, Error> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::new(mmio.clone());
         let ioapic = IoApic::new(irq::ioapic_requester(), interrupts.clone(), Some(interrupts.clone()));
         let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
         let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), Box::new(output), Some(drained)));
-        let keyboard = Arc::new(I8042::new(control.clone()));
         let config = Arc::new(ConfigPorts::new(root.clone(), control.clone()));
 
         insert(&mmio, layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone())?;
@@ -160,8 +160,8 @@ impl Platform {
         pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config)?;
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
-        pio.insert(I8042::FIRST, I8042::LAST, keyboard)?;
-        Ok(Self { pio, mmio, root, ioapic, serial, power })
+        let legacy = Legacy::add(&pio, &ioapic, control)?;
+        Ok(Self { pio, mmio, root, ioapic, serial, power, legacy })
     }
 }
 
@@ -345,6 +345,7 @@ impl Machine {
         self.platform.ioapic.reset();
         self.platform.power.reset();
         self.platform.serial.reset();
+        self.platform.legacy.reset();
         self.load()?;
         self.control.reset_vcpus();
         self.resets += 1;

@@ -155,7 +155,8 @@ fn boot_sregs(power_on: &kvm_sregs, mode: Mode) -> kvm_sregs {
 pub fn create(kvm: &Kvm, vm: &VmFd, index: u8, cpus: u8) -> Result<Vcpu, Error> {
     let fd = vm.create_vcpu(index.into()).map_err(call("KVM_CREATE_VCPU"))?;
     let supported = cpuid::supported(kvm).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
-    fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, cpus)).map_err(call("KVM_SET_CPUID2"))?;
+    let tsc_khz = fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
+    fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, cpus, tsc_khz)).map_err(call("KVM_SET_CPUID2"))?;
     let initial = [(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEFAULT_TYPE, MTRR_ENABLED_WRITE_BACK)];
     write_msrs(&fd, &initial.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }));
     let msrs = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
