@@ -47,7 +47,7 @@ fn find(description: &Description<'_>) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn every_table_is_found_and_its_length_and_checksum_are_right() {
     let remapping = Remapping { width: 48, interrupts: true, units: vec![unit()] };
-    let pci64 = layout::pci64_window(512 << 20, 40);
+    let pci64 = layout::pci64_window(512 << 20, 40, &[]);
     let tables = find(&Description { cpus: 4, pci64, remapping: Some(&remapping) });
     assert_eq!(tables.keys().collect::<Vec<_>>(), ["APIC", "DMAR", "DSDT", "FACP", "MCFG", "XSDT"]);
     for (name, table) in &tables {
@@ -60,7 +60,7 @@ fn every_table_is_found_and_its_length_and_checksum_are_right() {
 
 #[test]
 fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
-    let mut placed = tables(&Description { cpus: 254, pci64: layout::pci64_window(1 << 40, 46), remapping: None });
+    let mut placed = tables(&Description { cpus: 254, pci64: layout::pci64_window(1 << 40, 46, &[]), remapping: None });
     placed.sort();
     assert!(placed.windows(2).all(|pair| pair[0].0 + pair[0].1.len() as u64 <= pair[1].0));
     let (at, table) = placed.last().unwrap();
@@ -96,7 +96,8 @@ fn the_fadt_says_that_there_is_a_clock_with_a_century() {
 
 #[test]
 fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
-    let pci64 = layout::pci64_window(512 << 20, 40).unwrap();
+    let pci64 = layout::pci64_window(512 << 20, 40, &[128 << 30]).unwrap();
+    assert_eq!(pci64, Window { first: 128 << 30, last: (256 << 30) - 1 });
     let tables = find(&Description { cpus: 1, pci64: Some(pci64), remapping: None });
     let dsdt = &tables["DSDT"];
     let has = |part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);

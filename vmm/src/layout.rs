@@ -89,19 +89,29 @@ pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
     regions
 }
 
-/// The PCI memory window above 4 GiB, in a guest with `ram` bytes of RAM and `width` physical address bits. 64 GiB where that
-/// fits: low enough that a function with a 39-bit unit reaches its neighbours' BARs. `None` when RAM leaves no room.
-pub fn pci64_window(ram: u64, width: u8) -> Option<Window> {
-    const SIZE: u64 = 64 << 30;
+/// The PCI memory window above 4 GiB for 64-bit BARs of these sizes (bytes, powers of two), in a guest with `ram` bytes of RAM and `width`
+/// physical address bits. It begins as low as it can, so that a function with a 39-bit unit reaches what it can of its neighbours' BARs, and
+/// has at least 64 GiB and twice what the BARs need if that fits: guests place them in any order. `None` when RAM leaves no room at all;
+/// there may be less than the BARs need.
+pub fn pci64_window(ram: u64, width: u8, bars: &[u64]) -> Option<Window> {
+    const LEAST: u64 = 64 << 30;
     const GIB: u64 = 1 << 30;
     let ram_end = ram_regions(ram).last().map_or(FOUR_GIB, |(first, len)| first + len).max(FOUR_GIB);
     let limit = 1u64 << width.min(52);
-    let first = ram_end.next_multiple_of(SIZE);
-    if first + SIZE <= limit {
-        return Some(Window { first, last: first + SIZE - 1 });
+    let total = bars.iter().fold(0u64, |total, size| total.saturating_add(*size));
+    let largest = bars.iter().copied().max().unwrap_or(0);
+    let ample = total.checked_next_power_of_two().unwrap_or(u64::MAX).max(LEAST);
+    // Where so much does not fit: what is needed, and else what there is, up to the end.
+    for (size, alignment, ends) in
+        [(ample, largest.max(LEAST), false), (total.max(GIB), largest.max(GIB), true), (GIB, GIB, true)]
+    {
+        let first = ram_end.checked_next_multiple_of(alignment);
+        let end = first.and_then(|first| first.checked_add(size)).filter(|end| *end <= limit);
+        if let (Some(first), Some(end)) = (first, end) {
+            return Some(Window { first, last: if ends { limit } else { end } - 1 });
+        }
     }
-    let first = ram_end.next_multiple_of(GIB);
-    (first + GIB <= limit).then(|| Window { first, last: limit - 1 })
+    None
 }
 
 #[cfg(test)]
@@ -125,14 +135,32 @@ mod tests {
     #[test]
     fn pci64_window_is_above_ram_and_inside_the_physical_width() {
         for (ram, width) in [(512u64 << 20, 40u8), (512 << 20, 36), (8 << 30, 36), (100 << 30, 39), (1 << 40, 46)] {
-            let window = pci64_window(ram, width).unwrap();
+            let window = pci64_window(ram, width, &[]).unwrap();
             let (first, len) = *ram_regions(ram).last().unwrap();
             assert!(window.first >= (first + len).max(FOUR_GIB));
             assert!(window.last < 1 << width);
             assert!(window.first < window.last);
         }
-        assert_eq!(pci64_window(512 << 20, 32), None);
-        assert_eq!(pci64_window(512 << 20, 48).unwrap().last, (128 << 30) - 1);
+        assert_eq!(pci64_window(512 << 20, 32, &[]), None);
+        assert_eq!(pci64_window(512 << 20, 48, &[0x4000, 1 << 30]).unwrap().last, (128 << 30) - 1);
+    }
+
+    #[test]
+    fn pci64_window_has_room_for_the_bars_where_the_width_has() {
+        const GIB: u64 = 1 << 30;
+        let window = |ram, width, bars: &[u64]| {
+            let window = pci64_window(ram, width, bars).unwrap();
+            (window.first / GIB, (window.last + 1) / GIB)
+        };
+        assert_eq!(window(GIB / 2, 40, &[128 * GIB]), (128, 256));
+        assert_eq!(window(GIB / 2, 40, &[128 * GIB, 0x4000]), (128, 384));
+        assert_eq!(window(GIB / 2, 40, &[128 * GIB, 128 * GIB]), (128, 384));
+        assert_eq!(window(GIB / 2, 46, &[256 * GIB; 8]), (256, 2304));
+        // Less than ample, but enough: 39 bits are 512 GiB.
+        assert_eq!(window(GIB / 2, 39, &[128 * GIB, 128 * GIB, GIB]), (128, 512));
+        // Not enough: all that there is, for others.
+        assert_eq!(window(GIB / 2, 39, &[512 * GIB]), (4, 512));
+        assert_eq!(window(GIB / 2, 40, &[u64::MAX, u64::MAX]), (4, 1024));
     }
 
     #[test]

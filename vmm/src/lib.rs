@@ -4,6 +4,7 @@
 mod acpi;
 mod assign;
 mod audit;
+mod bars;
 mod boot;
 mod cli;
 mod console;

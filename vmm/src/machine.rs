@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, Requester, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::assign::{self, Assigned, Checked, Function, UserRequests};
+use crate::bars::{self, NoPlace};
 use crate::boot::{Payload, Start};
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
@@ -79,6 +80,14 @@ pub enum Error {
         id: String,
         /// Why.
         source: SlotError,
+    },
+    /// A BAR has no address in the guest.
+    #[error("{id}: {source}")]
+    NoPlace {
+        /// The device's id.
+        id: String,
+        /// Which BAR.
+        source: NoPlace,
     },
     /// Two things want one address.
     #[error(transparent)]
@@ -227,16 +236,6 @@ impl Machine {
                 Some(unit)
             }
         };
-        let tables = Tables {
-            cpus: args.cpus,
-            pci64: layout::pci64_window(args.memory, physical_bits),
-            remapping: unit.as_ref().map(|unit| Remapping {
-                width: physical_bits,
-                interrupts: unit.config().interrupt_remapping,
-                units: vec![describe_unit()],
-            }),
-        };
-
         let bridge = assigned.bridge.clone();
         let mut plug = Plug {
             platform: &platform,
@@ -250,6 +249,20 @@ impl Machine {
         let assigned = plug.assigned;
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and quiet now.
         platform.root.reset();
+        let no_place = |source: NoPlace| {
+            let device = placed.iter().find(|device| device.requester.sid == source.bar.sid);
+            Error::NoPlace { id: device.map_or_else(|| source.bar.sid.to_string(), |device| device.id.clone()), source }
+        };
+        let pci64 = bars::window(&bars::all(&platform.root), args.memory, physical_bits).map_err(no_place)?;
+        let tables = Tables {
+            cpus: args.cpus,
+            pci64,
+            remapping: unit.as_ref().map(|unit| Remapping {
+                width: physical_bits,
+                interrupts: unit.config().interrupt_remapping,
+                units: vec![describe_unit()],
+            }),
+        };
 
         if let Payload::Image(_) = &payload {
             firmware::add_ports(&platform.pio, &control, args)?;
@@ -312,7 +325,7 @@ impl Machine {
         let start = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         *self.entry.lock().unwrap() = start;
         if let Payload::Image(_) = self.payload {
-            firmware::assign_bars(&self.platform.root, *pci64);
+            bars::assign(&self.platform.root, *pci64);
         }
         Ok(())
     }

@@ -1,0 +1,183 @@
+//! The memory BARs of the machine's functions, and the windows that have room for them.
+
+use std::cmp::Reverse;
+
+use devices::pci::PciRoot;
+use devices::pci::config::{BAR0, COMMAND, COMMAND_MEMORY};
+use vtd::SourceId;
+
+use crate::layout::{self, Window};
+
+/// The smallest piece that a BAR is given: a page, so that two functions share none.
+const PAGE: u64 = 0x1000;
+
+/// A memory BAR.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bar {
+    /// Its function.
+    pub sid: SourceId,
+    /// Its number, 0 to 5.
+    pub index: u8,
+    /// Bytes, a power of two.
+    pub size: u64,
+    /// It may lie above 4 GiB.
+    pub is_64: bool,
+}
+
+/// A BAR for which the guest has no place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("BAR {} of {} has no place in the guest: {}", .bar.index, named(.bar.size), .full)]
+pub struct NoPlace {
+    /// Which.
+    pub bar: Bar,
+    /// Where it was to go.
+    pub full: Full,
+}
+
+/// Where there is no room left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Full {
+    /// Below 4 GiB.
+    #[error(
+        "the {} below 4 GiB, which all 32-bit BARs share, are not enough; use fewer devices",
+        named(LOW.last + 1 - LOW.first)
+    )]
+    Low,
+    /// Above 4 GiB, with this many physical address bits.
+    #[error(
+        "this host's processor has addresses of {0} bits, and RAM and the other BARs leave too few; use less --memory or fewer devices"
+    )]
+    High(u8),
+}
+
+/// A number of bytes, for messages.
+fn named(bytes: u64) -> String {
+    let unit = (bytes.trailing_zeros() / 10).min(4);
+    format!("{} {}", bytes >> (10 * unit), ["bytes", "KiB", "MiB", "GiB", "TiB"][unit as usize])
+}
+
+fn read32(root: &PciRoot, sid: SourceId, offset: u16) -> u32 {
+    let mut data = [0; 4];
+    root.config_read(sid, offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn write32(root: &PciRoot, sid: SourceId, offset: u16, value: u32) {
+    root.config_write(sid, offset, &value.to_le_bytes());
+}
+
+fn register(index: u8) -> u16 {
+    BAR0 + 4 * u16::from(index)
+}
+
+/// Which bits of a register software can set. The register keeps its value.
+fn writable(root: &PciRoot, sid: SourceId, offset: u16) -> u32 {
+    let value = read32(root, sid, offset);
+    write32(root, sid, offset, u32::MAX);
+    let mask = read32(root, sid, offset);
+    write32(root, sid, offset, value);
+    mask
+}
+
+/// Does something to a function's BARs while it does not decode them.
+fn undecoded<T>(root: &PciRoot, sid: SourceId, what: impl FnOnce() -> T) -> T {
+    let command = read32(root, sid, COMMAND) as u16;
+    root.config_write(sid, COMMAND, &(command & !COMMAND_MEMORY).to_le_bytes());
+    let result = what();
+    root.config_write(sid, COMMAND, &command.to_le_bytes());
+    result
+}
+
+/// The memory BARs of all functions, found as software finds them. No vCPU may run.
+pub fn all(root: &PciRoot) -> Vec<Bar> {
+    root.functions().into_iter().flat_map(|(sid, _)| undecoded(root, sid, || of(root, sid))).collect()
+}
+
+fn of(root: &PciRoot, sid: SourceId) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    let mut index = 0;
+    while index < 6 {
+        let low = writable(root, sid, register(index));
+        let is_64 = low & 0x7 == 0x4 && index < 5;
+        let (this, is_io) = (index, low & 1 != 0);
+        index += if is_64 { 2 } else { 1 };
+        let high = if is_64 { writable(root, sid, register(this + 1)) } else { u32::MAX };
+        let mask = u64::from(high) << 32 | u64::from(low & !0xf);
+        // A register of which nothing can be set is no BAR: its mask has no bit in the lower half.
+        if is_io || (low & !0xf == 0 && !is_64) || mask == 0 {
+            continue;
+        }
+        bars.push(Bar { sid, index: this, size: 1 << mask.trailing_zeros(), is_64 });
+    }
+    bars
+}
+
+/// A window of which addresses are handed out from below.
+#[derive(Clone, Copy)]
+struct Room(Window);
+
+impl Room {
+    fn take(&mut self, size: u64) -> Option<u64> {
+        let first = self.0.first.checked_next_multiple_of(size.max(PAGE))?;
+        let last = first.checked_add(size.max(PAGE) - 1).filter(|last| *last <= self.0.last)?;
+        // Beyond the last address there is nothing left to take.
+        self.0.first = last.checked_add(1).unwrap_or(u64::MAX);
+        Some(first)
+    }
+}
+
+/// Where BARs go, those first that have no choice, of them the largest.
+fn in_order(bars: &[Bar]) -> Vec<Bar> {
+    let mut sorted = bars.to_vec();
+    sorted.sort_by_key(|bar| (bar.is_64, Reverse(bar.size), bar.sid, bar.index));
+    sorted
+}
+
+const LOW: Window = Window { first: layout::PCI32_FIRST, last: layout::PCI32_LAST };
+
+/// The window above 4 GiB that has room for `bars`, in a guest with `ram` bytes of RAM and `width` physical address
+/// bits; `None` when RAM leaves none there, and none is needed.
+///
+/// # Errors
+/// A BAR has no place. The largest of those.
+pub fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPlace> {
+    let wide: Vec<u64> = bars.iter().filter(|bar| bar.is_64).map(|bar| bar.size.max(PAGE)).collect();
+    let window = layout::pci64_window(ram, width, &wide);
+    let (mut low, mut high) = (Room(LOW), window.map(Room));
+    for bar in in_order(bars) {
+        // As guests do it: above 4 GiB what may be there.
+        let above = high.as_mut().filter(|_| bar.is_64).and_then(|room| room.take(bar.size));
+        if above.or_else(|| low.take(bar.size)).is_none() {
+            return Err(NoPlace { bar, full: if bar.is_64 { Full::High(width) } else { Full::Low } });
+        }
+    }
+    Ok(window)
+}
+
+/// Gives every memory BAR an address and sets Memory Enable, as firmware does. 64-bit BARs go above 4 GiB only when
+/// they do not fit below. I/O BARs stay without an address. No vCPU may run.
+pub fn assign(root: &PciRoot, above: Option<Window>) {
+    let (mut low, mut high) = (Room(LOW), above.map(Room));
+    for bar in in_order(&all(root)) {
+        let place = low.take(bar.size).or_else(|| high.as_mut().filter(|_| bar.is_64)?.take(bar.size));
+        let Some(address) = place else {
+            // The start made sure that this does not happen.
+            log::warn!("BAR {} of {} ({:#x} bytes) has no room", bar.index, bar.sid, bar.size);
+            continue;
+        };
+        undecoded(root, bar.sid, || {
+            write32(root, bar.sid, register(bar.index), address as u32);
+            if bar.is_64 {
+                write32(root, bar.sid, register(bar.index + 1), (address >> 32) as u32);
+            }
+        });
+    }
+    for (sid, _) in root.functions() {
+        let command = read32(root, sid, COMMAND) as u16;
+        root.config_write(sid, COMMAND, &(command | COMMAND_MEMORY).to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+#[path = "bars_test.rs"]
+mod bars_test;

@@ -1,0 +1,131 @@
+use std::sync::{Arc, Mutex};
+
+use devices::Bus;
+use devices::pci::{BarKind, ConfigSpace, Identity, PciFunction};
+
+use super::*;
+
+const GIB: u64 = 1 << 30;
+
+/// A function with nothing but BARs.
+struct Fake(Mutex<ConfigSpace>);
+
+impl Fake {
+    fn new(bars: &[(usize, BarKind, u64)]) -> Arc<Self> {
+        let id = Identity { vendor: 1, device: 2, revision: 0, class: 0xff0000, subsystem: (0, 0) };
+        let mut config = ConfigSpace::new(&id);
+        bars.iter().for_each(|(index, kind, size)| config.add_bar(*index, *kind, *size));
+        Arc::new(Self(Mutex::new(config)))
+    }
+}
+
+impl PciFunction for Fake {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.0.lock().unwrap().read(offset, data);
+    }
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.0.lock().unwrap().write(offset, data);
+    }
+    fn reset(&self) {}
+}
+
+/// A root with these functions, from 01.0 on.
+fn root(functions: &[&[(usize, BarKind, u64)]]) -> Arc<PciRoot> {
+    let root = PciRoot::new(Arc::new(Bus::default()));
+    for bars in functions {
+        let sid = root.allocate(None).unwrap();
+        root.insert(sid, Fake::new(bars)).unwrap();
+    }
+    root
+}
+
+fn sid(device: u8) -> SourceId {
+    SourceId::new(0, device, 0)
+}
+
+/// The address in a BAR.
+fn address(root: &PciRoot, bar: &Bar) -> u64 {
+    let low = read32(root, bar.sid, register(bar.index));
+    let high = if bar.is_64 { read32(root, bar.sid, register(bar.index + 1)) } else { 0 };
+    u64::from(high) << 32 | u64::from(low & !0xf)
+}
+
+#[test]
+fn bars_are_found_with_their_sizes_and_keep_their_addresses() {
+    let root = root(&[
+        &[(0, BarKind::Memory32, 0x10_0000), (2, BarKind::Prefetchable64, 128 * GIB), (5, BarKind::Memory32, 16)],
+        &[(4, BarKind::Memory64, 4 * GIB)],
+    ]);
+    let bar = |device, index, size, is_64| Bar { sid: sid(device), index, size, is_64 };
+    let expected =
+        [bar(1, 0, 0x10_0000, false), bar(1, 2, 128 * GIB, true), bar(1, 5, 16, false), bar(2, 4, 4 * GIB, true)];
+    assert_eq!(all(&root), expected);
+    write32(&root, sid(1), register(0), 0xc120_0000);
+    write32(&root, sid(1), COMMAND, COMMAND_MEMORY.into());
+    assert_eq!(all(&root), expected);
+    assert_eq!(read32(&root, sid(1), register(0)), 0xc120_0000);
+    assert_eq!(read32(&root, sid(1), COMMAND) as u16, COMMAND_MEMORY);
+}
+
+#[test]
+fn window_has_room_for_several_bars_of_128_gib() {
+    let root = root(&[
+        &[(0, BarKind::Memory64, 0x4000)],
+        &[(0, BarKind::Prefetchable64, 128 * GIB)],
+        &[(0, BarKind::Prefetchable64, 128 * GIB), (2, BarKind::Memory32, 0x1000)],
+    ]);
+    let bars = all(&root);
+    let window = window(&bars, GIB / 2, 40).unwrap();
+    assign(&root, window);
+    let mut places: Vec<(u64, u64)> = bars.iter().map(|bar| (address(&root, bar), bar.size.max(PAGE))).collect();
+    places.sort_unstable();
+    assert!(places.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{places:x?}");
+    for (at, size) in places {
+        assert!(at.is_multiple_of(size) && at + size <= 1 << 40);
+        let inside = |window: Window| at >= window.first && at + size - 1 <= window.last;
+        assert!(inside(LOW) || window.is_some_and(inside), "{at:#x}");
+    }
+    let enabled = |device| read32(&root, sid(device), COMMAND) as u16 & COMMAND_MEMORY != 0;
+    assert!((1..4).all(enabled));
+}
+
+#[test]
+fn window_that_cannot_be_is_an_error_that_names_the_largest_bar_without_a_place() {
+    let wide = all(&root(&[
+        &[(0, BarKind::Memory64, 0x4000)],
+        &[(0, BarKind::Prefetchable64, 128 * GIB)],
+        &[(2, BarKind::Prefetchable64, 256 * GIB)],
+    ]));
+    let place = |ram, width| window(&wide, ram, width).map_err(|place| (place.bar.sid, place.bar.index));
+    assert!(place(GIB / 2, 40).is_ok_and(|window| window.is_some()));
+    assert!(place(GIB / 2, 39).is_err_and(|bar| bar == (sid(3), 2) || bar == (sid(2), 0)));
+    assert!(place(300 * GIB, 40).is_ok());
+    assert_eq!(place(900 * GIB, 40), Err((sid(3), 2)));
+    assert_eq!(place(GIB / 2, 32), Err((sid(3), 2)), "there is no window at all");
+
+    let low = all(&root(&[&[(0, BarKind::Memory32, GIB / 4)], &[(0, BarKind::Memory32, GIB / 2)]]));
+    let refused = window(&low, GIB / 2, 46).unwrap_err();
+    assert_eq!((refused.bar.sid, refused.full), (sid(1), Full::Low), "512 MiB are all that is below 4 GiB");
+    let message = refused.to_string();
+    assert!(message.starts_with("BAR 0 of 256 MiB has no place") && message.contains("the 512 MiB below"), "{message}");
+    let message = window(&wide, GIB / 2, 36).unwrap_err().to_string();
+    assert!(message.starts_with("BAR 2 of 256 GiB has") && message.contains("of 36 bits"), "{message}");
+    assert!(window(&low[..1], GIB / 2, 46).is_ok());
+}
+
+#[test]
+fn window_above_is_not_needed_for_what_fits_below() {
+    let bars = all(&root(&[&[(0, BarKind::Memory64, 0x4000)]]));
+    assert_eq!(window(&bars, GIB / 2, 32), Ok(None));
+}
+
+#[test]
+fn rooms_hand_out_aligned_disjoint_ranges_until_they_are_full() {
+    let mut room = Room(Window { first: 0xc000_1000, last: 0xc03f_ffff });
+    assert_eq!(room.take(0x10_0000), Some(0xc010_0000));
+    assert_eq!(room.take(0x10), Some(0xc020_0000));
+    assert_eq!(room.take(0x1000), Some(0xc020_1000));
+    assert_eq!(room.take(0x10_0000), Some(0xc030_0000));
+    assert_eq!(room.take(0x1000), None);
+    assert_eq!(Room(Window { first: u64::MAX - 5, last: u64::MAX }).take(0x1000), None);
+}
