@@ -1,8 +1,8 @@
 //! `causeway test`: runs the tests of an image, each in a fresh virtual machine of its own process.
 //!
-//! An image lists its tests in the section `.tests` of its ELF file: a line for each, its name, `reboots` if it resets its machine, and
-//! then options of `causeway run`. The name goes to the image as `test=NAME`, and the value that it writes to isa-debug-exit is the verdict: 0
-//! passed, 1 failed, 2 skipped.
+//! An image lists its tests in the section `.tests` of its ELF file: a line for each, its name, `reboots` if it resets
+//! its machine, and then options of `causeway run`. The name goes to the image as `test=NAME`, and the value that it
+//! writes to isa-debug-exit is the verdict: 0 passed, 1 failed, 2 skipped.
 
 mod devices;
 mod junit;
@@ -39,8 +39,9 @@ pub struct TestArgs {
     /// Print the names and run nothing
     #[arg(long)]
     list: bool,
-    /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the host, beside which there is an
-    /// emulated one for what the guest hears of. Without it each edu is emulated by a process of its own, behind the bridge
+    /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the
+    /// host, beside which there is an emulated one for what the guest hears of. Without it each edu is emulated by a
+    /// process of its own, behind the bridge
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     devices: Vec<String>,
     /// Write the results as JUnit XML
@@ -189,11 +190,14 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// The start of a machine with an assigned device was refused: a test that asks for a unit which the host cannot follow is skipped.
+/// The start of a machine with an assigned device was refused: a test that asks for a unit which the host cannot
+/// follow, or for more memory than it can lock, is skipped.
 fn refused(test: &Test, log: &str) -> Verdict {
     let why = log.lines().rev().find_map(|line| line.strip_prefix("causeway: error: "));
     match why {
-        Some(why) if test.options.iter().any(|option| option == "--iommu") => Verdict::Skipped(why.to_owned()),
+        Some(why) if test.options.iter().any(|option| matches!(option.as_str(), "--iommu" | "--memory")) => {
+            Verdict::Skipped(why.to_owned())
+        }
         _ => Verdict::Failed("the start was refused".to_owned()),
     }
 }

@@ -54,6 +54,16 @@ fn a_test_that_passes_is_code_0_and_stands_in_the_results() {
 }
 
 #[test]
+fn a_test_has_the_memory_that_it_asks_for() {
+    if !has_kvm() {
+        return;
+    }
+    let (code, out, err) = run(&["--filter", "^machine_memory_", "--device", "edu"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(out.lines().last(), Some("2 passed, 0 failed, 0 skipped"), "{out}");
+}
+
+#[test]
 fn bad_images_have_a_verdict_each() {
     if !has_kvm() {
         return;

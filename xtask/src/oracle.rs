@@ -52,7 +52,7 @@ fn parse(list: &str) -> Vec<Test> {
 /// Our options in QEMU's words.
 fn machine(options: &[String]) -> Vec<String> {
     let mut unit = BTreeMap::from([("intremap", "on"), ("caching-mode", "on"), ("eim", "on"), ("aw-bits", "48")]);
-    let (mut edus, mut cpus) = (1, "1");
+    let (mut edus, mut cpus, mut memory) = (1, "1", "64M");
     for option in options.chunks(2) {
         match option {
             [key, value] if key == "--iommu" => {
@@ -65,11 +65,12 @@ fn machine(options: &[String]) -> Vec<String> {
             }
             [key, _] if key == "--device" => edus += 1,
             [key, value] if key == "--cpus" => cpus = value,
+            [key, value] if key == "--memory" => memory = value,
             _ => {}
         }
     }
     let unit = unit.iter().map(|(key, value)| format!(",{key}={value}")).collect::<String>();
-    let mut arguments = ["-smp", cpus, "-device"].map(str::to_owned).to_vec();
+    let mut arguments = ["-smp", cpus, "-m", memory, "-device"].map(str::to_owned).to_vec();
     arguments.push(format!("intel-iommu{unit}"));
     for slot in 1..=edus {
         // The mask of addresses is 28 bits wide unless it is said.
@@ -81,7 +82,7 @@ fn machine(options: &[String]) -> Vec<String> {
 /// Runs the image. Gives back what it printed, once it or the time limit ended it.
 fn run(qemu: &Qemu, image: &Path, words: &str, test: &Test) -> Result<String> {
     let mut command = qemu.command();
-    command.args(["-accel", "tcg", "-M", "q35,kernel-irqchip=split", "-cpu", "max", "-m", "64"]);
+    command.args(["-accel", "tcg", "-M", "q35,kernel-irqchip=split", "-cpu", "max"]);
     command.args(["-display", "none", "-nodefaults", "-serial", "stdio"]);
     if !test.reboots {
         command.arg("-no-reboot");
@@ -148,12 +149,13 @@ mod tests {
 
     #[test]
     fn our_options_become_qemus() {
-        let list = parse("a1_x --iommu vtd,aw-bits=57 --device edu\nb2_y reboots --cpus 2\n");
-        assert_eq!(list[1].options, ["--cpus", "2"]);
+        let list = parse("a1_x --iommu vtd,aw-bits=57 --device edu\nb2_y reboots --cpus 2 --memory 5G\n");
+        assert_eq!(list[1].options, ["--cpus", "2", "--memory", "5G"]);
         assert!(list[1].reboots && !list[0].reboots);
-        assert!(machine(&list[1].options).join(" ").contains("-smp 2"));
+        assert!(machine(&list[1].options).join(" ").contains("-smp 2 -m 5G"));
         let arguments = machine(&list[0].options).join(" ");
         assert!(arguments.contains("aw-bits=57,caching-mode=on,eim=on,intremap=on"), "{arguments}");
+        assert!(arguments.contains("-smp 1 -m 64M"));
         assert!(arguments.contains("addr=02.0") && !arguments.contains("addr=03.0"), "{arguments}");
         let off = machine(&["--iommu".to_owned(), "vtd,intremap=off".to_owned()]).join(" ");
         assert!(off.contains("eim=off,intremap=off"), "{off}");

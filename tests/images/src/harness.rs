@@ -108,6 +108,14 @@ fn is_named(word: &str, function: SourceId) -> bool {
     words().filter_map(|found| found.strip_prefix(word)).any(|address| parse(address) == Some(function.0))
 }
 
+/// The memory map that the boot protocol gives: first address, length, kind (1: RAM).
+pub fn memory_map() -> impl Iterator<Item = (u64, u64, u32)> {
+    let start_info = START_INFO.load(Ordering::Relaxed);
+    let (map, entries) =
+        if start_info == 0 { (0, 0) } else { (read::<u64>(start_info + 40), read::<u32>(start_info + 48)) };
+    (0..u64::from(entries)).map(move |index| map + 24 * index).map(|at| (read(at), read(at + 8), read(at + 16)))
+}
+
 fn words() -> impl Iterator<Item = &'static str> {
     command_line().split_ascii_whitespace()
 }

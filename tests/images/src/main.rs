@@ -9,6 +9,7 @@ mod suite {
     pub mod hostile;
     pub mod interrupts;
     pub mod invalidation;
+    pub mod machine;
     pub mod processors;
     pub mod queue;
     pub mod registers;
@@ -28,6 +29,7 @@ images::image!(
     hostile::TESTS,
     interrupts::TESTS,
     invalidation::TESTS,
+    machine::TESTS,
     processors::TESTS,
     queue::TESTS,
     registers::TESTS,

@@ -127,6 +127,8 @@ common:
     pushq %rax
     pushq %rcx
     movq 16(%rsp), %rax
+    cmpl $2, %eax
+    je nmi
     cmpl $32, %eax
     jb exception
     leaq IRQ_COUNT(%rip), %rcx
@@ -138,6 +140,14 @@ common:
     // End of interrupt, at the local APIC.
     movl $0xfee000b0, %ecx
     movl $0, (%rcx)
+    popq %rcx
+    popq %rax
+    addq $16, %rsp
+    iretq
+nmi:
+    // Counted like an interrupt; it has no end to be told.
+    leaq IRQ_COUNT(%rip), %rcx
+    lock incq 16(%rcx)
     popq %rcx
     popq %rax
     addq $16, %rsp

@@ -8,6 +8,14 @@ pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
 }
 
+/// Reads a byte from a port.
+pub fn inb(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in al, dx", out("al") value, in("dx") port, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
 /// Writes four bytes to a port.
 pub fn outl(port: u16, value: u32) {
     // SAFETY: as in `outb`.
@@ -97,7 +105,16 @@ unsafe extern "C" {
     static IRQ_REGISTER: core::sync::atomic::AtomicU64;
 }
 
-/// How often interrupt `vector` (32 to 255) arrived, at any processor.
+/// The vector of non-maskable interrupts, for [`interrupts`].
+pub const NMI: u8 = 2;
+
+/// Sends a non-maskable interrupt to the processor with that id, by this one's local APIC.
+pub fn send_nmi(id: u8) {
+    write::<u32>(LOCAL_APIC + 0x310, u32::from(id) << 24);
+    write::<u32>(LOCAL_APIC + 0x300, 0x4400);
+}
+
+/// How often interrupt `vector` (32 to 255, or [`NMI`]) arrived, at any processor.
 pub fn interrupts(vector: u8) -> u64 {
     // SAFETY: start-up's assembly defines it, with this size; interrupts change it atomically.
     unsafe { IRQ_COUNT[usize::from(vector)].load(core::sync::atomic::Ordering::Acquire) }

@@ -149,7 +149,10 @@ fn start(image: &ImageFile, test: &Test, devices: &Devices, limit: Duration, out
         sockets.push(ours);
     }
     let mut command = ourselves(&out, &sockets.iter().collect::<Vec<_>>())?;
-    command.args(["run", "--memory", "64M", "--timeout"]).arg(limit.as_secs_f64().to_string());
+    command.args(["run", "--timeout"]).arg(limit.as_secs_f64().to_string());
+    if !test.options.iter().any(|option| option == "--memory") {
+        command.args(["--memory", "64M"]);
+    }
     if !test.reboots {
         command.arg("--no-reboot");
     }
