@@ -9,6 +9,7 @@ pub mod fw_cfg;
 pub mod host;
 pub mod ioapic;
 pub mod legacy;
+pub mod pc_testdev;
 pub mod pci;
 pub mod pic;
 pub mod pit;

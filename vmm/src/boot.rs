@@ -125,6 +125,7 @@ pub enum Payload {
 impl Payload {
     /// Writes everything into RAM. Gives back how the boot processor starts.
     pub fn load(&mut self, ram: &Ram, ram_size: u64, rsdp: u64) -> Result<Start, Error> {
+        write_bios_data(ram)?;
         match self {
             Self::Kernel(kernel) => kernel.load(ram, ram_size, rsdp),
             Self::Image(image) => image.load(ram, ram_size, rsdp),
@@ -245,7 +246,8 @@ impl Kernel {
 pub fn memory_map(ram: u64) -> Vec<(u64, u64, u32)> {
     let regions = layout::ram_regions(ram);
     let mut map = vec![
-        (0, layout::LOW_HOLE_START, E820_RAM),
+        (0, layout::EBDA, E820_RAM),
+        (layout::EBDA, layout::LOW_HOLE_START - layout::EBDA, E820_RESERVED),
         (layout::ACPI_TABLES, layout::ACPI_LAST + 1 - layout::ACPI_TABLES, E820_RESERVED),
         (layout::HIGH_MEMORY, regions[0].1 - layout::HIGH_MEMORY, E820_RAM),
         // Linux uses ECAM only where firmware says that it is reserved.
@@ -255,10 +257,25 @@ pub fn memory_map(ram: u64) -> Vec<(u64, u64, u32)> {
     map
 }
 
+/// What firmware leaves in the BIOS data area: where the extended one is, from which trampolines are placed downwards,
+/// and the KiB of memory below it.
+pub fn write_bios_data(ram: &Ram) -> Result<(), Error> {
+    let kib = |bytes: u64| (bytes >> 10) as u16;
+    let words = [
+        (layout::BIOS_DATA + 0x0e, (layout::EBDA >> 4) as u16), // a segment
+        (layout::BIOS_DATA + 0x13, kib(layout::EBDA)),
+        (layout::EBDA, kib(layout::LOW_HOLE_START - layout::EBDA)),
+    ];
+    for (at, word) in words {
+        ram.write_obj(word, GuestAddress(at)).map_err(write_error("the BIOS data area"))?;
+    }
+    Ok(())
+}
+
 /// Entries of the boot processor's descriptor table.
 pub const GDT_ENTRIES: usize = 4;
-/// Access byte and flags of the 64-bit code segment, and of the data segment, with their selectors: the boot protocol wants
-/// `__BOOT_CS` 0x10 and `__BOOT_DS` 0x18.
+/// Access byte and flags of the 64-bit code segment, and of the data segment, with their selectors: the boot protocol
+/// wants `__BOOT_CS` 0x10 and `__BOOT_DS` 0x18.
 pub const CODE: Segment = Segment { selector: 0x10, access: 0x9b, flags: 0xa };
 /// The 32-bit code segment of bare-metal images.
 pub const CODE_32: Segment = Segment { selector: 0x10, access: 0x9b, flags: 0xc };

@@ -68,7 +68,29 @@ fn the_memory_map_says_what_ram_is_and_nothing_overlaps() {
         sorted.sort_unstable();
         assert!(sorted.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
         let ram: u64 = map.iter().filter(|(.., kind)| *kind == E820_RAM).map(|(_, len, _)| len).sum();
-        assert_eq!(ram, size - (layout::HIGH_MEMORY - layout::LOW_HOLE_START));
+        assert_eq!(ram, size - (layout::HIGH_MEMORY - layout::EBDA));
+        let first_is_as_said = map[0] == (0, 0x9_fc00, E820_RAM) && map[1] == (0x9_fc00, 0x400, E820_RESERVED);
+        assert!(first_is_as_said, "{map:x?}");
+    }
+}
+
+#[test]
+fn the_bios_data_area_is_as_firmware_leaves_it_whatever_is_booted() {
+    let kernel = Payload::Kernel(open_payload(&bzimage(|_| {}), None, "").unwrap());
+    // `jmp .`, behind a multiboot header with addresses.
+    let words = [0x1bad_b002u32, 0x1_0000, 0xe451_4ffe, 0x10_0000, 0x10_0000, 0, 0, 0x10_0020, 0xfeeb];
+    let image = TempFile::new().unwrap();
+    image.as_file().write_all(&words.map(u32::to_le_bytes).concat()).unwrap();
+    let image = Payload::Image(Image::open(image.as_path(), None, "", RAM).unwrap());
+    for mut payload in [kernel, image] {
+        let ram = memory::create(RAM, false).unwrap();
+        // Twice: the guest may have written there before its reset.
+        for _ in 0..2 {
+            payload.load(&ram, RAM, layout::ACPI_TABLES).unwrap();
+            let word = |at| ram.read_obj::<u16>(GuestAddress(at)).unwrap();
+            assert_eq!((word(0x40e), word(0x413), word(0x9_fc00)), (0x9fc0, 639, 1));
+            ram.write_slice(&[0; 0x100], GuestAddress(0x400)).unwrap();
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The ports that bare-metal images look for.
+//! What bare-metal images written for QEMU look for: isa-debug-exit, fw_cfg, pc-testdev.
 
 use std::sync::Arc;
 
@@ -6,22 +6,56 @@ use devices::Bus;
 use devices::bus::Overlap;
 use devices::debug_exit::DebugExit;
 use devices::fw_cfg::FwCfg;
+use devices::ioapic::IoApic;
+use devices::pc_testdev::{TestLines, TestMemory, TestPorts};
 
 use crate::boot::memory_map;
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
 
-/// Adds isa-debug-exit and fw_cfg.
-pub fn add_ports(ports: &Bus, control: &Arc<Control>, args: &RunArgs) -> Result<(), Overlap> {
-    let control = control.clone();
-    let exit = DebugExit::new(Box::new(move |value| control.request(Stop::DebugExit(value))));
-    ports.insert(DebugExit::FIRST, DebugExit::LAST, Arc::new(exit))?;
-    let mut map = Vec::new();
-    for (addr, len, kind) in memory_map(args.memory) {
-        map.extend_from_slice(&addr.to_le_bytes());
-        map.extend_from_slice(&len.to_le_bytes());
-        map.extend_from_slice(&kind.to_le_bytes());
+/// These devices.
+pub struct ImageDevices {
+    ports: Arc<TestPorts>,
+    lines: Arc<TestLines>,
+    memory: Arc<TestMemory>,
+}
+
+impl ImageDevices {
+    /// Puts them on the buses.
+    pub fn add(
+        ports: &Bus,
+        mmio: &Bus,
+        ioapic: &Arc<IoApic>,
+        control: &Arc<Control>,
+        args: &RunArgs,
+    ) -> Result<Self, Overlap> {
+        let control = control.clone();
+        let exit = DebugExit::new(Box::new(move |value| control.request(Stop::DebugExit(value))));
+        ports.insert(DebugExit::FIRST, DebugExit::LAST, Arc::new(exit))?;
+        let mut map = Vec::new();
+        for (addr, len, kind) in memory_map(args.memory) {
+            map.extend_from_slice(&addr.to_le_bytes());
+            map.extend_from_slice(&len.to_le_bytes());
+            map.extend_from_slice(&kind.to_le_bytes());
+        }
+        let fw_cfg = FwCfg::new(args.memory, args.cpus.into(), &[("etc/e820", map)]);
+        ports.insert(FwCfg::FIRST, FwCfg::LAST, Arc::new(fw_cfg))?;
+        let tests = Self {
+            ports: Arc::new(TestPorts::new()),
+            lines: Arc::new(TestLines::new(ioapic)),
+            memory: Arc::new(TestMemory::new()),
+        };
+        ports.insert(TestPorts::FIRST, TestPorts::LAST, tests.ports.clone())?;
+        ports.insert(TestLines::FIRST, TestLines::LAST, tests.lines.clone())?;
+        mmio.insert(TestMemory::FIRST, TestMemory::FIRST + TestMemory::LEN - 1, tests.memory.clone())?;
+        Ok(tests)
     }
-    let fw_cfg = FwCfg::new(args.memory, args.cpus.into(), &[("etc/e820", map)]);
-    ports.insert(FwCfg::FIRST, FwCfg::LAST, Arc::new(fw_cfg))
+
+    /// Back to power-on.
+    pub fn reset(&self) {
+        let Self { ports, lines, memory } = self;
+        ports.reset();
+        lines.reset();
+        memory.reset();
+    }
 }

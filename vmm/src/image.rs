@@ -1,5 +1,5 @@
-//! Bare-metal images: PVH (an ELF file with the PVH note) and multiboot 1 (32-bit ELF, or any file with the a.out kludge). Both
-//! are entered in 32-bit protected mode without paging.
+//! Bare-metal images: PVH (an ELF file with the PVH note) and multiboot 1 (32-bit ELF, or any file with the a.out
+//! kludge). Both are entered in 32-bit protected mode without paging.
 
 mod elf;
 mod multiboot;
@@ -33,9 +33,11 @@ pub enum Error {
     },
     /// It wants to be where there is no room for it.
     #[error(
-        "{path} wants to be loaded at {first:#x}-{last:#x}, but an image can be from {:#x} to {end:#x} here: link it there, or \
-         give more `--memory`",
-        layout::HIGH_MEMORY
+        "{path} wants to be loaded at {first:#x}-{last:#x}, but an image can be from {:#x} to {end:#x} here, and below {:#x} where \
+         nothing is that it is told (not at {}): link it there, or give more `--memory`",
+        layout::HIGH_MEMORY,
+        layout::EBDA,
+        told()
     )]
     Place {
         /// Its path.
@@ -109,7 +111,26 @@ fn inspect(file: &[u8]) -> Result<Layout, String> {
     Ok(Layout { protocol: Protocol::Pvh, entry, segments: elf.segments })
 }
 
-/// Where images may be: from 1 MiB to the end of RAM below 4 GiB. What lies below is for the information that they are given.
+/// What an image finds below 1 MiB, by first and last address: the page with the BIOS data area and the descriptor
+/// table, the information that it is given, its command line.
+const TOLD: [(u64, u64); 3] = [
+    (0, 0xfff),
+    (layout::BOOT_PARAMS, layout::BOOT_PARAMS + 0xfff),
+    (layout::CMDLINE, layout::CMDLINE + layout::CMDLINE_MAX - 1),
+];
+
+fn told() -> String {
+    TOLD.map(|(first, last)| format!("{first:#x}-{last:#x}")).join(", ")
+}
+
+/// Whether an image may be at `first` to `last`, where memory ends at `end`.
+fn is_free(first: u64, last: u64, end: u64) -> bool {
+    let is_high = first >= layout::HIGH_MEMORY && last < end;
+    let is_low = last < layout::EBDA && TOLD.iter().all(|told| last < told.0 || first > told.1);
+    is_high || is_low
+}
+
+/// The end of RAM below 4 GiB, where images may be.
 fn usable(ram: u64) -> u64 {
     layout::ram_regions(ram)[0].1
 }
@@ -121,7 +142,7 @@ fn check_places(layout: &Layout, path: &Path, ram: u64) -> Result<(), Error> {
     let mut places = Vec::with_capacity(layout.segments.len());
     for segment in &layout.segments {
         let last = segment.gpa.checked_add(segment.len - 1).ok_or_else(|| not("a segment wraps around"))?;
-        if segment.gpa < layout::HIGH_MEMORY || last >= end {
+        if !is_free(segment.gpa, last, end) {
             return Err(Error::Place { path: path.to_owned(), first: segment.gpa, last, end });
         }
         places.push((segment.gpa, last));

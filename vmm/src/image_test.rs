@@ -48,6 +48,14 @@ fn elf(is_64: bool, note: bool) -> Vec<u8> {
 }
 const TYPE_EXECUTABLE_386: [u8; 2] = [2, 0];
 
+/// Two pages at `address` and an entry point in them.
+fn elf_at(address: u64) -> Vec<u8> {
+    let mut file = elf(true, true);
+    file[64 + 24..64 + 32].copy_from_slice(&address.to_le_bytes());
+    file[0x1f0..0x1f4].copy_from_slice(&(address as u32).to_le_bytes());
+    file
+}
+
 /// Puts a multiboot header with `flags` and, if they say so, `addresses` at `at`.
 fn add_header(file: &mut [u8], at: usize, flags: u32, addresses: [u32; 5]) {
     let magic = 0x1bad_b002u32;
@@ -107,7 +115,7 @@ fn pvh_images_are_entered_at_their_note_with_the_start_information() {
             assert_eq!(word(&ram, info + 32), 0xe_0000, "RSDP");
             let (map, entries) = (word(&ram, info + 40), word(&ram, info + 48));
             assert_eq!(entries, memory_map(RAM).len() as u64);
-            assert_eq!((word(&ram, map + 8), word(&ram, map + 16)), (0xa_0000, 1), "the first region is RAM");
+            assert_eq!((word(&ram, map + 8), word(&ram, map + 16)), (0x9_fc00, 1), "the first region is RAM");
             assert_eq!((word(&ram, 0x10_0000), word(&ram, 0x10_0100)), (0x9090_9090, 0));
             ram.write_obj(u64::MAX, GuestAddress(0x10_0100)).unwrap();
         }
@@ -126,7 +134,7 @@ fn multiboot_elf_goes_before_its_note_and_is_told_memory_module_and_command_line
     assert_eq!((start.rip, start.rax, start.mode), (u64::from(ENTRY), 0x2bad_b002, Mode::Protected));
     let info = start.rbx;
     assert_eq!(word(&ram, info), 0b10_0100_1101, "memory, command line, modules, memory map, loader");
-    assert_eq!((word(&ram, info + 4), word(&ram, info + 8)), (640, (RAM >> 10) - 1024));
+    assert_eq!((word(&ram, info + 4), word(&ram, info + 8)), (639, (RAM >> 10) - 1024));
     let line = format!("{} x=1\0", name.display()).into_bytes();
     let mut told = vec![0; line.len()];
     ram.read_slice(&mut told, GuestAddress(word(&ram, info + 16))).unwrap();
@@ -156,8 +164,9 @@ fn what_is_no_image_is_refused_with_the_reason() {
     other[18] = 40;
     let mut pie = elf(true, true);
     pie[16] = 3;
-    let mut outside = elf(true, true);
-    outside[64 + 24..64 + 32].copy_from_slice(&0x1000u64.to_le_bytes());
+    let outside = elf_at(0x6000);
+    let low = elf_at(0x9_f000);
+    let hole = elf_at(0xc_0000);
     let mut wraps = elf(true, true);
     wraps[64 + 24..64 + 32].copy_from_slice(&(u64::MAX - 0x10).to_le_bytes());
     let mut entry = elf(true, true);
@@ -180,7 +189,9 @@ fn what_is_no_image_is_refused_with_the_reason() {
         (&video, "video mode"),
         (&other, "another processor"),
         (&pie, "not an ELF executable"),
-        (&outside, "wants to be loaded at 0x1000-0x2fff"),
+        (&outside, "wants to be loaded at 0x6000-0x7fff"),
+        (&low, "wants to be loaded at 0x9f000-0xa0fff"),
+        (&hole, "wants to be loaded at 0xc0000-0xc1fff"),
         (&wraps, "wraps around"),
         (&entry, "entry point is in none"),
         (&more_in_file, "more bytes in the file"),
@@ -199,6 +210,21 @@ fn what_is_no_image_is_refused_with_the_reason() {
     // The remedy names the other way in.
     no_note.truncate(0x1e0);
     assert!(refusal(&no_note).contains("`--kernel` a bzImage"));
+}
+
+#[test]
+fn images_below_640_kib_load_where_nothing_of_ours_is() {
+    for address in [0x1000u64, 0x5000, 0x8000, 0x1_e000, 0x3_0000, 0x9_dc00] {
+        let image = open(&elf_at(address)).unwrap();
+        let ram = memory::create(RAM, false).unwrap();
+        let start = image.load(&ram, RAM, 0xe_0000).unwrap();
+        assert_eq!((start.rip, word(&ram, address), word(&ram, address + 0x100)), (address, 0x9090_9090, 0));
+        let (info, line) = (start.rbx, word(&ram, start.rbx + 24));
+        assert_eq!((word(&ram, info), word(&ram, line) & 0xff), (0x336e_c578, 0), "{address:#x}");
+    }
+    for address in [0u64, 0x400, 0x6000, 0x7000, 0x1_f000, 0x2_0000, 0x2_f000, 0x9_e000, 0x9_fc00, 0xe_0000, 0xf_f000] {
+        assert!(refusal(&elf_at(address)).contains("wants to be loaded at"), "{address:#x}");
+    }
 }
 
 #[test]
@@ -227,7 +253,7 @@ fn taken_images_load(content: &[u8]) {
     let Ok(image) = open(content) else { return };
     let ram = memory::create(RAM, false).unwrap();
     let start = image.load(&ram, RAM, 0).unwrap();
-    assert!(start.rip < RAM && start.rip >= layout::HIGH_MEMORY);
+    assert!(start.rip < RAM && start.rip >= 0x1000);
 }
 
 proptest! {

@@ -1,13 +1,9 @@
 //! Where things are in the guest-physical address space and on the port bus.
 //!
-//! ```text
-//! 0            RAM: GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd at the top
-//! 0xa0000      hole; ACPI tables from 0xe0000
-//! 0x100000     RAM, up to 3 GiB
-//! 0xc0000000   PCI memory below 4 GiB
-//! 0xe0000000   ECAM: 256 buses
-//! 0xfec00000   IOAPIC      0xfed90000  VT-d unit      0xfee00000  local APICs and messages
-//! 4 GiB        the rest of RAM, then PCI memory above 4 GiB
+//! ```text 0            RAM: BIOS data area, GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd
+//! at the top 0x9fc00      extended BIOS data area 0xa0000      hole; ACPI tables from 0xe0000 0x100000     RAM, up to
+//! 3 GiB 0xc0000000   PCI memory below 4 GiB 0xe0000000   ECAM: 256 buses 0xfec00000   IOAPIC      0xfed90000  VT-d
+//! unit      0xfee00000  local APICs and messages 4 GiB        the rest of RAM, then PCI memory above 4 GiB
 //! ```
 
 /// First byte above 32-bit addresses.
@@ -15,11 +11,15 @@ pub const FOUR_GIB: u64 = 1 << 32;
 /// RAM below 4 GiB ends here at the latest, which leaves the interrupt window and all MMIO alone.
 pub const LOW_RAM_MAX: u64 = 0xc000_0000;
 
-/// Where the legacy hole begins: RAM below it is the first region of the memory map.
+/// Where the extended BIOS data area is: RAM below it is the first region of the memory map.
+pub const EBDA: u64 = 0x9_fc00;
+/// Where the legacy hole begins, and the extended BIOS data area ends.
 pub const LOW_HOLE_START: u64 = 0xa_0000;
 /// Where extended memory begins, and where the kernel is loaded.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
+/// The BIOS data area.
+pub const BIOS_DATA: u64 = 0x400;
 /// The global descriptor table of the boot processor.
 pub const GDT: u64 = 0x500;
 /// `boot_params`, the "zero page".
@@ -89,10 +89,15 @@ pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
     regions
 }
 
-/// The PCI memory window above 4 GiB for 64-bit BARs of these sizes (bytes, powers of two), in a guest with `ram` bytes of RAM and `width`
-/// physical address bits. It begins as low as it can, so that a function with a 39-bit unit reaches what it can of its neighbours' BARs, and
-/// has at least 64 GiB and twice what the BARs need if that fits: guests place them in any order. `None` when RAM leaves no room at all;
-/// there may be less than the BARs need.
+/// Whether there is RAM at `address`, of `size` bytes in all.
+pub fn is_ram(address: u64, size: u64) -> bool {
+    ram_regions(size).iter().any(|(first, len)| address >= *first && address - first < *len)
+}
+
+/// The PCI memory window above 4 GiB for 64-bit BARs of these sizes (bytes, powers of two), in a guest with `ram` bytes
+/// of RAM and `width` physical address bits. It begins as low as it can, so that a function with a 39-bit unit reaches
+/// what it can of its neighbours' BARs, and has at least 64 GiB and twice what the BARs need if that fits: guests place
+/// them in any order. `None` when RAM leaves no room at all; there may be less than the BARs need.
 pub fn pci64_window(ram: u64, width: u8, bars: &[u64]) -> Option<Window> {
     const LEAST: u64 = 64 << 30;
     const GIB: u64 = 1 << 30;
@@ -129,6 +134,22 @@ mod tests {
             for (first, len) in ram_regions(size) {
                 assert!(first + len <= PCI32_FIRST || first >= FOUR_GIB);
             }
+        }
+    }
+
+    #[test]
+    fn ram_is_where_its_regions_are() {
+        let size = LOW_RAM_MAX + 4096;
+        for (address, is) in [
+            (0, true),
+            (LOW_RAM_MAX - 1, true),
+            (LOW_RAM_MAX, false),
+            (FOUR_GIB - 1, false),
+            (FOUR_GIB, true),
+            (FOUR_GIB + 4095, true),
+            (FOUR_GIB + 4096, false),
+        ] {
+            assert_eq!(is_ram(address, size), is, "{address:#x}");
         }
     }
 

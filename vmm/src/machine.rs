@@ -24,6 +24,7 @@ use crate::boot::{Payload, Start};
 use crate::cli::RunArgs;
 use crate::control::{Control, Stop};
 use crate::dmar::{Remapping, Scope, UnitDescription};
+use crate::firmware::ImageDevices;
 use crate::irq::{self, KvmInterrupts, Remapper};
 use crate::legacy::Legacy;
 use crate::memory::Ram;
@@ -32,7 +33,7 @@ use crate::output::OutputWriter;
 use crate::slots::KvmSlots;
 use crate::stats::{self, Device, Stats};
 use crate::vcpu::{self, Buses};
-use crate::{acpi, cpuid, firmware, layout, memory, open_files, vm};
+use crate::{acpi, cpuid, layout, memory, open_files, vm};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -128,6 +129,8 @@ struct Platform {
     serial: Arc<SerialPort>,
     power: Arc<PmBlock>,
     legacy: Legacy,
+    /// What bare-metal images find besides.
+    tests: Option<ImageDevices>,
 }
 
 /// What the ACPI tables are made from, kept because a reset writes them again.
@@ -170,7 +173,7 @@ impl Platform {
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
         let legacy = Legacy::add(&pio, &ioapic, control)?;
-        Ok(Self { pio, mmio, root, ioapic, serial, power, legacy })
+        Ok(Self { pio, mmio, root, ioapic, serial, power, legacy, tests: None })
     }
 }
 
@@ -212,7 +215,7 @@ impl Machine {
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
-        let platform = Platform::new(&interrupts, &control, output, drained)?;
+        let mut platform = Platform::new(&interrupts, &control, output, drained)?;
 
         let unit = match args.vtd() {
             None => None,
@@ -265,10 +268,15 @@ impl Machine {
         };
 
         if let Payload::Image(_) = &payload {
-            firmware::add_ports(&platform.pio, &control, args)?;
+            platform.tests = Some(ImageDevices::add(&platform.pio, &platform.mmio, &platform.ioapic, &control, args)?);
         }
         vcpu::register_kick()?;
-        let buses = Buses { pio: platform.pio.clone(), mmio: platform.mmio.clone(), ioapic: platform.ioapic.clone() };
+        let buses = Buses {
+            pio: platform.pio.clone(),
+            mmio: platform.mmio.clone(),
+            ioapic: platform.ioapic.clone(),
+            ram: args.memory,
+        };
         let vcpus =
             (0..args.cpus).map(|index| vcpu::create(kvm, &vm, index, args.cpus)).collect::<Result<Vec<_>, _>>()?;
         let mut machine = Self {
@@ -359,6 +367,9 @@ impl Machine {
         self.platform.power.reset();
         self.platform.serial.reset();
         self.platform.legacy.reset();
+        if let Some(tests) = &self.platform.tests {
+            tests.reset();
+        }
         self.load()?;
         self.control.reset_vcpus();
         self.resets += 1;

@@ -25,6 +25,11 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// MTRRs enabled, write-back: memory types are left to the page tables.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// KVM had to emulate an instruction, and could not (`KVM_INTERNAL_ERROR_EMULATION`).
+const ERROR_EMULATION: u32 = 1;
+/// An exception or an interrupt needs memory where there is none (`KVM_INTERNAL_ERROR_SIMUL_EX`, `KVM_INTERNAL_ERROR_DELIVERY_EV`).
+const ERRORS_OF_EVENTS: [u32; 2] = [2, 3];
+
 const CR0_PE_PG: u64 = 1 | 1 << 31;
 const CR0_PE_ET: u64 = 1 | 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
@@ -39,6 +44,8 @@ pub struct Buses {
     pub mmio: Arc<Bus>,
     /// Hears the end of level-triggered interrupts.
     pub ioapic: Arc<devices::ioapic::IoApic>,
+    /// Bytes of RAM.
+    pub ram: u64,
 }
 
 /// The state that a vCPU had when it was made, to which a reset returns.
@@ -299,7 +306,7 @@ fn enter(fd: &mut VcpuFd, index: u8, control: &Control, buses: &Buses) -> Option
                 "the processor refused to run vCPU {index} (reason {reason:#x}, on host CPU {cpu})"
             )));
         }
-        Ok(VcpuExit::InternalError) => return Some(Stop::Error(internal_error(fd, index))),
+        Ok(VcpuExit::InternalError) => return Some(internal_error(fd, index, buses.ram)),
         Ok(other) => return Some(Stop::Error(format!("vCPU {index} left the guest for an unknown reason: {other:?}"))),
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
             // Cleared before the next look at what is wanted: a kick after this counts for the next entry.
@@ -320,11 +327,24 @@ fn port_access(fd: &mut VcpuFd, at: *mut u8, len: usize, access: impl FnMut(&mut
     data.chunks_exact_mut(size).for_each(access);
 }
 
-fn internal_error(fd: &mut VcpuFd, index: u8) -> String {
+/// Why KVM gave up: the guest went where there is nothing to execute, which a processor would end by exceptions without end; or KVM lacks
+/// something.
+fn internal_error(fd: &mut VcpuFd, index: u8, ram: u64) -> Stop {
     // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the member in use.
-    let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
+    let error = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;
     let rip = fd.get_regs().map_or(0, |regs| regs.rip);
-    format!("KVM cannot run vCPU {index} any further (internal error {} at {rip:#x})", internal.suberror)
+    if ERRORS_OF_EVENTS.contains(&error) {
+        return Stop::Crash(format!("vCPU {index} could not take an exception or interrupt at {rip:#x}"));
+    }
+    let base = fd.get_sregs().map_or(0, |sregs| sregs.cs.base);
+    let code = fd.translate_gva(base.wrapping_add(rip)).ok().filter(|code| code.valid != 0);
+    match code {
+        Some(code) if error == ERROR_EMULATION && !layout::is_ram(code.physical_address, ram) => Stop::Crash(format!(
+            "vCPU {index} went to {rip:#x}, where there is no memory (guest-physical {:#x})",
+            code.physical_address
+        )),
+        _ => Stop::Error(format!("KVM cannot run vCPU {index} any further (internal error {error} at {rip:#x})")),
+    }
 }
 
 #[cfg(test)]

@@ -148,6 +148,34 @@ fn images_that_hang_crash_or_are_none_have_their_codes() {
 }
 
 #[test]
+fn an_image_that_goes_where_nothing_is_has_crashed() {
+    if !has_kvm() {
+        return;
+    }
+    // mov eax, 0xd0000000; jmp eax: the PCI window
+    let (code, _, err) = run_image(&[&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0]], &["--timeout", "20"]);
+    assert_eq!(code, 8, "{err}");
+    assert!(err.contains("the guest crashed"), "{err}");
+}
+
+#[test]
+fn an_image_finds_the_test_device_that_it_knows_from_qemu() {
+    if !has_kvm() {
+        return;
+    }
+    let code: &[&[u8]] = &[
+        // mov eax, 0x04030201; mov dx, 0xe0; out dx, eax; inc dx; in al, dx
+        &[0xb8, 1, 2, 3, 4, 0x66, 0xba, 0xe0, 0x00, 0xef, 0x66, 0x42, 0xec],
+        // mov [0xff00fff0], al; xor eax, eax; mov al, [0xff00fff0]
+        &[0xa2, 0xf0, 0xff, 0x00, 0xff, 0x31, 0xc0, 0xa0, 0xf0, 0xff, 0x00, 0xff],
+        &[0xe6, 0xf4],
+        LOOP,
+    ];
+    let (code, _, err) = run_image(code, &["--timeout", "20"]);
+    assert_eq!(code, 2 << 1 | 1, "{err}");
+}
+
+#[test]
 fn nothing_prints_help() {
     let (code, out, _) = run(&[]);
     assert_eq!(code, 0);
