@@ -121,7 +121,7 @@ impl Room {
         let first = self.0.first.checked_next_multiple_of(size.max(PAGE))?;
         let last = first.checked_add(size.max(PAGE) - 1).filter(|last| *last <= self.0.last)?;
         // Beyond the last address there is nothing left to take.
-        self.0.first = last.checked_add(1).unwrap_or(u64::MAX);
+        self.0.first = last.saturating_add(1);
         Some(first)
     }
 }
