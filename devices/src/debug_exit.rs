@@ -51,6 +51,10 @@ mod tests {
         device.write(0, &[0x34, 0x12]);
         device.write(0, &[1, 2, 3, 4]);
         device.write(1, &[0xff]);
+        device.write(0, &[0; 8]);
+        let mut data = [0xaa; 2];
+        device.read(0, &mut data);
+        assert_eq!(data, [0; 2]);
         assert_eq!(*seen.lock().unwrap(), [0x10, 0x1234, 0x0403_0201]);
     }
 }

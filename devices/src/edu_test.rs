@@ -281,3 +281,103 @@ fn a9_a_write_of_a_dword_into_the_interrupt_range_is_a_message_and_no_write() {
     bench.transfer(BUFFER, 0xfee0_1004, 4, DMA_START | DMA_TO_MEMORY);
     assert!(bench.failed() && bench.interrupts.take().is_empty(), "a message needs Bus Master");
 }
+
+#[test]
+fn edu_identity_and_its_message_capability_are_as_qemu_has_them() {
+    let (bench, _) = with_memory();
+    let config = |offset| {
+        let mut data = [0; 4];
+        bench.root.config_read(SID, offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    assert_eq!([0x00, 0x08, 0x2c, 0x34, 0x3c].map(config), [0x11e8_1234, 0x00ff_0010, 0x1100_1af4, 0x40, 0x0113]);
+    bench.root.config_write(SID, 0x40, &[0xff; 4]);
+    bench.root.config_write(SID, 0x44, &[0xff; 4]);
+    bench.root.config_write(SID, 0x48, &[0xff; 4]);
+    bench.root.config_write(SID, 0x4c, &[0xff; 4]);
+    let capability = [0x40, 0x44, 0x48, 0x4c].map(config);
+    assert_eq!(capability, [0x0081_0005, 0xffff_fffc, u32::MAX, 0xffff]);
+}
+
+#[test]
+fn edu_registers_have_halves_and_the_rest_reads_as_ones() {
+    let (bench, _) = with_memory();
+    bench.enable_msi();
+    for (low, high) in [(0x80, 0x84), (0x88, 0x8c), (0x90, 0x94)] {
+        bench.write(low, 0x1111_1111);
+        bench.write(high, 0x2222_2222);
+        assert_eq!((bench.read(low), bench.read(high)), (0x1111_1111, 0x2222_2222));
+        let mut wide = [0; 8];
+        bench.bus.read(BAR_GPA + low, &mut wide);
+        assert_eq!(u64::from_le_bytes(wide), 0x2222_2222_1111_1111);
+    }
+    bench.bus.write(BAR_GPA, &[0; 8]);
+    let mut wide = [0; 8];
+    bench.bus.read(BAR_GPA, &mut wide);
+    assert_eq!((wide, bench.read(0x0c), bench.read(0x9c)), ([0xff; 8], u32::MAX, u32::MAX));
+    // A command without its start bit is none.
+    bench.write64(0x98, DMA_TO_MEMORY);
+    assert_eq!((bench.read(0x98), bench.failed()), (0, false));
+}
+
+#[test]
+fn edu_status_keeps_its_own_bits_and_shows_the_interrupt() {
+    let (bench, _) = with_memory();
+    bench.write(0x20, u32::MAX);
+    assert_eq!(bench.read(0x20), STATUS_IRQ_FACTORIAL);
+    let status = || {
+        let mut data = [0; 2];
+        bench.root.config_read(SID, STATUS, &mut data);
+        u16::from_le_bytes(data) & STATUS_INTX
+    };
+    assert_eq!(status(), 0);
+    bench.write(0x60, 1);
+    assert_eq!(status(), STATUS_INTX);
+    bench.write(0x64, 1);
+    assert_eq!(status(), 0);
+}
+
+#[test]
+fn edu_messages_have_addresses_of_64_bits_and_are_none_for_no_interrupt() {
+    let (bench, _) = with_memory();
+    bench.enable_msi();
+    bench.root.config_write(SID, 0x48, &[1, 0, 0, 0]);
+    bench.write(0x60, 0);
+    assert!(bench.interrupts.take().is_empty());
+    bench.transfer(0, BUFFER, 4, DMA_START | DMA_IRQ);
+    while bench.read(0x24) == 0 {
+        std::thread::yield_now();
+    }
+    bench.root.reset();
+    assert_eq!(bench.interrupts.take(), [Msi { address: 0x1_fee0_0000, data: 0x31 }], "one, for the transfer");
+}
+
+#[test]
+fn edu_a_reset_clears_registers_and_the_buffer() {
+    let (bench, memory) = with_memory();
+    memory.write_slice(&[0x77; 8], GuestAddress(0x1000)).unwrap();
+    bench.transfer(0x1000, BUFFER, 8, DMA_START);
+    bench.write(0x04, 5);
+    bench.write(0x60, 1);
+    assert!(bench.line.is_high());
+    bench.root.reset();
+    assert!(!bench.line.is_high());
+    bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    assert_eq!([0x04, 0x08, 0x20, 0x24, 0x80, 0x88, 0x90, 0x98].map(|offset| bench.read(offset)), [0; 8]);
+    bench.transfer(BUFFER, 0x1000, 8, DMA_START | DMA_TO_MEMORY);
+    let mut there = [0xaa; 8];
+    memory.read_slice(&mut there, GuestAddress(0x1000)).unwrap();
+    assert_eq!(there, [0; 8]);
+}
+
+#[test]
+fn edu_bar_moves_with_its_register() {
+    let (bench, _) = with_memory();
+    bench.root.config_write(SID, 0x10, &0xe010_0000u32.to_le_bytes());
+    let mut data = [0; 4];
+    assert!(!bench.bus.read(BAR_GPA, &mut data));
+    assert!(bench.bus.read(0xe010_0000, &mut data));
+    bench.command(0);
+    assert!(!bench.bus.read(0xe010_0000, &mut data));
+}

@@ -108,10 +108,29 @@ mod tests {
     }
 
     #[test]
+    fn fw_cfg_serves_bytes_at_its_data_port_only() {
+        let device = FwCfg::new(1 << 32, 3, &[]);
+        let read = |offset, len| {
+            let mut data = vec![0xaa; len];
+            device.read(offset, &mut data);
+            data
+        };
+        device.write(0, &SIGNATURE.to_le_bytes());
+        assert_eq!((read(0, 1), read(1, 2), read(1, 1)), (vec![0], vec![0, 0], vec![b'Q']));
+        // What is no selection changes none.
+        device.write(0, &[FEATURES as u8]);
+        device.write(1, &FEATURES.to_le_bytes());
+        assert_eq!(read(1, 1), [b'E']);
+        device.write(0, &SIGNATURE.to_le_bytes());
+        assert_eq!(read(1, 1), [b'Q'], "from its beginning");
+    }
+
+    #[test]
     fn fw_cfg_files_are_found_by_the_directory() {
         let device = FwCfg::new(0, 1, &[("etc/one", vec![1]), ("etc/two", vec![2, 3])]);
         let directory = item(&device, FILE_DIRECTORY, 4 + 2 * 64);
         assert_eq!(directory[..4], 2u32.to_be_bytes());
+        assert_eq!(directory[4..12], [0, 0, 0, 1, 0, FIRST_FILE as u8, 0, 0]);
         let second = &directory[4 + 64..];
         assert_eq!((&second[..4], &second[8..16]), (&2u32.to_be_bytes()[..], &b"etc/two\0"[..]));
         let selector = u16::from_be_bytes([second[4], second[5]]);

@@ -164,3 +164,109 @@ fn f5_a_listener_lowers_its_line_before_the_pin_is_looked_at_again() {
     bench.ioapic.eoi(0x71);
     assert_eq!(bench.interrupts.take().len(), 0);
 }
+
+#[test]
+fn f5_an_entry_has_the_bits_that_software_may_write() {
+    let bench = Bench::new();
+    bench.set_register(0x10, u32::MAX);
+    bench.set_register(0x11, u32::MAX);
+    assert_eq!((bench.register(0x10), bench.register(0x11)), (0x0001_afff, 0xffff_0000));
+    bench.set_register(0x11, 0);
+    assert_eq!((bench.register(0x10), bench.register(0x11)), (0x0001_afff, 0), "each half alone");
+    // In service, and written: the bit is the IOAPIC's own.
+    let line = bench.ioapic.line(1);
+    bench.entry(1, LEVEL | 0x40);
+    line.set_level(true);
+    bench.set_register(0x12, (LEVEL | 0x40) as u32);
+    assert_eq!((bench.register(0x12) & 1 << 14, bench.interrupts.take().len()), (1 << 14, 1));
+}
+
+#[test]
+fn f5_the_id_and_the_selector_are_kept_and_go_with_a_reset() {
+    let bench = Bench::new();
+    bench.set_register(0, u32::MAX);
+    assert_eq!((bench.register(0), bench.register(2)), (0x0f00_0000, 0x0f00_0000));
+    bench.set_register(1, 0);
+    bench.set_register(2, 0);
+    assert_eq!((bench.register(0), bench.register(1)), (0x0f00_0000, 0x0017_0020));
+    bench.ioapic.write(0, &[0x13]);
+    let mut data = [0xaa; 8];
+    bench.ioapic.read(0, &mut data);
+    assert_eq!(data, [0x13, 0, 0, 0, 0, 0, 0, 0]);
+    bench.ioapic.read(0x20, &mut data);
+    assert_eq!(data, [0; 8]);
+    bench.ioapic.write(0x10, &[0, 0]);
+    assert_eq!(bench.register(0x13), 0, "half a word is no write");
+    let line = bench.ioapic.line(3);
+    line.set_level(true);
+    bench.entry(3, LEVEL | 0x44);
+    bench.interrupts.take();
+    bench.ioapic.reset();
+    bench.ioapic.read(0, &mut data);
+    assert_eq!((data[0], bench.register(0), bench.register(0x16)), (0, 0, 0x1_0000));
+    bench.entry(3, LEVEL | 0x44);
+    assert_eq!(bench.interrupts.take().len(), 1, "the line has its level still");
+}
+
+#[test]
+fn f5_the_end_of_an_interrupt_is_heard_by_those_of_its_pin() {
+    struct Ends(Mutex<u32>);
+    impl EoiListener for Ends {
+        fn end_of_interrupt(&self) {
+            *self.0.lock().unwrap() += 1;
+        }
+    }
+    let bench = Bench::new();
+    let ends: Vec<_> = (0..3).map(|_| Arc::new(Ends(Mutex::new(0)))).collect();
+    for (pin, end) in [20, 20, 21].into_iter().zip(&ends) {
+        let listener: Weak<dyn EoiListener> = Arc::<Ends>::downgrade(end);
+        bench.ioapic.add_eoi_listener(pin, listener);
+    }
+    let heard = || ends.iter().map(|end| *end.0.lock().unwrap()).collect::<Vec<_>>();
+    let lines = [20, 21].map(|pin| bench.ioapic.line(pin));
+    // One vector for both, and the second is not in service: it is edge-triggered.
+    bench.entry(20, LEVEL | 0x66);
+    bench.entry(21, 0x66);
+    bench.ioapic.eoi(0x66);
+    assert_eq!(heard(), [0, 0, 0], "nothing was in service");
+    lines.iter().for_each(|line| line.set_level(true));
+    bench.ioapic.write(0x40, &[0x66]);
+    assert_eq!(heard(), [1, 1, 0]);
+}
+
+#[test]
+fn f5_a_line_that_goes_away_is_low() {
+    let bench = Bench::new();
+    let line = bench.ioapic.line(22);
+    bench.entry(22, LEVEL | 0x67);
+    line.set_level(true);
+    drop(line);
+    bench.interrupts.take();
+    bench.ioapic.eoi(0x67);
+    assert_eq!(bench.interrupts.take(), []);
+}
+
+#[test]
+fn f5_an_edge_of_a_line_beside_one_that_is_high_is_none() {
+    let bench = Bench::new();
+    let (a, b) = (bench.ioapic.line(5), bench.ioapic.line(5));
+    bench.entry(5, 0x35);
+    a.set_level(true);
+    b.set_level(true);
+    assert_eq!(bench.interrupts.take().len(), 1);
+    a.set_level(false);
+    a.set_level(true);
+    assert_eq!(bench.interrupts.take().len(), 0);
+}
+
+#[test]
+fn f5_routes_are_said_when_they_change_and_before_the_message() {
+    let bench = Bench::new();
+    bench.entry(6, 0x36);
+    bench.routes.0.lock().unwrap().clear();
+    bench.entry(6, 0x36);
+    bench.entry(7, MASKED | 0x37);
+    assert!(bench.routes.0.lock().unwrap().is_empty(), "nothing changed");
+    bench.entry(6, 0x38);
+    assert_eq!(bench.routes.0.lock().unwrap().keys().copied().collect::<Vec<_>>(), [6]);
+}

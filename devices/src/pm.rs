@@ -157,6 +157,57 @@ mod tests {
         assert!(power.off.load(Ordering::SeqCst));
     }
 
+    fn write16(block: &PmBlock, offset: u64, value: u16) {
+        block.write(offset, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn pm_registers_have_the_bits_that_there_are() {
+        let block = PmBlock::new(Arc::new(FakePower::default()), None);
+        write16(&block, PmBlock::EVENT, 0xffff);
+        write16(&block, PmBlock::EVENT + 2, 0xffff);
+        assert_eq!(read32(&block, PmBlock::EVENT), 0x0721_0000);
+        block.write(PmBlock::EVENT + 3, &[0]);
+        assert_eq!(read32(&block, PmBlock::EVENT), 0x0021_0000);
+        write16(&block, PmBlock::CONTROL, 0xfffe & !(7 << 10));
+        assert_eq!(read32(&block, PmBlock::CONTROL), 0xc3ff, "ACPI is on, and SLP_EN reads as 0");
+        block.write(PmBlock::GPE0, &[0xff; 8]);
+        assert_eq!((read32(&block, PmBlock::GPE0), read32(&block, PmBlock::GPE0 + 4)), (0, u32::MAX));
+        block.write(PmBlock::GPE0 + 5, &[0x12]);
+        assert_eq!(read32(&block, PmBlock::GPE0 + 4), 0xffff_12ff);
+        let mut beyond = [0; 4];
+        block.read(PmBlock::LEN - 2, &mut beyond);
+        assert_eq!(beyond, [0, 0, 0xff, 0xff]);
+        block.reset();
+        assert_eq!([0x00, 0x04, 0x10, 0x14].map(|at| read32(&block, at)), [0, 1, 0, 0]);
+    }
+
+    #[test]
+    fn pm_s5_written_a_byte_at_a_time_powers_off() {
+        let power = Arc::new(FakePower::default());
+        let block = PmBlock::new(power.clone(), None);
+        block.write(PmBlock::CONTROL, &[0xff]);
+        assert!(!power.off.load(Ordering::SeqCst));
+        block.write(PmBlock::CONTROL + 1, &[(PmBlock::SLP_TYP_S5 << 2) | 0x20]);
+        assert!(power.off.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn pm_a_reset_lowers_the_sci_and_a_status_bit_is_cleared_alone() {
+        let line = Arc::new(FakeLine::default());
+        let block = PmBlock::new(Arc::new(FakePower::default()), Some(line.clone()));
+        write16(&block, PmBlock::EVENT + 2, STATUS_POWER_BUTTON);
+        block.press_power_button();
+        write16(&block, PmBlock::EVENT, !STATUS_POWER_BUTTON);
+        assert!(line.is_high());
+        write16(&block, PmBlock::EVENT + 2, 0);
+        assert!(!line.is_high());
+        write16(&block, PmBlock::EVENT + 2, STATUS_POWER_BUTTON);
+        block.reset();
+        assert!(!line.is_high());
+        assert_eq!(read32(&block, PmBlock::EVENT), 0);
+    }
+
     #[test]
     fn pm_timer_counts_at_its_rate() {
         let block = PmBlock::new(Arc::new(FakePower::default()), None);

@@ -14,3 +14,15 @@ impl Told {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_told_is_not_told_again() {
+        let (told, mut said) = (Told::default(), 0);
+        (0..3).for_each(|_| told.once(|| said += 1));
+        assert_eq!(said, 1);
+    }
+}

@@ -75,7 +75,7 @@ pub enum BarKind {
 
 impl BarKind {
     /// Bits 3:0 of the BAR.
-    const fn flags(self) -> u32 {
+    pub(crate) const fn flags(self) -> u32 {
         match self {
             Self::Memory32 => 0x0,
             Self::Prefetchable32 => 0x8,

@@ -27,3 +27,24 @@ impl PciFunction for HostBridge {
         self.0.lock().unwrap().reset();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f6_the_host_bridge_says_what_it_is_and_keeps_what_a_guest_may_write() {
+        let bridge = HostBridge::default();
+        let read = |offset| {
+            let mut data = [0; 4];
+            bridge.config_read(offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        bridge.config_write(0x00, &[0; 4]);
+        assert_eq!([0x00, 0x08, 0x2c, 0x34].map(read), [0x0008_1b36, 0x0600_0000, 0x1100_1af4, 0]);
+        bridge.config_write(0x04, &[0x06, 0]);
+        assert_eq!(read(0x04), 0x0006);
+        bridge.reset();
+        assert_eq!(read(0x04), 0);
+    }
+}

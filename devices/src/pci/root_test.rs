@@ -1,6 +1,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
+use crate::pci::config::STATUS;
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Identity};
 
 /// A function with a 4 KiB 32-bit BAR 0 and a 64-bit BAR 2 of 16 MiB.
@@ -213,4 +214,100 @@ fn f6_reset_takes_the_addresses_and_the_enable_bits() {
     root.reset();
     assert_eq!((read32(&root, ONE, 0x10), read32(&root, ONE, 4) & 0xffff), (0, 0));
     assert_eq!(read32(&root, ONE, 0x34) & 0xff, 0x40, "the capability list stays");
+}
+
+#[test]
+fn f6_what_software_may_write_of_the_header() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    for offset in (0..0x40).step_by(4).filter(|offset| !(0x10..0x28).contains(offset)) {
+        write32(&root, ONE, offset, u32::MAX);
+    }
+    let header = [0x00, 0x04, 0x08, 0x0c, 0x28, 0x2c, 0x30, 0x34, 0x38, 0x3c].map(|offset| read32(&root, ONE, offset));
+    assert_eq!(header, [0x5678_1234, 0x0010_0546, 0xff00_0001, 0xff, 0, 0x0002_0001, 0, 0x40, 0, 0xff]);
+    root.reset();
+    let after = [0x04, 0x0c, 0x3c].map(|offset| read32(&root, ONE, offset));
+    assert_eq!(after, [0x0010_0000, 0, 0xff], "the line is what firmware wrote");
+}
+
+#[test]
+fn f6_a_bar_without_an_address_or_under_a_probe_is_not_decoded() {
+    let mut config = ConfigSpace::new(&Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem: (0, 0) });
+    config.add_bar(0, BarKind::Memory32, 0x1000);
+    config.add_bar(2, BarKind::Memory64, 0x1_0000);
+    config.assign(0, 0xe000_0000);
+    config.assign(2, 0x81_0000_0000);
+    assert_eq!(config.decoded(0), None, "memory is off");
+    config.write(4, &[2, 0]);
+    assert_eq!(config.decoded(0), Some((0xe000_0000, 0xe000_0fff)));
+    assert_eq!(config.decoded(2), Some((0x81_0000_0000, 0x81_0000_ffff)));
+    assert_eq!((config.decoded(1), config.decoded(3), config.decoded(6)), (None, None, None));
+    config.assign(0, u64::MAX);
+    config.assign(2, u64::MAX);
+    assert_eq!((config.decoded(0), config.decoded(2)), (None, None), "a probe of its size");
+    config.assign(0, 0);
+    config.assign(2, 0xffff_0000);
+    assert_eq!((config.decoded(0), config.decoded(2)), (None, Some((0xffff_0000, 0xffff_ffff))));
+}
+
+#[test]
+fn f6_kinds_of_bars_are_told_by_their_low_bits() {
+    let kinds: Vec<_> = (0..16).filter_map(|bits| Some((bits, BarKind::of(bits)?))).collect();
+    let wanted = [
+        (0x0, BarKind::Memory32),
+        (0x4, BarKind::Memory64),
+        (0x8, BarKind::Prefetchable32),
+        (0xc, BarKind::Prefetchable64),
+    ];
+    assert_eq!(kinds, wanted);
+    for (bits, kind) in wanted {
+        assert_eq!((kind.flags(), kind.is_64()), (bits, bits & 4 != 0));
+    }
+}
+
+#[test]
+fn f6_capabilities_are_linked_one_after_another() {
+    let mut config = ConfigSpace::new(&Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem: (0, 0) });
+    let first = config.add_capability(0x09, &[1, 2, 3], &[0xff]);
+    let second = config.add_capability(0x05, &[4, 5], &[]);
+    assert_eq!((first, second), (0x40, 0x48));
+    assert_eq!((config.u16(0x34), config.u32(0x40), config.u32(0x48)), (0x40, 0x0201_4809, 0x0504_0005));
+    config.write(0x42, &[0x77, 0x77]);
+    assert_eq!(config.u16(0x42), 0x0277);
+}
+
+#[test]
+fn f6_status_bits_are_cleared_by_ones() {
+    let mut config = ConfigSpace::new(&Identity { vendor: 1, device: 2, revision: 0, class: 0, subsystem: (0, 0) });
+    config.put(STATUS, &[0, 0xff]);
+    config.write(STATUS, &[0, 0x81]);
+    assert_eq!(config.u16(STATUS), 0x7e00);
+    config.write(0xfff, &[1, 2]);
+    let mut data = [0; 2];
+    config.read(0xfff, &mut data);
+    assert_eq!(data, [0, 0xff]);
+}
+
+#[test]
+fn f6_pins_of_devices_are_spread_over_eight_lines() {
+    assert_eq!(
+        [(0, 1), (1, 1), (5, 1), (5, 4), (7, 1), (7, 2), (31, 4)].map(|(device, pin)| gsi_of(device, pin)),
+        [16, 17, 21, 16, 23, 16, 18]
+    );
+}
+
+#[test]
+fn f6_functions_are_not_put_over_each_other() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    let (_, one) = root.functions().pop().unwrap();
+    assert_eq!(root.insert(ONE, one.clone()), Err(SlotError::Taken(ONE)));
+    assert_eq!(root.allocate(Some((0x1e, 0))), Ok(SourceId::new(0, 0x1e, 0)));
+    assert_eq!(root.allocate(Some((5, 8))), Err(SlotError::Reserved(SourceId::new(0, 5, 8))));
+    TwoBars::at(&root, 2, 3, 0x22);
+    assert_eq!(root.allocate(None), Ok(SourceId::new(0, 3, 0)), "02 has a function");
+    let mut data = [0; 8];
+    root.config_read(ONE, 0xffc, &mut data);
+    assert_eq!(data, [0xff; 8]);
+    root.config_write(ONE, 0xffe, &[0; 4]);
 }
