@@ -139,8 +139,7 @@ impl Vectors {
     /// In ascending order of the vectors.
     fn apply(&mut self, changes: &[(usize, Option<Msi>)]) {
         let mut lost = None;
-        let mut routes: Vec<(Arc<dyn IrqRoute>, Option<Msi>)> = Vec::new();
-        let (mut fresh, mut due) = (Vec::new(), Vec::new());
+        let (mut changed, mut fresh, mut due) = (Vec::new(), Vec::new(), Vec::new());
         for &(index, message) in changes {
             let Some(vector) = self.vectors.get_mut(index).filter(|vector| vector.now != message) else { continue };
             if vector.taken.is_none() && message.is_some() {
@@ -159,13 +158,15 @@ impl Vectors {
                 }
             }
             vector.now = message;
-            routes.extend(vector.taken.clone().map(|route| (route, message)));
+            changed.push(index);
         }
-        // Before the first signal can come.
-        self.interrupts.set_routes(&routes);
+        // What is signalled before the routes are set is counted, and delivered then; what the host refuses needs no route.
         for run in fresh.chunk_by(|a, b| a + 1 == *b) {
             lost = self.connect(run).or(lost);
         }
+        let route = |index: &usize| Some((self.vectors[*index].taken.clone()?, self.vectors[*index].now));
+        let routes: Vec<_> = changed.iter().filter_map(route).collect();
+        self.interrupts.set_routes(&routes);
         for message in due {
             self.interrupts.signal(self.requester, message);
         }
