@@ -128,9 +128,9 @@ mod tests {
         assert_eq!(port.enqueue(b"xy"), 2);
         assert!(!line.is_high());
         assert_eq!(*line.rises.lock().unwrap(), 1);
-        let mut byte = [0];
-        port.read(0, &mut byte);
-        assert_eq!(byte, *b"x");
+        let mut bytes = [0; 2];
+        port.read(0, &mut bytes);
+        assert_eq!(bytes, [b'x', 0xff], "a port has one byte");
     }
 
     #[test]

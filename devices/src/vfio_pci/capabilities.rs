@@ -198,4 +198,69 @@ mod tests {
         assert_eq!(hide(&config, &[])[0], Patch { at: 0x41, bytes: vec![0] });
         assert_eq!(ids_seen(&config), [(0x100, 1), (0x140, 3)]);
     }
+
+    #[test]
+    fn f6_each_hidden_capability_goes_with_all_of_its_bytes_and_no_more() {
+        // Id, and bytes; the resizable BARs have one, and six, and more than there can be.
+        let all = [(ARI, 0x08), (ATS, 0x08), (SRIOV, 0x40), (PRI, 0x10), (PASID, 0x08)];
+        let resizable = [(0x20, 0x0c), (0xc0, 0x34), (0xe0, 0x34), (0x00, 0x0c)];
+        let cases = all.into_iter().map(|(id, len)| (id, 0, len));
+        let cases = cases.chain(resizable.map(|(control, len)| (RESIZABLE_BAR, control, len)));
+        for (id, control, len) in cases.chain(resizable.map(|(control, len)| (VF_RESIZABLE_BAR, control, len))) {
+            let mut config = with_extended(&[(0x100, 1), (0x140, id), (0x300, 3)]);
+            config[0x144..0x200].fill(0x77);
+            config[0x148] = control;
+            let patches = hide(&config, &[]);
+            let zeroed: Vec<_> = patches.iter().filter(|p| p.bytes.iter().all(|b| *b == 0)).collect();
+            assert_eq!(zeroed.len(), 1, "{id:#x}");
+            assert_eq!((zeroed[0].at, zeroed[0].bytes.len()), (0x140, len), "{id:#x} {control:#x}");
+            assert_eq!(ids_seen(&config), [(0x100, 1), (0x300, 3)]);
+        }
+        // What a guest may see stays as it is.
+        assert_eq!(hide(&with_extended(&[(0x100, 1), (0x140, 3), (0x160, 0x0d)]), &[]), []);
+    }
+
+    #[test]
+    fn f6_a_hidden_capability_at_the_end_of_the_space_ends_there() {
+        let config = with_extended(&[(0x100, 1), (0xff8, SRIOV)]);
+        let patches = hide(&config, &[]);
+        assert!(patches.iter().all(|patch| usize::from(patch.at) + patch.bytes.len() <= CONFIG_SIZE));
+        assert_eq!(ids_seen(&config), [(0x100, 1)]);
+        assert_eq!(ids_seen(&with_extended(&[(0x100, 1), (0xff8, RESIZABLE_BAR)])), [(0x100, 1)]);
+    }
+
+    #[test]
+    fn f6_the_first_capabilities_are_listed_if_the_function_says_that_it_has_some() {
+        let mut config = Box::new([0u8; CONFIG_SIZE]);
+        config[0x34] = 0x43;
+        config[0x40..0x42].copy_from_slice(&[9, 0x53]);
+        config[0x50..0x52].copy_from_slice(&[5, 0x30]);
+        assert_eq!(list(&config), []);
+        config[6] = 0x10;
+        let listed = [Capability { id: 9, at: 0x40, next: 0x50 }, Capability { id: 5, at: 0x50, next: 0x30 }];
+        assert_eq!(list(&config), listed, "a link into the header is no capability");
+    }
+
+    #[test]
+    fn f6_hidden_ones_of_the_first_capabilities_are_passed_by() {
+        let mut config = Box::new([0u8; CONFIG_SIZE]);
+        (config[6], config[0x34]) = (0x10, 0x40);
+        for (at, id, next) in [(0x40, 0x14, 0x50), (0x50, 5, 0x60), (0x60, 1, 0x70), (0x70, 0x11, 0)] {
+            config[at..at + 2].copy_from_slice(&[id, next]);
+        }
+        let patch = |at, byte| Patch { at, bytes: vec![byte] };
+        assert_eq!(hide(&config, &[]), [patch(0x34, 0x50)]);
+        assert_eq!(hide(&config, &[5]), [patch(0x34, 0x60)]);
+        assert_eq!(hide(&config, &[1]), [patch(0x34, 0x50), patch(0x51, 0x70)]);
+        assert_eq!(hide(&config, &[1, 0x11]), [patch(0x34, 0x50), patch(0x51, 0)]);
+    }
+
+    #[test]
+    fn f6_extended_lists_end_at_what_is_no_header() {
+        for end in [0, u32::MAX] {
+            let mut config = with_extended(&[(0x100, 1), (0x140, 3), (0x200, 4)]);
+            config[0x140..0x144].copy_from_slice(&end.to_le_bytes());
+            assert_eq!(extended(&config), [Capability { id: 1, at: 0x100, next: 0x140 }]);
+        }
+    }
 }

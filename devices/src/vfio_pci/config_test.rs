@@ -136,3 +136,39 @@ fn f6_a_small_configuration_space_ends_where_it_ends() {
     // Nothing of what would be a list of extended capabilities is looked at, and nothing of it is ours.
     assert_eq!(bench.config(0x140), 0x0001_000f);
 }
+
+#[test]
+fn f6_parts_of_registers_that_do_something_do_it() {
+    let bench = Bench::running();
+    bench.root.config_write(SID, MSIX + 3, &[0x80]);
+    assert!(bench.host.live(IrqKind::Msix));
+    bench.root.config_write(SID, MSIX + 2, &[0xff]);
+    assert!(bench.host.live(IrqKind::Msix), "the size is read-only");
+    bench.root.config_write(SID, MSIX + 3, &[0]);
+    assert!(!bench.host.live(IrqKind::Msix));
+
+    bench.root.config_write(SID, POWER + 5, &[0x03]);
+    assert_eq!(bench.slots.mapped(), WINDOWS, "that is no power state");
+    bench.config32(POWER + 4, 0x0000_0001);
+    assert_eq!(bench.slots.mapped(), [], "D1 is not D0");
+    bench.config32(POWER + 4, 0);
+
+    bench.root.config_write(SID, EXPRESS + 8, &[0x80]);
+    assert!(bench.host.resets.lock().unwrap().is_empty());
+    bench.root.config_write(SID, EXPRESS + 9, &[0x80]);
+    assert_eq!(*bench.host.resets.lock().unwrap(), [ResetScope::Function]);
+}
+
+#[test]
+fn f6_the_first_of_two_equal_capabilities_counts() {
+    let bench = Bench::running_with(|host| {
+        host.put(MSI + 1, &[0xc0]);
+        host.put(0xc0, &[CAP_MSIX, 0xd0, 3, 0, 0, 0x10, 0, 0, 0, 0x18, 0, 0]);
+        host.put(0xd0, &[CAP_MSI, 0, 0x00, 0x00]);
+    });
+    bench.config16(0xc2, msix::CONTROL_ENABLE);
+    bench.config16(0xd2, 1);
+    assert!(bench.host.live(IrqKind::Intx));
+    bench.vector(0, 0x40, false);
+    assert_eq!(bench.read(TABLE + 8), 0x40);
+}

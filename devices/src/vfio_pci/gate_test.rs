@@ -176,11 +176,13 @@ fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
     let mut data = [0; 4];
     bar.read(0x100, &mut data);
     bar.write(0x100, &[0; 4]);
-    bar.write(0x2000, &[0; 4]);
+    bar.write(0x2000, &[0x55; 4]);
     assert_eq!(data, [0xff; 4]);
+    bar.read(0x2000, &mut data);
+    assert_eq!(data, [0xff; 4], "the table, too");
     assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
     bench.command(COMMAND_MEMORY);
-    assert_eq!(bench.read(BAR_GPA + 0x100), 0x1234_5678);
+    assert_eq!((bench.read(BAR_GPA + 0x100), bench.read(TABLE)), (0x1234_5678, 0));
 }
 
 #[test]

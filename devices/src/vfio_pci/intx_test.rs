@@ -123,3 +123,15 @@ fn f5_errors_and_requests_of_the_host_are_heard() {
     let without = Bench::new();
     assert!(without.function.error_event().is_none() && without.function.request_event().is_none());
 }
+
+#[test]
+fn f5_intx_that_the_host_refuses_is_asked_for_again() {
+    let bench = Bench::running_with(|host| host.host_vectors.store(0, Ordering::SeqCst));
+    assert!(bench.host.taken(IrqKind::Intx).is_empty());
+    bench.function.intx_event().unwrap().write(1).unwrap();
+    bench.function.intx_fired();
+    assert!(!bench.line.is_high());
+    bench.host.host_vectors.store(1, Ordering::SeqCst);
+    bench.root.reset();
+    assert_eq!(bench.host.taken(IrqKind::Intx), [0]);
+}

@@ -198,3 +198,19 @@ fn b11_quarantine_does_not_believe_a_read_or_a_write_that_failed() {
         fails.store(false, Ordering::SeqCst);
     }
 }
+
+#[test]
+fn f4_a_quiet_function_has_no_memory_no_mastery_and_no_interrupt() {
+    for kind in [IrqKind::Intx, IrqKind::Msi, IrqKind::Msix] {
+        let bench = Bench::running();
+        match kind {
+            IrqKind::Msi => bench.config16(MSI + 2, 1),
+            IrqKind::Msix => bench.config16(MSIX + 2, msix::CONTROL_ENABLE),
+            _ => {}
+        }
+        assert!(bench.host.live(kind));
+        bench.function.quiesce();
+        assert_eq!((bench.host.command(), bench.slots.mapped(), bench.host.live(kind)), (0, vec![], false));
+        assert!(bench.host.resets.lock().unwrap().is_empty());
+    }
+}
