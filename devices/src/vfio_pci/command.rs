@@ -42,9 +42,9 @@ impl HostCommand {
         };
         let off = read() & !COMMAND_MASTER;
         let written = self.host.write(RegionKind::Config, COMMAND.into(), &off.to_le_bytes());
-        // Ones are what a read gives that failed.
+        // Ones are what a read gives that failed, and among them is this bit.
         let now = read();
-        if written.is_err() || now == u16::MAX || now & COMMAND_MASTER != 0 {
+        if written.is_err() || now & COMMAND_MASTER != 0 {
             return Err(format!("Bus Master could not be cleared (the command register reads {now:#06x})"));
         }
         if let Err(e) = self.host.reset(ResetScope::Function) {

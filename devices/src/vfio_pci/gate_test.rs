@@ -151,7 +151,7 @@ fn f3_closing_the_gate_waits_for_the_access_in_flight() {
         let status = std::path::Path::new("/proc").join(has_started.recv().unwrap()).join("status");
         while !closing.is_finished() {
             let text = std::fs::read_to_string(&status).unwrap_or_default();
-            if text.lines().any(|line| line.starts_with("State:") && line.contains('S')) {
+            if text.lines().any(|line| line.starts_with("State:") && line.contains("(sleeping)")) {
                 break;
             }
             std::thread::yield_now();

@@ -331,7 +331,7 @@ fn f5_the_table_takes_parts_of_words_and_keeps_reserved_bits_clear() {
     bench.write(TABLE + 0x1c, u32::MAX);
     assert_eq!(bench.read(TABLE + 0x1c), 1);
     // Over its end: the last word of entry 3, and the device's first one behind.
-    bench.bus.write(TABLE + 0x3c, &[0, 0, 0, 0, 0x77, 0, 0, 0]);
+    bench.bus.write(TABLE + 0x3c, &[0xfe, 0xff, 0xff, 0xff, 0x77, 0, 0, 0]);
     let mut wide = [0; 8];
     bench.bus.read(TABLE + 0x3c, &mut wide);
     assert_eq!(wide, [0, 0, 0, 0, 0x77, 0, 0, 0]);
