@@ -171,10 +171,11 @@ impl Vectors {
             self.interrupts.signal(self.requester, message);
         }
         if let Some((index, e)) = lost {
-            let (requester, kind, count) = (self.requester, self.kind, self.vectors.len());
+            let (requester, count) = (self.requester, self.vectors.len());
+            let kind = if self.kind == IrqKind::Msi { "MSI" } else { "MSI-X" };
             self.told.once(|| {
                 log::error!(
-                    "{requester}: interrupts are lost: of the {count} {kind:?} vectors, number {index} could not be had: {e}; \
+                    "{requester}: interrupts are lost: of the {count} {kind} vectors, number {index} could not be had: {e}; \
                      what works goes on, and others that cannot be had are not named"
                 );
             });
@@ -208,8 +209,10 @@ impl Vectors {
 
     fn give_back(&mut self, index: usize, e: io::Error) -> Option<(usize, io::Error)> {
         self.vectors[index].taken = None;
-        let e =
-            io::Error::new(e.kind(), format!("the host refused it ({e}); others there may have too many interrupts"));
+        let e = io::Error::new(
+            e.kind(),
+            format!("the host refused it ({e}); let the guest's driver use fewer queues, or the host's own drivers"),
+        );
         Some((index, e))
     }
 
