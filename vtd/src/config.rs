@@ -206,8 +206,18 @@ mod tests {
         assert_eq!(config.validate(), Ok(()));
         config.host_address_width = 53;
         assert_eq!(config.validate(), Err(ConfigError::HostAddressWidth(53)));
-        config.host_address_width = 39;
+        config.host_address_width = 31;
+        assert_eq!(config.validate(), Err(ConfigError::HostAddressWidth(31)));
+        for width in [32, 39, 52] {
+            config.host_address_width = width;
+            assert_eq!(config.validate(), Ok(()));
+        }
+        let bounds = config.bounds;
         config.bounds.table_entries = 0;
         assert_eq!(config.validate(), Err(ConfigError::ZeroBound("table entries")));
+        config.bounds = Bounds { shadow_entries: 0, ..bounds };
+        assert_eq!(config.validate(), Err(ConfigError::ZeroBound("shadow entries")));
+        config.bounds = Bounds { spaces: 0, ..bounds };
+        assert_eq!(config.validate(), Err(ConfigError::ZeroBound("spaces")));
     }
 }

@@ -95,3 +95,17 @@ macro_rules! hex {
     )*};
 }
 hex!(Iova, Gpa);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_ids_are_laid_out_as_in_a_request() {
+        let id = SourceId::new(0x12, 0x1f, 5);
+        assert_eq!((id.0, id.bus(), id.devfn(), id.device(), id.function()), (0x12fd, 0x12, 0xfd, 0x1f, 5));
+        assert_eq!(SourceId::new(1, 0x3f, 0xf), SourceId::new(1, 0x1f, 7), "what is beyond a field is dropped");
+        assert_eq!(Requester { segment: 3, sid: id }.to_string(), "0003:12:1f.5");
+        assert_eq!(format!("{:?} {}", Iova(0x1000), Gpa(0x2000)), "0x1000 0x2000");
+    }
+}

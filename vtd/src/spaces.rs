@@ -165,6 +165,7 @@ impl Spaces {
     pub(crate) fn remove_requester<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>, requester: Requester) {
         if let Some(member) = self.members.remove(&requester) {
             shared.listener.detach(requester, None);
+            self.freed += u64::from(member.attached != SpaceKey::Blocked);
             self.leave(requester, member.attached);
             self.reported.retain(|(reported, _)| *reported != requester);
             self.said_blocked.remove(&requester);

@@ -140,6 +140,31 @@ fn rule5_too_many_extents_block_the_space() {
 }
 
 #[test]
+fn rule5_a_batch_that_replaces_all_that_a_space_may_hold_is_served() {
+    let (mut rig, root) = bounded(Bounds { shadow_entries: 100, ..Bounds::default() });
+    (0..100).for_each(|page| rig.pages(root, 0x100_0000 + page * 0x2000, 0x80_0000, 1));
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    // What comes stands before what goes, in the order of addresses.
+    (0..100).for_each(|page| {
+        rig.clear(root, 0x100_0000 + page * 0x2000, 1);
+        rig.pages(root, page * 0x2000, 0x80_0000, 1);
+    });
+    assert!(rig.submit(&[iotlb_pages(1, 0x100_0000, 8), iotlb_pages(1, 0, 8)]));
+    assert_eq!((rig.listener.reach(NVME).len(), rig.unit.stats().bounds_exhausted), (100, 0));
+}
+
+#[test]
+fn rule5_a_batch_that_is_far_beyond_the_bound_ends_early() {
+    let (mut rig, root) = bounded(Bounds { shadow_entries: 100, ..Bounds::default() });
+    (0..1000).for_each(|page| rig.pages(root, page * 0x2000, 0x80_0000, 1));
+    let ranges: Vec<_> = (0..15).map(|range| iotlb_pages(1, range << 19, 7)).collect();
+    assert!(rig.submit(&ranges));
+    assert_eq!((rig.listener.reach(NVME), rig.unit.stats().bounds_exhausted), (vec![], 1));
+    let walked = rig.unit.stats().leaves_walked;
+    assert!((200..=320).contains(&walked), "{walked} leaves walked");
+}
+
+#[test]
 fn rule5_too_many_spaces_block_the_device() {
     let (mut rig, root) = bounded(Bounds { spaces: 1, ..Bounds::default() });
     rig.set_paged(NIC, root, 48, 2);
@@ -264,6 +289,58 @@ fn b11_a_function_that_waits_for_room_is_tried_ever_more_rarely_unless_the_guest
     rig.listener.0.lock().unwrap().crowded.clear();
     assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
     assert_eq!(rig.unit.attachments()[1], (NIC, space));
+}
+
+#[test]
+fn b11_a_function_that_waits_for_room_is_tried_when_everything_changes_or_another_one_goes() {
+    let (mut rig, root) = bounded(Bounds::default());
+    rig.unit.add_requester(NIC).unwrap();
+    rig.listener.0.lock().unwrap().crowded.insert(NIC);
+    rig.set_paged(NIC, root, 48, 1);
+    let tries = |rig: &Rig| {
+        let events = rig.listener.take_events();
+        events.into_iter().filter(|event| matches!(event, Event::Attach(NIC, SpaceKey::Paged(_), _))).count()
+    };
+    assert!(rig.submit(&[context_device(0, NIC.sid, 0)]));
+    for _ in 0..3 {
+        assert!(rig.submit(&[iotlb_global()]));
+    }
+    assert_eq!(tries(&rig), 3, "named, and at the first and the third occasion");
+    // It would sit out some more.
+    rig.set_root();
+    assert_eq!(tries(&rig), 1, "everything changed");
+    let other = requester(6, 0, 0);
+    rig.set_paged(other, root, 48, 9);
+    rig.unit.add_requester(other).unwrap();
+    for _ in 0..16 {
+        assert!(rig.submit(&[iotlb_global()]));
+    }
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000, 0)]));
+    let before = tries(&rig);
+    assert!(before > 0);
+    // Until another function is gone, which makes room.
+    let mut occasions = 0;
+    while tries(&rig) == 0 {
+        rig.unit.add_requester(other).unwrap();
+        rig.unit.remove_requester(other);
+        assert!(rig.submit(&[iotlb_pages(1, 0x4000, 0)]));
+        occasions += 1;
+        assert!(occasions < 64, "its turn comes");
+    }
+}
+
+#[test]
+fn b11_refusals_are_told_again_after_a_reset() {
+    let (mut rig, root) = bounded(Bounds::default());
+    rig.pages(root, 0x4000, 0x8000, 1);
+    rig.listener.0.lock().unwrap().refuse.insert(0x4000);
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    assert_eq!(rig.fault_records().len(), 1);
+    rig.unit.reset();
+    assert_eq!(rig.fault_records(), []);
+    rig.enable_queue();
+    rig.enable_translation();
+    assert_eq!(rig.fault_records(), [(0, NVME.sid, 7, 0x4000, true)]);
 }
 
 #[test]

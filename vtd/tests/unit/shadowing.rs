@@ -3,8 +3,8 @@
 use vtd::{MapOp, Perm, SpaceKey};
 
 use crate::rig::{
-    Event, NIC, NVME, Rig, context_device, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages,
-    joined, map, mapping, unmap,
+    Event, MEMORY, NIC, NVME, Rig, context_device, context_domain, context_global, iotlb_domain, iotlb_global,
+    iotlb_pages, joined, map, mapping, unmap,
 };
 
 const RW: Option<Perm> = Some(Perm::ReadWrite);
@@ -76,6 +76,41 @@ fn b1_a_superpage_that_replaced_a_table_maps_all_that_it_covers() {
     rig.leaf(root, 48, 0x20_0000, 0x80_0000, RW, 2);
     assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 0)]));
     assert_eq!(rig.listener.take_ops(), [map(0x20_4000, 0x80_4000, 0x1f_c000)]);
+}
+
+#[test]
+fn b1_a_directory_entry_that_went_wrong_unmaps_all_that_it_covered() {
+    type Break = fn(u64) -> u64;
+    let broken: [(&str, Break); 3] = [
+        ("a table outside memory", |_| MEMORY | 3),
+        ("a reserved bit", |entry| entry | 1 << 62),
+        ("no permission", |entry| entry & !3),
+    ];
+    for (name, breaks) in broken {
+        let (mut rig, root) = Rig::with_nvme();
+        rig.pages(root, 0x20_0000, 0x80_0000, 3);
+        rig.pages(root, 0x3f_f000, 0x80_0000, 1);
+        rig.pages(root, 0x40_0000, 0x80_0000, 1);
+        assert!(rig.submit(&[iotlb_domain(1)]));
+        let entry = rig.entry_address(root, 48, 0x20_0000, 2);
+        rig.store(entry, breaks(rig.load(entry)));
+        // One page of it is named.
+        assert!(rig.submit(&[iotlb_pages(1, 0x30_0000, 0)]));
+        assert_eq!(rig.listener.reach(NVME), [mapping(0x40_0000, 0x80_0000, 0x1000, Perm::ReadWrite)], "{name}");
+    }
+}
+
+#[test]
+fn b7_unmaps_of_neighbours_in_one_batch_are_one_operation() {
+    let (mut rig, root) = Rig::with_nvme();
+    rig.pages(root, 0x4000, 0x80_0000, 3);
+    for page in [0x4000, 0x5000, 0x6000] {
+        assert!(rig.submit(&[iotlb_pages(1, page, 0)]));
+    }
+    rig.listener.take_ops();
+    rig.clear(root, 0x4000, 3);
+    assert!(rig.submit(&[iotlb_pages(1, 0x6000, 0), iotlb_pages(1, 0x4000, 0), iotlb_pages(1, 0x5000, 0)]));
+    assert_eq!(rig.listener.take_ops(), [unmap(0x4000, 0x6fff)]);
 }
 
 #[test]
