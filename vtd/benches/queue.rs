@@ -92,6 +92,59 @@ fn domain(c: &mut Criterion) {
     });
 }
 
+/// 1 GiB of 4 KiB leaves that stay as they are: neighbours that lead to neighbours, and each to a place of its own.
+fn re_sync(c: &mut Criterion) {
+    for (name, stride) in [("contiguous", 4096), ("scattered", 8192)] {
+        let (mut rig, root) = rig();
+        for table in 0..512u64 {
+            let iova = 0x4000_0000 + (table << 21);
+            let entries = rig.entry_address(root, 48, iova, 1);
+            (0..512u64)
+                .for_each(|page| rig.store(entries + page * 8, (0x1_0000_0000 + (table * 512 + page) * stride) | 3));
+        }
+        assert!(rig.submit(&[iotlb_domain(1)]));
+        c.bench_function(&format!("domain-flush/1-gib-{name}-unchanged"), |b| {
+            b.iter(|| assert!(rig.submit(&[iotlb_domain(1)])))
+        });
+    }
+}
+
+/// One page of 65,536 scattered ones, another each time: as it was, or leading elsewhere.
+fn one_page(c: &mut Criterion) {
+    const PAGES: u64 = 65_536;
+    let (mut rig, root) = rig();
+    (0..PAGES).for_each(|page| {
+        rig.leaf(root, 48, 0x4000_0000 + page * 4096, 0x1_0000_0000 + page * 8192, Some(Perm::ReadWrite), 1);
+    });
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    let entries: Vec<u64> =
+        (0..PAGES / 512).map(|table| rig.entry_address(root, 48, 0x4000_0000 + (table << 21), 1)).collect();
+    let mut page = 0;
+    for (name, flipped) in [("unchanged", 0), ("changed", 1 << 40)] {
+        c.bench_function(&format!("psi/one-page-of-65536-{name}"), |b| {
+            b.iter(|| {
+                page = (page + 40_503) % PAGES;
+                let entry = entries[(page / 512) as usize] + page % 512 * 8;
+                rig.store(entry, rig.load(entry) ^ flipped);
+                assert!(rig.submit(&[iotlb_pages(1, 0x4000_0000 + page * 4096, 0)]));
+            })
+        });
+    }
+}
+
+/// What an invalidation costs for emulated devices that have nothing of its domain.
+fn endpoints(c: &mut Criterion) {
+    for count in [1, 8, 32] {
+        let (mut rig, _) = rig();
+        rig.unit.remove_requester(NVME);
+        let endpoints: Vec<_> = (0..count).map(|device| rig.unit.endpoint(rig::requester(2, device, 0))).collect();
+        c.bench_function(&format!("psi/no-space-{count}-endpoints"), |b| {
+            b.iter(|| assert!(rig.submit(&[iotlb_pages(1, 0x4000_0000, 0)])))
+        });
+        drop(endpoints);
+    }
+}
+
 fn drain(c: &mut Criterion) {
     let (rig, _) = rig();
     // A full queue of waits: what a descriptor itself costs.
@@ -110,5 +163,5 @@ fn drain(c: &mut Criterion) {
     c.bench_function("register/read-gsts", |b| b.iter(|| rig.read32(offset::GSTS)));
 }
 
-criterion_group!(benches, selective, domain, drain);
+criterion_group!(benches, selective, domain, re_sync, one_page, endpoints, drain);
 criterion_main!(benches);

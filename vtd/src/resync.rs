@@ -30,12 +30,21 @@ pub(crate) struct Scratch {
     pub(crate) ranges: Vec<(u64, u64)>,
     /// What the listener refused.
     pub(crate) refused: Vec<Refusal>,
+    /// Re-syncs since the last large one.
+    small_ones: u32,
 }
 
 impl Scratch {
-    /// Gives back what an exceptionally large re-sync took.
+    /// Gives back what an exceptionally large re-sync took, when many after it did not need it: a guest that re-syncs the same
+    /// large space each time has the storage ready.
     pub(crate) fn shrink(&mut self) {
         const KEPT: usize = 1 << 14;
+        const SMALL_ONES: u32 = 256;
+        let was_large = [self.found.runs.len(), self.ops.len(), self.ranges.len()].iter().any(|len| *len > KEPT);
+        self.small_ones = if was_large { 0 } else { self.small_ones.saturating_add(1) };
+        if self.small_ones != SMALL_ONES {
+            return;
+        }
         self.found.runs.shrink_to(KEPT);
         self.changes.unmaps.shrink_to(KEPT);
         self.changes.maps.shrink_to(KEPT);
