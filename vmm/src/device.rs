@@ -107,8 +107,7 @@ fn serve_path(path: &Path) -> Result<(), Stopped> {
                     if let Err(e) = serve(&stream, &edu, &edu.memory) {
                         log::warn!("{e}");
                     }
-                    // The next client finds it as this one did.
-                    edu.edu.reset();
+                    edu.power_on();
                 }
                 Err(e) => log::warn!("a client could not be accepted: {e}"),
             }
@@ -147,7 +146,14 @@ struct ServedEdu {
     edu: Arc<Edu>,
     memory: Arc<ClientMemory>,
     lines: Arc<Lines>,
+    /// What the client wrote as the message of the MSI capability. As with the kernel's VFIO it is the client's alone: clients pass their
+    /// guest's writes on, and the device's message stays the eventfd.
+    message: Mutex<[u8; MESSAGE_MASK.len()]>,
 }
+
+/// Where the message is in the MSI capability (64 bits of address, 16 of data), and which bits of it can be written.
+const MESSAGE: u16 = 4;
+const MESSAGE_MASK: [u8; 12] = [0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0];
 
 impl ServedEdu {
     fn new() -> io::Result<Self> {
@@ -159,7 +165,39 @@ impl ServedEdu {
         let line: Arc<dyn IrqLine> = lines.clone();
         let dma = Box::new(UserMemory(memory.clone()));
         let edu = Edu::new(requester, decoder, lines.clone(), Some((line, 0xff)), dma)?;
-        Ok(Self { edu, memory, lines })
+        Ok(Self { edu, memory, lines, message: Mutex::default() })
+    }
+
+    /// Where `at` of configuration space is in the message of the MSI capability, if it is there.
+    fn in_message(&self, at: u16) -> Option<usize> {
+        let place = usize::from(at.checked_sub(self.edu.msi_capability() + MESSAGE)?);
+        (place < MESSAGE_MASK.len()).then_some(place)
+    }
+
+    /// Reads at most a word of configuration space.
+    fn config_read(&self, at: u16, data: &mut [u8]) {
+        match self.in_message(at) {
+            Some(place) => data.copy_from_slice(&self.message.lock().unwrap()[place..place + data.len()]),
+            None => self.edu.config_read(at, data),
+        }
+    }
+
+    /// Writes at most a word of configuration space.
+    fn config_write(&self, at: u16, data: &[u8]) {
+        match self.in_message(at) {
+            Some(place) => {
+                let mut message = self.message.lock().unwrap();
+                let bytes = message[place..].iter_mut().zip(&MESSAGE_MASK[place..]);
+                bytes.zip(data).for_each(|((byte, mask), new)| *byte = new & mask);
+            }
+            None => self.edu.config_write(at, data),
+        }
+    }
+
+    /// The next client, or the client's guest after a reset, finds it as the first one did.
+    fn power_on(&self) {
+        *self.message.lock().unwrap() = Default::default();
+        self.edu.reset();
     }
 }
 
@@ -179,14 +217,14 @@ impl Served for ServedEdu {
     fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
         match region {
             RegionKind::Bar(_) => self.edu.bar().read(offset, data),
-            _ => words(offset, data.len()).for_each(|(at, range)| self.edu.config_read(at, &mut data[range])),
+            _ => words(offset, data.len()).for_each(|(at, range)| self.config_read(at, &mut data[range])),
         }
     }
 
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) {
         match region {
             RegionKind::Bar(_) => self.edu.bar().write(offset, data),
-            _ => words(offset, data.len()).for_each(|(at, range)| self.edu.config_write(at, &data[range])),
+            _ => words(offset, data.len()).for_each(|(at, range)| self.config_write(at, &data[range])),
         }
     }
 
@@ -216,7 +254,7 @@ impl Served for ServedEdu {
     }
 
     fn reset(&self) {
-        self.edu.reset();
+        self.power_on();
     }
 }
 
@@ -343,14 +381,54 @@ mod tests {
     }
 
     #[test]
+    fn the_message_that_a_client_writes_stays_with_it_and_its_eventfd_is_signalled() {
+        let served = ServedEdu::new().unwrap();
+        let at = |offset: u16| u64::from(served.edu.msi_capability() + offset);
+        let read = |offset, len: usize| {
+            let mut data = vec![0; len];
+            served.read(RegionKind::Config, at(offset), &mut data);
+            data
+        };
+        // As QEMU's client passes it on from its guest, whole and in parts; the lowest bits of the address are fixed.
+        served.write(RegionKind::Config, at(4), &0xfee0_0218_u64.to_le_bytes());
+        served.write(RegionKind::Config, at(12), &[0x41, 0x40]);
+        served.write(RegionKind::Config, at(4), &[0x1b]);
+        assert_eq!(read(4, 12), [0x18, 0x02, 0xe0, 0xfe, 0, 0, 0, 0, 0x41, 0x40, 0, 0]);
+        assert_eq!(read(0, 2)[0], 5, "the capability's id is the device's");
+
+        let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        served.write(RegionKind::Config, 4, &[4, 0]);
+        served.set_irqs(IrqKind::Msi, 0, vec![Some(file_of(&event))]);
+        served.write(RegionKind::Bar(0), 0x60, &1u32.to_le_bytes());
+        assert_eq!(event.read().unwrap(), 1);
+
+        served.reset();
+        assert_eq!(read(4, 12), [0; 12]);
+    }
+
+    fn file_of(event: &vmm_sys_util::eventfd::EventFd) -> File {
+        use std::os::fd::{AsRawFd, BorrowedFd};
+        // SAFETY: `event` lives as long as the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+        File::from(fd.try_clone_to_owned().unwrap())
+    }
+
+    #[test]
+    fn the_line_is_silent_while_it_is_masked() {
+        let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let served = ServedEdu::new().unwrap();
+        served.set_irqs(IrqKind::Intx, 0, vec![Some(file_of(&event))]);
+        served.mask_intx();
+        served.lines.set_level(true);
+        assert!(event.read().is_err());
+        served.unmask_intx();
+        assert_eq!(event.read().unwrap(), 1);
+    }
+
+    #[test]
     fn the_line_fires_once_until_it_is_unmasked() {
         let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        let trigger = || {
-            use std::os::fd::{AsRawFd, BorrowedFd};
-            // SAFETY: `event` lives as long as the borrow.
-            let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-            Some(File::from(fd.try_clone_to_owned().unwrap()))
-        };
+        let trigger = || Some(file_of(&event));
         let mut state = LineState { high: true, ..LineState::default() };
         state.connect_line(trigger());
         assert_eq!(event.read().unwrap(), 1);
