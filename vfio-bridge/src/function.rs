@@ -108,12 +108,58 @@ impl IrqKind {
     }
 }
 
-/// Of the areas that a region offers for mapping, those that can be: whole pages. In ascending order.
-pub(crate) fn mappable_pages(areas: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+/// Of the areas that a region of `size` bytes offers for mapping, those that can be: whole pages inside it. In ascending order.
+pub(crate) fn mappable_pages(size: u64, areas: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     let whole = |(offset, len): &(u64, u64)| *len > 0 && (offset | len).is_multiple_of(PAGE_SIZE);
-    let mut pages: Vec<(u64, u64)> = areas.into_iter().filter(whole).collect();
+    let inside = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= size);
+    let mut pages: Vec<(u64, u64)> = areas.into_iter().filter(|area| whole(area) && inside(area)).collect();
     pages.sort_unstable();
     pages
+}
+
+/// Where the `len` bytes at `offset` of a region are in the device file. `None` unless all of them are in the region.
+fn place(file_offset: u64, size: u64, offset: u64, len: usize) -> Option<u64> {
+    let inside = offset.checked_add(len as u64).is_some_and(|end| end <= size);
+    file_offset.checked_add(offset).filter(|_| inside)
+}
+
+/// Reads at `at`, if there is such a place. What cannot be read is all ones.
+fn read_or_ones(file: &File, at: Option<u64>, data: &mut [u8]) -> io::Result<()> {
+    let at = at.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput));
+    let result = at.and_then(|at| file.read_exact_at(data, at));
+    if result.is_err() {
+        data.fill(0xff);
+    }
+    result
+}
+
+/// Vectors of which VFIO says `flags` and `count`: without an eventfd they are of no use.
+fn vectors(flags: u32, count: u32) -> u32 {
+    if flags & VFIO_IRQ_INFO_EVENTFD != 0 { count } else { 0 }
+}
+
+/// What is asked of the interrupts of a kind: flags of `VFIO_DEVICE_SET_IRQS`.
+const SIGNAL: u32 = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+const DISABLE: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
+const MASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK;
+const UNMASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK;
+
+/// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words. `None` where a number does not fit.
+fn irq_set(kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> Option<Vec<u32>> {
+    let argsz = u32::try_from((5 + fds.len()) * size_of::<u32>()).ok()?;
+    let mut words = vec![argsz, flags, kind.index(), start, u32::try_from(count).ok()?];
+    words.extend(fds.iter().map(|fd| fd.cast_unsigned()));
+    Some(words)
+}
+
+/// What the result of `VFIO_DEVICE_SET_IRQS` says.
+fn irqs_were_set(result: i32) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        // Nothing is enabled: the host has only this many vectors.
+        1.. => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// An assigned function: its VFIO device, open.
@@ -184,7 +230,7 @@ impl HostFunction {
                 Some(areas) => areas.iter().map(|a| (a.offset, a.size)).collect(),
                 None => vec![(0, size)],
             };
-            mappable = mappable_pages(mappable);
+            mappable = mappable_pages(size, mappable);
         }
         RegionInfo {
             size,
@@ -197,33 +243,29 @@ impl HostFunction {
 
     /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody answers.
     pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
-        let result = self.place(region, offset, data.len()).and_then(|at| self.file.read_exact_at(data, at));
-        if let Err(e) = result {
+        if let Err(e) = read_or_ones(&self.file, self.place(region, offset, data.len()), data) {
             debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.bdf);
-            data.fill(0xff);
         }
     }
 
     /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
     pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
-        let result = self.place(region, offset, data.len()).and_then(|at| self.file.write_all_at(data, at));
+        let at = self.place(region, offset, data.len()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput));
+        let result = at.and_then(|at| self.file.write_all_at(data, at));
         if let Err(e) = &result {
             debug!("{}: write of {region:?} at {offset:#x} failed: {e}", self.bdf);
         }
         result
     }
 
-    fn place(&self, region: RegionKind, offset: u64, len: usize) -> io::Result<u64> {
+    fn place(&self, region: RegionKind, offset: u64, len: usize) -> Option<u64> {
         let index = region.index();
-        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= self.device.get_region_size(index));
-        let at = self.device.get_region_offset(index).checked_add(offset);
-        at.filter(|_| inside).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+        place(self.device.get_region_offset(index), self.device.get_region_size(index), offset, len)
     }
 
     /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
     pub fn irq_count(&self, kind: IrqKind) -> u32 {
-        let info = self.device.get_irq_info(kind.index());
-        info.filter(|irq| irq.flags & VFIO_IRQ_INFO_EVENTFD != 0).map_or(0, |irq| irq.count)
+        self.device.get_irq_info(kind.index()).map_or(0, |irq| vectors(irq.flags, irq.count))
     }
 
     /// Whether enabling one more vector of `kind` means disabling all of them first (F-5).
@@ -235,39 +277,30 @@ impl HostFunction {
     /// enables the kind.
     pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let fds: Vec<i32> = triggers.iter().map(|t| t.map_or(-1, AsRawFd::as_raw_fd)).collect();
-        self.set(kind, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, start, triggers.len(), &fds)
+        self.set(kind, SIGNAL, start, triggers.len(), &fds)
     }
 
     /// Disables `kind` altogether.
     pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
-        self.set(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, &[])
+        self.set(kind, DISABLE, 0, 0, &[])
     }
 
     /// Masks the legacy line.
     pub fn mask_intx(&self) -> io::Result<()> {
-        self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK, 0, 1, &[])
+        self.set(IrqKind::Intx, MASK, 0, 1, &[])
     }
 
     /// Unmasks the legacy line; VFIO masks it each time it fires.
     pub fn unmask_intx(&self) -> io::Result<()> {
-        self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, &[])
+        self.set(IrqKind::Intx, UNMASK, 0, 1, &[])
     }
 
-    /// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words.
     fn set(&self, kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> io::Result<()> {
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let argsz = u32::try_from((5 + fds.len()) * size_of::<u32>()).map_err(invalid)?;
-        let mut words = vec![argsz, flags, kind.index(), start, u32::try_from(count).map_err(invalid)?];
-        words.extend(fds.iter().map(|fd| fd.cast_unsigned()));
+        let words = irq_set(kind, flags, start, count, fds);
+        let words = words.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
         // reads them.
-        let result = unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) };
-        match result {
-            0 => Ok(()),
-            // Nothing is enabled: the host has only this many vectors.
-            1.. => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            _ => Err(io::Error::last_os_error()),
-        }
+        irqs_were_set(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
     }
 
     /// How [`HostFunction::reset`] resets the function, if it can.
@@ -280,3 +313,7 @@ impl HostFunction {
         self.resetter.reset(&self.file, scope)
     }
 }
+
+#[cfg(test)]
+#[path = "function_test.rs"]
+mod function_test;

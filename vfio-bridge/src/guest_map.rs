@@ -216,3 +216,7 @@ impl GuestMap {
         (region.gpa <= gpa && last <= region.last()).then(|| HostMem { region, offset: gpa - region.gpa, len })
     }
 }
+
+#[cfg(test)]
+#[path = "guest_map_test.rs"]
+mod guest_map_test;

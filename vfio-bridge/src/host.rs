@@ -171,3 +171,7 @@ impl HostIommu for Hosts {
         self.of(container)?.unmap(container, range)
     }
 }
+
+#[cfg(test)]
+#[path = "host_test.rs"]
+mod host_test;

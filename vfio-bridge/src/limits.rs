@@ -165,5 +165,13 @@ mod tests {
         assert_eq!(Memlock::from_status(root, Some(8 << 20)).missing(1 << 40, 9), None);
         assert_eq!(Memlock::from_status(plain, None).missing(1 << 40, 9), None);
         assert_eq!(Memlock::from_status("", Some(0)).missing(4096, 1), Some(4096));
+        // As much as there is, and a byte less.
+        let exact = Memlock { limit: Some(12_288), locked: 4096 };
+        assert_eq!((exact.missing(4096, 2), exact.missing(4097, 2)), (None, Some(2)));
+        // This capability and no other.
+        for (bit, lifted) in [(13, false), (14, true), (15, false)] {
+            let status = format!("CapEff:\t{:016x}\n", 1u64 << bit);
+            assert_eq!(Memlock::from_status(&status, Some(1)).limit.is_none(), lifted, "bit {bit}");
+        }
     }
 }

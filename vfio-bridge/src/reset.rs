@@ -136,6 +136,36 @@ fn others(own: Bdf, reached: &[Reached], ours: impl Fn(GroupId) -> bool) -> Resu
     if foreign.is_empty() { Ok(beside.map(|(_, bdf)| *bdf).collect()) } else { Err(NoBusReset::Foreign(foreign)) }
 }
 
+/// Resets a function by `way`. With its bus only those are reset along that are quiet. Where that fails or may not be, `VFIO_DEVICE_RESET` is
+/// what remains, if it is `offered`.
+fn reset_by(
+    own: Bdf,
+    way: &ResetWay,
+    scope: ResetScope,
+    offered: bool,
+    bus: impl FnOnce() -> io::Result<()>,
+    function: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    if let ResetWay::Bus(others) = way
+        && (others.is_empty() || scope == ResetScope::Machine)
+    {
+        match bus() {
+            Err(e) if offered => log::debug!("{own}: its bus was not reset: {e}"),
+            result => return result,
+        }
+    }
+    if offered { function() } else { Err(io::Error::new(io::ErrorKind::Unsupported, format!("{own} {way}"))) }
+}
+
+/// `struct vfio_pci_hot_reset` { argsz, flags, count, group_fds }, all 32-bit words: with the file of each group that is reached and ours, once.
+fn hot_reset(reached: &[Reached], file: impl Fn(GroupId) -> Option<RawFd>) -> Vec<u32> {
+    let files: BTreeMap<GroupId, u32> =
+        reached.iter().filter_map(|(group, _)| Some((*group, file(*group)?.cast_unsigned()))).collect();
+    // At most one a function, of which there are no more than 2^16.
+    let count = files.len() as u32;
+    [(3 + count) * 4, 0, count].into_iter().chain(files.into_values()).collect()
+}
+
 /// The files of the groups that this process has: by them the kernel knows whose functions a bus reset reaches.
 #[derive(Debug, Default)]
 pub(crate) struct GroupFiles(Mutex<BTreeMap<GroupId, OwnedFd>>);
@@ -200,32 +230,17 @@ impl Resetter {
     }
 
     pub fn reset(&self, device: &File, scope: ResetScope) -> io::Result<()> {
-        let way = self.way(device);
-        if let ResetWay::Bus(others) = &way
-            && (others.is_empty() || scope == ResetScope::Machine)
-        {
-            match self.reset_bus(device) {
-                Err(e) if self.offered => log::debug!("{}: its bus was not reset: {e}", self.own),
-                result => return result,
-            }
-        }
-        if !self.offered {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, format!("{} {way}", self.own)));
-        }
-        // SAFETY: the call takes no argument.
-        check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) })
+        let function = || {
+            // SAFETY: the call takes no argument.
+            check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) })
+        };
+        reset_by(self.own, &self.way(device), scope, self.offered, || self.reset_bus(device), function)
     }
 
     fn reset_bus(&self, device: &File) -> io::Result<()> {
         let reached = reached_with(device)?;
         let groups = self.groups.lock();
-        // The kernel wants each group once.
-        let needed: BTreeMap<_, _> = reached.iter().filter_map(|(id, _)| Some((id, groups.get(id)?))).collect();
-        let files: Vec<u32> = needed.values().map(|file| file.as_raw_fd().cast_unsigned()).collect();
-        // `struct vfio_pci_hot_reset` { argsz, flags, count, group_fds }, all 32-bit words.
-        let count = u32::try_from(files.len()).map_err(io::Error::other)?;
-        let mut words = vec![(3 + count) * 4, 0, count];
-        words.extend(files);
+        let words = hot_reset(&reached, |group| Some(groups.get(&group)?.as_raw_fd()));
         // SAFETY: the words are `argsz` bytes that live until the call returns; the kernel only reads them.
         check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_PCI_HOT_RESET(), words.as_ptr()) })
     }
@@ -236,17 +251,22 @@ const MOST_REACHED: usize = 1 << 16;
 
 /// Whom a reset of the function's bus reaches, itself included. An error where the host cannot reset it.
 fn reached_with(device: &File) -> io::Result<Vec<Reached>> {
+    reached_by(|words| {
+        // SAFETY: `words` has `argsz` bytes, and the kernel writes no more than that.
+        check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(), words.as_mut_ptr()) })
+    })
+}
+
+/// Asks with ever more room for the answer, whose first word says how much there is.
+fn reached_by(mut ask: impl FnMut(&mut [u32]) -> io::Result<()>) -> io::Result<Vec<Reached>> {
     let mut room = 8;
     loop {
         let mut words = vec![0u32; 3 + 2 * room];
         words[0] = u32::try_from(words.len() * 4).map_err(io::Error::other)?;
-        // SAFETY: `words` has `argsz` bytes, and the kernel writes no more than that.
-        let result =
-            check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(), words.as_mut_ptr()) });
-        match result {
+        match ask(&mut words) {
             Ok(()) => return Ok(reached(&words)),
             Err(e) if e.raw_os_error() == Some(libc::ENOSPC) && room < MOST_REACHED => {
-                room = (words[2] as usize).max(2 * room);
+                room = (words[2] as usize).max(2 * room).min(MOST_REACHED);
             }
             Err(e) => return Err(e),
         }
@@ -258,64 +278,5 @@ fn check(result: i32) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bdf(text: &str) -> Bdf {
-        text.parse().expect("an address")
-    }
-
-    fn nobody() -> Result<Vec<Bdf>, NoBusReset> {
-        Ok(Vec::new())
-    }
-
-    #[test]
-    fn f4_a_reset_by_power_state_is_the_last_choice() {
-        let own = |method: &str| ResetWay::Function(method.to_owned());
-        assert_eq!(choose(true, Some("flr pm bus\n"), nobody), own("flr"));
-        assert_eq!(choose(true, Some("bus\n"), nobody), own("bus"));
-        assert_eq!(choose(true, None, nobody), own(""), "a kernel that does not name its methods");
-        assert_eq!(choose(true, Some("pm bus\n"), nobody), ResetWay::Bus(vec![]));
-        assert_eq!(choose(false, Some("\n"), nobody), ResetWay::Bus(vec![]));
-        let not = || Err(NoBusReset::NotPossible);
-        assert_eq!(choose(true, Some("pm\n"), not), ResetWay::PowerState(NoBusReset::NotPossible));
-        assert_eq!(choose(false, Some("pm\n"), not), ResetWay::None(NoBusReset::NotPossible));
-        assert!(choose(true, Some("pm bus"), nobody).is_sure());
-        assert!(!choose(true, Some("pm"), not).is_sure() && !choose(false, None, not).is_sure());
-    }
-
-    #[test]
-    fn f4_a_bus_is_reset_only_if_every_function_on_it_is_ours() {
-        let (own, sibling) = (bdf("0000:3b:00.0"), bdf("0000:3b:00.1"));
-        let both = [(GroupId(7), own), (GroupId(8), sibling)];
-        assert_eq!(others(own, &both[..1], |_| false), Ok(vec![]), "its own group needs no proof");
-        assert_eq!(others(own, &both, |group| group == GroupId(8)), Ok(vec![sibling]));
-        let refused = others(own, &both, |group| group == GroupId(7)).expect_err("foreign");
-        assert_eq!(refused, NoBusReset::Foreign(vec![sibling]));
-        let said = ResetWay::PowerState(refused).to_string();
-        assert!(said.contains("power state") && said.contains("0000:3b:00.1") && said.contains("assign"), "{said}");
-    }
-
-    #[test]
-    fn f4_what_a_bus_reset_reaches_is_read_as_the_kernel_writes_it() {
-        let device = |segment: u16, bus: u8, devfn: u8| {
-            let [low, high] = segment.to_ne_bytes();
-            u32::from_ne_bytes([low, high, bus, devfn])
-        };
-        let mut words = vec![76, 0, 2, 11, device(0, 0x3b, 0), 12, device(1, 0x3c, 0xfb)];
-        // Room that was not needed.
-        words.resize(19, 0);
-        assert_eq!(reached(&words), [(GroupId(11), bdf("0000:3b:00.0")), (GroupId(12), bdf("0001:3c:1f.3"))]);
-        assert_eq!(reached(&[12, 0, 5]), [], "fewer than it says");
-        assert_eq!(reached(&[]), []);
-    }
-
-    #[test]
-    fn f4_the_file_of_a_group_is_found_among_the_open_ones() {
-        let node = Path::new("/dev/full");
-        assert!(open_file_of(node, &()).is_err(), "not open");
-        let file = File::open(node).expect("a device");
-        let found = File::from(open_file_of(node, &file).expect("open"));
-        assert_eq!(found.metadata().expect("open").rdev(), file.metadata().expect("open").rdev());
-    }
-}
+#[path = "reset_test.rs"]
+mod reset_test;

@@ -140,3 +140,41 @@ impl Counters {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_counter_is_shown_under_its_name() {
+        let counters = Counters::default();
+        let ns = Duration::from_nanos;
+        counters.host_map(ns(1), Some(100));
+        counters.host_map(ns(2), None);
+        counters.host_map(ns(4), Some(20));
+        counters.host_unmap(ns(8), Some(7));
+        counters.host_unmap(ns(16), None);
+        counters.live(9, 90);
+        counters.live(4, 40);
+        let causes = [
+            RefusalCause::Limit,
+            RefusalCause::Memlock,
+            RefusalCause::Range,
+            RefusalCause::Target,
+            RefusalCause::Other,
+        ];
+        for (times, cause) in (1..).zip(causes) {
+            (0..times).for_each(|_| counters.refused(cause));
+        }
+        counters.split(3, ns(32));
+        counters.split(1, ns(64));
+        (0..2).for_each(|_| counters.unmap_refused());
+        let expected = serde_json::json!({
+            "host_maps": 3, "host_unmaps": 2, "mapped_bytes_total": 120, "unmapped_bytes_total": 7, "live_extents": 4,
+            "live_bytes": 40, "peak_extents": 9,
+            "refused_maps": {"limit": 1, "memlock": 2, "range": 3, "target": 4, "other": 5},
+            "host_time_ns": 31, "splits": 4, "splits_open_ns": 96, "unmaps_refused": 2, "quarantined": 1,
+        });
+        assert_eq!(serde_json::to_value(counters.snapshot()).expect("numbers"), expected);
+    }
+}

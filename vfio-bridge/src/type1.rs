@@ -67,14 +67,14 @@ impl Type1 {
             if entry.functions.contains(&bdf) {
                 return Err(OpenError::AssignedTwice(bdf));
             }
-            let host_function =
-                HostFunction::open(function, Arc::clone(&entry.container), files).map_err(|e| explain(function, e))?;
+            let host_function = HostFunction::open(function, Arc::clone(&entry.container), files)
+                .map_err(|e| explain(bdf, group, e))?;
             entry.functions.push(bdf);
             return Ok(host_function);
         }
-        let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(function, e))?);
+        let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(bdf, group, e))?);
         let host_function =
-            HostFunction::open(function, Arc::clone(&container), files).map_err(|e| explain(function, e))?;
+            HostFunction::open(function, Arc::clone(&container), files).map_err(|e| explain(bdf, group, e))?;
         let limits = read_limits(&container).map_err(|e| OpenError::Vfio {
             bdf,
             reason: format!("the limits of its container could not be read: {e}"),
@@ -100,8 +100,7 @@ impl Type1 {
 }
 
 /// What a refusal of VFIO means to the user.
-fn explain(function: &CheckedFunction, error: VfioError) -> OpenError {
-    let (bdf, group) = (function.bdf(), function.group());
+fn explain(bdf: Bdf, group: GroupId, error: VfioError) -> OpenError {
     let dev = HostPaths::default().dev_vfio;
     let file = |path: std::path::PathBuf, source: io::Error| match source.raw_os_error() {
         Some(libc::EBUSY) => OpenError::GroupBusy(group),
@@ -125,15 +124,35 @@ fn check(result: i32) -> io::Result<()> {
 }
 
 fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
-    // The first call says how much there is to say.
+    let info = read_info(|words| {
+        // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more than `argsz`
+        // bytes.
+        check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), words.as_mut_ptr()) })
+    })?;
+    // SAFETY: the call takes a number.
+    let unmap_all = unsafe { ioctl_with_val(container, CHECK_EXTENSION(), VFIO_UNMAP_ALL.into()) } == 1;
+    Ok(limits(info, Memlock::of_this_process().limit, unmap_all))
+}
+
+/// What a container says of itself; what it does not say is what kernels that do not say it allow.
+fn limits(info: Info, memlock: Option<u64>, unmap_all: bool) -> Limits {
+    Limits {
+        iova_ranges: info.ranges.unwrap_or_else(|| DEFAULT_RANGES.to_vec()),
+        page_sizes: info.page_sizes,
+        entries: info.available.unwrap_or(DEFAULT_ENTRIES),
+        memlock,
+        unmap_all,
+    }
+}
+
+/// Asks twice: the first answer says how much there is to say.
+fn read_info(mut ask: impl FnMut(&mut [u64]) -> io::Result<()>) -> io::Result<Info> {
     let mut words = vec![0u64; 3];
     for _ in 0..2 {
         let bytes = words.len() * size_of::<u64>();
         words.fill(0);
         words[0] = u64::try_from(bytes).map_err(io::Error::other)?;
-        // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more than `argsz`
-        // bytes.
-        check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), words.as_mut_ptr()) })?;
+        ask(&mut words)?;
         let wanted = u32::from_ne_bytes(first_four(words[0])) as usize;
         if wanted <= bytes {
             break;
@@ -141,16 +160,7 @@ fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
         words = vec![0u64; wanted.div_ceil(size_of::<u64>())];
     }
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
-    let info = parse_info(&bytes).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-    // SAFETY: the call takes a number.
-    let unmap_all = unsafe { ioctl_with_val(container, CHECK_EXTENSION(), VFIO_UNMAP_ALL.into()) } == 1;
-    Ok(Limits {
-        iova_ranges: info.ranges.unwrap_or_else(|| DEFAULT_RANGES.to_vec()),
-        page_sizes: info.page_sizes,
-        entries: info.available.unwrap_or(DEFAULT_ENTRIES),
-        memlock: Memlock::of_this_process().limit,
-        unmap_all,
-    })
+    parse_info(&bytes).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
 fn first_four(word: u64) -> [u8; 4] {

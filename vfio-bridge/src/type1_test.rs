@@ -78,3 +78,67 @@ fn b3_an_unmap_is_inclusive_and_all_is_a_flag() {
     assert_eq!(argument(UnmapRange::Span { first: 0x1000, last: u64::MAX }), None);
     assert_eq!(argument(UnmapRange::Span { first: 0x2000, last: 0x1fff }), None);
 }
+
+#[test]
+fn ioctl_numbers_of_questions_are_the_kernels() {
+    assert_eq!(CHECK_EXTENSION(), 0x3b65);
+}
+
+#[test]
+fn b13_a_container_is_asked_again_with_room_for_all_that_it_says() {
+    let whole = info(3, 4096, &[(1, ranges(&[(0, 0xfedf_ffff)])), (3, Vec::from(7u32.to_ne_bytes()))]);
+    let mut rooms = Vec::new();
+    let answer = |words: &mut [u64]| {
+        let room = words.len() * 8;
+        assert_eq!(words[0], room as u64, "argsz, and no flags");
+        rooms.push(room);
+        // The kernel writes capabilities only if there is room for all.
+        let given = if room < whole.len() { &whole[..24] } else { &whole[..] };
+        for (word, bytes) in words.iter_mut().zip(given.chunks(8)) {
+            *word = u64::from_ne_bytes(bytes.try_into().expect("whole words"));
+        }
+        words[0] = words[0] >> 32 << 32 | whole.len() as u64;
+        Ok(())
+    };
+    let info = read_info(answer).expect("well formed");
+    assert_eq!((rooms.len(), rooms[1]), (2, whole.len()));
+    assert_eq!((info.available, info.ranges.map(|ranges| ranges.len())), (Some(7), Some(1)));
+    assert!(read_info(|_| Err(io::ErrorKind::PermissionDenied.into())).is_err());
+}
+
+#[test]
+fn b13_what_a_kernel_does_not_say_is_what_old_ones_allow() {
+    let info = Info { page_sizes: 4096, ranges: None, available: None };
+    let old = limits(info, Some(8 << 20), false);
+    assert_eq!((old.entries, old.memlock, old.unmap_all, old.page_sizes), (65_535, Some(8 << 20), false, 4096));
+    assert_eq!((old.address_width(), old.reserved_in(0, (1 << 39) - 1)), (39, vec![]));
+    let range = IovaRange { first: 0, last: 0xffff };
+    let info = Info { page_sizes: 0x20_1000, ranges: Some(vec![range]), available: Some(12) };
+    let new = limits(info, None, true);
+    assert_eq!((new.entries, new.memlock, new.unmap_all, new.page_sizes), (12, None, true, 0x20_1000));
+    assert_eq!(new.iova_ranges, [range]);
+}
+
+#[test]
+fn b13_each_refusal_of_vfio_says_what_cures_it() {
+    let errno = io::Error::from_raw_os_error;
+    let group = |number| VfioError::OpenGroup(errno(number), "7".to_owned());
+    let set_iommu = |number| VfioError::ContainerSetIOMMU(vmm_sys_util::errno::Error::new(number));
+    for (error, words) in [
+        (VfioError::OpenContainer(errno(libc::ENOENT)), "/dev/vfio/vfio does not exist"),
+        (VfioError::OpenContainer(errno(libc::ENODEV)), "/dev/vfio/vfio does not exist"),
+        (VfioError::OpenContainer(errno(libc::EACCES)), "no permission to open /dev/vfio/vfio"),
+        (VfioError::OpenContainer(errno(libc::EMFILE)), "/dev/vfio/vfio cannot be used"),
+        (group(libc::EBUSY), "group 7 is in use by another process"),
+        (group(libc::EPERM), "no permission to open /dev/vfio/7"),
+        (VfioError::GroupViable, "group 7 is not viable"),
+        (VfioError::VfioExtension, "no type1 IOMMU driver"),
+        (set_iommu(libc::EPERM), "allow_unsafe_interrupts"),
+        (set_iommu(libc::ENODEV), "no type1 IOMMU driver"),
+        (set_iommu(libc::EBUSY), "VFIO refused 0000:3b:00.0"),
+        (VfioError::InvalidPath, "VFIO refused 0000:3b:00.0: invalid file path"),
+    ] {
+        let said = explain("3b:00.0".parse().expect("an address"), GroupId(7), error).to_string();
+        assert!(said.contains(words), "`{words}` is not in: {said}");
+    }
+}

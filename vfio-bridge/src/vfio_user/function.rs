@@ -213,14 +213,13 @@ fn region(connection: &Connection, index: u32) -> Result<Region, ConnectError> {
         _ => vec![(0, info.size)],
     };
     let file = reply.fds.into_iter().next().map(Arc::new);
-    let inside = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= info.size);
     let offered = if file.is_some() { mappable } else { Vec::new() };
     let info = RegionInfo {
         size: info.size,
         file_offset: info.offset,
         readable: info.flags & VFIO_REGION_INFO_FLAG_READ != 0,
         writable: info.flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
-        mappable: mappable_pages(offered.into_iter().filter(inside)),
+        mappable: mappable_pages(info.size, offered),
     };
     Ok(Region { info, file })
 }

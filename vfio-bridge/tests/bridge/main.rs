@@ -2,9 +2,11 @@
 
 mod audit;
 mod behaviours;
+mod broken;
 mod property;
 mod refusals;
 mod refused_joins;
 mod steps;
+mod trace;
 mod with_unit;
 mod world;

@@ -2,6 +2,7 @@
 //! misbehave.
 
 mod both_ends;
+mod messages;
 mod misbehaving;
 mod negotiation;
 mod other_implementations;

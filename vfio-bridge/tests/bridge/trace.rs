@@ -1,0 +1,130 @@
+//! What a trace says of refusals, and that what it stands before is not changed by it (B-16).
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+
+use vfio_bridge::model::{Kernel, Model};
+use vfio_bridge::{ContainerId, GroupId, HostIommu, Map, Trace, TracedHost, TracedListener, UnmapRange};
+use vtd::{
+    Applied, AttachRefused, Iova, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey,
+    SpaceListener,
+};
+
+use crate::world::*;
+
+#[derive(Clone, Default)]
+struct Text(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Text {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.lock().expect("whole").write(data)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn trace() -> (Arc<Trace>, Text) {
+    let text = Text::default();
+    (Trace::new(Box::new(text.clone())), text)
+}
+
+/// The lines without their times.
+fn lines(trace: &Trace, text: &Text) -> Vec<String> {
+    trace.flush();
+    let text = String::from_utf8(std::mem::take(&mut *text.0.lock().expect("whole"))).expect("text");
+    text.lines().map(|line| line.split_once(' ').expect("a time").1.to_owned()).collect()
+}
+
+const CAUSES: [RefusalCause; 5] =
+    [RefusalCause::Limit, RefusalCause::Memlock, RefusalCause::Range, RefusalCause::Target, RefusalCause::Other];
+
+/// A listener that refuses everything, for each cause.
+struct Refusing;
+
+fn refusals() -> Vec<Refusal> {
+    let refusal = |cause| Refusal { first: Iova(0), last: Iova(0xfff), cause, requester: requester(1) };
+    CAUSES.map(refusal).to_vec()
+}
+
+impl SpaceListener for Refusing {
+    fn attach(
+        &self,
+        _: Requester,
+        pasid: Option<Pasid>,
+        _: &SpaceKey,
+        live: &mut dyn Iterator<Item = Mapping>,
+    ) -> Result<(), AttachRefused> {
+        let pieces = refusals()[..live.count()].to_vec();
+        Err(if pasid.is_some() { AttachRefused::Shared(pieces) } else { AttachRefused::Partial(pieces) })
+    }
+    fn detach(&self, _: Requester, _: Option<Pasid>) {}
+    fn apply(&self, _: &SpaceKey, _: &[MapOp]) -> Applied {
+        Applied { refused: refusals() }
+    }
+}
+
+#[test]
+fn b16_each_refusal_is_a_line_with_its_cause() {
+    let (trace, text) = trace();
+    let listener = TracedListener::new(Arc::new(Refusing), trace.clone());
+    let space = SpaceKey::Identity;
+    assert_eq!(listener.apply(&space, &[]).refused, refusals());
+    let refused = |cause| format!("notify refused space=identity device=0000:00:01.0 iova=0x0-0xfff cause={cause}");
+    let mut expected: Vec<String> = ["limit", "memlock", "range", "target", "other"].map(refused).to_vec();
+    expected.push("notify applied space=identity ops=0 refused=5".to_owned());
+    assert_eq!(lines(&trace, &text), expected);
+
+    // Those of an attach, too: in part, and of a group that may not join.
+    for pasid in [None, Some(Pasid(1))] {
+        let mut live = [mapping(0, 0, KIB4), mapping(MIB2, 0, KIB4)].into_iter();
+        let result = listener.attach(requester(1), pasid, &space, &mut live);
+        assert!(matches!(result, Err(AttachRefused::Partial(_) | AttachRefused::Shared(_))));
+        let lines = lines(&trace, &text);
+        assert_eq!(lines.len(), 6, "{lines:?}");
+        assert!(lines[3].starts_with("notify attached device=0000:00:01.0 space=identity result="), "{lines:?}");
+        assert_eq!(lines[4..], expected[..2]);
+    }
+}
+
+#[test]
+fn b16_a_traced_host_is_the_host() {
+    let (trace, text) = trace();
+    let model = Model::new(Kernel { entries: 3, ..Kernel::new(39) }, &[GroupId(7)]);
+    let host = TracedHost::new(model.clone(), trace.clone());
+    let container = ContainerId(7);
+    assert_eq!(
+        (host.name(container), host.container(GroupId(7)), host.container(GroupId(8))),
+        ("model", Some(container), None)
+    );
+    assert_eq!(host.limits(container), model.limits(container));
+    let ram = Ram { low: MIB2, high: MIB2 }.map();
+    let mem = ram.host_mem(KIB4, KIB4).expect("RAM");
+    host.map(container, 0, mem, Perm::Write).expect("mapped");
+    let maps = [0, MIB2].map(|iova| Map { iova, mem, perm: Perm::Read });
+    let mut told = Vec::new();
+    host.map_all(container, &maps, &mut |result| told.push(result.is_ok()));
+    assert_eq!(told, [false, true], "the first overlaps");
+    assert_eq!(model.contents(GroupId(7)).len(), 2);
+    assert_eq!(host.unmap(container, UnmapRange::Span { first: 0, last: KIB4 - 1 }).expect("unmapped"), KIB4);
+    assert!(host.unmap(container, UnmapRange::Span { first: 0, last: KIB4 }).is_err());
+    let lines = lines(&trace, &text);
+    let starts = [
+        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=w ns=",
+        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=r ns=",
+        "host map container=7 iova=0x200000-0x200fff gpa=0x1000 perm=r ns=",
+        "host unmap container=7 iova=0x0-0xfff bytes=0x1000 ns=",
+        "host unmap container=7 iova=0x0-0x1000 bytes=0x0 ns=",
+    ];
+    let ends = [
+        "result=ok",
+        "result=File_exists_(os_error_17)",
+        "result=ok",
+        "result=ok",
+        "result=Invalid_argument_(os_error_22)",
+    ];
+    assert_eq!(lines.len(), starts.len());
+    for ((line, start), end) in lines.iter().zip(starts).zip(ends) {
+        assert!(line.starts_with(start) && line.ends_with(end), "{line}");
+    }
+}
