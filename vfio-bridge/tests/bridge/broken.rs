@@ -85,6 +85,18 @@ fn b11_nothing_is_mapped_in_the_place_of_what_did_not_go() {
 }
 
 #[test]
+fn b11_what_waited_for_room_is_not_mapped_when_the_unmap_that_makes_it_is_refused() {
+    let world = World::new(Kernel { entries: 1, ..Kernel::new(48) }, RAM, &[(1, 1)]);
+    world.attach(1, &paged(1, 48), &[mapping(0, 0, KIB4)]).expect("attached");
+    world.model.inject(|_, op| matches!(op, HostOp::Unmap(_)).then_some(libc::EIO));
+    world.model.served();
+    host_refuses(world.attach(1, &paged(2, 48), &[mapping(GIB, 0, KIB4)]));
+    let served = world.model.served();
+    assert!(matches!(&served[..], [only] if matches!(only.op, HostOp::Unmap(_))), "{served:?}");
+    assert_eq!(world.shape(), [(0, KIB4)]);
+}
+
+#[test]
 fn b11_a_host_that_unmaps_less_or_more_than_the_ledger_has_is_not_believed() {
     // The model has one mapping that the ledger does not know of, and then lacks one.
     for foreign in [true, false] {

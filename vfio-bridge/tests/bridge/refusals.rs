@@ -352,6 +352,43 @@ fn b11_what_is_outside_the_hosts_ranges_is_told_once_and_the_rest_goes_on() {
 }
 
 #[test]
+fn b11_leaves_over_a_neighbours_bar_have_one_record_a_function_until_the_next_reset() {
+    // As each program does that maps the BARs of its functions into its own container, and lets go of them.
+    const BAR: u64 = 0xe000_0000;
+    let mut guest = Guest::translating(Kernel::new(48), false, [Context::Paged, Context::Absent]);
+    guest.leaf(LEVEL2, 0, true);
+    assert!(guest.submit(&[pages(0, 9)]));
+    lines();
+    let mut told = Vec::new();
+    for round in 0..6 {
+        let index = 1 + round % 3;
+        guest.store(LEVEL2 + index * 8, (BAR + round * MIB2) | LARGE | RW);
+        let invalidation = if round % 2 == 0 { pages(index * MIB2, 9) } else { everything() };
+        assert!(guest.submit(&[invalidation]));
+        // The function leaves, and another program has it.
+        [Context::Absent, Context::Paged].into_iter().for_each(|context| {
+            guest.set_context(1, context);
+            assert!(guest.submit(&[contexts(), everything()]));
+        });
+        guest.leaf(LEVEL2, index, false);
+        assert!(guest.submit(&[pages(index * MIB2, 9)]));
+        told.extend(guest.faults());
+    }
+    assert_eq!(told, [(1 << 3, UNUSABLE, MIB2)]);
+    assert_eq!(lines().len(), 1);
+    assert_eq!(guest.held(1), [(0, MIB2)], "the rest goes on");
+    assert!(guest.stats(1).refused_maps.target >= 6);
+
+    // The next guest is told, too.
+    guest.unit.reset();
+    guest.tail = 0;
+    guest.start();
+    guest.store(LEVEL2 + 8, BAR | LARGE | RW);
+    assert!(guest.submit(&[everything()]));
+    assert_eq!(guest.faults(), [(1 << 3, UNUSABLE, MIB2)]);
+}
+
+#[test]
 fn b11_a_range_that_the_host_refuses_although_it_named_it_is_the_same() {
     // EINVAL of a map: a range that was reserved after the start.
     let mut guest = Guest::translating(Kernel::new(48), false, [Context::Paged, Context::Absent]);
