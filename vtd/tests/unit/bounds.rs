@@ -99,10 +99,10 @@ fn rule5_many_overlapping_ranges_share_one_budget() {
 fn rule5_a_range_that_is_more_than_the_budget_blocks_the_space_without_another_look() {
     let (mut rig, root) = bounded(Bounds { table_entries: 2048, ..Bounds::default() });
     (0..4).for_each(|table| rig.pages(root, table * 0x20_0000, 0x80_0000, 512));
-    assert!(rig.submit(&[iotlb_pages(1, 0, 18), iotlb_pages(1, 0, 0)]));
+    assert!(rig.submit(&[iotlb_pages(1, 0, 18)]));
     assert_eq!((rig.listener.reach(NVME), rig.unit.stats().bounds_exhausted), (vec![], 1));
-    let walked = rig.unit.stats().leaves_walked;
-    assert!(walked <= 2048, "{walked} leaves walked");
+    // Two of the tables; a look at everything would begin with another one.
+    assert_eq!(rig.unit.stats().leaves_walked, 1024);
 }
 
 #[test]
