@@ -7,6 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// Debian's newest release, whose backports have the newest QEMU and kernel.
+const NEWEST_RELEASE: &str = "trixie";
+
 /// One archive of the machine's apt configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Archive {
@@ -29,26 +32,11 @@ impl Apt {
     /// Sets up apt below `folder` and reads the lists of the release and, where the release's QEMU is older than `oldest_qemu`, of its
     /// backports.
     pub fn open(folder: &Path, oldest_qemu: u32) -> Result<Self> {
-        let release = std::fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-        let field = |key: &str| {
-            release
-                .lines()
-                .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
-                .map(|v| v.trim_matches('"').to_owned())
-        };
-        let codename = field("VERSION_CODENAME").context(
-            "this system has no apt release name (VERSION_CODENAME): the bench needs Debian 12 or newer, or an Ubuntu with QEMU 10 or newer",
-        )?;
-        let archive = find_archive(&configured_sources()?, &codename)
-            .with_context(|| format!("no source of {codename} with the component main in the apt configuration"))?;
+        let (codename, archive) = machines_archive()?;
         let backports = format!("{codename}-backports");
         let mut seen = None;
         for suites in [vec![&codename], vec![&codename, &backports]] {
-            let suite = suites[suites.len() - 1].clone();
-            let apt = Self { folder: folder.to_owned(), suite };
-            apt.configure(&archive, &suites)?;
-            apt.run("apt-get", &["update", "-q"])
-                .with_context(|| format!("cannot read the package lists of {}", apt.suite))?;
+            let apt = Self::of_suites(folder, &archive, &suites)?;
             let newest = apt.candidate("qemu-system-x86")?;
             if newest.as_deref().and_then(major_version).is_some_and(|major| major >= oldest_qemu) {
                 return Ok(apt);
@@ -59,6 +47,33 @@ impl Apt {
             "QEMU {oldest_qemu} or newer is needed; {codename} and {backports} have {}",
             seen.as_deref().unwrap_or("none")
         );
+    }
+
+    /// The same of the newest release's backports, whatever release this machine has.
+    ///
+    /// # Errors
+    /// The machine's archive does not have that release, or has an older QEMU there.
+    pub fn open_newest(folder: &Path, oldest_qemu: u32) -> Result<Self> {
+        let (_, archive) = machines_archive()?;
+        let (codename, backports) = (NEWEST_RELEASE.to_owned(), format!("{NEWEST_RELEASE}-backports"));
+        let apt = Self::of_suites(folder, &archive, &[&codename, &backports])?;
+        let newest = apt.candidate("qemu-system-x86")?;
+        ensure!(
+            newest.as_deref().and_then(major_version).is_some_and(|major| major >= oldest_qemu),
+            "QEMU {oldest_qemu} or newer is needed; {backports} has {}",
+            newest.as_deref().unwrap_or("none")
+        );
+        Ok(apt)
+    }
+
+    /// The last of the suites is preferred.
+    fn of_suites(folder: &Path, archive: &Archive, suites: &[&String]) -> Result<Self> {
+        let suite = suites.last().context("no suite")?.to_string();
+        let apt = Self { folder: folder.to_owned(), suite };
+        apt.configure(archive, suites)?;
+        apt.run("apt-get", &["update", "-q"])
+            .with_context(|| format!("cannot read the package lists of {}", apt.suite))?;
+        Ok(apt)
     }
 
     fn configure(&self, archive: &Archive, suites: &[&String]) -> Result<()> {
@@ -135,7 +150,10 @@ impl Apt {
             let mut pinned = Vec::new();
             let mut names = self.dependencies(metapackage, "linux-image-")?;
             for image in names.clone() {
-                names.extend(self.dependencies(&image, "linux-modules-")?);
+                // Newer ones: the image, its configuration and its modules are packages of their own.
+                for prefix in ["linux-modules-", "linux-binary-", "linux-base-"] {
+                    names.extend(self.dependencies(&image, prefix)?);
+                }
             }
             names.extend(self.dependencies(metapackage, "linux-modules-extra-")?);
             for name in names {
@@ -215,6 +233,21 @@ impl Apt {
         }
         Ok(())
     }
+}
+
+/// This machine's release, and the archive that it is from.
+fn machines_archive() -> Result<(String, Archive)> {
+    let release = std::fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let codename = release
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .map(|v| v.trim_matches('"').to_owned())
+        .context(
+            "this system has no apt release name (VERSION_CODENAME): the bench needs Debian 12 or newer, or an Ubuntu with QEMU 10 or newer",
+        )?;
+    let archive = find_archive(&configured_sources()?, &codename)
+        .with_context(|| format!("no source of {codename} with the component main in the apt configuration"))?;
+    Ok((codename, archive))
 }
 
 fn output(command: &mut Command) -> Result<Output> {

@@ -5,7 +5,7 @@ use crate::cache::{Cache, progress, target};
 use crate::crate_tests::cargo;
 use crate::demo::READS;
 use crate::l1;
-use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Limit, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine, Topology};
 use crate::programs;
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail, ensure};
@@ -181,7 +181,7 @@ impl Write for Tee {
 fn nested(args: &BenchArgs) -> Result<Nested> {
     let programs = programs::build(args.causeway.as_deref())?;
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
+    let images = l1::prepare(&cache, Host::Default)?;
     let out = cache.path("bench");
     let _ = std::fs::remove_dir_all(&out);
     let (measure, reads) = (cache.path("measure.sh"), cache.path("reads.sh"));
@@ -190,6 +190,8 @@ fn nested(args: &BenchArgs) -> Result<Nested> {
     let files = [("causeway/files/measure.sh".to_owned(), measure), ("causeway/files/reads.sh".to_owned(), reads)];
     let script = SCRIPT.replacen("#!/bin/sh\n", &format!("#!/bin/sh\nROUNDS={}\n", args.rounds), 1);
     let machine = Machine {
+        host: Host::Default,
+        memory: DEFAULT_MEMORY,
         topology: Topology::Flat,
         append: String::new(),
         cpu: DEFAULT_CPU.to_owned(),

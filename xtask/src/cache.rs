@@ -5,11 +5,13 @@ use sha2::{Digest, Sha256};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
-/// The cache folder, locked for as long as this lives (the lock dies with the process).
+/// The cache folder, locked for as long as this or a clone lives (the lock dies with the process).
+#[derive(Clone)]
 pub struct Cache {
     pub folder: PathBuf,
-    _lock: File,
+    _lock: Arc<File>,
 }
 
 /// The workspace's root folder.
@@ -47,7 +49,14 @@ impl Cache {
         if left.exists() {
             std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
         }
-        Ok(Self { folder, _lock: lock })
+        Ok(Self { folder, _lock: Arc::new(lock) })
+    }
+
+    /// A cache inside of this one, for what is kept twice.
+    pub fn inner(&self, name: &str) -> Result<Self> {
+        let folder = self.folder.join(name);
+        std::fs::create_dir_all(folder.join("logs")).with_context(|| format!("cannot create {}", folder.display()))?;
+        Ok(Self { folder, _lock: Arc::clone(&self._lock) })
     }
 
     /// Removes the logs of earlier runs whose names begin with `start`.

@@ -1,11 +1,11 @@
 //! The nested cases: shell scripts in `tests/nested`, each with its needs in the comment at its head.
 //!
-//! `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`, `# kernel: own`, `# limit: SECONDS`,
+//! `# host: new`, `# memory: 8G`, `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`, `# kernel: own`, `# limit: SECONDS`,
 //! `# needs: CONFIG_NAME` and `# long` stand on lines of their own. Files that end in `lib.sh` are what the cases share.
 
 use crate::cache::workspace;
 use crate::l1::Images;
-use crate::nested::{DEFAULT_CPU, Files, Kernel, Machine, Topology};
+use crate::nested::{DEFAULT_CPU, DEFAULT_MEMORY, Files, Host, Kernel, Machine, Topology};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use std::collections::HashMap;
@@ -25,6 +25,8 @@ pub struct Case {
 impl Case {
     pub fn parse(name: &str, text: &str) -> Result<Self> {
         let machine = Machine {
+            host: Host::Default,
+            memory: DEFAULT_MEMORY,
             topology: Topology::Flat,
             append: String::new(),
             cpu: DEFAULT_CPU.to_owned(),
@@ -41,6 +43,11 @@ impl Case {
                     case.machine.topology =
                         Topology::from_str(value, false).map_err(|_| anyhow::anyhow!("{name}: no topology {value}"))?;
                 }
+                "host" => {
+                    case.machine.host =
+                        Host::from_str(value, false).map_err(|_| anyhow::anyhow!("{name}: no host {value}"))?;
+                }
+                "memory" => case.machine.memory = value.parse().map_err(|e| anyhow::anyhow!("{name}: {e}"))?,
                 "append" => case.machine.append = value.to_owned(),
                 "cpu" => case.machine.cpu = value.to_owned(),
                 "kernel" if value == "own" => case.machine.kernel = Kernel::Own,
@@ -122,5 +129,12 @@ mod tests {
         assert_eq!(case.machine.kernel, Kernel::Distribution);
         assert_eq!(Case::parse("x", "# kernel: own\n").unwrap().machine.kernel, Kernel::Own);
         assert!(Case::parse("x", "# kernel: old\n").is_err());
+        assert_eq!((case.machine.host, case.machine.memory), (Host::Default, DEFAULT_MEMORY));
+        let case = Case::parse("x", "# host: new\n# memory: 8G\n").unwrap();
+        assert_eq!((case.machine.host, case.machine.memory.mib), (Host::New, 8192));
+        assert!(Case::parse("x", "# host: old\n").is_err());
+        for wrong in ["8", "8T", "G", "", "-1G", "4194304G", "255M"] {
+            assert!(Case::parse("x", &format!("# memory: {wrong}\n")).is_err(), "{wrong}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use crate::cache::{Cache, progress};
 use crate::host_device::HostDevice;
 use crate::l1::{self, Images};
-use crate::nested::{self, DEFAULT_CPU, End, Job, Kernel, Limit, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine, Topology};
 use crate::programs::{self, Program};
 use crate::table::{self, grouped};
 use anyhow::{Context, Result, bail};
@@ -48,7 +48,7 @@ pub fn command(args: &DemoArgs) -> Result<u8> {
     let options = format!("intel_iommu={}", args.intel_iommu);
     let programs = programs::build(args.causeway.as_deref())?;
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
+    let images = l1::prepare(&cache, Host::Default)?;
     let facts = match &args.device {
         Some(bdf) => HostDevice::open(bdf)?.demo(&cache, &images, &programs, &options)?,
         None => nested(&cache, &images, &programs, &options)?,
@@ -77,6 +77,8 @@ fn nested(cache: &Cache, images: &Images, programs: &[Program], options: &str) -
     let files = [("causeway/files/measure.sh".to_owned(), measure), ("causeway/files/reads.sh".to_owned(), reads)];
     let script = SCRIPT.replacen("#!/bin/sh\n", &format!("#!/bin/sh\nDEMO_OPTIONS='{options}'\n"), 1);
     let machine = Machine {
+        host: Host::Default,
+        memory: DEFAULT_MEMORY,
         topology: Topology::Flat,
         append: String::new(),
         cpu: DEFAULT_CPU.to_owned(),

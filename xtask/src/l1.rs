@@ -4,6 +4,7 @@ use crate::apt::{Apt, Pinned};
 use crate::cache::{Cache, hex, progress, recipe};
 use crate::cpio::Archive;
 use crate::kernel_modules::{ModuleTree, Selection};
+use crate::nested::Host;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -15,6 +16,8 @@ use std::sync::OnceLock;
 
 /// TCG of older ones aborts in nested guests, and their vIOMMU is 39 bits wide.
 const OLDEST_QEMU: u32 = 10;
+/// Of the newer host.
+const OLDEST_NEW_QEMU: u32 = 11;
 const FREE_BYTES: u64 = 3 << 30;
 const DISK_BYTES: usize = 256 << 20;
 /// The part of the disk that `DISK_SHA256` is about.
@@ -94,6 +97,9 @@ const FIRMWARE: &[&str] = &[
 
 /// Everything that does not change from run to run.
 pub struct Images {
+    pub host: Host,
+    /// Where all of it is.
+    pub cache: Cache,
     pub qemu: Qemu,
     pub kernel: PathBuf,
     /// L1's initramfs without what a run brings.
@@ -230,10 +236,14 @@ impl Qemu {
 }
 
 /// Makes whatever is missing or stale.
-pub fn prepare(cache: &Cache) -> Result<Images> {
+pub fn prepare(outer: &Cache, host: Host) -> Result<Images> {
+    let cache = &match host {
+        Host::Default => outer.clone(),
+        Host::New => outer.inner("new")?,
+    };
     let tree = cache.path("tree");
-    let packages = unpack(cache, &tree)?;
-    let qemu = match on_path() {
+    let packages = unpack(cache, &tree, host)?;
+    let qemu = match installed(host) {
         Some(qemu) if !tree.join("usr/bin/qemu-system-x86_64").is_file() => qemu,
         _ => Qemu::unpacked(&tree)?,
     };
@@ -246,6 +256,8 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
     let recipe = recipe(&parts);
     let kernel_package = packages.lines().find(|package| package.starts_with("linux-image-"));
     let images = Images {
+        host,
+        cache: cache.clone(),
         qemu,
         kernel,
         base: cache.path("l1.cpio"),
@@ -268,7 +280,7 @@ pub fn prepare(cache: &Cache) -> Result<Images> {
 }
 
 /// Unpacks QEMU, busybox and a kernel; gives what identifies them. A tree that stands is used as it is: the network is not asked again.
-fn unpack(cache: &Cache, tree: &Path) -> Result<String> {
+fn unpack(cache: &Cache, tree: &Path, host: Host) -> Result<String> {
     let kind = recipe(&["packages 1", include_str!("apt.rs")]);
     if cache.is_fresh("tree", &kind) {
         return Ok(std::fs::read_to_string(cache.path("packages"))?);
@@ -279,9 +291,9 @@ fn unpack(cache: &Cache, tree: &Path) -> Result<String> {
         std::fs::remove_dir_all(tree)?;
     }
     progress("reading the package lists");
-    let apt = apt(cache)?;
+    let apt = apt(cache, host)?;
     let mut pinned: Vec<Pinned> = Vec::new();
-    if on_path().is_some() {
+    if installed(host).is_some() {
         pinned.extend(apt.closure(&["busybox-static"])?);
     } else {
         pinned.extend(apt.closure(&["qemu-system-x86", "busybox-static"])?);
@@ -297,12 +309,18 @@ fn unpack(cache: &Cache, tree: &Path) -> Result<String> {
 }
 
 /// The apt of the suite that QEMU and the kernel come from.
-pub fn apt(cache: &Cache) -> Result<Apt> {
-    Apt::open(&cache.path("apt"), if on_path().is_some() { 0 } else { OLDEST_QEMU })
+pub fn apt(cache: &Cache, host: Host) -> Result<Apt> {
+    match host {
+        Host::Default => Apt::open(&cache.path("apt"), if installed(host).is_some() { 0 } else { OLDEST_QEMU }),
+        Host::New => Apt::open_newest(&cache.path("apt"), OLDEST_NEW_QEMU),
+    }
 }
 
-/// A QEMU of this machine that is new enough.
-fn on_path() -> Option<Qemu> {
+/// A QEMU of this machine that is new enough; the newer host always has its own.
+fn installed(host: Host) -> Option<Qemu> {
+    if host == Host::New {
+        return None;
+    }
     let path = std::env::var_os("PATH")?;
     let program =
         std::env::split_paths(&path).map(|folder| folder.join("qemu-system-x86_64")).find(|file| file.is_file())?;
@@ -311,6 +329,11 @@ fn on_path() -> Option<Qemu> {
 }
 
 fn kernel_image(tree: &Path) -> Result<PathBuf> {
+    if let Some(file) =
+        modules_folder(tree).ok().map(|(folder, _)| folder.join("vmlinuz")).filter(|file| file.is_file())
+    {
+        return Ok(file);
+    }
     let mut found: Vec<PathBuf> = std::fs::read_dir(tree.join("boot"))
         .context("the kernel package has no boot folder")?
         .filter_map(|entry| Some(entry.ok()?.path()))

@@ -4,13 +4,14 @@
 use crate::cache::Cache;
 use crate::cases::{self, Case};
 use crate::l1::Images;
-use crate::nested::{self, End, Job, Kernel, Limit, Machine};
+use crate::nested::{self, End, Host, Job, Kernel, Limit, Machine};
 use crate::own_kernel;
 use crate::pool::{Pool, Work};
 use crate::programs::Program;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -30,10 +31,17 @@ const KIB_OF_AN_L1: u64 = 6 << 20;
 /// What all L1s of a run have in common.
 pub struct Bench<'a> {
     pub cache: &'a Cache,
-    pub images: &'a Images,
+    /// Of each host that a case needs.
+    pub images: &'a BTreeMap<Host, Images>,
     pub programs: &'a [Program],
     pub files: &'a [(String, PathBuf)],
     pub reporter: &'a Reporter,
+}
+
+impl Bench<'_> {
+    fn images(&self, host: Host) -> Result<&Images> {
+        self.images.get(&host).with_context(|| format!("the {host:?} host was not made ready"))
+    }
 }
 
 /// How many L1s this machine runs side by side: each has one processor, and memory of its own.
@@ -48,9 +56,12 @@ pub fn default_lanes() -> usize {
 
 /// Runs the cases in at most so many L1s at a time, and tells the reporter how each ended.
 pub fn run(bench: &Bench, cases: Vec<Case>, lanes: usize) {
-    let (mut cases, others): (Vec<Case>, Vec<Case>) =
+    let (mut cases, mut others): (Vec<Case>, Vec<Case>) =
         cases.into_iter().partition(|case| case.machine.kernel == Kernel::Own);
-    cases.extend(able(&cases::kernel_config(bench.images), others, bench.reporter));
+    for (host, images) in bench.images {
+        let its = others.extract_if(.., |case| case.machine.host == *host).collect();
+        cases.extend(able(&cases::kernel_config(images), its, bench.reporter));
+    }
     let pool = Arc::new(Pool::new(cases));
     let booted = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -63,7 +74,7 @@ pub fn run(bench: &Bench, cases: Vec<Case>, lanes: usize) {
 fn lane(bench: &Bench, pool: &Arc<Pool>, booted: &AtomicUsize, lanes: usize) {
     while let Some(work) = pool.work() {
         match work {
-            Work::OwnKernel => make_own_kernel_ready(bench, pool, lanes),
+            Work::OwnKernel(host) => make_own_kernel_ready(bench, pool, host, lanes),
             Work::L1(machine) => {
                 let number = booted.fetch_add(1, Ordering::Relaxed) + 1;
                 if let Err(error) = l1(bench, pool, &machine, number) {
@@ -78,16 +89,18 @@ fn lane(bench: &Bench, pool: &Arc<Pool>, booted: &AtomicUsize, lanes: usize) {
 }
 
 /// In CI it is built; elsewhere building it is left to the user.
-fn make_own_kernel_ready(bench: &Bench, pool: &Pool, lanes: usize) {
+fn make_own_kernel_ready(bench: &Bench, pool: &Pool, host: Host, lanes: usize) {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     // Beside the other lanes.
     let jobs = (processors + 1).saturating_sub(lanes).max(processors / 2).max(1);
     let make = || {
-        let kernel = match own_kernel::built(bench.cache, bench.images)? {
-            None if cases::in_ci() => Some(own_kernel::build(bench.cache, bench.images, false, jobs)?),
+        let images = bench.images(host)?;
+        let kernel = match own_kernel::built(images)? {
+            None if cases::in_ci() && host == Host::Default => Some(own_kernel::build(images, false, jobs)?),
             built => built,
         };
-        kernel.map(|kernel| own_kernel::images(bench.cache, bench.images, &kernel)).transpose()
+        let own = kernel.map(|kernel| own_kernel::images(images, &kernel)).transpose()?;
+        Ok(own.map(|own| images.own.get_or_init(|| own)))
     };
     let start = Instant::now();
     let made: Result<_> = make();
@@ -98,15 +111,22 @@ fn make_own_kernel_ready(bench: &Bench, pool: &Pool, lanes: usize) {
     };
     match made {
         Ok(Some(own)) => {
-            let own = bench.images.own.get_or_init(|| own);
-            pool.own_kernel_is_ready(|cases| able(&own.config, cases, bench.reporter));
+            pool.own_kernel_is_ready(host, |cases| able(&own.config, cases, bench.reporter));
         }
-        Ok(None) => pool.own_kernel_is_ready(|cases| {
-            without(cases, Outcome::Skipped("`cargo xtask own-kernel` was not run".to_owned()))
+        Ok(None) => pool.own_kernel_is_ready(host, |cases| {
+            without(
+                cases,
+                Outcome::Skipped(
+                    match host {
+                        Host::Default => "`cargo xtask own-kernel` was not run",
+                        Host::New => "there is no own kernel of the newer host",
+                    }
+                    .to_owned(),
+                ),
+            )
         }),
-        Err(error) => {
-            pool.own_kernel_is_ready(|cases| without(cases, Outcome::Failed(format!("the own kernel: {error:#}"))))
-        }
+        Err(error) => pool
+            .own_kernel_is_ready(host, |cases| without(cases, Outcome::Failed(format!("the own kernel: {error:#}")))),
     }
 }
 
@@ -159,7 +179,7 @@ fn l1(bench: &Bench, pool: &Arc<Pool>, machine: &Machine, number: usize) -> Resu
         interactive: false,
         input: Some(input.as_fd()),
     };
-    let report = nested::run(bench.cache, bench.images, &job, Box::new(sink));
+    let report = nested::run(bench.cache, bench.images(machine.host)?, &job, Box::new(sink));
     let mut progress = progress.lock().map_err(|_| anyhow::anyhow!("the output's reader failed"))?;
     // A case that was begun is done with, whatever became of L1.
     if let Some(running) = progress.running.take() {

@@ -14,6 +14,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -41,9 +42,46 @@ pub enum Topology {
     Slot,
 }
 
+/// Which QEMU and kernel L1 is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Host {
+    /// This machine's release: QEMU 10.0 or newer
+    Default,
+    /// Debian's newest backports: QEMU 11 or newer and a kernel as new
+    New,
+}
+
+/// How much memory L1 has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Memory {
+    pub mib: u32,
+}
+
+pub const DEFAULT_MEMORY: Memory = Memory { mib: 4096 };
+
+impl FromStr for Memory {
+    type Err = String;
+
+    /// Reads `4G` or `512M`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (number, unit) = text.split_at(text.len() - usize::from(text.ends_with(['G', 'M'])));
+        let number = number.parse::<u32>().ok();
+        let mib = number.and_then(|number| match unit {
+            "G" => number.checked_mul(1024),
+            "M" => Some(number),
+            _ => None,
+        });
+        mib.filter(|mib| *mib >= 256)
+            .map(|mib| Self { mib })
+            .ok_or_else(|| format!("{text} is no size of 256M or more, such as 4G"))
+    }
+}
+
 /// What is told apart between one L1 and another.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Machine {
+    pub host: Host,
+    pub memory: Memory,
     pub topology: Topology,
     /// Added to L1's kernel command line.
     pub append: String,
@@ -75,6 +113,12 @@ pub struct NestedArgs {
     out: Option<PathBuf>,
     #[arg(long, value_enum, default_value = "flat")]
     topology: Topology,
+    /// Which QEMU and kernel L1 is made of
+    #[arg(long, value_enum, default_value = "default")]
+    host: Host,
+    /// L1's memory, such as 4G or 512M
+    #[arg(long, value_name = "SIZE", default_value = "4G")]
+    memory: Memory,
     /// A kernel for L1 instead of the distribution's
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -161,18 +205,20 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     }
     let programs = programs::build(args.causeway.as_deref())?;
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
+    let images = l1::prepare(&cache, args.host)?;
     let kernel = match &args.kernel {
         _ if args.own_kernel => Kernel::Own,
         Some(file) => Kernel::File(file.clone()),
         None => Kernel::Distribution,
     };
     if kernel == Kernel::Own {
-        let own = own_kernel::built(&cache, &images)?;
-        let own = own_kernel::images(&cache, &images, &own.context("run `cargo xtask own-kernel` first")?)?;
+        let own = own_kernel::built(&images)?;
+        let own =
+            own_kernel::images(&images, &own.context("run `cargo xtask own-kernel` first; the newer host has none")?)?;
         images.own.get_or_init(|| own);
     }
-    let machine = Machine { topology: args.topology, append: args.append.clone(), cpu: args.cpu.clone(), kernel };
+    let (append, cpu) = (args.append.clone(), args.cpu.clone());
+    let machine = Machine { host: args.host, memory: args.memory, topology: args.topology, append, cpu, kernel };
     let report = run(
         &cache,
         &images,
@@ -431,16 +477,8 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
     let mut command = images.qemu.command();
     command.args(["-name", "causeway-l1", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
     // With several, kernels die of what TCG's threads do to each other (docs/nested-bench.md).
-    command.args([
-        "-accel",
-        "tcg,thread=multi,tb-size=1024",
-        "-smp",
-        "1",
-        "-m",
-        "4G",
-        "-machine",
-        "q35,kernel-irqchip=split",
-    ]);
+    command.args(["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "1", "-machine", "q35,kernel-irqchip=split"]);
+    command.args(["-m", &format!("{}M", job.machine.memory.mib)]);
     command.args(["-cpu", &format!("{},+svm,+npt,+x2apic", job.machine.cpu)]);
     command.args(["-device", "intel-iommu,intremap=on,eim=on,caching-mode=on,aw-bits=48"]);
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(folder.path("initrd")).args(["-append", append.trim()]);

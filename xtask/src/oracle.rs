@@ -4,6 +4,7 @@
 use crate::cache::{Cache, progress, target};
 use crate::crate_tests::cargo;
 use crate::l1::{self, Qemu};
+use crate::nested::Host;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -126,7 +127,7 @@ pub fn command(args: &OracleArgs) -> Result<u8> {
     ensure!(built.success(), "the test images do not build");
     let image = target().join("release").join("suite");
     let cache = Cache::open()?;
-    let qemu = l1::prepare(&cache)?.qemu;
+    let qemu = l1::prepare(&cache, Host::Default)?.qemu;
     progress(qemu.version()?);
     let reporter = Reporter::new(true);
     let known = differences(DIFFERENCES);

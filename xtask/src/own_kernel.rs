@@ -3,12 +3,11 @@
 //!
 //! It is built in a folder that is removed at the end; what stays is the image, its configuration and its modules, a few megabytes.
 
-use crate::apt::Pinned;
 use crate::cache::{Cache, progress, recipe};
 use crate::cpio::Archive;
 use crate::kernel_modules::ModuleTree;
 use crate::l1::{self, Images, OwnImages};
-use crate::nested::end_with_this_process;
+use crate::nested::{Host, end_with_this_process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::fs::{self, File};
@@ -77,33 +76,35 @@ impl OwnKernel {
 
 pub fn command(args: &OwnKernelArgs) -> Result<u8> {
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
+    let images = l1::prepare(&cache, Host::Default)?;
     if args.again {
-        cache.forget("own-kernel")?;
+        images.cache.forget("own-kernel")?;
     }
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = build(&cache, &images, args.keep, jobs)?;
+    let kernel = build(&images, args.keep, jobs)?;
     let release = fs::read_to_string(kernel.folder.join("release"))?;
     println!("{} is Linux {}", kernel.vmlinuz().display(), release.trim());
     Ok(0)
 }
 
 /// The kernel, if it was built and is what would be built now.
-pub fn built(cache: &Cache, images: &Images) -> Result<Option<OwnKernel>> {
-    let fresh = cache.is_fresh("own-kernel", &stamp(&images.kernel_package));
+pub fn built(images: &Images) -> Result<Option<OwnKernel>> {
+    let cache = &images.cache;
+    let fresh = cache.is_fresh("own-kernel", &stamp(images));
     Ok(fresh.then(|| OwnKernel { folder: cache.path("own-kernel") }))
 }
 
 /// Everything that the result depends on, but for the compiler and the lines here: it takes too long to be made again for each of them.
-fn stamp(package: &str) -> String {
-    let mut parts = vec![package, FRAGMENT, LAYOUT];
+fn stamp(images: &Images) -> String {
+    let mut parts = vec![images.kernel_package.as_str(), FRAGMENT, LAYOUT];
     parts.extend(CONFIGURE.iter().chain(BUILD));
     recipe(&parts)
 }
 
 /// Builds the kernel, unless it is there, in so many processes at a time.
-pub fn build(cache: &Cache, images: &Images, keep: bool, jobs: usize) -> Result<OwnKernel> {
-    if let Some(kernel) = built(cache, images)? {
+pub fn build(images: &Images, keep: bool, jobs: usize) -> Result<OwnKernel> {
+    let cache = &images.cache;
+    if let Some(kernel) = built(images)? {
         return Ok(kernel);
     }
     have_packages()?;
@@ -111,15 +112,15 @@ pub fn build(cache: &Cache, images: &Images, keep: bool, jobs: usize) -> Result<
     cache.forget("own-kernel")?;
     let work = Work::new(cache.path("own-kernel.build"), keep)?;
     let start = Instant::now();
-    let source = source(cache, &images.kernel_package, &work.folder)?;
+    let source = source(images, &work.folder)?;
     let log = cache.path("logs/own-kernel.log");
     let mut make = Make { source, out: work.folder.join("out"), log: File::create(&log)?, start, jobs };
     fs::create_dir(&make.out)?;
-    let done = configure(&mut make, &work.folder).and_then(|()| make.run(BUILD));
+    let done = configure(&mut make, &work.folder, FRAGMENT).and_then(|()| make.run(BUILD));
     done.with_context(|| format!("the kernel was not built; {} has the whole output", log.display()))?;
     let folder = cache.path("own-kernel");
     collect(&make.out, &folder)?;
-    cache.stamp("own-kernel", &stamp(&images.kernel_package))?;
+    cache.stamp("own-kernel", &stamp(images))?;
     progress(format_args!("own kernel: built in {} s", start.elapsed().as_secs()));
     Ok(OwnKernel { folder })
 }
@@ -196,11 +197,11 @@ fn missing_packages() -> Vec<&'static str> {
     programs.chain(headers).map(|(_, package)| *package).collect()
 }
 
-/// The source that `package` was built from, unpacked below `folder`.
-fn source(cache: &Cache, package: &Pinned, folder: &Path) -> Result<PathBuf> {
+/// The source that the host's kernel was built from, unpacked below `folder`.
+fn source(images: &Images, folder: &Path) -> Result<PathBuf> {
     progress("own kernel: fetching the source");
-    let apt = l1::apt(cache)?;
-    let pinned = apt.kernel_source(package)?;
+    let apt = l1::apt(&images.cache, images.host)?;
+    let pinned = apt.kernel_source(&images.kernel_package)?;
     let unpacked = folder.join("package");
     apt.unpack(std::slice::from_ref(&pinned), &unpacked)?;
     apt.discard_downloads()?;
@@ -282,21 +283,21 @@ impl Make {
 }
 
 /// Makes the configuration, and sees to it that all of the fragment is in it.
-fn configure(make: &mut Make, folder: &Path) -> Result<()> {
-    let fragment = folder.join("fragment");
-    fs::write(&fragment, FRAGMENT)?;
-    let all = format!("KCONFIG_ALLCONFIG={}", fragment.display());
+fn configure(make: &mut Make, folder: &Path, fragment: &str) -> Result<()> {
+    let file = folder.join("fragment");
+    fs::write(&file, fragment)?;
+    let all = format!("KCONFIG_ALLCONFIG={}", file.display());
     make.run(&[&[all.as_str()], CONFIGURE].concat())?;
     let config = fs::read_to_string(make.out.join(".config"))?;
-    let missing = not_taken(&config);
+    let missing = not_taken(fragment, &config);
     ensure!(missing.is_empty(), "this version's configuration does not take {}", missing.join(" "));
     Ok(())
 }
 
 /// The lines of the fragment that are not in `config`.
-fn not_taken(config: &str) -> Vec<&'static str> {
+fn not_taken<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
     let taken: std::collections::HashSet<&str> = config.lines().collect();
-    FRAGMENT.lines().filter(|line| line.starts_with("CONFIG_") && !taken.contains(line)).collect()
+    fragment.lines().filter(|line| line.starts_with("CONFIG_") && !taken.contains(line)).collect()
 }
 
 /// Takes what is worth keeping out of the build; the folder is there as a whole or not at all.
@@ -325,10 +326,11 @@ fn collect(out: &Path, folder: &Path) -> Result<()> {
 }
 
 /// What an L1 with this kernel has besides: the modules, the kernel for guests, and its modules in the guests' initramfs.
-pub fn images(cache: &Cache, images: &Images, kernel: &OwnKernel) -> Result<OwnImages> {
+pub fn images(images: &Images, kernel: &OwnKernel) -> Result<OwnImages> {
+    let cache = &images.cache;
     let made = cache.path("own.cpio");
     let own = OwnImages { kernel: kernel.vmlinuz(), config: kernel.folder.join("config"), overlay: made.clone() };
-    let recipe = recipe(&[&stamp(&images.kernel_package), &images.recipe, include_str!("own_kernel.rs")]);
+    let recipe = recipe(&[&stamp(images), &images.recipe, include_str!("own_kernel.rs")]);
     if cache.is_fresh("own", &recipe) {
         return Ok(own);
     }
@@ -355,9 +357,9 @@ mod tests {
     fn every_option_of_the_fragment_must_be_in_the_configuration() {
         let options: Vec<&str> = FRAGMENT.lines().filter(|line| line.starts_with("CONFIG_")).collect();
         assert!(options.len() > 100);
-        assert!(not_taken(FRAGMENT).is_empty());
+        assert!(not_taken(FRAGMENT, FRAGMENT).is_empty());
         let without = FRAGMENT.replace("CONFIG_IOMMUFD=m\n", "# CONFIG_IOMMUFD is not set\n");
-        assert_eq!(not_taken(&without), ["CONFIG_IOMMUFD=m"]);
+        assert_eq!(not_taken(FRAGMENT, &without), ["CONFIG_IOMMUFD=m"]);
     }
 
     #[test]

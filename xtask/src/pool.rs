@@ -2,7 +2,7 @@
 //! while another has cases left.
 
 use crate::cases::Case;
-use crate::nested::{Kernel, Machine};
+use crate::nested::{Host, Kernel, Machine};
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -32,8 +32,8 @@ enum Readiness {
 /// What a lane has to do next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Make the own kernel ready.
-    OwnKernel,
+    /// Make the own kernel of a host ready.
+    OwnKernel(Host),
     /// Boot such an L1 for the cases that need it.
     L1(Machine),
 }
@@ -74,11 +74,11 @@ impl Pool {
         let mut groups = self.groups();
         loop {
             // It takes longest, and cases wait for it.
-            if groups.iter().any(|group| group.kernel == Readiness::ToDo) {
-                groups.iter_mut().filter(|group| group.kernel == Readiness::ToDo).for_each(|group| {
-                    group.kernel = Readiness::UnderWay;
-                });
-                return Some(Work::OwnKernel);
+            if let Some(group) = groups.iter().find(|group| group.kernel == Readiness::ToDo) {
+                let host = group.machine.host;
+                let same = |group: &&mut Group| group.kernel == Readiness::ToDo && group.machine.host == host;
+                groups.iter_mut().filter(same).for_each(|group| group.kernel = Readiness::UnderWay);
+                return Some(Work::OwnKernel(host));
             }
             // Every boot costs: an L1 of another kind first, then a second one of a kind that has much to do.
             let next = groups
@@ -96,9 +96,10 @@ impl Pool {
         }
     }
 
-    /// The own kernel is ready; `able` takes out what it cannot run.
-    pub fn own_kernel_is_ready(&self, able: impl Fn(Vec<Case>) -> Vec<Case>) {
-        for group in self.groups().iter_mut().filter(|group| group.kernel == Readiness::UnderWay) {
+    /// The own kernel of that host is ready; `able` takes out what it cannot run.
+    pub fn own_kernel_is_ready(&self, host: Host, able: impl Fn(Vec<Case>) -> Vec<Case>) {
+        let waiting = |group: &&mut Group| group.kernel == Readiness::UnderWay && group.machine.host == host;
+        for group in self.groups().iter_mut().filter(waiting) {
             group.cases = able(std::mem::take(&mut group.cases));
             group.kernel = Readiness::Ready;
         }
@@ -193,12 +194,12 @@ mod tests {
     #[test]
     fn whoever_has_nothing_else_to_do_waits_for_the_own_kernel() {
         let pool = pool(&[("a", ""), ("x", OWN), ("y", &format!("{OWN}{PORTS}")), ("z", OWN)]);
-        assert_eq!(pool.work(), Some(Work::OwnKernel));
+        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
         assert_eq!(pool.work(), Some(Work::L1(machine(""))));
         assert!(pool.take(&machine("")).is_some());
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| pool.work());
-            pool.own_kernel_is_ready(|mut cases| {
+            pool.own_kernel_is_ready(Host::Default, |mut cases| {
                 cases.retain(|case| case.name != "y");
                 cases
             });
@@ -209,12 +210,25 @@ mod tests {
     }
 
     #[test]
+    fn each_host_has_an_own_kernel() {
+        let new = format!("{OWN}# host: new\n");
+        let pool = pool(&[("x", OWN), ("y", &new)]);
+        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
+        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::New)));
+        pool.own_kernel_is_ready(Host::New, |cases| cases);
+        assert_eq!(pool.work(), Some(Work::L1(machine(&new))));
+        pool.own_kernel_is_ready(Host::Default, |cases| cases);
+        assert_eq!(pool.work(), Some(Work::L1(machine(OWN))));
+        assert_eq!(pool.work(), None);
+    }
+
+    #[test]
     fn cases_of_a_kernel_that_there_will_not_be_are_given_up() {
         let pool = pool(&[("x", OWN)]);
-        assert_eq!(pool.work(), Some(Work::OwnKernel));
+        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| pool.work());
-            pool.own_kernel_is_ready(|cases| {
+            pool.own_kernel_is_ready(Host::Default, |cases| {
                 assert_eq!(cases.len(), 1);
                 Vec::new()
             });

@@ -6,11 +6,13 @@ use crate::crate_tests::{self, cargo};
 use crate::images;
 use crate::l1;
 use crate::lanes::{self, Bench};
+use crate::nested::Host;
 use crate::programs;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result};
 use clap::Args;
 use regex::Regex;
+use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::Command;
@@ -33,6 +35,9 @@ pub struct TestArgs {
     /// Also what takes longer than a minute
     #[arg(long)]
     long: bool,
+    /// Runs the nested cases on this host, all of them; those that ask for `new` otherwise need --long or --only
+    #[arg(long, value_enum, default_value = "default")]
+    host: Host,
     /// At most so many L1s at a time, instead of one a processor where memory allows (6 GiB each)
     #[arg(long, value_name = "N")]
     jobs: Option<NonZero<usize>>,
@@ -89,7 +94,7 @@ const CHECKS: &[Check] = &[
 
 pub fn command(args: &TestArgs) -> Result<u8> {
     let (files, cases) = cases::load()?;
-    let wanted: Vec<Case> = cases.into_iter().filter(|case| args.wants(&case.full_name())).collect();
+    let mut wanted: Vec<Case> = cases.into_iter().filter(|case| args.wants(&case.full_name())).collect();
     let reporter = Reporter::new(true);
     let built = if args.may_want_crates() { crate_tests::build() } else { Ok(Vec::new()) };
     let mut executables = match built {
@@ -129,11 +134,16 @@ pub fn command(args: &TestArgs) -> Result<u8> {
     }
     images::run(&suite, &reporter)?;
     let mut run = Vec::new();
+    if args.host == Host::New {
+        wanted.iter_mut().for_each(|case| case.machine.host = Host::New);
+    }
     for case in wanted {
         if args.no_nested {
             reporter.add(&case.full_name(), Outcome::Skipped("--no-nested".to_owned()), None);
         } else if case.long && !args.long {
             reporter.add(&case.full_name(), Outcome::Skipped("takes more than a minute: --long".to_owned()), None);
+        } else if case.machine.host == Host::New && args.host != Host::New && !args.long && args.only.is_none() {
+            reporter.add(&case.full_name(), Outcome::Skipped("is for the newer host: --long".to_owned()), None);
         } else {
             run.push(case);
         }
@@ -174,13 +184,32 @@ fn available(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|result| result.status.success())
 }
 
-fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
+fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], mut cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
     let programs = programs::build(args.causeway.as_deref())?;
     reporter.took("building the static programs", start.elapsed());
     let start = Instant::now();
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache)?;
+    let mut images = BTreeMap::new();
+    for host in [Host::Default, Host::New] {
+        let its = |case: &Case| case.machine.host == host;
+        if !cases.iter().any(its) {
+            continue;
+        }
+        match l1::prepare(&cache, host) {
+            Ok(made) => {
+                images.insert(host, made);
+            }
+            // Whoever asked for it is told; otherwise this machine's archive may not have it.
+            Err(error) if host == Host::New && args.host != Host::New => {
+                let reason = Outcome::Skipped(format!("there is no newer host: {error:#}").replace('\n', " "));
+                cases.extract_if(.., |case| its(case)).for_each(|case| {
+                    reporter.add(&case.full_name(), reason.clone(), None);
+                });
+            }
+            Err(error) => return Err(error),
+        }
+    }
     reporter.took("making the bench ready", start.elapsed());
     cache.forget_logs("cases-")?;
     let bench = Bench { cache: &cache, images: &images, programs: &programs, files, reporter };
