@@ -17,14 +17,14 @@ use vm_memory::{
 
 use crate::fault::{Access, Fault};
 use crate::ids::{Gpa, Iova, Requester};
-use crate::iotlb::{Iotlb, SessionToken};
+use crate::iotlb::{Iotlb, Sampled, SessionToken};
 use crate::space::{Msi, Perm};
 use crate::spaces::Source;
 use crate::spec::fault::FaultReason;
 use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use crate::tables::{Resolved, Unresolved, resolve};
-use crate::unit::Unit;
-use crate::walk::{Translated, permits, translate};
+use crate::unit::{Shared, Unit};
+use crate::walk::{DIRECTORY_SPAN, Directory, Translated, permits};
 
 const PAGE: u64 = 4096;
 
@@ -149,16 +149,27 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();
+        self.walk_cached(sampled, iova, wanted).map_or_else(|| self.walk_tables(sampled, iova, wanted), Ok)
+    }
+
+    /// A walk from what is cached of the tables. `None` where that is not enough, and where the access is not permitted: what is
+    /// told about that is as the tables are now.
+    fn walk_cached(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        let Shared { memory, config, .. } = &self.unit.shared;
+        let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN) {
+            Some(word) => Directory::unpack(word).translate(memory, config, iova, wanted.first),
+            None => self.walk_from(sampled, Resolved::unpack(self.iotlb.context(sampled)?, config), iova, wanted.first),
+        };
+        let found = found.ok().filter(|found| wanted.permitted(found.perm).is_ok())?;
+        self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
+        Some(found.page)
+    }
+
+    /// A walk from the root table.
+    fn walk_tables(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         let shared = &self.unit.shared;
         // Sampled before: an id that changes takes the epoch forward.
         let source = shared.sources.load().of(self.requester);
-        let fault_of = |access: Access, reason: FaultReason, disabled: bool| {
-            let silenced = disabled && reason.qualified();
-            DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
-        };
-        let fault = |reason, disabled| fault_of(wanted.first, reason, disabled);
-        let page = Gpa(iova.0 & !(PAGE - 1));
-        let untranslated = Translated { page, perm: Perm::ReadWrite, large: false };
         let translation = **shared.translation.load();
         let resolved = match source {
             Source::Own(id) => resolve(&shared.memory, &shared.config, translation, id),
@@ -167,28 +178,51 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             Source::Shared(_) => Err(FaultReason::ContextInvalid.into()),
             Source::None => return Err(DmaError::NoSourceId(iova)),
         };
-        let (domain, found) = match resolved {
-            Ok(Resolved::Off) => (None, untranslated),
-            Ok(Resolved::PassThrough { domain, fault_processing_disable }) => {
-                // Pass-through is for addresses of the unit's width, too. Section 3.9.
-                if iova.0 >> shared.config.host_address_width != 0 {
-                    return Err(fault(FaultReason::AddressBeyondWidth, fault_processing_disable));
-                }
-                (Some(domain), untranslated)
-            }
-            Ok(Resolved::Paged { space, fault_processing_disable }) => {
-                let found = translate(&shared.memory, &shared.config, &space, iova, wanted.first);
-                let found = found.map_err(|reason| fault(reason, fault_processing_disable))?;
-                let permitted = wanted.permitted(found.perm);
-                permitted.map_err(|(access, reason)| fault_of(access, reason, fault_processing_disable))?;
-                (Some(space.domain), found)
-            }
-            Err(Unresolved { reason, fault_processing_disable }) => {
-                return Err(fault(reason, fault_processing_disable));
-            }
+        let fault = |access: Access, reason: FaultReason, disabled: bool| {
+            let silenced = disabled && reason.qualified();
+            DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
         };
-        self.iotlb.insert(sampled, domain, iova.0 / PAGE, found);
+        let resolved = resolved.map_err(|Unresolved { reason, fault_processing_disable }| {
+            fault(wanted.first, reason, fault_processing_disable)
+        })?;
+        self.iotlb.note_domain(resolved.domain());
+        self.iotlb.insert_context(sampled, resolved.pack());
+        let disabled = resolved.fault_processing_disable();
+        let found = self.walk_from(sampled, resolved, iova, wanted.first);
+        let found = found.map_err(|reason| fault(wanted.first, reason, disabled))?;
+        wanted.permitted(found.perm).map_err(|(access, reason)| fault(access, reason, disabled))?;
+        self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
         Ok(found.page)
+    }
+
+    /// A walk from what the tables say about the requester, whose domain has been noted.
+    fn walk_from(
+        &self,
+        sampled: Sampled,
+        resolved: Resolved,
+        iova: Iova,
+        access: Access,
+    ) -> Result<Translated, FaultReason> {
+        let Shared { memory, config, .. } = &self.unit.shared;
+        let untranslated = Translated { page: Gpa(iova.0 & !(PAGE - 1)), perm: Perm::ReadWrite };
+        match resolved {
+            Resolved::Off => Ok(untranslated),
+            // Pass-through is for addresses of the unit's width, too. Section 3.9.
+            Resolved::PassThrough { .. } if iova.0 >> config.host_address_width != 0 => {
+                Err(FaultReason::AddressBeyondWidth)
+            }
+            Resolved::PassThrough { .. } => Ok(untranslated),
+            Resolved::Paged { space, .. } => {
+                let directory = Directory::find(memory, config, &space, iova, access)?;
+                if directory.large() {
+                    self.iotlb.note_large();
+                }
+                if let Some(word) = directory.pack() {
+                    self.iotlb.insert_directory(sampled, iova.0 / DIRECTORY_SPAN, word);
+                }
+                directory.translate(memory, config, iova, access)
+            }
+        }
     }
 }
 

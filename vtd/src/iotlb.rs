@@ -1,34 +1,56 @@
-//! Cached translations of one endpoint, for emulated DMA (rule 6): a direct-mapped table of pages that is read without a
-//! lock, and the record of the DMA sessions in flight.
+//! What one endpoint caches, for emulated DMA (rule 6), read without a lock; and the record of its sessions in flight.
 //!
-//! **A hit** loads the generation and one slot; a slot is a sequence lock over three words, so a reader never waits.
+//! Three tables are cached: **pages** (an IOTLB), **directories**, which are what the entries above level 1 lead to for
+//! 2 MiB (a paging-structure cache, section 6.2.5), and the **context** entry (section 6.2.3). A slot of them is a sequence
+//! lock over three words, so a reader never waits. Pages and directories have sets of two.
+//!
+//! **A hit** loads the generation and a slot.
 //!
 //! **A miss** samples `epoch` and the generation before the first table read, walks the guest's tables with no lock,
-//! and stores the result only if, with the slot held, `epoch` is still the same.
+//! from what is cached of the same generation, and stores what it found only if, with the slot held, `epoch` is still the
+//! same. Before that it notes the domain, and whether the leaf is a large one.
 //!
 //! **An invalidation** first advances `epoch`: from then on no walk that began earlier is stored. Then it takes the
-//! generation forward (everything is stale at once), or, for a few pages, empties just their slots. A store that
-//! passed its check before `epoch` moved holds its slot until it is done, so the emptying waits for it and finds it.
-//! Last, it waits for each session that is open: the access of a session may still use what was just invalidated.
+//! generation forward (everything is stale at once), or, for a few pages, empties just the slots of their directories (more
+//! than an invalidation with IH set asks for), advances `epoch` again, since walks may have begun from these, and empties the
+//! slots of the pages. A store that passed its check before `epoch` moved holds its slot until it is done, so the emptying
+//! waits for it and finds it. Last, it waits for each session that is open: the access of a session may still use what was
+//! just invalidated. Invalidations of one endpoint come one at a time.
 //!
-//! A session is a slot in `sessions`: odd while it is open. The waiter notes the odd ones and waits until each of them
-//! has changed, so sessions that begin later cannot hold it up. Both sides have a full fence between their store and
-//! their loads: either the session sees the invalidation, or the invalidation sees the session.
-
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+//! A session is a word of `sessions`: odd while it is open. The waiter notes the odd ones and waits until each of them
+//! has changed, so sessions that begin later cannot hold it up.
+//!
+//! # Why the orderings are as they are
+//!
+//! Each is needed: with it weaker, the model on its right (`tests/models`, the code of this file under loom) fails.
+//!
+//! | ordering | what it is for | model |
+//! |---|---|---|
+//! | fence of `open_session`, of `wait_for_sessions` | the session sees the invalidation, or the invalidation the session | `an_access_..` |
+//! | `close_session` release, `wait_for_sessions` acquire | the accesses of a session come before what its waiter does next | `an_access_..` |
+//! | sequence acquire, fence acquire in `Slot::get`; release in `Slot::give_back`; fence of `Slot::take` | a hit is of one store | `a_hit_..` |
+//! | fence of `Slot::take` against that of `advance_epoch` | a store sees the new epoch, or the emptying sees the store, the domain and the size | `a_walk_..` |
+//! | sequence acquire in `Slot::empty` | it sees what was stored | `a_walk_..` |
+//! | `epoch` release in `advance_epoch`, acquire in `sample` | a walk of the new epoch reads the tables of it | `a_walk_..` |
+//! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `what_a_walk_noted_..` |
 
 use crate::ids::{DomainId, Gpa};
 use crate::space::Perm;
-use crate::walk::Translated;
+use crate::sync::{
+    AtomicBool, AtomicU32, AtomicU64, DIRECTORY_SETS, Ordering, PAGE_SETS, SESSIONS, fence, fence_after_update, relax,
+    thread_number,
+};
 
-const SLOTS: usize = 1024;
-const SESSIONS: usize = 16;
 /// Up to this many pages an invalidation empties slots; beyond it takes the generation forward.
 const MAX_PAGES_BY_SLOT: u64 = 64;
+/// Pages of a directory.
+const DIRECTORY_PAGES: u64 = 512;
 
 // `domain` is a domain id, or one of these.
 const NO_DOMAIN: u32 = u32::MAX;
 const MANY_DOMAINS: u32 = u32::MAX - 1;
+/// What is not translated is told from every domain id: an invalidation of a domain does not reach it.
+const UNTRANSLATED: u32 = 1 << 16;
 
 /// Which cached translations an invalidation reaches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,42 +63,138 @@ pub(crate) enum Scope {
     Pages(DomainId, u64, u64),
 }
 
+/// What is cached of one key.
 #[derive(Default)]
 struct Slot {
     /// Odd while it is written.
     sequence: AtomicU32,
-    /// Page number of the IOVA.
-    page: AtomicU64,
-    /// Page of the GPA, permission in bits 1:0.
-    target: AtomicU64,
+    key: AtomicU64,
+    value: AtomicU64,
     /// The slot is empty unless this is the current generation.
     generation: AtomicU64,
 }
 
-/// When a walk began; what it finds may be stored only if no invalidation came since.
+impl Slot {
+    #[inline]
+    fn get(&self, key: u64, generation: u64) -> Option<u64> {
+        let before = self.sequence.load(Ordering::Acquire);
+        let found = (self.key.load(Ordering::Relaxed), self.generation.load(Ordering::Relaxed));
+        let value = self.value.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let of_one_store = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
+        (of_one_store && found == (key, generation)).then_some(value)
+    }
+
+    /// Holds the slot for a store, unless somebody does; the sequence that it had. What comes before is seen by whoever
+    /// does not see it held, and no store that comes after is seen by whoever does not.
+    fn take(&self) -> Option<u32> {
+        let sequence = self.sequence.load(Ordering::Relaxed);
+        let next = sequence.wrapping_add(1);
+        let free = sequence & 1 == 0;
+        let taken =
+            free && self.sequence.compare_exchange(sequence, next, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        fence_after_update();
+        taken.then_some(sequence)
+    }
+
+    fn give_back(&self, sequence: u32) {
+        self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
+    }
+
+    /// Empties the slot if it has `key`, when no store is under way. After the epoch was advanced: a store that begins now
+    /// is of a walk that began after it.
+    fn empty(&self, key: u64) {
+        let mut turn = 0;
+        while self.sequence.load(Ordering::Acquire) & 1 != 0 {
+            relax(turn);
+            turn += 1;
+        }
+        if self.key.load(Ordering::Relaxed) == key {
+            self.generation.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Two keys that do not push each other out. A cache line.
+#[derive(Default)]
+#[repr(align(64))]
+struct Set([Slot; 2]);
+
+impl Set {
+    #[inline]
+    fn get(&self, key: u64, generation: u64) -> Option<u64> {
+        self.0[0].get(key, generation).or_else(|| self.0[1].get(key, generation))
+    }
+
+    /// Where `key` is to be stored: where it is, else where nothing is, else where less was stored.
+    fn slot_for(&self, key: u64, generation: u64) -> &Slot {
+        let [first, second] = &self.0;
+        let has = |slot: &Slot| slot.key.load(Ordering::Relaxed) == key;
+        let is_free = |slot: &Slot| slot.generation.load(Ordering::Relaxed) != generation;
+        let stores = |slot: &Slot| slot.sequence.load(Ordering::Relaxed);
+        let by_rank = [has(first), has(second), is_free(first), is_free(second)];
+        match by_rank.iter().position(|is| *is) {
+            Some(rank) => &self.0[rank % 2],
+            None if stores(first) <= stores(second) => first,
+            None => second,
+        }
+    }
+}
+
+/// A table of sets; a key's set is named by its lowest bits.
+struct Table<const SETS: usize>(Box<[Set]>);
+
+impl<const SETS: usize> Default for Table<SETS> {
+    fn default() -> Self {
+        Self((0..SETS).map(|_| Set::default()).collect())
+    }
+}
+
+impl<const SETS: usize> Table<SETS> {
+    #[inline]
+    fn set(&self, key: u64) -> &Set {
+        &self.0[key as usize % SETS]
+    }
+
+    fn empty(&self, key: u64) {
+        self.set(key).0.iter().for_each(|slot| slot.empty(key));
+    }
+}
+
+/// Keeps what different threads write on different cache lines; some processors fetch them in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct Session(AtomicU64);
+
+/// When a walk began; what it finds may be stored only if no invalidation came since. The order of the two does not
+/// matter: what is of the old epoch is not stored, and of the old generation nothing is found.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sampled {
     epoch: u64,
     generation: u64,
 }
 
-/// The cached translations and the sessions of one endpoint.
+/// What is cached of one endpoint, and its sessions.
 pub(crate) struct Iotlb {
-    slots: Box<[Slot]>,
+    pages: Table<PAGE_SETS>,
+    directories: Table<DIRECTORY_SETS>,
+    context: Slot,
     /// From 1: a slot that was never written is of no generation.
     generation: AtomicU64,
     epoch: AtomicU64,
     /// The domain that everything cached belongs to.
     domain: AtomicU32,
-    /// A page of a large leaf is cached: an invalidation of any part of the leaf must find it.
+    /// Something of a large leaf is cached: an invalidation of any part of the leaf must find it.
     large: AtomicBool,
-    sessions: [AtomicU64; SESSIONS],
+    sessions: [Session; SESSIONS],
 }
 
 impl Default for Iotlb {
     fn default() -> Self {
         Self {
-            slots: (0..SLOTS).map(|_| Slot::default()).collect(),
+            pages: Table::default(),
+            directories: Table::default(),
+            context: Slot::default(),
             generation: AtomicU64::new(1),
             epoch: AtomicU64::new(0),
             domain: AtomicU32::new(NO_DOMAIN),
@@ -94,198 +212,149 @@ pub(crate) struct SessionToken {
 }
 
 impl Iotlb {
-    fn slot(&self, page: u64) -> &Slot {
-        &self.slots[page as usize % SLOTS]
-    }
-
-    /// The cached translation of a page. Takes no lock.
+    /// The cached translation of a page.
+    #[inline]
     pub(crate) fn get(&self, page: u64) -> Option<(Gpa, Perm)> {
-        let generation = self.generation.load(Ordering::Acquire);
-        let slot = self.slot(page);
-        let before = slot.sequence.load(Ordering::Acquire);
-        let found = (slot.page.load(Ordering::Relaxed), slot.generation.load(Ordering::Relaxed));
-        let target = slot.target.load(Ordering::Relaxed);
-        fence(Ordering::Acquire);
-        let consistent = before & 1 == 0 && slot.sequence.load(Ordering::Relaxed) == before;
-        if !consistent || found != (page, generation) {
-            return None;
-        }
-        let perm = Perm::from_bits(target & 1 != 0, target & 2 != 0)?;
-        Some((Gpa(target & !0xfff), perm))
+        let value = self.pages.set(page).get(page, self.generation.load(Ordering::Relaxed))?;
+        let perm = Perm::from_bits(value & 1 != 0, value & 2 != 0)?;
+        Some((Gpa(value & !0xfff), perm))
     }
 
     /// To be called before the first table read of a walk.
     pub(crate) fn sample(&self) -> Sampled {
-        let epoch = self.epoch.load(Ordering::SeqCst);
-        Sampled { epoch, generation: self.generation.load(Ordering::SeqCst) }
+        let epoch = self.epoch.load(Ordering::Acquire);
+        Sampled { epoch, generation: self.generation.load(Ordering::Acquire) }
     }
 
-    /// Stores what a walk found, unless an invalidation came since `sampled`, or the slot is busy. `domain` is `None` for
-    /// requests that are not translated.
-    pub(crate) fn insert(&self, sampled: Sampled, domain: Option<DomainId>, page: u64, found: Translated) {
-        let slot = self.slot(page);
-        let sequence = slot.sequence.load(Ordering::Relaxed);
-        let held = sequence & 1 == 0
-            && slot
-                .sequence
-                .compare_exchange(sequence, sequence.wrapping_add(1), Ordering::SeqCst, Ordering::Relaxed)
-                .is_ok();
-        if !held {
+    /// What is cached for the 2 MiB with this number. Its domain has been noted, and its size.
+    pub(crate) fn directory(&self, sampled: Sampled, number: u64) -> Option<u64> {
+        self.directories.set(number).get(number, sampled.generation)
+    }
+
+    /// What is cached of the context entry. Its domain has been noted.
+    pub(crate) fn context(&self, sampled: Sampled) -> Option<u64> {
+        self.context.get(0, sampled.generation)
+    }
+
+    /// Notes the domain that something belongs to, before it is stored; `None` for what is not translated.
+    pub(crate) fn note_domain(&self, domain: Option<DomainId>) {
+        let domain = domain.map_or(UNTRANSLATED, |domain| u32::from(domain.0));
+        if self.domain.load(Ordering::Relaxed) == domain {
             return;
         }
-        // No store below is seen before the odd sequence is.
-        fence(Ordering::Release);
-        self.note_domain(domain);
-        if found.large {
-            self.large.store(true, Ordering::SeqCst);
+        let noted = self.domain.compare_exchange(NO_DOMAIN, domain, Ordering::Relaxed, Ordering::Relaxed);
+        if noted.is_err_and(|other| other != domain) {
+            self.domain.store(MANY_DOMAINS, Ordering::Relaxed);
         }
-        if self.epoch.load(Ordering::SeqCst) == sampled.epoch {
-            let perm = u64::from(found.perm.readable()) | u64::from(found.perm.writable()) << 1;
-            slot.page.store(page, Ordering::Relaxed);
-            slot.target.store(found.page.0 & !0xfff | perm, Ordering::Relaxed);
-            slot.generation.store(sampled.generation, Ordering::Relaxed);
-        }
-        slot.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    fn note_domain(&self, domain: Option<DomainId>) {
-        // What is not translated is told from every domain id: an invalidation of a domain does not reach it.
-        let domain = domain.map_or(1 << 16, |domain| u32::from(domain.0));
-        let noted = self.domain.compare_exchange(NO_DOMAIN, domain, Ordering::SeqCst, Ordering::SeqCst);
-        if noted.is_err_and(|other| other != domain) {
-            self.domain.store(MANY_DOMAINS, Ordering::SeqCst);
+    /// Notes that something is of a large leaf, before it is stored.
+    pub(crate) fn note_large(&self) {
+        self.large.store(true, Ordering::Relaxed);
+    }
+
+    /// Stores the translation of a page, unless an invalidation came since `sampled`, or the slot is busy.
+    pub(crate) fn insert_page(&self, sampled: Sampled, page: u64, target: Gpa, perm: Perm) {
+        let value = target.0 & !0xfff | u64::from(perm.readable()) | u64::from(perm.writable()) << 1;
+        self.insert(self.pages.set(page).slot_for(page, sampled.generation), sampled, page, value);
+    }
+
+    /// The same for the directory of the 2 MiB with this number.
+    pub(crate) fn insert_directory(&self, sampled: Sampled, number: u64, value: u64) {
+        let slot = self.directories.set(number).slot_for(number, sampled.generation);
+        self.insert(slot, sampled, number, value);
+    }
+
+    /// The same for the context entry.
+    pub(crate) fn insert_context(&self, sampled: Sampled, value: u64) {
+        self.insert(&self.context, sampled, 0, value);
+    }
+
+    fn insert(&self, slot: &Slot, sampled: Sampled, key: u64, value: u64) {
+        let Some(sequence) = slot.take() else { return };
+        if self.epoch.load(Ordering::Relaxed) == sampled.epoch {
+            slot.key.store(key, Ordering::Relaxed);
+            slot.value.store(value, Ordering::Relaxed);
+            slot.generation.store(sampled.generation, Ordering::Relaxed);
         }
+        slot.give_back(sequence);
     }
 
     /// Makes stale what `scope` reaches, of walks that end later, too. Does not wait for sessions.
     pub(crate) fn invalidate(&self, scope: Scope) {
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-        let cached = self.domain.load(Ordering::SeqCst);
+        self.advance_epoch();
+        let cached = self.domain.load(Ordering::Relaxed);
         let reaches = |domain: DomainId| cached == MANY_DOMAINS || cached == u32::from(domain.0);
         match scope {
             Scope::Everything => self.forget(),
             Scope::Domain(domain) if reaches(domain) => self.forget(),
             Scope::Pages(domain, first, last) if reaches(domain) => {
                 let (first, last) = (first >> 12, last >> 12);
-                if last - first >= MAX_PAGES_BY_SLOT || self.large.load(Ordering::SeqCst) {
+                if last - first >= MAX_PAGES_BY_SLOT || self.large.load(Ordering::Relaxed) {
                     self.forget();
                 } else {
-                    (first..=last).for_each(|page| self.empty(page));
+                    let directories = first / DIRECTORY_PAGES..=last / DIRECTORY_PAGES;
+                    directories.for_each(|number| self.directories.empty(number));
+                    // A walk of the new epoch may have found a directory before it went.
+                    self.advance_epoch();
+                    (first..=last).for_each(|page| self.pages.empty(page));
                 }
             }
             Scope::Domain(_) | Scope::Pages(..) => {}
         }
     }
 
+    /// No walk that began before is stored from now on.
+    fn advance_epoch(&self) {
+        self.epoch.fetch_add(1, Ordering::Release);
+        fence_after_update();
+    }
+
     fn forget(&self) {
         // In this order: what is noted after the generation moved belongs to the new one.
-        self.domain.store(NO_DOMAIN, Ordering::SeqCst);
-        self.large.store(false, Ordering::SeqCst);
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.domain.store(NO_DOMAIN, Ordering::Relaxed);
+        self.large.store(false, Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
     }
 
-    fn empty(&self, page: u64) {
-        let slot = self.slot(page);
-        loop {
-            let sequence = slot.sequence.load(Ordering::Relaxed);
-            let next = sequence.wrapping_add(1);
-            if sequence & 1 == 0
-                && slot.sequence.compare_exchange(sequence, next, Ordering::SeqCst, Ordering::Relaxed).is_ok()
-            {
-                fence(Ordering::Release);
-                if slot.page.load(Ordering::Relaxed) == page {
-                    slot.generation.store(0, Ordering::Relaxed);
-                }
-                slot.sequence.store(next.wrapping_add(1), Ordering::Release);
-                return;
-            }
-            std::hint::spin_loop();
-        }
-    }
-
-    /// Opens a session. Takes no lock; waits only while sixteen sessions of this endpoint are open.
+    /// Opens a session. Takes no lock; waits only while all sessions of this endpoint are open.
+    #[inline]
     pub(crate) fn open_session(&self) -> SessionToken {
+        // Each thread begins at a word of its own, so that threads do not take a cache line from each other.
+        let own = thread_number();
+        let mut turn = 0;
         loop {
-            for (index, session) in self.sessions.iter().enumerate() {
+            for index in (0..SESSIONS).map(|offset| (own + offset) % SESSIONS) {
+                let session = &self.sessions[index].0;
                 let number = session.load(Ordering::Relaxed);
                 if number & 1 == 0
-                    && session.compare_exchange(number, number + 1, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+                    && session.compare_exchange(number, number + 1, Ordering::Relaxed, Ordering::Relaxed).is_ok()
                 {
-                    fence(Ordering::SeqCst);
+                    fence_after_update();
                     return SessionToken { index, number: number + 1 };
                 }
             }
-            std::thread::yield_now();
+            relax(turn);
+            turn += 1;
         }
     }
 
     /// Closes a session.
+    #[inline]
     pub(crate) fn close_session(&self, token: &SessionToken) {
-        self.sessions[token.index].store(token.number + 1, Ordering::Release);
+        self.sessions[token.index].0.store(token.number + 1, Ordering::Release);
     }
 
     /// Waits for every session that is open now.
     pub(crate) fn wait_for_sessions(&self) {
         fence(Ordering::SeqCst);
-        for session in &self.sessions {
+        for Session(session) in &self.sessions {
             let number = session.load(Ordering::Acquire);
-            let mut spins = 0u32;
+            let mut turn = 0;
             while number & 1 != 0 && session.load(Ordering::Acquire) == number {
-                spins += 1;
-                if spins < 128 { std::hint::spin_loop() } else { std::thread::yield_now() }
+                relax(turn);
+                turn += 1;
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const FOUND: Translated = Translated { page: Gpa(0x9000), perm: Perm::ReadWrite, large: false };
-    const DOMAIN: DomainId = DomainId(1);
-
-    #[test]
-    fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
-        // Also when the invalidation had nothing of its domain to empty: the walk may be about to find just that.
-        for scope in [Scope::Everything, Scope::Domain(DOMAIN), Scope::Pages(DOMAIN, 0x5000, 0x5fff)] {
-            let iotlb = Iotlb::default();
-            let sampled = iotlb.sample();
-            iotlb.invalidate(scope);
-            iotlb.insert(sampled, Some(DOMAIN), 5, FOUND);
-            assert_eq!(iotlb.get(5), None, "{scope:?}");
-            iotlb.insert(iotlb.sample(), Some(DOMAIN), 5, FOUND);
-            assert_eq!(iotlb.get(5), Some((Gpa(0x9000), Perm::ReadWrite)));
-        }
-    }
-
-    #[test]
-    fn rule6_an_invalidation_of_a_few_pages_empties_just_their_slots() {
-        let iotlb = Iotlb::default();
-        // The third has the same slot as the first.
-        for page in [5, 6, 5 + SLOTS as u64] {
-            iotlb.insert(iotlb.sample(), Some(DOMAIN), page, FOUND);
-        }
-        assert_eq!((iotlb.get(5), iotlb.get(5 + SLOTS as u64)), (None, Some((Gpa(0x9000), Perm::ReadWrite))));
-        iotlb.invalidate(Scope::Pages(DOMAIN, 0x5000, 0x5fff));
-        assert!(iotlb.get(5 + SLOTS as u64).is_some(), "another page in that slot");
-        iotlb.invalidate(Scope::Pages(DOMAIN, 0x6000, 0x6fff));
-        assert_eq!(iotlb.get(6), None);
-        iotlb.invalidate(Scope::Pages(DOMAIN, 0x100_0000, 0x1ff_ffff));
-        assert!(iotlb.get(5 + SLOTS as u64).is_none(), "many pages take the generation forward");
-    }
-
-    #[test]
-    fn rule6_translations_of_several_domains_are_reached_by_each() {
-        let iotlb = Iotlb::default();
-        iotlb.insert(iotlb.sample(), Some(DOMAIN), 5, FOUND);
-        iotlb.insert(iotlb.sample(), Some(DomainId(2)), 6, FOUND);
-        iotlb.invalidate(Scope::Domain(DOMAIN));
-        assert_eq!(iotlb.get(5), None);
-        iotlb.insert(iotlb.sample(), None, 7, FOUND);
-        iotlb.invalidate(Scope::Domain(DomainId(0)));
-        assert!(iotlb.get(7).is_some(), "what is not translated belongs to no domain");
-        iotlb.invalidate(Scope::Everything);
-        assert_eq!(iotlb.get(7), None);
     }
 }

@@ -29,6 +29,8 @@ mod endpoint;
 mod fault;
 pub mod ids;
 mod iotlb;
+#[cfg(test)]
+mod iotlb_test;
 mod memory;
 mod queue;
 mod registers;
@@ -43,6 +45,7 @@ mod spaces;
 pub mod spec;
 mod state;
 mod stats;
+mod sync;
 mod tables;
 mod unit;
 mod waiting;

@@ -1,6 +1,7 @@
 //! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
 //! and 3.4.3.
 
+use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use crate::config::UnitConfig;
@@ -29,6 +30,66 @@ pub(crate) enum Resolved {
     PassThrough { domain: DomainId, fault_processing_disable: bool },
     /// A page table.
     Paged { space: PagedSpace, fault_processing_disable: bool },
+}
+
+impl Resolved {
+    /// The domain that tags what is cached of it; none without translation.
+    pub(crate) fn domain(&self) -> Option<DomainId> {
+        match self {
+            Self::Off => None,
+            Self::PassThrough { domain, .. } => Some(*domain),
+            Self::Paged { space, .. } => Some(space.domain),
+        }
+    }
+
+    /// FPD of its context entry.
+    pub(crate) fn fault_processing_disable(&self) -> bool {
+        match self {
+            Self::Off => false,
+            Self::PassThrough { fault_processing_disable, .. } | Self::Paged { fault_processing_disable, .. } => {
+                *fault_processing_disable
+            }
+        }
+    }
+
+    /// As one word, to be cached. Fault Processing Disable is left out: a fault is told by the tables, not by a cache.
+    pub(crate) fn pack(&self) -> u64 {
+        let packed = PackedContext::new();
+        match self {
+            Self::Off => packed,
+            Self::PassThrough { domain, .. } => packed.with_pass_through(true).with_domain(domain.0),
+            Self::Paged { space, .. } => {
+                packed.with_width(space.width).with_domain(space.domain.0).with_root_page(space.root.0 >> 12)
+            }
+        }
+        .into_bits()
+    }
+
+    /// What was packed, of the unit with this `config`.
+    pub(crate) fn unpack(word: u64, config: &UnitConfig) -> Self {
+        let packed = PackedContext::from_bits(word);
+        let (domain, fault_processing_disable) = (DomainId(packed.domain()), false);
+        match packed.width() {
+            0 if packed.pass_through() => Self::PassThrough { domain, fault_processing_disable },
+            0 => Self::Off,
+            width => {
+                let root = Gpa(packed.root_page() << 12);
+                let space = PagedSpace { unit: config.id, root, width, stage: Stage::Second, domain };
+                Self::Paged { space, fault_processing_disable }
+            }
+        }
+    }
+}
+
+#[bitfield(u64)]
+struct PackedContext {
+    domain: u16,
+    /// Guest address width in bits, 0 without a page table.
+    #[bits(7)]
+    width: u8,
+    pass_through: bool,
+    #[bits(40)]
+    root_page: u64,
 }
 
 /// Why the tables say nothing.

@@ -1,5 +1,6 @@
 //! Walks of second-stage tables: of one address, for a request, and of a range, for a re-sync. Section 3.7.
 
+use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use crate::config::UnitConfig;
@@ -8,7 +9,7 @@ use crate::ids::{Gpa, Iova};
 use crate::memory::Words;
 use crate::space::{Mapping, PagedSpace, Perm};
 use crate::spec::fault::FaultReason;
-use crate::spec::second_stage::{LEVEL_BITS, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
+use crate::spec::second_stage::{LEVEL_BITS, PAGE_SIZE, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
 use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 
 /// Naturally aligned span within which a whole-space re-sync merges leaves (B-7).
@@ -54,8 +55,6 @@ pub(crate) struct Translated {
     /// Where the page of the IOVA is.
     pub(crate) page: Gpa,
     pub(crate) perm: Perm,
-    /// Whether the leaf is larger than a page.
-    pub(crate) large: bool,
 }
 
 /// Whether `perm` lets `access` through; else the reason.
@@ -74,44 +73,119 @@ const fn denied(access: Access) -> FaultReason {
     }
 }
 
-/// Translates one address. Section 3.7; each fault with its reason of section 7.1.3.
-pub(crate) fn translate<M: GuestMemoryBackend>(
-    memory: &M,
-    config: &UnitConfig,
-    space: &PagedSpace,
-    iova: Iova,
-    access: Access,
-) -> Result<Translated, FaultReason> {
-    if iova.0 >> space.width.min(config.aw_bits) != 0 {
-        return Err(FaultReason::AddressBeyondWidth);
+/// What the entries above level 1 lead to, for the 2 MiB around an address: the part of a walk that neighbours share.
+/// Permissions and reserved bits of those entries have been seen to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Directory {
+    /// The table of level 1, or of a large leaf, where these 2 MiB lead.
+    base: Gpa,
+    /// A large leaf.
+    large: bool,
+    /// Every entry so far permits it.
+    read: bool,
+    write: bool,
+}
+
+/// Bytes that a [`Directory`] leads to.
+pub(crate) const DIRECTORY_SPAN: u64 = entry_span(2);
+
+impl Directory {
+    /// Walks from the root of `space` down to level 2. Section 3.7; each fault with its reason of section 7.1.3.
+    pub(crate) fn find<M: GuestMemoryBackend>(
+        memory: &M,
+        config: &UnitConfig,
+        space: &PagedSpace,
+        iova: Iova,
+        access: Access,
+    ) -> Result<Self, FaultReason> {
+        if iova.0 >> space.width.min(config.aw_bits) != 0 {
+            return Err(FaultReason::AddressBeyondWidth);
+        }
+        let mut found = Self { base: space.root, large: false, read: true, write: true };
+        for level in (2..=levels(space.width)).rev() {
+            match found.step(memory, config, level, iova, access)? {
+                Entry::Table(table) => found.base = table,
+                Entry::Leaf(leaf) => {
+                    let inside = iova.0 & (entry_span(level) - 1) & !(DIRECTORY_SPAN - 1);
+                    found = Self { base: Gpa(leaf.0 + inside), large: true, ..found };
+                    break;
+                }
+            }
+        }
+        Ok(found)
     }
-    let reserved = Reserved { host_address_width: config.host_address_width };
-    let (mut read, mut write) = (true, true);
-    let mut table = space.root;
-    let mut level = levels(space.width);
-    loop {
+
+    /// Goes on to the page of `iova`.
+    pub(crate) fn translate<M: GuestMemoryBackend>(
+        mut self,
+        memory: &M,
+        config: &UnitConfig,
+        iova: Iova,
+        access: Access,
+    ) -> Result<Translated, FaultReason> {
+        let page = if self.large {
+            Gpa(self.base.0 + (iova.0 & (DIRECTORY_SPAN - 1) & !(PAGE_SIZE - 1)))
+        } else {
+            match self.step(memory, config, 1, iova, access)? {
+                Entry::Leaf(page) | Entry::Table(page) => page,
+            }
+        };
+        let perm = Perm::from_bits(self.read, self.write).ok_or(denied(access))?;
+        permits(perm, access)?;
+        if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&page.0) {
+            return Err(FaultReason::OutputInInterruptRange);
+        }
+        Ok(Translated { page, perm })
+    }
+
+    /// Reads the entry of `level` for `iova` in the table at `base`, and takes its permissions in.
+    fn step<M: GuestMemoryBackend>(
+        &mut self,
+        memory: &M,
+        config: &UnitConfig,
+        level: u8,
+        iova: Iova,
+        access: Access,
+    ) -> Result<Entry, FaultReason> {
         let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
-        let word = Words::at(memory, Gpa(table.0 + index * 8), 1).and_then(|words| words.get(0));
+        let word = Words::at(memory, Gpa(self.base.0 + index * 8), 1).and_then(|words| words.get(0));
         let entry = SecondStageEntry::from_bits(word.ok_or(FaultReason::PagingTableAccess)?);
         if !entry.read() && !entry.write() {
             return Err(denied(access));
         }
-        let next = reserved.check(entry, level)?;
-        (read, write) = (read && entry.read(), write && entry.write());
-        match next {
-            Entry::Table(next) => table = next,
-            Entry::Leaf(leaf) => {
-                let perm = Perm::from_bits(read, write).ok_or(denied(access))?;
-                permits(perm, access)?;
-                let page = Gpa(leaf.0 + (iova.0 & (entry_span(level) - 1) & !0xfff));
-                if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&page.0) {
-                    return Err(FaultReason::OutputInInterruptRange);
-                }
-                return Ok(Translated { page, perm, large: level > 1 });
-            }
-        }
-        level -= 1;
+        let next = Reserved { host_address_width: config.host_address_width }.check(entry, level)?;
+        (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
+        Ok(next)
     }
+
+    /// Whether it is part of a large leaf.
+    pub(crate) const fn large(self) -> bool {
+        self.large
+    }
+
+    /// As one word, to be cached; `None` if its permissions leave nothing.
+    pub(crate) fn pack(self) -> Option<u64> {
+        let packed = PackedDirectory::new().with_read(self.read).with_write(self.write).with_large(self.large);
+        (self.read || self.write).then(|| packed.with_page(self.base.0 >> 12).into_bits())
+    }
+
+    pub(crate) fn unpack(word: u64) -> Self {
+        let packed = PackedDirectory::from_bits(word);
+        Self { base: Gpa(packed.page() << 12), large: packed.large(), read: packed.read(), write: packed.write() }
+    }
+}
+
+#[bitfield(u64)]
+struct PackedDirectory {
+    read: bool,
+    write: bool,
+    large: bool,
+    #[bits(9)]
+    _unused: u16,
+    #[bits(40)]
+    page: u64,
+    #[bits(12)]
+    _unused_high: u16,
 }
 
 /// How neighbouring leaves become one run.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 use vtd::{Access, DmaError, Gpa, Iova, Perm};
 
-use crate::rig::{NIC, NVME, Rig, context_global, iotlb_domain, iotlb_pages};
+use crate::rig::{NIC, NVME, Rig, context_global, iotlb_domain, iotlb_global, iotlb_pages};
 
 /// NVME in domain 1 with `pages` pages at 0x10_0000, which lead to 0x80_0000.
 fn rig(pages: u64) -> (Rig, u64) {
@@ -75,6 +75,130 @@ fn an_invalidation_of_a_part_of_a_large_leaf_reaches_all_of_it() {
     rig.leaf(root, 48, 0x20_0000, 0, None, 2);
     assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 0)]));
     assert!(endpoint.read(Iova(0x23_4000), &mut [0]).is_err());
+}
+
+#[test]
+fn rule6_a_table_that_the_guest_took_away_is_not_walked_after_the_invalidation() {
+    // The table of level 1 is cached by the first access; its second page is not, whatever else is.
+    for (scope, reached) in [
+        (iotlb_pages(1, 0x10_0000, 0), true),
+        (iotlb_pages(1, 0, 9), true),
+        (iotlb_domain(1), true),
+        (iotlb_global(), true),
+        (context_global(), true),
+        (iotlb_domain(2), false),
+        (iotlb_pages(2, 0x10_0000, 0), false),
+        (iotlb_pages(1, 0x20_0000, 0), false),
+    ] {
+        let (mut rig, root) = rig(2);
+        let endpoint = rig.unit.endpoint(NVME);
+        assert!(endpoint.enter().translate(Iova(0x10_0000), Access::Read).is_ok());
+        let entry = rig.entry_address(root, 48, 0x10_0000, 2);
+        rig.store(entry, 0);
+        assert!(rig.submit(&[scope]));
+        assert_eq!(endpoint.enter().translate(Iova(0x10_1000), Access::Read).is_err(), reached, "{scope:x?}");
+    }
+}
+
+#[test]
+fn rule6_what_upper_entries_do_not_permit_is_not_permitted_from_a_cached_table() {
+    let (mut rig, root) = rig(2);
+    for (level, perm) in [(4, Perm::Read), (3, Perm::Read), (2, Perm::Write)] {
+        let entry = rig.entry_address(root, 48, 0x10_0000, level);
+        let before = rig.load(entry);
+        rig.store(entry, before & !3 | u64::from(perm.readable()) | u64::from(perm.writable()) << 1);
+        assert!(rig.submit(&[iotlb_global()]));
+        let endpoint = rig.unit.endpoint(NVME);
+        let session = endpoint.enter();
+        for page in [0x10_0000, 0x10_1000] {
+            assert_eq!(session.translate(Iova(page), Access::Read).is_ok(), perm.readable());
+            assert_eq!(session.translate(Iova(page), Access::Write).is_ok(), perm.writable());
+        }
+        drop(session);
+        rig.store(entry, before);
+    }
+}
+
+#[test]
+fn rule6_pages_and_parts_of_large_leaves_lead_where_they_do_whichever_is_asked_first() {
+    let (mut rig, root) = rig(0);
+    rig.leaf(root, 48, 0x4000_0000, 0x8000_0000, Some(Perm::ReadWrite), 3);
+    rig.leaf(root, 48, 0x20_0000, 0x100_0000, Some(Perm::ReadWrite), 2);
+    // A region beside them with pages, and one that is wider than a word of the cache is likely to hold.
+    rig.pages(root, 0x40_0000, 0xffff_f000_0000, 2);
+    rig.leaf(root, 48, 0xffff_c000_0000, 0xffff_4000_0000, Some(Perm::ReadWrite), 3);
+    let endpoint = rig.unit.endpoint(NVME);
+    let session = endpoint.enter();
+    for (iova, gpa) in [
+        (0x4000_0000, 0x8000_0000),
+        (0x7fff_ffff, 0xbfff_ffff),
+        (0x4020_5123, 0x8020_5123),
+        (0x4020_6123, 0x8020_6123),
+        (0x20_0000, 0x100_0000),
+        (0x3f_ffff, 0x11f_ffff),
+        (0x21_0001, 0x101_0001),
+        (0x40_0008, 0xffff_f000_0008),
+        (0x40_1008, 0xffff_f000_1008),
+        (0xffff_ffff_f008, 0xffff_7fff_f008),
+    ] {
+        for _ in 0..2 {
+            assert_eq!(session.translate(Iova(iova), Access::Write), Ok(Gpa(gpa)), "{iova:#x}");
+        }
+    }
+}
+
+#[test]
+fn rule6_a_context_entry_is_cached_until_its_invalidation() {
+    let (mut rig, root) = rig(1);
+    rig.pages(root, 0x20_0000, 0x81_0000, 1);
+    let other = rig.table();
+    rig.pages(other, 0x10_0000, 0x90_0000, 1);
+    rig.pages(other, 0x20_0000, 0x91_0000, 1);
+    let endpoint = rig.unit.endpoint(NVME);
+    let translate = |iova| endpoint.enter().translate(Iova(iova), Access::Read);
+    assert_eq!(translate(0x10_0000), Ok(Gpa(0x80_0000)));
+    rig.set_paged(NVME, other, 48, 2);
+    assert_eq!(translate(0x20_0000), Ok(Gpa(0x81_0000)), "cached, for another table of level 1");
+    // Not of the IOTLB.
+    assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 0)]));
+    assert_eq!(translate(0x20_0000), Ok(Gpa(0x81_0000)));
+    assert!(rig.submit(&[context_global()]));
+    assert_eq!((translate(0x10_0000), translate(0x20_0000)), (Ok(Gpa(0x90_0000)), Ok(Gpa(0x91_0000))));
+    // Its domain is the new one.
+    rig.clear(other, 0x10_0000, 1);
+    assert!(rig.submit(&[iotlb_domain(1)]));
+    assert_eq!(translate(0x10_0000), Ok(Gpa(0x90_0000)));
+    assert!(rig.submit(&[iotlb_domain(2)]));
+    assert!(translate(0x10_0000).is_err());
+}
+
+#[test]
+fn rule6_pass_through_and_no_translation_are_cached_until_their_invalidation() {
+    let (mut rig, root) = rig(1);
+    rig.set_pass_through(NVME, 3);
+    assert!(rig.submit(&[context_global()]));
+    let endpoint = rig.unit.endpoint(NVME);
+    let translate = |iova| endpoint.enter().translate(Iova(iova), Access::Write);
+    for iova in [0x10_0000, 0x20_0000, 0xffff_ffff_f000] {
+        assert_eq!(translate(iova), Ok(Gpa(iova)));
+    }
+    // Up to the width of the host, whether the entry is cached or not.
+    let beyond = 1 << 48;
+    for _ in 0..2 {
+        assert!(matches!(translate(beyond), Err(DmaError::Fault(fault)) if fault.reason.code() == 4));
+        assert!(rig.submit(&[context_global()]));
+    }
+    assert_eq!(translate(0x10_0000), Ok(Gpa(0x10_0000)));
+    rig.set_paged(NVME, root, 48, 1);
+    assert_eq!(translate(0x30_0000), Ok(Gpa(0x30_0000)), "cached");
+    assert!(rig.submit(&[context_global()]));
+    assert!(translate(0x30_0000).is_err());
+    rig.command(|on| on.with_translation(false));
+    assert_eq!((translate(0x30_0000), translate(beyond)), (Ok(Gpa(0x30_0000)), Ok(Gpa(beyond))));
+    assert!(matches!(translate(0xfee0_0000), Err(DmaError::InterruptRange(_))));
+    rig.command(|on| on.with_translation(true));
+    assert!(translate(0x30_0000).is_err());
+    assert_eq!(translate(0x10_0000), Ok(Gpa(0x80_0000)));
 }
 
 #[test]
@@ -240,11 +364,14 @@ fn no_access_comes_after_the_wait_status_of_its_unmap() {
     let (mut rig, root) = rig(0);
     let endpoint = rig.unit.endpoint(NVME);
     let other = rig.unit.endpoint(NIC);
+    // Its neighbour stays: the table that leads to both is cached again and again.
+    rig.pages(root, 0x10_1000, 0x9f_0000, 1);
     let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
+                    endpoint.write(Iova(0x10_1008), &[0xdd; 8]).unwrap();
                     if endpoint.write(Iova(0x10_0008), &[0xdd; 8]).is_ok() {
                         writes.fetch_add(1, Ordering::Relaxed);
                     }
@@ -255,7 +382,8 @@ fn no_access_comes_after_the_wait_status_of_its_unmap() {
         for round in 0..100u64 {
             let gpa = 0x80_0000 + (round % 16) * 4096;
             rig.pages(root, 0x10_0000, gpa, 1);
-            assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
+            // What was not there was not cached.
+            assert!(round % 2 == 0 || rig.submit(&[iotlb_pages(1, 0x10_0000, 0)]));
             let before = writes.load(Ordering::Relaxed);
             while round % 16 == 0 && writes.load(Ordering::Relaxed) == before {
                 std::thread::yield_now();

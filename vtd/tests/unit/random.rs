@@ -3,9 +3,11 @@
 
 use proptest::prelude::*;
 use vtd::spec::second_stage::{SecondStageEntry, entry_span};
-use vtd::{Gpa, Iova, Mapping, Perm, SpaceKey};
+use vtd::{Access, Endpoint, Gpa, Iova, Mapping, Perm, SpaceKey};
 
-use crate::rig::{NIC, NVME, Rig, context_device, context_global, iotlb_domain, iotlb_global, iotlb_pages, joined};
+use crate::rig::{
+    Memory, NIC, NVME, Rig, context_device, context_global, iotlb_domain, iotlb_global, iotlb_pages, joined,
+};
 
 /// The part of the address space that is edited: four 2 MiB spans, two of them around the interrupt range's start.
 const SPANS: [u64; 4] = [0x20_0000, 0x40_0000, 0xfec0_0000, 0xfee0_0000];
@@ -112,6 +114,17 @@ struct World {
     hold: bool,
     /// Edited and not invalidated since, by page number.
     stale: std::collections::BTreeSet<u64>,
+    /// Emulated functions: one with `NVME`'s id, and one with `NIC`'s, which moves.
+    endpoints: [Endpoint<Memory>; 2],
+    nic: Place,
+}
+
+/// Where the tables say that `NIC` is.
+#[derive(Clone, Copy)]
+enum Place {
+    Paged,
+    Nowhere,
+    PassThrough,
 }
 
 impl World {
@@ -119,7 +132,8 @@ impl World {
         let (mut rig, root) = Rig::with_nvme();
         rig.set_paged(NIC, root, 48, 1);
         rig.unit.add_requester(NIC).unwrap();
-        Self { rig, root, held: Vec::new(), hold: false, stale: Default::default() }
+        let endpoints = [NVME, NIC].map(|requester| rig.unit.endpoint(requester));
+        Self { rig, root, held: Vec::new(), hold: false, stale: Default::default(), endpoints, nic: Place::Paged }
     }
 
     fn touched(&mut self, first: u64, pages: u64) {
@@ -194,10 +208,11 @@ impl World {
             Step::InvalidateDomain => self.invalidate(iotlb_domain(1), |_| true),
             Step::InvalidateEverything => self.invalidate(iotlb_global(), |_| true),
             Step::Move(to) => {
-                match to {
-                    0 => drop(self.rig.set_paged(NIC, self.root, 48, 1)),
-                    1 => self.rig.clear_context(NIC),
-                    _ => self.rig.set_pass_through(NIC, 2),
+                self.nic = [Place::Paged, Place::Nowhere, Place::PassThrough][usize::from(to)];
+                match self.nic {
+                    Place::Paged => drop(self.rig.set_paged(NIC, self.root, 48, 1)),
+                    Place::Nowhere => self.rig.clear_context(NIC),
+                    Place::PassThrough => self.rig.set_pass_through(NIC, 2),
                 }
                 self.invalidate(context_device(0, NIC.sid, 0), |_| false);
             }
@@ -234,11 +249,38 @@ impl World {
         if self.stale.is_empty() {
             assert_eq!(told, fresh);
         }
+        self.check_endpoints();
         let views = self.rig.unit.spaces_snapshot();
         assert_eq!(joined(views[0].extents.iter().copied()), told, "the shadow is what was told");
         let nic = self.rig.listener.attached(NIC);
         if matches!(nic, Some(SpaceKey::Paged(_))) {
             assert_eq!(self.rig.listener.reach(NIC), told);
+        }
+    }
+}
+
+impl World {
+    /// Emulated functions are led where the tables say, page by page, whatever of them is cached.
+    fn check_endpoints(&self) {
+        let numbers = || (0..PAGES + 6).chain([100, 510, 511]);
+        let pages = SPANS.iter().flat_map(|span| numbers().map(move |number| span + (number << 12)));
+        for iova in pages.filter(|iova| !self.stale.contains(&(iova >> 12))) {
+            let paged = look_up(&self.rig, self.root, iova);
+            let moved = match self.nic {
+                Place::Paged => paged,
+                Place::PassThrough if !(0xfee0_0000..0xfef0_0000).contains(&iova) => Some((iova, Perm::ReadWrite)),
+                Place::Nowhere | Place::PassThrough => None,
+            };
+            for (endpoint, expected) in self.endpoints.iter().zip([paged, moved]) {
+                let session = endpoint.enter();
+                for access in [Access::Read, Access::Write] {
+                    let permitted =
+                        |perm: Perm| if access == Access::Write { perm.writable() } else { perm.readable() };
+                    let expected = expected.filter(|(_, perm)| permitted(*perm)).map(|(gpa, _)| Gpa(gpa + 8));
+                    let found = session.translate(Iova(iova + 8), access).ok();
+                    assert_eq!(found, expected, "{} at {iova:#x}, {access:?}", endpoint.requester());
+                }
+            }
         }
     }
 }
