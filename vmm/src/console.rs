@@ -155,7 +155,11 @@ impl Console {
             self.pending.extend(typed);
             return !typed.is_empty();
         }
-        for command in self.escape.filter(typed, &mut self.pending) {
+        let commands = self.escape.filter(typed, &mut self.pending);
+        // Before the commands: one of them may end the run, which then says how much was lost.
+        self.lost.fetch_add(self.pending.len().saturating_sub(TYPED_MAX) as u64, Ordering::Relaxed);
+        self.pending.truncate(TYPED_MAX);
+        for command in commands {
             match command {
                 Command::Quit => self.control.request(Stop::Quit),
                 Command::Help => {
@@ -164,8 +168,6 @@ impl Console {
                 }
             }
         }
-        self.lost.fetch_add(self.pending.len().saturating_sub(TYPED_MAX) as u64, Ordering::Relaxed);
-        self.pending.truncate(TYPED_MAX);
         !typed.is_empty()
     }
 }
