@@ -68,7 +68,7 @@ boot="--kernel $KERNEL --initrd initrd.cpio --cmdline console=ttyS0"
     refused "no /dev/kvm" "/dev/kvm" "modprobe|module|firmware|BIOS|enable" -- $boot
     mv /dev/kvm.away /dev/kvm
     mv /dev/vfio /dev/vfio.away
-    refused "no /dev/vfio" "/dev/vfio" "modprobe|module|load" -- $boot --device vfio,host="$EDU"
+    refused "no /dev/vfio" "/dev/vfio/vfio does not exist here" "container" -- $boot --device vfio,host="$EDU"
     mv /dev/vfio.away /dev/vfio
 }
 

@@ -60,11 +60,18 @@ impl fmt::Display for Bdf {
 
 /// The commands that give a function to vfio-pci.
 fn bind_command(bdf: &Bdf) -> String {
+    bind_commands(bdf).join("; ")
+}
+
+/// The same, one by one, as README.md shows them.
+fn bind_commands(bdf: &Bdf) -> [String; 4] {
     let device = format!("/sys/bus/pci/devices/{bdf}");
-    format!(
-        "modprobe vfio-pci; echo vfio-pci > {device}/driver_override; [ -e {device}/driver ] && echo {bdf} > \
-         {device}/driver/unbind; echo {bdf} > /sys/bus/pci/drivers_probe"
-    )
+    [
+        "modprobe vfio-pci".to_owned(),
+        format!("echo vfio-pci > {device}/driver_override"),
+        format!("[ -e {device}/driver ] && echo {bdf} > {device}/driver/unbind"),
+        format!("echo {bdf} > /sys/bus/pci/drivers_probe"),
+    ]
 }
 
 fn bound(driver: &Option<String>) -> String {
@@ -124,6 +131,20 @@ pub enum OpenError {
     /// VFIO is not there.
     #[error("{} does not exist, so the host has no VFIO; load it with: modprobe vfio-pci; modprobe vfio_iommu_type1", .0.display())]
     NoVfio(PathBuf),
+    /// The host has VFIO, and this process is not given the node: sysfs shows the function bound to it.
+    #[error(
+        "{} does not exist here, although {bdf} is bound to vfio-pci: this looks like a container; give it the nodes of VFIO, \
+         as with: docker run --device /dev/vfio/vfio --device /dev/vfio/{group}",
+        .node.display()
+    )]
+    NoNode {
+        /// The node that is missing.
+        node: PathBuf,
+        /// The function.
+        bdf: Bdf,
+        /// Its group.
+        group: GroupId,
+    },
     /// The type1 driver is not there.
     #[error("the host's VFIO has no type1 IOMMU driver; load it with: modprobe vfio_iommu_type1")]
     NoType1,
@@ -251,9 +272,12 @@ impl HostPaths {
         if !others.is_empty() {
             return Err(OpenError::NotViable { bdf, group, others });
         }
-        let container = self.dev_vfio.join("vfio");
-        for file in [&container, &self.dev_vfio.join(group.to_string())] {
-            accessible(file)?;
+        for name in ["vfio".to_owned(), group.to_string()] {
+            accessible(&self.dev_vfio.join(name)).map_err(|error| match error {
+                // The driver is loaded and makes the nodes; whose /dev has none is not the host itself.
+                OpenError::NoVfio(node) => OpenError::NoNode { node, bdf, group },
+                error => error,
+            })?;
         }
         Ok(CheckedFunction { bdf, group, members, path })
     }

@@ -88,9 +88,45 @@ fn b13_each_refusal_says_the_cause_and_the_remedy() {
 
     let gone = host.function("0000:00:0c.0", Some("vfio-pci"), Some(5));
     fs::remove_file(host.paths().dev_vfio.join("5")).expect("a file");
-    says(gone, &["dev/vfio/5 does not exist", "modprobe vfio-pci"]);
+    says(gone, &["dev/vfio/5 does not exist here", "0000:00:0c.0 is bound", "container", "--device /dev/vfio/5"]);
     fs::remove_file(host.paths().dev_vfio.join("vfio")).expect("a file");
-    says(gone, &["dev/vfio/vfio does not exist", "modprobe vfio-pci"]);
+    says(gone, &["dev/vfio/vfio does not exist here", "0000:00:0c.0 is bound", "container"]);
+    assert!(!host.refusal(gone).contains("modprobe"), "the driver is loaded");
+}
+
+#[test]
+fn the_readme_binds_a_function_as_the_message_does() {
+    let bdf = "0000:03:00.0".parse().expect("an address");
+    let readme = include_str!("../../README.md");
+    let commands = bind_commands(&bdf).join("\n");
+    assert!(readme.contains(&format!("```\n{commands}\n")), "README.md lacks:\n{commands}");
+}
+
+#[test]
+fn the_commands_that_bind_a_function_do_it_with_and_without_a_driver() {
+    // The kernel's part is played by files.
+    let host = Host::new();
+    let sys = host.paths().sys;
+    fs::write(sys.join("bus/pci/drivers_probe"), "").expect("a file");
+    for (address, driver) in [("0000:00:09.0", Some("nvme")), ("0000:00:0a.0", None)] {
+        let bdf = host.function(address, driver, Some(3));
+        let device = sys.join("bus/pci/devices").join(address);
+        if driver.is_some() {
+            let folder = sys.join("bus/pci/drivers/nvme");
+            fs::create_dir_all(&folder).expect("a folder");
+            fs::remove_file(device.join("driver")).expect("a link");
+            symlink(&folder, device.join("driver")).expect("a link");
+        }
+        let script = bind_command(&bdf).replace("modprobe", "true").replace("/sys/", &format!("{}/", sys.display()));
+        let done = std::process::Command::new("sh").args(["-c", &script]).output().expect("a shell");
+        assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+        let read = |path: PathBuf| fs::read_to_string(path).expect("a file");
+        assert_eq!(read(device.join("driver_override")), "vfio-pci\n");
+        assert_eq!(read(sys.join("bus/pci/drivers_probe")), format!("{address}\n"));
+        if driver.is_some() {
+            assert_eq!(read(device.join("driver/unbind")), format!("{address}\n"));
+        }
+    }
 }
 
 #[test]
