@@ -1,8 +1,8 @@
 //! Loads a Linux bzImage and enters it by the 64-bit boot protocol (Documentation/arch/x86/boot.rst of the kernel).
 
-use std::fs::File;
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -41,6 +41,16 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What should be a file is none: reading it could wait for ever.
+    #[error("{what} {path} cannot be used: it is {kind}, and a regular file is needed")]
+    NotAFile {
+        /// "the kernel" or "the initrd".
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
     /// The file is no kernel that can be booted.
     #[error("{path} is not a kernel that can be booted: {reason}")]
     NotAKernel {
@@ -59,7 +69,8 @@ pub enum Error {
     },
     /// RAM is too small for the kernel and the initrd.
     #[error(
-        "the kernel needs memory up to {kernel_end:#x} and the initrd has {initrd} bytes: {ram} bytes of memory are too few"
+        "the kernel needs memory up to {kernel_end:#x} and the initrd has {initrd} bytes: {ram} bytes of memory are too few; use a \
+         larger --memory"
     )]
     DoesNotFit {
         /// End of what the kernel needs while it unpacks itself.
@@ -68,6 +79,17 @@ pub enum Error {
         initrd: u64,
         /// RAM below 4 GiB.
         ram: u64,
+    },
+    /// No RAM is large enough, because both must be below an address.
+    #[error(
+        "the initrd has {initrd} bytes, and between the kernel and the highest address that an initrd can have there are {room}, \
+         however much memory there is; use a smaller initrd"
+    )]
+    InitrdTooLarge {
+        /// Size of the initrd.
+        initrd: u64,
+        /// Bytes that there are for it at most.
+        room: u64,
     },
     /// The bare-metal image.
     #[error(transparent)]
@@ -145,12 +167,28 @@ pub struct Kernel {
 /// Opens a regular file. Gives back its length too.
 pub fn open(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
     let read = |source| Error::Read { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(read)?;
+    let check = |file: FileType| match kind(file) {
+        None => Ok(()),
+        Some(kind) => Err(Error::NotAFile { what, path: path.to_owned(), kind }),
+    };
+    // Before it is opened: that has effects on devices. Should something else be there a moment later, opening it does not wait.
+    check(fs::metadata(path).map_err(read)?.file_type())?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(read)?;
     let metadata = file.metadata().map_err(read)?;
-    if !metadata.is_file() {
-        return Err(read(io::Error::from(io::ErrorKind::InvalidInput)));
-    }
+    check(metadata.file_type())?;
     Ok((file, metadata.len()))
+}
+
+/// What a file is that is no regular one.
+fn kind(file: FileType) -> Option<&'static str> {
+    match file {
+        _ if file.is_file() => None,
+        _ if file.is_dir() => Some("a directory"),
+        _ if file.is_fifo() => Some("a pipe"),
+        _ if file.is_socket() => Some("a socket"),
+        _ if file.is_block_device() => Some("a block device"),
+        _ => Some("a character device"),
+    }
 }
 
 fn read_header(kernel: &File, path: &Path) -> Result<setup_header, Error> {
@@ -191,6 +229,11 @@ impl Kernel {
         let initrd_size = initrd.as_ref().map_or(0, |(_, size)| *size);
         let limit = low_ram.min(u64::from(header.initrd_addr_max).saturating_add(1));
         let initrd_at = limit.saturating_sub(initrd_size) & !0xfff;
+        let highest = layout::LOW_RAM_MAX.min(u64::from(header.initrd_addr_max).saturating_add(1));
+        let room = highest.saturating_sub(kernel_end);
+        if initrd_size > room & !0xfff {
+            return Err(Error::InitrdTooLarge { initrd: initrd_size, room });
+        }
         if kernel_end > low_ram || initrd_at < kernel_end {
             return Err(Error::DoesNotFit { kernel_end, initrd: initrd_size, ram: low_ram });
         }

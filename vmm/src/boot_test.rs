@@ -126,6 +126,52 @@ fn what_is_not_a_kernel_is_refused_with_the_reason() {
 }
 
 #[test]
+fn what_is_no_regular_file_is_refused_without_waiting_for_it() {
+    let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+    let pipe = dir.as_path().join("pipe");
+    let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+    // SAFETY: the name is a NUL-terminated string that outlives the call.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let socket = dir.as_path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (path, kind) in [
+        (dir.as_path(), "a directory"),
+        (&pipe, "a pipe"),
+        (&socket, "a socket"),
+        (Path::new("/dev/null"), "a character device"),
+    ] {
+        let message = Kernel::open(path, None, "", RAM).err().unwrap().to_string();
+        assert_eq!(
+            message,
+            format!("the kernel {} cannot be used: it is {kind}, and a regular file is needed", path.display())
+        );
+        let kernel = bzimage(|_| {});
+        let message = Kernel::open(kernel.as_path(), Some(path), "", RAM).err().unwrap().to_string();
+        assert!(message.contains(kind), "{message}");
+        let message = Image::open(path, None, "", RAM).err().unwrap().to_string();
+        assert!(message.contains(kind), "{message}");
+    }
+}
+
+#[test]
+fn an_initrd_that_no_memory_is_large_enough_for_is_told_from_one_that_needs_more() {
+    let kernel = bzimage(|_| {});
+    let refused = |initrd: u64, ram: u64| {
+        let file = TempFile::new().unwrap();
+        file.as_file().set_len(initrd).unwrap();
+        Kernel::open(kernel.as_path(), Some(file.as_path()), "", ram).err().map(|e| e.to_string())
+    };
+    // Below 0x8000_0000, the kernel's limit, and behind the 32 MiB that the kernel needs.
+    let most = (2u64 << 30) - (32 << 20);
+    for ram in [RAM, 16 << 30] {
+        let message = refused(most + 1, ram).unwrap();
+        assert!(message.contains("smaller initrd") && message.contains(&most.to_string()), "{message}");
+    }
+    assert!(refused(most, RAM).unwrap().contains("larger --memory"));
+    assert_eq!(refused(most, 2 << 30), None);
+}
+
+#[test]
 fn what_does_not_fit_is_refused_before_anything_runs() {
     let kernel = bzimage(|header| header.init_size = RAM as u32);
     assert!(matches!(open_payload(&kernel, None, ""), Err(Error::DoesNotFit { .. })));

@@ -37,7 +37,7 @@ pub enum Command {
 /// `causeway run`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M or G, switches on or off.
+Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
   --iommu none

@@ -195,6 +195,10 @@ impl Image {
                 let at = (usable(ram) - content.len() as u64) & !0xfff;
                 if at < image_end {
                     let initrd = content.len() as u64;
+                    let room = usable(layout::LOW_RAM_MAX).saturating_sub(image_end);
+                    if initrd > room & !0xfff {
+                        return Err(boot::Error::InitrdTooLarge { initrd, room });
+                    }
                     return Err(boot::Error::DoesNotFit { kernel_end: image_end, initrd, ram: usable(ram) });
                 }
                 Some((content, at))

@@ -16,7 +16,7 @@ use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
 use vfio_bridge::{Bdf, Bridge, GroupId, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Audit, Requester, SpaceListener, Unit, UnitConfig, UnitId};
+use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::assign::{self, Assigned, Checked, Function, UserRequests};
 use crate::bars::{self, NoPlace};
@@ -28,7 +28,7 @@ use crate::firmware::ImageDevices;
 use crate::irq::{self, KvmInterrupts, Remapper};
 use crate::legacy::Legacy;
 use crate::memory::Ram;
-use crate::options::{DeviceKind, DeviceOption};
+use crate::options::{DeviceKind, DeviceOption, Slot};
 use crate::output::OutputWriter;
 use crate::slots::KvmSlots;
 use crate::stats::{self, Device, Stats};
@@ -183,6 +183,8 @@ pub struct Parts<'a> {
     pub args: &'a RunArgs,
     /// The devices' ids, in the order of the command line.
     pub names: &'a [String],
+    /// Their slots, in the same order.
+    pub slots: &'a [Slot],
     /// Kernel, initrd and command line.
     pub payload: Payload,
     /// The assigned functions, in the order of the command line.
@@ -200,7 +202,7 @@ pub struct Parts<'a> {
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { args, names, payload, checked, control, output, drained, trace } = parts;
+        let Parts { args, names, slots: places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
         let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
         let ram = memory::create(args.memory, for_processes)?;
@@ -248,7 +250,7 @@ impl Machine {
             ram: &ram,
             assigned: Vec::new(),
         };
-        let placed = plug.devices(&args.devices, names, assigned)?;
+        let placed = plug.devices(&args.devices, names, places, assigned)?;
         let assigned = plug.assigned;
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and quiet now.
         platform.root.reset();
@@ -452,13 +454,18 @@ struct Plug<'a> {
 }
 
 impl Plug<'_> {
-    fn devices(&mut self, wanted: &[DeviceOption], names: &[String], assigned: Assigned) -> Result<Vec<Placed>, Error> {
+    fn devices(
+        &mut self,
+        wanted: &[DeviceOption],
+        names: &[String],
+        slots: &[Slot],
+        assigned: Assigned,
+    ) -> Result<Vec<Placed>, Error> {
         let mut functions = assigned.functions.into_iter();
         let mut placed = Vec::with_capacity(wanted.len());
-        for (option, id) in wanted.iter().zip(names) {
-            let slot = option.addr.map(|slot| (slot.device, slot.function));
+        for ((option, id), slot) in wanted.iter().zip(names).zip(slots) {
             let place = |source| Error::Slot { id: id.clone(), source };
-            let sid = self.platform.root.allocate(slot).map_err(place)?;
+            let sid = SourceId::new(0, slot.device, slot.function);
             let requester = self.platform.root.requester(sid);
             let mut host = None;
             let function: Arc<dyn PciFunction> = match &option.kind {

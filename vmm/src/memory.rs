@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -17,7 +17,7 @@ pub type Ram = GuestMemoryMmap<()>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file behind it could not be made.
-    #[error("the memory file of {size} bytes could not be created: {source}")]
+    #[error("the memory file of {size} bytes could not be created: {source}; use a smaller --memory")]
     File {
         /// Bytes asked for.
         size: u64,
@@ -25,7 +25,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The file could not be mapped.
-    #[error("guest memory of {size} bytes could not be mapped: {reason}")]
+    #[error("guest memory of {size} bytes could not be mapped: {reason}; use a smaller --memory")]
     Map {
         /// Bytes asked for.
         size: u64,
@@ -36,13 +36,19 @@ pub enum Error {
 
 fn memory_file(size: u64) -> io::Result<File> {
     // SAFETY: the name is a C string literal, and the result is checked before it becomes an owned descriptor.
-    let fd = unsafe { libc::memfd_create(c"causeway-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"causeway-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: memfd_create returned this descriptor just now, nobody else has it.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     file.set_len(size)?;
+    // Other processes get this file. One that made it shorter would kill us at the next access (SIGBUS).
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the call takes numbers.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(file)
 }
 
@@ -108,6 +114,24 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut bytes, file.start()).unwrap();
         assert_eq!(u32::from_le_bytes(bytes), 0x1122_3344);
         assert!(ram.read_obj::<u8>(GuestAddress(0xfee0_0000)).is_err());
+    }
+
+    #[test]
+    fn whoever_gets_the_file_behind_ram_cannot_change_its_size() {
+        let size = 1 << 20;
+        let ram = shared_ram(size).unwrap();
+        let file = ram.find_region(GuestAddress(0)).unwrap().file_offset().unwrap().file();
+        // As another process does it: with a descriptor of its own, or with the file opened anew.
+        let again = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        for file in [file.try_clone().unwrap(), again] {
+            for len in [0, size - 1, size + 1] {
+                assert_eq!(file.set_len(len).unwrap_err().raw_os_error(), Some(libc::EPERM));
+            }
+            // SAFETY: the call takes numbers.
+            let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+            assert_eq!((sealed, file.metadata().unwrap().len()), (-1, size));
+        }
+        ram.write_obj(1u8, GuestAddress(size - 1)).unwrap();
     }
 
     #[test]

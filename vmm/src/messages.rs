@@ -83,18 +83,34 @@ fn logger(args: &RunArgs, target: Box<dyn Write + Send>) -> env_logger::Builder 
     let timed = args.log.is_some() || args.verbose > 0;
     builder.format(move |out, record| {
         let level = record.level().as_str().to_ascii_lowercase();
+        let message = record.args().to_string();
+        let remedy = remedy(&message);
         match timed {
-            true => writeln!(out, "causeway [{:.6}] {level}: {}", start.elapsed().as_secs_f64(), record.args()),
-            false => writeln!(out, "causeway: {level}: {}", record.args()),
+            true => writeln!(out, "causeway [{:.6}] {level}: {message}{remedy}", start.elapsed().as_secs_f64()),
+            false => writeln!(out, "causeway: {level}: {message}{remedy}"),
         }
     });
     builder.target(env_logger::Target::Pipe(target));
     builder
 }
 
+/// What the user can do about an error of the system that can come from anywhere, by its number in the message.
+fn remedy(message: &str) -> &'static str {
+    match message {
+        // Where more is known, it is said already.
+        _ if message.contains("ulimit -n") => "",
+        _ if message.contains("(os error 24)") => {
+            "; raise the limit on open files: ulimit -n, or LimitNOFILE= of a service"
+        }
+        _ if message.contains("(os error 23)") => "; the host has no more open files: sysctl fs.file-max",
+        _ => "",
+    }
+}
+
 /// Prints a line to stderr where there is no log. Nobody is told when that fails.
 pub fn say(message: Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{message}");
+    let message = message.to_string();
+    let _ = writeln!(io::stderr(), "{message}{}", remedy(&message));
 }
 
 /// Prints a line to stdout. A reader that is gone is no error of ours.

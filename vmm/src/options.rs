@@ -37,15 +37,17 @@ pub fn number(text: &str) -> Result<u64, BadOption> {
     parsed.or_else(|_| bad(format!("`{text}` is not a number")))
 }
 
-/// A size: a number with an optional binary suffix K, M or G.
+/// A size: a number with an optional binary suffix K, M, G or T.
 pub fn size(text: &str) -> Result<u64, BadOption> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'k' | b'K') => (&text[..text.len() - 1], 10),
         Some(b'm' | b'M') => (&text[..text.len() - 1], 20),
         Some(b'g' | b'G') => (&text[..text.len() - 1], 30),
+        Some(b't' | b'T') => (&text[..text.len() - 1], 40),
         _ => (text, 0),
     };
-    let value = number(digits).map_err(|_| BadOption(format!("`{text}` is not a size (a number, then K, M or G)")))?;
+    let value =
+        number(digits).map_err(|_| BadOption(format!("`{text}` is not a size (a number, then K, M, G or T)")))?;
     value.checked_mul(1 << shift).ok_or_else(|| BadOption(format!("the size {text} is too large")))
 }
 
@@ -186,12 +188,18 @@ impl std::str::FromStr for IommuOption {
 }
 
 /// A slot on bus 0.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Slot {
     /// Device number, 1 to 0x1e.
     pub device: u8,
     /// Function number, 0 to 7.
     pub function: u8,
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}.{:x}", self.device, self.function)
+    }
 }
 
 fn hex(text: &str, digits: std::ops::RangeInclusive<usize>, max: u32) -> Option<u32> {
@@ -339,6 +347,29 @@ impl std::str::FromStr for DeviceOption {
     }
 }
 
+/// Gives every device its slot: the one that it was given, whatever the order, else the lowest that is free.
+pub fn place_devices(devices: &[DeviceOption]) -> Result<Vec<Slot>, BadOption> {
+    let mut taken = std::collections::BTreeSet::new();
+    for slot in devices.iter().filter_map(|device| device.addr) {
+        if !taken.insert(slot) {
+            return bad(format!("addr={slot} is given to two devices"));
+        }
+    }
+    // Guests look for further functions only where there is a function 0.
+    if let Some(slot) = taken.iter().find(|slot| !taken.contains(&Slot { function: 0, ..**slot })) {
+        return bad(format!("addr={slot} needs a device with addr={} too", Slot { function: 0, ..*slot }));
+    }
+    let mut free = (1..0x1f).filter(|device| !taken.iter().any(|slot| slot.device == *device));
+    let slots = devices.iter().map(|device| match device.addr {
+        Some(slot) => Ok(slot),
+        None => match free.next() {
+            Some(device) => Ok(Slot { device, function: 0 }),
+            None => bad("there is no free slot on bus 0 for all of these devices"),
+        },
+    });
+    slots.collect()
+}
+
 /// Gives every device its id: the one it was given, or the first free of `vfio0`, `vfio1`, ...
 pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> {
     let mut taken = std::collections::BTreeSet::new();
@@ -365,13 +396,13 @@ pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> 
     Ok(names)
 }
 
-/// A duration in seconds, above 0; fractions are allowed.
+/// A duration in seconds, from a millisecond to 30 years; fractions are allowed.
 pub fn seconds(text: &str) -> Result<std::time::Duration, BadOption> {
     text.parse()
         .ok()
-        .filter(|seconds| *seconds > 0.0)
+        .filter(|seconds| (0.001..=1e9).contains(seconds))
         .and_then(|seconds: f64| std::time::Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| BadOption(format!("`{text}` is not a number of seconds above 0")))
+        .ok_or_else(|| BadOption(format!("`{text}` is not a number of seconds from 0.001 to 1000000000")))
 }
 
 /// The parser of options that are named and that this version does not have.

@@ -12,10 +12,11 @@ fn numbers_and_sizes() {
     for (text, value) in [("0", 0), ("10", 10), ("0x1F", 31), ("18446744073709551615", u64::MAX)] {
         assert_eq!(number(text), Ok(value));
     }
-    for (text, value) in [("512M", 512 << 20), ("4g", 4 << 30), ("0x10K", 16 << 10), ("4096", 4096)] {
+    for (text, value) in [("512M", 512 << 20), ("4g", 4 << 30), ("0x10K", 16 << 10), ("4096", 4096), ("1T", 1 << 40)] {
         assert_eq!(size(text), Ok(value));
     }
-    for text in ["", "M", "1T", "-1", "+1", "0x", "0x+1", "1.5G", "18446744073709551615K", "17179869184G"] {
+    for text in ["", "M", "1P", "-1", "+1", "0x", "0x+1", "1.5G", "18446744073709551615K", "17179869184G", "16777216T"]
+    {
         assert!(size(text).is_err(), "{text}");
     }
     assert_eq!(memory("512M"), Ok(512 << 20));
@@ -125,9 +126,30 @@ fn ids_are_given_in_order_around_those_that_are_taken() {
 }
 
 #[test]
+fn slots_are_given_from_01_around_those_that_are_taken() {
+    let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<DeviceOption>>();
+    let placed = |texts: &[&str]| {
+        place_devices(&parse(texts)).map(|slots| slots.iter().map(Slot::to_string).collect::<Vec<_>>())
+    };
+    // Whatever the order, what was asked for is given.
+    assert_eq!(placed(&["edu", "edu,addr=01.0", "edu"]).unwrap(), ["02.0", "01.0", "03.0"]);
+    assert_eq!(placed(&["edu,addr=02.1", "edu,addr=02.0", "edu", "edu"]).unwrap(), ["02.1", "02.0", "01.0", "03.0"]);
+    assert_eq!(placed(&["edu"; 30]).unwrap()[29], "1e.0");
+    for (texts, part) in [
+        (&["edu,addr=05.0", "edu,addr=5.0"][..], "addr=05.0 is given to two devices"),
+        (&["edu,addr=05.0", "edu,addr=06.1", "edu"], "addr=06.1 needs a device with addr=06.0 too"),
+        (&["edu"; 31], "no free slot"),
+    ] {
+        let message = placed(texts).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
 fn time_limits() {
     assert_eq!(seconds("1.5").unwrap(), std::time::Duration::from_millis(1500));
-    for text in ["0", "-1", "nan", "inf", "x", ""] {
+    assert_eq!(seconds("0.001").unwrap(), std::time::Duration::from_millis(1));
+    for text in ["0", "-1", "nan", "inf", "x", "", "1e-10", "0.0009", "1e19", "1000000001"] {
         assert!(seconds(text).is_err(), "{text}");
     }
 }

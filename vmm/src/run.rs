@@ -22,9 +22,10 @@ use crate::events::{BlockedInterrupts, FunctionEvents, Outside};
 use crate::image::Image;
 use crate::machine::{Machine, Parts};
 use crate::messages::{Messages, say};
+use crate::options::Slot;
 use crate::output::Output;
 use crate::signals::{self, Guard, Signals};
-use crate::stats::{Exit, Stats};
+use crate::stats::{self, Exit, Stats};
 use crate::{assign, audit, open_files, options, terminal, vm};
 
 /// Exit code of a usage error.
@@ -72,9 +73,19 @@ fn explain(stop: &Stop) {
     }
 }
 
+/// Where notifications and host operations are traced.
+fn trace(args: &RunArgs) -> anyhow::Result<Option<Arc<Trace>>> {
+    let Some(path) = &args.trace else { return Ok(None) };
+    let file =
+        File::create(path).map_err(|e| anyhow::anyhow!("the trace file {} cannot be written: {e}", path.display()))?;
+    Ok(Some(Trace::new(Box::new(file))))
+}
+
 struct Run<'a> {
     args: &'a RunArgs,
     names: Vec<String>,
+    slots: Vec<Slot>,
+    trace: Option<Arc<Trace>>,
     start: Instant,
     control: Arc<Control>,
     signals: Arc<Signals>,
@@ -84,30 +95,33 @@ struct Run<'a> {
 /// Runs a guest to its end.
 pub fn run(args: &RunArgs) -> ExitCode {
     let start = Instant::now();
-    let names = match options::name_devices(&args.devices) {
-        Ok(names) => names,
-        Err(e) => {
-            say(format_args!("causeway: {e}"));
-            return ExitCode::from(USAGE);
-        }
-    };
-    let run = || -> anyhow::Result<Run<'_>> {
+    let refused = |e: anyhow::Error| (REFUSED, e);
+    let usage = |e: anyhow::Error| (USAGE, e);
+    let run = || -> Result<Run<'_>, (u8, anyhow::Error)> {
+        let names = options::name_devices(&args.devices).map_err(|e| usage(e.into()))?;
+        let slots = options::place_devices(&args.devices).map_err(|e| usage(e.into()))?;
         // Before any thread exists, so that none of them gets these signals.
-        let signals = Arc::new(Signals::block()?);
-        let guard = Guard::start(signals.clone(), |_, _| {})?;
-        let messages = Arc::new(Messages::start(args)?);
+        let signals = Arc::new(Signals::block().map_err(|e| refused(e.into()))?);
+        // A pipe as a file to write waits for its reader.
+        let guard = Guard::start(signals.clone(), |_, _| {}).map_err(|e| refused(e.into()))?;
+        let messages = Arc::new(Messages::start(args).map_err(usage)?);
+        let trace = trace(args).map_err(usage)?;
+        if let Some(file) = &args.stats {
+            stats::check(file)
+                .map_err(|e| usage(anyhow::anyhow!("the statistics cannot be written to {}: {e}", file.display())))?;
+        }
         drop(guard);
         if let Err(e) = open_files::raise_limit() {
             log::debug!("the limit on open files could not be raised: {e}");
         }
-        let control = Arc::new(Control::new(args.cpus.into())?);
-        Ok(Run { args, names, start, control, signals, messages })
+        let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
+        Ok(Run { args, names, slots, trace, start, control, signals, messages })
     };
     let run = match run() {
         Ok(run) => run,
-        Err(e) => {
+        Err((code, e)) => {
             say(format_args!("causeway: {e}"));
-            return ExitCode::from(REFUSED);
+            return ExitCode::from(code);
         }
     };
     let result = run.guest();
@@ -142,10 +156,11 @@ impl Run<'_> {
         let kvm = vm::open().map_err(remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let output = Output::start("output", io::stdout().as_fd())?;
-        let trace = self.trace()?;
+        let trace = self.trace.clone();
         let parts = Parts {
             args,
             names: &self.names,
+            slots: &self.slots,
             payload,
             checked: &checked,
             control: self.control.clone(),
@@ -239,14 +254,6 @@ impl Run<'_> {
                 Image::open(image, initrd, cmdline.as_deref().unwrap_or_default(), *memory).map(Payload::Image)
             }
         }
-    }
-
-    /// Where notifications and host operations are traced.
-    fn trace(&self) -> anyhow::Result<Option<Arc<Trace>>> {
-        let Some(path) = &self.args.trace else { return Ok(None) };
-        let file = File::create(path)
-            .map_err(|e| anyhow::anyhow!("the trace file {} cannot be written: {e}", path.display()))?;
-        Ok(Some(Trace::new(Box::new(file))))
     }
 
     fn watch(

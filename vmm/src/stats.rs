@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -85,13 +85,29 @@ pub struct Audit {
     pub differences: Vec<String>,
 }
 
+/// The file that becomes `file` when all is written.
+fn temporary(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".tmp");
+    name.into()
+}
+
+/// Whether [`Stats::write`] can write `file`, as far as can be told now: leaves nothing behind.
+pub fn check(file: &Path) -> io::Result<()> {
+    if file.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    let temporary = temporary(file);
+    fs::File::create(&temporary)?;
+    fs::remove_file(temporary)
+}
+
 impl Stats {
     /// Writes `file`, by way of a temporary file beside it: a reader sees the old one or the new one.
     pub fn write(&self, file: &Path) -> io::Result<()> {
         let mut text = serde_json::to_string(self)?;
         text.push('\n');
-        let mut temporary = file.as_os_str().to_owned();
-        temporary.push(".tmp");
+        let temporary = temporary(file);
         let mut out = fs::File::create(&temporary)?;
         out.write_all(text.as_bytes())?;
         fs::rename(&temporary, file)

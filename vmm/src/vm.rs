@@ -22,6 +22,14 @@ pub enum Error {
     /// This KVM lacks something.
     #[error("this host's KVM has no {0}")]
     Missing(&'static str),
+    /// KVM does not take the guest's memory.
+    #[error("KVM does not take {mib} MiB of guest memory in one piece: {source}; use a smaller --memory")]
+    Ram {
+        /// Its size.
+        mib: u64,
+        /// Why.
+        source: io::Error,
+    },
     /// A call failed.
     #[error("{what} failed: {source}")]
     Call {
@@ -96,7 +104,8 @@ pub fn add_ram(vm: &VmFd, ram: &Ram) -> Result<u32, Error> {
             userspace_addr: region.as_ptr() as u64,
         };
         // SAFETY: the region is mapped for the whole life of `ram`, which the machine drops after the virtual machine.
-        unsafe { vm.set_user_memory_region(memory) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        unsafe { vm.set_user_memory_region(memory) }
+            .map_err(|e| Error::Ram { mib: region.len() >> 20, source: io::Error::from_raw_os_error(e.errno()) })?;
         slot += 1;
     }
     Ok(slot)

@@ -190,6 +190,9 @@ fn wrong_usage_is_code_2_and_runs_nothing() {
         &["fly"],
         &["run", "--kernel", "k", "--device", "edu,id=a", "--device", "edu,id=a"],
         &["run", "--kernel", "k", "--iommu", "vtd,intremap=off,eim=on"],
+        &["run", "--kernel", "k", "--device", "edu,addr=5.0", "--device", "vfio,host=ffff:ff:1f.7,addr=05.0"],
+        &["run", "--kernel", "k", "--device", "edu,addr=5.1"],
+        &["run", "--kernel", "k", "--timeout", "1e-10"],
     ] {
         let (code, out, err) = run(args);
         assert_eq!((code, out.as_str()), (2, ""), "{args:?}");
@@ -212,12 +215,95 @@ fn a_refused_start_is_code_4_with_one_message() {
         (&["run", "--kernel", good, "--device", vfio], "no PCI function ffff:ff:1f.7"),
         (&["run", "--kernel", good, "--device", vfio, "--iommu", "none"], "--iommu none"),
         (&["run", "--kernel", good, "--device", vfio, "--iommu", "vtd,caching-mode=off"], "caching-mode=on"),
-        (&["run", "--kernel", good, "--log", "/nonexistent/log"], "/nonexistent/log"),
     ] {
         let (code, out, err) = run(args);
         assert_eq!((code, out.as_str(), err.lines().count()), (4, "", 1), "{args:?}: {err}");
         assert!(err.contains(part), "{err}");
     }
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_code_2_before_anything_else() {
+    let dir = TempDir::new().unwrap();
+    let folder = path(dir.as_path());
+    for option in ["--stats", "--trace", "--log"] {
+        for file in ["/nonexistent/file", folder] {
+            // The kernel that is not there would be the next to be said.
+            let (code, out, err) = run(&["run", "--kernel", "/nonexistent/kernel", option, file]);
+            assert_eq!((code, out.as_str(), err.lines().count()), (2, "", 1), "{option} {file}: {err}");
+            assert!(err.contains(file), "{err}");
+        }
+    }
+    // What is asked for is not there before it is written.
+    let stats = dir.as_path().join("stats");
+    assert_eq!(run(&["run", "--kernel", "/nonexistent/kernel", "--stats", path(&stats)]).0, 4);
+    assert_eq!(std::fs::read_dir(dir.as_path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_file_to_write_that_waits_for_its_reader_does_not_hold_up_a_signal() {
+    use std::os::unix::process::ExitStatusExt;
+    let dir = TempDir::new().unwrap();
+    let pipe = dir.as_path().join("pipe");
+    let name = std::ffi::CString::new(path(&pipe)).unwrap();
+    // SAFETY: the name is a NUL-terminated string that outlives the call.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let mut child = causeway(&["run", "--kernel", "k", "--trace", path(&pipe)]).spawn().unwrap();
+    // SAFETY: the child was not waited for, so the process id is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+    assert_eq!(wait(&mut child).signal(), Some(libc::SIGTERM));
+}
+
+#[test]
+fn an_error_that_nobody_can_hear_has_its_code_all_the_same() {
+    for (args, code) in [
+        (&["run", "--kernel", "k", "--device", "edu,id=a", "--device", "edu,id=a"][..], 2),
+        (&["run", "--kernel", "/nonexistent/kernel"], 4),
+        (&["test", "--filter", "no_such_test"], 2),
+        (&["fly"], 2),
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let status = causeway(args).stdout(writer.try_clone().unwrap()).stderr(writer).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{args:?}: {status}");
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(causeway(&["test", "--list"]).stdout(writer).status().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_limit_on_open_files_that_is_too_low_is_said_with_what_to_do() {
+    if !has_kvm() {
+        return;
+    }
+    let image = image(&[LOOP]);
+    let mut refused = 0;
+    for limit in 6..32 {
+        let script = format!("ulimit -n {limit}; exec \"$0\" run --memory 16M --timeout 0.01 --image \"$1\"");
+        let arguments = ["-c", &script, env!("CARGO_BIN_EXE_causeway"), path(image.as_path())];
+        let output = Command::new("sh").args(arguments).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(10) => break,
+            _ => {
+                assert!(said.contains("raise the limit on open files: ulimit -n"), "{limit}: {said}");
+                refused += 1;
+            }
+        }
+    }
+    assert!((1..26).contains(&refused), "{refused} limits were refused");
+}
+
+#[test]
+fn memory_that_kvm_does_not_take_is_refused_with_what_to_do() {
+    if !has_kvm() {
+        return;
+    }
+    let kernel = kernel(&[LOOP]);
+    let (code, _, err) = run(&["run", "--kernel", path(kernel.as_path()), "--memory", "9T"]);
+    assert_eq!(code, 4, "{err}");
+    assert!(err.contains("memory") && err.contains("use a smaller --memory"), "{err}");
 }
 
 #[test]
