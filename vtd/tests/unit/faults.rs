@@ -9,7 +9,7 @@ use vtd::spec::registers::{EventControl, FaultStatus, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow};
 use vtd::{Access, DmaError, Endpoint, Gpa, Iova, Msi, Perm, UnitConfig, UnitId};
 
-use crate::rig::{MEMORY, Memory, NVME, Rig, iotlb_global, requester};
+use crate::rig::{MEMORY, Memory, NVME, Rig, context_global, iotlb_global, requester};
 
 type Translation = Result<Gpa, Option<FaultReason>>;
 
@@ -77,6 +77,11 @@ fn a1_permissions_are_anded_downwards() {
 fn a1_pass_through_and_translation_off_are_untranslated() {
     let (mut rig, _, endpoint) = rig(48);
     rig.set_pass_through(NVME, 4);
+    assert_eq!(read(&endpoint, 0x1234_5678), Ok(Gpa(0x1234_5678)));
+    // Its pointer is ignored, whatever it holds.
+    let low = ContextEntryLow::new().with_present(true).with_translation_type(2).with_second_stage((1 << 52) - 1);
+    rig.set_context(NVME, low, ContextEntryHigh::new().with_address_width(2).with_domain(4));
+    assert!(rig.submit(&[context_global()]));
     assert_eq!(read(&endpoint, 0x1234_5678), Ok(Gpa(0x1234_5678)));
     rig.clear_context(NVME);
     rig.command(|on| on.with_translation(false));
