@@ -5,7 +5,8 @@
 
 use crate::cache::workspace;
 use crate::l1::Images;
-use crate::nested::{DEFAULT_CPU, DEFAULT_MEMORY, Files, Host, Kernel, Machine, Topology};
+use crate::nested::{DEFAULT_CPU, DEFAULT_MEMORY, Files, Host, Kernel, Machine};
+use crate::topology::Topology;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use std::collections::HashMap;

@@ -3,9 +3,10 @@
 use crate::cache::{Cache, progress};
 use crate::host_device::HostDevice;
 use crate::l1::{self, Images};
-use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine, Topology};
+use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine};
 use crate::programs::{self, Program};
 use crate::table::{self, grouped};
+use crate::topology::Topology;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::Value;
@@ -106,7 +107,7 @@ fn nested(cache: &Cache, images: &Images, programs: &[Program], options: &str) -
         guest: words(&read("demo.log")),
         outside: words(&read("facts")),
         stats: serde_json::from_str(&read("demo.json")).ok(),
-        expected_sha256: images.disk_sha256.clone(),
+        expected_sha256: images.content.sha256.clone(),
         logs: format!(
             "--- the guest's console\n{}--- causeway's messages\n{}",
             tail(&read("demo.log")),

@@ -3,7 +3,7 @@
 use crate::apt::{Apt, Pinned};
 use crate::cache::{Cache, hex, progress, recipe};
 use crate::cpio::Archive;
-use crate::kernel_modules::{ModuleTree, Selection};
+use crate::kernel_modules::{Module, ModuleTree, Selection};
 use crate::nested::Host;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
@@ -22,6 +22,12 @@ const FREE_BYTES: u64 = 3 << 30;
 const DISK_BYTES: usize = 256 << 20;
 /// The part of the disk that `DISK_SHA256` is about.
 const CHECKED_BYTES: usize = 64 << 20;
+/// Behind it are slices, which other disks have as their content: so each has its own.
+pub const SLICES_FROM: usize = CHECKED_BYTES;
+pub const SLICE_BYTES: usize = 8 << 20;
+pub const SLICES: usize = (DISK_BYTES - SLICES_FROM) / SLICE_BYTES;
+/// Of the whole and of a slice, what such a checksum is about: some of these disks are slow.
+const CHECKED_SLICE_BYTES: usize = 1 << 20;
 
 /// Loaded before the script: what a host with KVM and VFIO has. Nothing is bound, so no driver of an assigned function is among them.
 const L1_BOOT_MODULES: &[&str] = &["kvm-amd", "vfio-pci", "vfio_iommu_type1", "virtio_blk"];
@@ -68,6 +74,24 @@ pub const GUEST_MODULES: &[&str] = &[
     "ext4",
 ];
 
+/// What guests have besides in the topology `zoo`: a driver for each kind of function, and what it stands on.
+const ZOO_MODULES: &[&str] = &[
+    "ahci",
+    "sd_mod",
+    "xhci-pci",
+    "ehci-pci",
+    "ohci-pci",
+    "usb-storage",
+    "sdhci-pci",
+    "mmc_block",
+    "e1000",
+    "8139cp",
+    "vmxnet3",
+    "vmw_pvscsi",
+    "snd-hda-intel",
+    "snd-hda-codec-generic",
+];
+
 const L1_INIT: &str = include_str!("../../resources/l1/init");
 const L1_PROGRAMS: &[(&str, &str)] = &[
     ("bind-vfio", include_str!("../../resources/l1/bin/bind-vfio")),
@@ -108,8 +132,11 @@ pub struct Images {
     pub guest_base: PathBuf,
     /// QEMU for L1, a cpio archive on a disk.
     pub qemu_disk: PathBuf,
+    /// Follows `base` in the topology `zoo`.
+    pub zoo: PathBuf,
     pub nvme: PathBuf,
-    pub disk_sha256: String,
+    /// Of `nvme`.
+    pub content: Content,
     /// The package that `kernel` is from.
     pub kernel_package: Pinned,
     /// Stands for the content of all of these.
@@ -123,6 +150,17 @@ impl Images {
     pub fn own(&self) -> Result<&OwnImages> {
         self.own.get().context("the own kernel was not made ready")
     }
+}
+
+/// Checksums of a disk's content.
+#[derive(Debug, Clone)]
+pub struct Content {
+    /// Of the first 64 MiB.
+    pub sha256: String,
+    /// Of the first MiB.
+    pub first: String,
+    /// Of the first MiB of each slice.
+    pub slices: Vec<String>,
 }
 
 /// The own kernel, ready for L1.
@@ -249,8 +287,8 @@ pub fn prepare(outer: &Cache, host: Host) -> Result<Images> {
     };
     qemu.check()?;
     let kernel = kernel_image(&tree)?;
-    let disk_sha256 = disk(cache)?;
-    let mut parts = vec![packages.as_str(), disk_sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
+    let content = disk(cache)?;
+    let mut parts = vec![packages.as_str(), content.sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
     parts.extend([include_str!("l1.rs"), include_str!("cpio.rs"), include_str!("kernel_modules.rs")]);
     parts.extend(L1_PROGRAMS.iter().chain(COMMON_PROGRAMS).map(|(_, text)| *text));
     let recipe = recipe(&parts);
@@ -263,9 +301,10 @@ pub fn prepare(outer: &Cache, host: Host) -> Result<Images> {
         base: cache.path("l1.cpio"),
         guest_base: cache.path("guest.cpio"),
         qemu_disk: cache.path("qemu.cpio"),
+        zoo: cache.path("zoo.cpio"),
         nvme: cache.path("nvme.img"),
         kernel_package: kernel_package.context("no kernel among the unpacked packages")?.to_owned(),
-        disk_sha256,
+        content,
         recipe,
         own: OnceLock::new(),
     };
@@ -401,10 +440,20 @@ fn user_space<W: Write>(
 
 /// A kernel's modules, and what modprobe wants to know of them.
 pub fn put_modules<W: Write>(archive: &mut Archive<W>, release: &str, selection: &Selection) -> Result<()> {
+    put_more_modules(archive, release, selection, &[])
+}
+
+/// As `put_modules`, for an archive that follows one in which the modules `before` are: these are only in the index.
+fn put_more_modules<W: Write>(
+    archive: &mut Archive<W>,
+    release: &str,
+    selection: &Selection,
+    before: &[Module],
+) -> Result<()> {
     let root = format!("lib/modules/{release}");
     let mut made: Vec<String> = vec![root.clone()];
     archive.directory(&root)?;
-    for module in &selection.modules {
+    for module in selection.modules.iter().filter(|module| before.iter().all(|other| other.name != module.name)) {
         let path = format!("{root}/{}", module.path);
         let parents: Vec<&Path> = Path::new(&path).ancestors().skip(1).collect();
         for parent in parents.into_iter().rev().map(|parent| parent.to_string_lossy().into_owned()) {
@@ -428,6 +477,16 @@ fn guest_base(tree: &Path, release: &str, modules: &ModuleTree) -> Result<Vec<u8
     archive.finish()
 }
 
+/// For L1: an archive that follows a guest's initramfs and has the modules of the zoo, with the index of all.
+fn zoo_overlay(release: &str, modules: &ModuleTree) -> Result<Vec<u8>> {
+    let names: Vec<&str> = GUEST_MODULES.iter().chain(ZOO_MODULES).copied().collect();
+    let mut guest = Archive::new(Vec::new());
+    put_more_modules(&mut guest, release, &modules.select(&names)?, &modules.select(GUEST_MODULES)?.modules)?;
+    let mut archive = Archive::new(Vec::new());
+    archive.file("causeway/guest/zoo.cpio", 0o644, &guest.finish()?)?;
+    archive.finish()
+}
+
 fn l1_base(cache: &Cache, tree: &Path, images: &Images) -> Result<()> {
     let (folder, release) = modules_folder(tree)?;
     let modules = ModuleTree::open(&folder)?;
@@ -444,32 +503,42 @@ fn l1_base(cache: &Cache, tree: &Path, images: &Images) -> Result<()> {
     archive.copy("causeway/guest/vmlinuz", &images.kernel)?;
     std::fs::write(&images.guest_base, guest_base(tree, &release, &modules)?)?;
     archive.copy("causeway/guest/base.cpio", &images.guest_base)?;
+    std::fs::write(&images.zoo, zoo_overlay(&release, &modules)?)?;
     archive.file("etc/boot-modules", 0o644, (L1_BOOT_MODULES.join(" ") + "\n").as_bytes())?;
     archive.finish()?;
     std::fs::rename(temporary, &images.base)?;
     Ok(())
 }
 
-/// The NVMe's content: the same on every machine, from a seeded generator; gives the checksum of its first part.
-fn disk(cache: &Cache) -> Result<String> {
-    let stamp = recipe(&["splitmix64 1", &DISK_BYTES.to_string(), &CHECKED_BYTES.to_string()]);
-    let sum = cache.path("nvme.sha256");
-    if cache.is_fresh("nvme", &stamp) {
-        return Ok(std::fs::read_to_string(sum)?);
+/// The NVMe's content: the same on every machine, from a seeded generator; gives the checksums of its parts.
+fn disk(cache: &Cache) -> Result<Content> {
+    let sizes = [DISK_BYTES, CHECKED_BYTES, SLICE_BYTES, CHECKED_SLICE_BYTES].map(|size| size.to_string());
+    let mut parts = vec!["splitmix64 3"];
+    parts.extend(sizes.iter().map(String::as_str));
+    let stamp = recipe(&parts);
+    let sums = cache.path("nvme.sha256");
+    if !cache.is_fresh("nvme", &stamp) {
+        progress("making the NVMe's disk");
+        cache.need_free(FREE_BYTES)?;
+        cache.forget("nvme")?;
+        let mut state = 0x6361_7573_6577_6179_u64;
+        let mut content = Vec::with_capacity(DISK_BYTES);
+        while content.len() < DISK_BYTES {
+            content.extend(splitmix64(&mut state).to_le_bytes());
+        }
+        std::fs::write(cache.path("nvme.img"), &content)?;
+        let mut text = hex(&Sha256::digest(&content[..CHECKED_BYTES]));
+        for from in std::iter::once(0).chain((0..SLICES).map(|slice| SLICES_FROM + slice * SLICE_BYTES)) {
+            text += "\n";
+            text += &hex(&Sha256::digest(&content[from..from + CHECKED_SLICE_BYTES]));
+        }
+        std::fs::write(&sums, text)?;
+        cache.stamp("nvme", &stamp)?;
     }
-    progress("making the NVMe's disk");
-    cache.need_free(FREE_BYTES)?;
-    cache.forget("nvme")?;
-    let mut state = 0x6361_7573_6577_6179_u64;
-    let mut content = Vec::with_capacity(DISK_BYTES);
-    while content.len() < DISK_BYTES {
-        content.extend(splitmix64(&mut state).to_le_bytes());
-    }
-    std::fs::write(cache.path("nvme.img"), &content)?;
-    let digest = hex(&Sha256::digest(&content[..CHECKED_BYTES]));
-    std::fs::write(sum, &digest)?;
-    cache.stamp("nvme", &stamp)?;
-    Ok(digest)
+    let text = std::fs::read_to_string(sums)?;
+    let mut lines = text.lines().map(str::to_owned);
+    let mut next = || lines.next().context("the disk has no checksum");
+    Ok(Content { sha256: next()?, first: next()?, slices: lines.collect() })
 }
 
 fn splitmix64(state: &mut u64) -> u64 {

@@ -22,6 +22,7 @@ mod programs;
 mod report;
 mod table;
 mod test;
+mod topology;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -6,7 +6,8 @@ use crate::l1::{self, Images};
 use crate::monitor::Monitor;
 use crate::own_kernel;
 use crate::programs::{self, Program};
-use anyhow::{Context, Result, bail, ensure};
+use crate::topology::{Topology, drive, option};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -28,19 +29,6 @@ const NORMAL_BOOT: Duration = Duration::from_secs(5);
 const LARGEST_SCALE: u32 = 6;
 pub const TIME_LIMIT: u8 = 124;
 pub const BENCH_FAILURE: u8 = 125;
-
-/// How the assignable functions are connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Topology {
-    /// edu 08.0, NVMe 09.0, e1000e 0a.0 and igb 0b.0 on the root bus
-    Flat,
-    /// each function behind a PCIe root port: bus reset, ACS, igb with SR-IOV
-    Ports,
-    /// two edu behind one PCIe-to-PCI bridge (one group), the NVMe on the root bus
-    Bridge,
-    /// two edu functions in one slot behind a root port without ACS (one group), the NVMe on the root bus
-    Slot,
-}
 
 /// Which QEMU and kernel L1 is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -443,12 +431,16 @@ fn initramfs(images: &Images, job: &Job, to: &Path) -> Result<()> {
     if job.machine.kernel == Kernel::Own {
         std::io::copy(&mut File::open(&images.own()?.overlay)?, &mut file)?;
     }
+    if job.machine.topology == Topology::Zoo {
+        std::io::copy(&mut File::open(&images.zoo)?, &mut file)?;
+    }
     let mut archive = Archive::new(file);
     archive.file("script", 0o755, job.script)?;
     let environment = format!(
         "CAUSEWAY=/causeway/bin/causeway\nKERNEL=/causeway/guest/vmlinuz\nINITRD=/causeway/guest/base.cpio\nDISK_SHA256={}\n\
-         QEMU_DISK=/dev/vda\nOUT_DISK=/dev/vdb\nexport QEMU_DISK OUT_DISK\n",
-        images.disk_sha256
+         DISKS='{}'\nQEMU_DISK=/dev/vda\nOUT_DISK=/dev/vdb\nexport QEMU_DISK OUT_DISK\n",
+        images.content.sha256,
+        job.machine.topology.contents(&images.content)
     );
     archive.file("etc/causeway.env", 0o644, environment.as_bytes())?;
     for program in job.programs {
@@ -479,7 +471,7 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
     // With several, kernels die of what TCG's threads do to each other (docs/nested-bench.md).
     command.args(["-accel", "tcg,thread=multi,tb-size=1024", "-smp", "1", "-machine", "q35,kernel-irqchip=split"]);
     command.args(["-m", &format!("{}M", job.machine.memory.mib)]);
-    command.args(["-cpu", &format!("{},+svm,+npt,+x2apic", job.machine.cpu)]);
+    command.args(["-cpu", &format!("{},+svm,+npt,+x2apic{}", job.machine.cpu, job.machine.topology.cpu())]);
     command.args(["-device", "intel-iommu,intremap=on,eim=on,caching-mode=on,aw-bits=48"]);
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(folder.path("initrd")).args(["-append", append.trim()]);
     command
@@ -506,78 +498,15 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
         command.args(["-chardev", &format!("socket,id=input,fd={}", input.as_raw_fd())]);
         command.args(["-device", "virtserialport,chardev=input,name=input"]);
     }
-    disk(&mut command, "qemu", &images.qemu_disk, "readonly=on")?;
+    drive(&mut command, "qemu", &images.qemu_disk, "readonly=on")?;
     command.args(["-device", "virtio-blk-pci,drive=qemu,addr=1d.0"]);
-    disk(&mut command, "out", &folder.path("out.img"), "cache=unsafe")?;
+    drive(&mut command, "out", &folder.path("out.img"), "cache=unsafe")?;
     command.args(["-device", "virtio-blk-pci,drive=out,addr=1e.0"]);
     // Writes to the NVMe go to a file that is already deleted, in the run's folder.
     command.env("TMPDIR", &folder.0);
-    disk(&mut command, "nvme", &images.nvme, "snapshot=on")?;
-    functions(&mut command, job.machine.topology);
+    drive(&mut command, "nvme", &images.nvme, "snapshot=on")?;
+    job.machine.topology.add_to(&mut command, images)?;
     Ok(command)
-}
-
-fn functions(command: &mut Command, topology: Topology) {
-    const EDU: &str = "edu,dma_mask=0xffffffffffffffff";
-    const NVME: &str = "nvme,drive=nvme,serial=causeway";
-    let mut device = |text: String| {
-        command.args(["-device", &text]);
-    };
-    match topology {
-        Topology::Flat => {
-            device(format!("{EDU},addr=08.0"));
-            device(format!("{NVME},addr=09.0"));
-            device("e1000e,netdev=net0,addr=0a.0".to_owned());
-            device("igb,netdev=net1,addr=0b.0".to_owned());
-        }
-        Topology::Ports => {
-            // Where ACPI is to plug and unplug, QEMU's ports never say that their link is up, and Linux takes each reset of their
-            // buses for failed.
-            command.args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
-            let mut device = |text: String| {
-                command.args(["-device", &text]);
-            };
-            for (index, port) in ["edu", "nvme", "e1000e", "igb"].iter().enumerate() {
-                let more = if index == 0 { ",multifunction=on" } else { "" };
-                let number = index + 1;
-                device(format!("pcie-root-port,id=port-{port},chassis={number},slot={number},addr=10.{index}{more}"));
-            }
-            device(format!("{EDU},bus=port-edu"));
-            device(format!("{NVME},bus=port-nvme"));
-            device("e1000e,netdev=net0,bus=port-e1000e".to_owned());
-            device("igb,netdev=net1,bus=port-igb".to_owned());
-        }
-        Topology::Bridge => {
-            device("pcie-pci-bridge,id=bridge,addr=10.0".to_owned());
-            device("pci-bridge,id=inner,bus=bridge,chassis_nr=1,shpc=off,addr=01.0".to_owned());
-            device(format!("{EDU},bus=inner,addr=01.0"));
-            device(format!("{EDU},bus=inner,addr=02.0"));
-            device(format!("{NVME},addr=09.0"));
-        }
-        Topology::Slot => {
-            device("pcie-root-port,id=root-port,chassis=1,slot=1,addr=10.0".to_owned());
-            device(format!("{EDU},bus=root-port,multifunction=on,addr=00.0"));
-            device(format!("{EDU},bus=root-port,addr=00.1"));
-            device(format!("{NVME},addr=09.0"));
-        }
-    }
-    if matches!(topology, Topology::Flat | Topology::Ports) {
-        // One hub, so that a guest behind one of them and L1 behind the other can talk.
-        command.args(["-netdev", "hubport,id=net0,hubid=0", "-netdev", "hubport,id=net1,hubid=0"]);
-    }
-}
-
-fn disk(command: &mut Command, id: &str, file: &Path, more: &str) -> Result<()> {
-    command.arg("-drive").arg(format!("file={},if=none,id={id},format=raw,{more}", option(file)?));
-    Ok(())
-}
-
-/// A path as the value of a QEMU option, in which a comma is doubled.
-fn option(path: &Path) -> Result<String> {
-    match path.to_str() {
-        Some(text) => Ok(text.replace(',', ",,")),
-        None => bail!("{} is not UTF-8, which QEMU's options need", path.display()),
-    }
 }
 
 /// The frequency of this machine's time stamp counter, measured. L1 must know it well: TCG's SVM has no TSC scaling, and with an error
