@@ -26,7 +26,7 @@
 //!
 //! | ordering | what it is for | model |
 //! |---|---|---|
-//! | fence of `open_session`, of `wait_for_sessions` | the session sees the invalidation, or the invalidation the session | `an_access_..` |
+//! | fence of `try_session`, of `wait_for_sessions` | the session sees the invalidation, or the invalidation the session | `an_access_..` |
 //! | `close_session` release, `wait_for_sessions` acquire | the accesses of a session come before what its waiter does next | `an_access_..` |
 //! | sequence acquire, fence acquire in `Slot::get`; release in `Slot::give_back`; fence of `Slot::take` | a hit is of one store | `a_hit_..` |
 //! | fence of `Slot::take` against that of `advance_epoch` | a store sees the new epoch, or the emptying sees the store, the domain and the size | `a_walk_..` |
@@ -321,18 +321,26 @@ impl Iotlb {
     #[inline]
     pub(crate) fn open_session(&self) -> SessionToken {
         // Each thread begins at a word of its own, so that threads do not take a cache line from each other.
-        let own = thread_number();
+        let own = thread_number() % SESSIONS;
+        self.try_session(own).unwrap_or_else(|| self.another_session(own))
+    }
+
+    fn try_session(&self, index: usize) -> Option<SessionToken> {
+        let session = &self.sessions[index].0;
+        let number = session.load(Ordering::Relaxed);
+        let free = number & 1 == 0;
+        let opened = free && session.compare_exchange(number, number + 1, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        fence_after_update();
+        opened.then_some(SessionToken { index, number: number + 1 })
+    }
+
+    #[cold]
+    fn another_session(&self, own: usize) -> SessionToken {
         let mut turn = 0;
         loop {
-            for index in (0..SESSIONS).map(|offset| (own + offset) % SESSIONS) {
-                let session = &self.sessions[index].0;
-                let number = session.load(Ordering::Relaxed);
-                if number & 1 == 0
-                    && session.compare_exchange(number, number + 1, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-                {
-                    fence_after_update();
-                    return SessionToken { index, number: number + 1 };
-                }
+            let found = (0..SESSIONS).find_map(|offset| self.try_session((own + offset) % SESSIONS));
+            if let Some(token) = found {
+                return token;
             }
             relax(turn);
             turn += 1;
