@@ -32,7 +32,7 @@
 //! | fence of `Slot::take` against that of `advance_epoch` | a store sees the new epoch, or the emptying sees the store, the domain and the size | `a_walk_..` |
 //! | sequence acquire in `Slot::empty` | it sees what was stored | `a_walk_..` |
 //! | `epoch` release in `advance_epoch`, acquire in `sample` | a walk of the new epoch reads the tables of it | `a_walk_..` |
-//! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `what_a_walk_noted_..` |
+//! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `a_walk_of_a_large_leaf_..` |
 
 use crate::ids::{DomainId, Gpa};
 use crate::space::Perm;
