@@ -14,7 +14,7 @@ use clap::Args;
 use lane::{Lane, Verdict};
 use list::Mutation;
 use regex::Regex;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Mutex;
 
 #[derive(Debug, Args)]
@@ -77,12 +77,16 @@ pub fn command(args: &MutateArgs) -> Result<u8> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = args.jobs.map_or(processors, |jobs| jobs as usize).min(mutations.len());
     progress(format_args!("{} mutations, {jobs} at a time", mutations.len()));
+    let lane_folder = |number: usize| target().join("mutate").join(number.to_string());
+    let first = Lane::new(&lane_folder(0))?;
+    let packages: BTreeSet<&str> = mutations.iter().map(|mutation| mutation.package.as_str()).collect();
+    packages.into_iter().try_for_each(|package| first.unbroken(package))?;
     let queue = Mutex::new(VecDeque::from(mutations));
     let outcomes = Mutex::new(Vec::new());
     let lanes: Vec<Result<()>> = std::thread::scope(|scope| {
-        let (queue, outcomes) = (&queue, &outcomes);
+        let (queue, outcomes, lane_folder) = (&queue, &outcomes, &lane_folder);
         let work = move |number: usize| {
-            let lane = Lane::new(&target().join("mutate").join(number.to_string()))?;
+            let lane = Lane::new(&lane_folder(number))?;
             loop {
                 let next = queue.lock().map_err(|_| lane::poisoned())?.pop_front();
                 let Some(mutation) = next else { return Ok(()) };

@@ -94,21 +94,31 @@ impl Lane {
     /// # Errors
     /// The mutation does not build, which would say nothing of the tests.
     pub fn crate_tests(&self, mutation: &Mutation) -> Result<Verdict> {
-        let package = ["--package", &mutation.package];
-        let verdict = self.tests_of(mutation, &package)?;
-        match verdict {
-            Verdict::Survived if mutation.models => self.tests_of(mutation, crate_tests::MODELS),
+        let title = mutation.title();
+        match self.tests_of(&title, &["--package", &mutation.package])? {
+            Verdict::Survived if mutation.models => self.tests_of(&title, crate_tests::MODELS),
             verdict => Ok(verdict),
         }
     }
 
-    fn tests_of(&self, mutation: &Mutation, arguments: &[&str]) -> Result<Verdict> {
+    /// Runs the tests of a crate as it is: what fails then would be taken for a mutation that was noticed.
+    ///
+    /// # Errors
+    /// A test fails, or does not end within the limits.
+    pub fn unbroken(&self, package: &str) -> Result<()> {
+        match self.tests_of(package, &["--package", package])? {
+            Verdict::Survived => Ok(()),
+            Verdict::Killed(tests) => bail!("{package} fails without any mutation: {}", tests.join(", ")),
+        }
+    }
+
+    fn tests_of(&self, title: &str, arguments: &[&str]) -> Result<Verdict> {
         let build = ["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"];
         let Some(built) = self.run(self.cargo(&[&build, arguments].concat()), BUILD_LIMIT)? else {
-            bail!("{}: building takes more than {} s", mutation.title(), BUILD_LIMIT.as_secs());
+            bail!("{title}: building takes more than {} s", BUILD_LIMIT.as_secs());
         };
         let errors = String::from_utf8_lossy(&built.stderr);
-        ensure!(built.status.success(), "{}: does not build\n{errors}", mutation.title());
+        ensure!(built.status.success(), "{title}: does not build\n{errors}");
         for executable in crate_tests::executables(&built.stdout)? {
             let mut command = Command::new(&executable.file);
             command.current_dir(&executable.folder).env("CARGO_MANIFEST_DIR", &executable.folder);
