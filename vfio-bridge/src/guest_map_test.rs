@@ -63,3 +63,13 @@ fn a_run_is_cut_where_regions_begin_and_end() {
     assert_eq!(pieces(0x1_0000, 0x1000), [(0x1_0000, 0x1000, false)]);
     assert_eq!((pieces(0x1000, 0), pieces(u64::MAX, 2)), (vec![], vec![]));
 }
+
+#[test]
+fn memory_is_kept_for_as_long_as_its_map_is() {
+    let memory =
+        Arc::new(vm_memory::GuestMemoryMmap::<()>::from_ranges(&[(vm_memory::GuestAddress(0), 0x4000)]).expect("RAM"));
+    let map = GuestMap::of_memory(memory.clone()).expect("whole pages");
+    assert_eq!((Arc::strong_count(&memory), map.ram_bytes()), (2, 0x4000));
+    drop(map);
+    assert_eq!(Arc::strong_count(&memory), 1);
+}

@@ -51,3 +51,11 @@ fn groups_of_the_kernel_and_others_are_told_apart() {
     let user = GroupId::of_user_function(3);
     assert_eq!((user.of_kernel(), user.to_string()), (None, "vfio-user3".to_owned()));
 }
+
+#[test]
+fn groups_of_processes_are_none_of_the_kernels() {
+    let last_of_kernel = GroupId(FIRST_OF_USER_FUNCTIONS - 1);
+    assert_eq!(last_of_kernel.of_kernel(), Some(u32::MAX >> 1));
+    assert_eq!(GroupId::of_user_function(0).of_kernel(), None);
+    assert_ne!(GroupId::of_user_function(0), GroupId::of_user_function(1));
+}

@@ -53,6 +53,13 @@ fn b13_a_chain_that_is_cut_or_loops_ends() {
     let mut looping = whole.clone();
     looping[28..32].copy_from_slice(&24u32.to_ne_bytes());
     assert_eq!(parse_info(&looping).expect("ends").available, None);
+    // Over both of them.
+    looping = whole.clone();
+    let second = whole.len() - 16;
+    looping[second + 4..second + 8].copy_from_slice(&24u32.to_ne_bytes());
+    let (told, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || told.send(parse_info(&looping).and_then(|info| info.available)));
+    assert_eq!(ended.recv_timeout(std::time::Duration::from_secs(60)), Ok(Some(7)));
 }
 
 #[test]

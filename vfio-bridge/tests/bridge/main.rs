@@ -3,6 +3,7 @@
 mod audit;
 mod behaviours;
 mod broken;
+mod groups;
 mod property;
 mod refusals;
 mod refused_joins;

@@ -236,6 +236,61 @@ fn a_list_of_mappable_areas_that_is_longer_than_asked_for_is_asked_for_again() {
     }
 }
 
+/// A server whose regions have 4 MiB, these flags, and these capabilities behind the structure; with a file or without.
+fn server_of_regions(flags: u32, capabilities: Vec<u8>, file: bool) -> UnixStream {
+    let (client, mut server) = UnixStream::pair().unwrap();
+    std::thread::spawn(move || {
+        let region = TempFile::new().unwrap().into_file();
+        while let Some((id, command, payload)) = next(&mut server) {
+            let head = [words(&[32 + capabilities.len() as u32, flags]), payload.get(8..12).unwrap_or(&[]).to_vec()];
+            let info = [&head.concat()[..], &words(&[32, 4 << 20, 0, 0x3000, 0]), &capabilities].concat();
+            let answer = if command == 5 { info } else { orderly(command, &payload) };
+            let bytes = message(id, command, REPLY, 0, &answer);
+            if command == 5 && file {
+                server.send_with_fd(&bytes[..], region.as_raw_fd()).unwrap();
+            } else {
+                server.write_all(&bytes).unwrap();
+            }
+        }
+    });
+    client
+}
+
+/// What region 2 of such a server is: readable, writable, what is mappable, whether it has a file.
+fn region_of(flags: u32, capabilities: &[u32], file: bool) -> (bool, bool, Vec<(u64, u64)>, bool) {
+    let rig = Rig::connect(server_of_regions(flags, words(capabilities), file), PATIENT).unwrap();
+    let (info, file) = (rig.function.region(RegionKind::Bar(2)), rig.function.file(RegionKind::Bar(2)));
+    assert_eq!((info.size, info.file_offset), (4 << 20, 0x3000));
+    (info.readable, info.writable, info.mappable, file.is_some())
+}
+
+#[test]
+fn f1_a_region_is_mappable_with_a_file_that_it_is_mapped_from() {
+    const READ: u32 = 1;
+    const WRITE: u32 = 2;
+    const MAP: u32 = 4;
+    let whole = vec![(0, 4 << 20)];
+    assert_eq!(region_of(READ | WRITE | MAP, &[], true), (true, true, whole.clone(), true));
+    assert_eq!(region_of(READ | WRITE | MAP, &[], false), (true, true, vec![], false));
+    assert_eq!(region_of(READ, &[], true), (true, false, vec![], true));
+    assert_eq!(region_of(WRITE | MAP, &[], true), (false, true, whole, true));
+}
+
+#[test]
+fn f1_the_capability_that_lists_areas_is_found_behind_others_and_a_loop_ends() {
+    const FLAGS: u32 = 1 | 2 | 4 | 8;
+    // Capabilities { id: u16, version: u16, next: u32 }: another one, then the list.
+    let other = |next| [7 | 1 << 16, next];
+    let list = [1 | 1 << 16, 0, 1, 0, 0x1000, 0, 0x2000, 0];
+    let found = region_of(FLAGS, &[&other(40)[..], &list].concat(), true);
+    assert_eq!(found.2, [(0x1000, 0x2000)]);
+    // Without a list all of it is mappable.
+    assert_eq!(region_of(FLAGS, &other(0), true).2, [(0, 4 << 20)]);
+    for looping in [vec![other(32)], vec![other(40), other(32)], vec![other(40), other(40)]] {
+        assert_eq!(region_of(FLAGS, &looping.concat(), true).2, [(0, 4 << 20)], "{looping:?}");
+    }
+}
+
 #[test]
 fn who_does_not_take_a_connection_is_not_waited_for() {
     let place = TempDir::new().unwrap();
