@@ -381,3 +381,75 @@ fn edu_bar_moves_with_its_register() {
     bench.command(0);
     assert!(!bench.bus.read(0xe010_0000, &mut data));
 }
+
+#[test]
+fn edu_interrupts_for_no_transfer_that_does_not_ask_for_it() {
+    let (bench, _) = with_memory();
+    bench.transfer(0x1000, BUFFER, 8, DMA_START);
+    assert_eq!((bench.read(0x24), bench.line.is_high()), (0, false));
+    bench.transfer(0x1000, BUFFER, 8, DMA_START | DMA_IRQ);
+    while bench.read(0x24) == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.read(0x24), IRQ_DMA);
+}
+
+#[test]
+fn edu_computes_one_factorial_at_a_time() {
+    let (bench, asks, answers) = slow();
+    // The worker is busy with something else, so what is asked for waits.
+    bench.write64(0x80, BUFFER);
+    bench.write64(0x90, 8);
+    bench.write64(0x98, DMA_START | DMA_TO_MEMORY);
+    asks.recv().unwrap();
+    bench.write(0x08, 5);
+    bench.write(0x08, 6);
+    assert_ne!(bench.read(0x20) & STATUS_COMPUTING, 0);
+    answers.send(Err(DmaFailed)).unwrap();
+    while bench.read(0x20) & STATUS_COMPUTING != 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.read(0x08), 120);
+    // The interrupt bit is written, and no other.
+    assert!(bench.failed());
+    bench.write(0x20, STATUS_IRQ_FACTORIAL);
+    assert_eq!(bench.read(0x20) & (STATUS_IRQ_FACTORIAL | STATUS_DMA_FAILED), STATUS_IRQ_FACTORIAL | STATUS_DMA_FAILED);
+    bench.write(0x20, 0);
+    assert_eq!(bench.read(0x20) & (STATUS_IRQ_FACTORIAL | STATUS_DMA_FAILED), STATUS_DMA_FAILED);
+}
+
+#[test]
+fn edu_takes_words_and_from_0x80_on_pairs_of_them() {
+    let (bench, _) = with_memory();
+    bench.write(0x04, 0);
+    bench.write64(0x80, 0x1_0000_0002);
+    for (offset, len) in [(0x04, 1), (0x04, 2), (0x00, 8), (0x80, 1), (0x80, 2), (0x78, 8), (0x80, 3)] {
+        bench.bus.write(BAR_GPA + offset, &vec![0x5a; len]);
+        let mut data = vec![0; len];
+        bench.bus.read(BAR_GPA + offset, &mut data);
+        assert_eq!(data, vec![0xff; len], "{len} bytes at {offset:#x}");
+    }
+    assert_eq!((bench.read(0x04), bench.read(0x80), bench.read(0x84)), (u32::MAX, 2, 1));
+}
+
+#[test]
+fn edu_leaves_the_bus_at_a_reset_and_what_was_in_flight_raises_nothing() {
+    let (bench, asks, answers) = slow();
+    bench.write64(0x80, BUFFER);
+    bench.write64(0x90, 8);
+    bench.write64(0x98, DMA_START | DMA_TO_MEMORY | DMA_IRQ);
+    asks.recv().unwrap();
+    // A factorial that nobody began with is overtaken as well.
+    bench.write(0x20, STATUS_IRQ_FACTORIAL);
+    bench.write(0x08, 5);
+    std::thread::scope(|scope| {
+        let reset = scope.spawn(|| bench.root.reset());
+        while bench.read_config_command() != 0 {
+            std::thread::yield_now();
+        }
+        answers.send(Ok(())).unwrap();
+        reset.join().unwrap();
+    });
+    assert_eq!((*bench.line.rises.lock().unwrap(), bench.interrupts.take()), (0, vec![]));
+    assert_eq!(bench.read(0), u32::MAX, "nothing answers at its old place");
+}

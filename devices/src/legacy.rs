@@ -89,5 +89,8 @@ mod tests {
         assert_eq!(data[0] & 0x03, 0x03, "gate and speaker");
         device.read(4, &mut data);
         assert_eq!(data[0] & 0x03, 0, "no data is there");
+        let mut word = [0; 4];
+        device.read(4, &mut word);
+        assert_eq!(word, [data[0], 0xff, 0xff, 0xff], "one port has one byte");
     }
 }

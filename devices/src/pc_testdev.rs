@@ -200,5 +200,6 @@ mod tests {
         }
         assert_eq!(TestLines::LAST - TestLines::FIRST, 23);
         lines.write(u64::from(PINS), &[1]);
+        assert_eq!(read(&lines, 0), [0; 4]);
     }
 }

@@ -100,6 +100,9 @@ mod tests {
         assert_eq!(read(&pic, 1), 0xff);
         pic.write(1, &[0xfb]);
         assert_eq!((read(&pic, 1), read(&pic, 0)), (0xfb, 0));
+        let mut word = [0; 4];
+        pic.read(1, &mut word);
+        assert_eq!(word, [0xfb, 0xff, 0xff, 0xff], "one port has one byte");
         pic.reset();
         assert_eq!(read(&pic, 1), 0xff);
     }

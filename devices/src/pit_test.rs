@@ -316,3 +316,31 @@ fn pit_system_port_shows_gate_speaker_and_refresh() {
     rig.pass(REFRESH);
     assert_eq!(rig.system() & 0x10, first ^ 0x10);
 }
+
+#[test]
+fn pit_shortest_periods_and_a_count_that_is_written_again() {
+    let rig = Rig::new();
+    rig.gate(true);
+    for (count, levels) in [(1, [true; 4]), (2, [true, false, true, false])] {
+        rig.write(CONTROL, &[channel2(2)]);
+        rig.write(2, &[count, 0]);
+        for level in levels {
+            assert_eq!(rig.output(), level, "count {count}");
+            rig.pass(1);
+        }
+    }
+    // What was counted before the gate held it is not counted of the next one.
+    rig.write(CONTROL, &[channel2(0)]);
+    rig.write(2, &[10, 0]);
+    rig.pass(4);
+    rig.gate(false);
+    rig.pass(3);
+    assert_eq!(rig.count(2), 6);
+    rig.write(2, &[10, 0]);
+    assert_eq!(rig.count(2), 10);
+    rig.gate(true);
+    rig.pass(9);
+    assert_eq!((rig.count(2), rig.output()), (1, false));
+    rig.pass(1);
+    assert!(rig.output());
+}

@@ -134,6 +134,34 @@ fn f6_multi_function_bit_follows_the_topology() {
     let mut byte = [0];
     root.config_read(ONE, 0x0e, &mut byte);
     assert_eq!(byte, [0x80]);
+    // It is function 0 that says so.
+    TwoBars::at(&root, 1, 5, 0x11);
+    assert_eq!(read32(&root, SourceId::new(0, 1, 3), 0x0c) >> 16 & 0xff, 0x00);
+    TwoBars::at(&root, 2, 0, 0x11);
+    assert_eq!(read32(&root, TWO, 0x0c) >> 16 & 0xff, 0x00, "the next slot's");
+}
+
+#[test]
+fn f6_the_last_bytes_of_configuration_space_are_served_and_none_behind_them() {
+    let root = PciRoot::new(Arc::default());
+    TwoBars::at(&root, 1, 0, 0x11);
+    assert_eq!(read32(&root, ONE, 0xffc), 0);
+    let mut data = [0; 4];
+    root.config_read(ONE, 0xffd, &mut data);
+    assert_eq!(data, [0xff; 4]);
+}
+
+#[test]
+fn f6_a_bar_of_32_bits_has_nothing_to_do_with_the_next_one() {
+    let id = Identity { vendor: 0x1234, device: 0x5678, revision: 1, class: 0xff_00_00, subsystem: (1, 2) };
+    let mut config = ConfigSpace::new(&id);
+    config.add_bar(0, BarKind::Memory32, 0x1000);
+    config.add_bar(1, BarKind::Memory32, 0x1000);
+    config.write(0x04, &[2, 0]);
+    config.assign(1, 0xe000_1000);
+    config.assign(0, 0xe000_0000);
+    assert_eq!(config.decoded(0), Some((0xe000_0000, 0xe000_0fff)));
+    assert_eq!(config.decoded(1), Some((0xe000_1000, 0xe000_1fff)));
 }
 
 #[test]
@@ -149,6 +177,9 @@ fn f6_slots_are_given_from_01_and_the_machines_own_are_kept() {
     assert_eq!(root.allocate(None), Err(SlotError::Full));
     assert_eq!(root.allocate(Some((5, 0))), Err(SlotError::Taken(SourceId::new(0, 5, 0))));
     assert_eq!(root.allocate(Some((5, 1))), Ok(SourceId::new(0, 5, 1)));
+    assert_eq!(root.allocate(Some((5, 7))), Ok(SourceId::new(0, 5, 7)));
+    assert!(matches!(root.allocate(Some((5, 8))), Err(SlotError::Reserved(_))));
+    assert!(matches!(root.allocate(Some((0x1e, 1))), Ok(_)));
 }
 
 #[test]
