@@ -344,3 +344,73 @@ fn pit_shortest_periods_and_a_count_that_is_written_again() {
     rig.pass(1);
     assert!(rig.output());
 }
+
+#[test]
+fn pit_read_back_latches_what_it_names() {
+    let rig = Rig::new();
+    rig.gate(true);
+    for channel in 0..3u8 {
+        rig.write(CONTROL, &[channel << 6 | 0x34]);
+        rig.write(channel.into(), &[100 + channel, 0]);
+    }
+    rig.pass(1);
+    // The count of channel 1 alone, then the status of channel 2 alone.
+    rig.write(CONTROL, &[0xd4, 0xe8]);
+    rig.pass(1);
+    assert_eq!([0, 1, 2].map(|channel| rig.read(channel)), [98, 100, 0xb4]);
+    assert_eq!([0, 1, 2].map(|channel| rig.read(channel)), [0, 0, 100]);
+    // Both of all: status first, then the count as it was then.
+    rig.read(2);
+    rig.write(CONTROL, &[0xce]);
+    rig.pass(10);
+    for channel in 0..3 {
+        assert_eq!(rig.read(channel), 0xb4);
+        assert_eq!(rig.count(channel), 98 + channel as u16);
+        assert_eq!(rig.count(channel), 88 + channel as u16, "the latch is open again");
+    }
+    // A status that is latched stays until it is read: there was no count, and mode 0 began low.
+    rig.write(CONTROL, &[0xb0, 0xe8]);
+    rig.write(2, &[5, 0]);
+    rig.write(CONTROL, &[0xe8]);
+    assert_eq!(rig.read(2), 0x70);
+    rig.write(CONTROL, &[0xe8]);
+    assert_eq!(rig.read(2), 0x30);
+}
+
+#[test]
+fn pit_a_latch_begins_with_the_lower_half() {
+    let rig = Rig::new();
+    rig.gate(true);
+    rig.write(CONTROL, &[0xb4]);
+    rig.write(2, &[0x34, 0x12]);
+    // One half was read; the latch is read from its beginning all the same.
+    assert_eq!(rig.read(2), 0x34);
+    rig.write(CONTROL, &[0x80]);
+    assert_eq!(rig.count(2), 0x1234);
+    // A channel of lower halves has its latch open after one.
+    rig.write(CONTROL, &[0x94]);
+    rig.write(2, &[50]);
+    rig.write(CONTROL, &[0x80]);
+    rig.pass(3);
+    assert_eq!((rig.read(2), rig.read(2)), (50, 47));
+}
+
+#[test]
+fn pit_counts_that_a_low_gate_holds_back() {
+    let rig = Rig::new();
+    // Modes 0 and 4 take the count and wait with it; modes 2 and 3 have none until the gate rises; 1 and 5 are started by it.
+    for (mode, no_count) in [(0, false), (4, false), (2, true), (3, true), (1, true), (5, true)] {
+        rig.gate(false);
+        rig.write(CONTROL, &[channel2(mode)]);
+        rig.write(2, &[8, 0]);
+        rig.pass(5);
+        rig.write(CONTROL, &[0xe8]);
+        assert_eq!(rig.read(2) & 0x40 != 0, no_count, "mode {mode}");
+        rig.gate(true);
+        rig.write(CONTROL, &[0xe8]);
+        assert_eq!(rig.read(2) & 0x40, 0, "mode {mode}: the gate rose");
+        assert_eq!(rig.count(2), 8, "mode {mode}");
+        rig.pass(2);
+        assert_eq!(rig.count(2), if mode == 3 { 4 } else { 6 }, "mode {mode}");
+    }
+}

@@ -6,6 +6,7 @@ mod edits;
 mod endpoints;
 mod faults;
 mod floods;
+mod layout;
 mod queue;
 mod random;
 mod registers;

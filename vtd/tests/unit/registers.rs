@@ -420,3 +420,42 @@ fn a14_a_restored_unit_attaches_to_the_guests_tables() {
     assert_eq!(other.listener.attached(NVME), rig.listener.attached(NVME));
     assert_eq!(other.listener.reach(NVME), [crate::rig::mapping(0x4000, 0x8000, 0x3000, vtd::Perm::ReadWrite)]);
 }
+
+#[test]
+fn a6_a_queue_error_that_is_cleared_by_a_write_of_eight_bytes_lets_the_queue_go_on() {
+    let (mut rig, _) = Rig::with_nvme();
+    rig.push(&[(0xf, 0), wait_status(7)]);
+    rig.ring();
+    let stopped = rig.read64(offset::IQH);
+    let good = wait_status(6);
+    rig.store(QUEUE + stopped, good.0);
+    rig.store(QUEUE + stopped + 8, good.1);
+    // The lower half of the pair is reserved: no bit of it clears anything.
+    rig.write64(0x30, 0x10);
+    assert_eq!(rig.read64(offset::IQH), stopped);
+    rig.write64(0x30, 0x10 << 32);
+    assert_eq!(rig.load(crate::rig::STATUS) as u32, 7);
+    assert_eq!(rig.read64(offset::IQH), rig.read64(offset::IQT));
+}
+
+#[test]
+fn a5_an_access_of_eight_bytes_that_is_not_aligned_serves_no_record() {
+    let (rig, _) = Rig::with_nvme();
+    let endpoint = rig.unit.endpoint(NVME);
+    endpoint.read(vtd::Iova(0x5000), &mut [0]).unwrap_err();
+    let records = rig.fault_records();
+    assert_eq!(records.len(), 1);
+    for at in (offset::FRCD + 4..offset::FRCD + 16).step_by(4) {
+        if !at.is_multiple_of(8) {
+            rig.write64(at, u64::MAX);
+            assert_eq!(rig.read64(at), 0, "{at:#x}");
+        }
+    }
+    assert_eq!(rig.fault_records(), records);
+    // The lower half of a record, and its source and reason, cannot be written.
+    rig.write64(offset::FRCD, u64::MAX);
+    rig.write64(offset::FRCD + 8, u64::MAX >> 1);
+    assert_eq!(rig.fault_records(), records);
+    rig.write64(offset::FRCD + 8, 1 << 63);
+    assert_eq!(rig.fault_records(), []);
+}
