@@ -43,3 +43,7 @@ impl<M: GuestMemoryBackend + Send + Sync> DmaTarget for DirectMemory<M> {
         self.0.write_slice(data, GuestAddress(iova.0)).map_err(|_| DmaFailed)
     }
 }
+
+#[cfg(test)]
+#[path = "dma_test.rs"]
+mod dma_test;

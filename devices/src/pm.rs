@@ -229,5 +229,20 @@ mod tests {
         block.write(PmBlock::EVENT, &STATUS_POWER_BUTTON.to_le_bytes());
         assert!(!line.is_high());
         assert_eq!(read32(&block, PmBlock::EVENT), u32::from(STATUS_POWER_BUTTON) << 16);
+        block.press_power_button();
+        assert!(line.is_high(), "at once");
+        assert_eq!(read32(&block, PmBlock::EVENT), u32::from(STATUS_POWER_BUTTON) * 0x1_0001);
+    }
+
+    #[test]
+    fn pm_control_is_written_a_byte_at_a_time_too() {
+        let block = PmBlock::new(Arc::new(FakePower::default()), None);
+        let control = || read32(&block, PmBlock::CONTROL);
+        write16(&block, PmBlock::CONTROL, 0x1ffe);
+        assert_eq!(control(), 0x1fff);
+        block.write(PmBlock::CONTROL + 1, &[0x04]);
+        assert_eq!(control(), 0x04ff);
+        block.write(PmBlock::CONTROL, &[0x02]);
+        assert_eq!(control(), 0x0403);
     }
 }

@@ -8,13 +8,15 @@ struct Rig {
     rtc: Arc<Rtc>,
     clock: Arc<FakeClock>,
     line: Arc<FakeLine>,
+    alarm: Arc<Alarm>,
 }
 
 impl Rig {
     fn at(seconds: u64) -> Self {
         let (clock, line) = (Arc::new(FakeClock::default()), Arc::new(FakeLine::default()));
         clock.set_epoch(Duration::from_secs(seconds));
-        Self { rtc: Rtc::new(clock.clone(), Arc::default(), line.clone()), clock, line }
+        let alarm = Arc::new(Alarm::default());
+        Self { rtc: Rtc::new(clock.clone(), alarm.clone(), line.clone()), clock, line, alarm }
     }
 
     /// Without a period, whose flag is set whether or not it interrupts.
@@ -249,4 +251,132 @@ fn rtc_memory_keeps_what_is_written() {
         rig.write(register, 0x55);
         assert_eq!(rig.read(register), if register == REGISTER_D { D_VALID } else { 0 });
     }
+}
+
+#[test]
+fn rtc_registers_at_power_on_and_after_a_reset() {
+    let rig = Rig::at(LEAP_NIGHT);
+    assert_eq!((rig.read(REGISTER_A), rig.read(REGISTER_B)), (0x26, B_24_HOURS));
+    // Bit 7 of register A is the clock's own.
+    rig.write(REGISTER_A, 0xff);
+    assert_eq!(rig.read(REGISTER_A), 0x7f);
+    rig.pass(1000 * MILLISECOND);
+    rig.rtc.run();
+    rig.write(0x30, 0x77);
+    rig.rtc.reset();
+    let mut data = [0; 2];
+    rig.rtc.read(1, &mut data);
+    assert_eq!(data, [0x59, 0xff], "the index is that of the seconds");
+    assert_eq!(rig.read(REGISTER_C), 0);
+}
+
+#[test]
+fn rtc_registers_hold_the_time_at_which_the_clock_was_stopped() {
+    let rig = Rig::without_period(LEAP_NIGHT);
+    rig.write(REGISTER_B, B_SET | B_UPDATE | B_24_HOURS);
+    assert_eq!(rig.read(REGISTER_B), B_SET | B_24_HOURS, "stopping it turns the update interrupt off");
+    rig.pass(5000 * MILLISECOND);
+    assert_eq!(rig.time(), [0x20, 0x24, 0x02, 0x29, 0x05, 0x23, 0x59, 0x58]);
+    assert_eq!((rig.read(REGISTER_C), rig.rtc.run()), (0, None), "no second begins");
+    rig.write(REGISTER_B, B_SET | B_ALARM | B_24_HOURS);
+    assert_eq!(rig.rtc.run(), None);
+    assert_eq!(rig.time()[7], 0x58, "what was stopped already is not stopped again");
+    // It goes on from there; a later write of register B does not set it back.
+    rig.write(REGISTER_B, B_24_HOURS);
+    rig.pass(10_000 * MILLISECOND);
+    for control in [B_24_HOURS, B_24_HOURS | B_UPDATE, B_24_HOURS] {
+        rig.write(REGISTER_B, control);
+        assert_eq!(rig.time(), [0x20, 0x24, 0x03, 0x01, 0x06, 0x00, 0x00, 0x08]);
+    }
+}
+
+#[test]
+fn rtc_time_is_set_in_binary_too() {
+    let rig = Rig::at(LEAP_NIGHT);
+    rig.write(REGISTER_B, B_BINARY | B_24_HOURS);
+    for (register, value) in [(YEAR, 31), (MONTH, 12), (DAY, 25), (HOUR, 17), (MINUTE, 59), (SECOND, 59)] {
+        rig.write(register, value);
+        assert_eq!(rig.read(register), value);
+    }
+    assert_eq!(rig.time(), [20, 31, 12, 25, 5, 17, 59, 59]);
+    rig.write(YEAR, 99);
+    assert_eq!(rig.read(YEAR), 99);
+    rig.write(YEAR, 100);
+    assert_eq!(rig.time()[..2], [20, 99], "a century has no year 100");
+    // In the afternoon of a clock of twelve hours.
+    rig.write(REGISTER_B, B_BINARY);
+    assert_eq!(rig.read(HOUR), 0x80 | 5);
+    rig.write(HOUR, 0x80 | 12);
+    assert_eq!(rig.read(HOUR), 0x80 | 12);
+    rig.write(REGISTER_B, B_BINARY | B_24_HOURS);
+    assert_eq!(rig.read(HOUR), 12);
+}
+
+#[test]
+fn rtc_alarm_has_the_afternoon_bit_in_its_hour_alone() {
+    // 20:20:20 on a clock of twelve hours.
+    let rig = Rig::without_period(20 * 3600 + 20 * 60 + 19);
+    rig.write(REGISTER_B, 0);
+    for (register, value) in [(HOUR_ALARM, 0x88), (MINUTE_ALARM, 0x20), (SECOND_ALARM, 0x20)] {
+        rig.write(register, value);
+    }
+    rig.pass(1000 * MILLISECOND);
+    assert_eq!(rig.read(REGISTER_C), B_UPDATE | B_ALARM);
+}
+
+#[test]
+fn rtc_alarm_is_looked_for_in_the_last_day_and_not_before_it_was_set() {
+    // The alarm comes at the first second that is looked at, of a day that is over and one second.
+    for (days, found) in [(0, B_UPDATE), (1, B_UPDATE | B_ALARM), (3, B_UPDATE | B_ALARM)] {
+        let rig = Rig::without_period(100 * DAY_SECONDS);
+        for (register, value) in [(HOUR_ALARM, 0), (MINUTE_ALARM, 0), (SECOND_ALARM, 0x05)] {
+            rig.write(register, value);
+        }
+        rig.pass(Duration::from_secs(days * DAY_SECONDS + 4));
+        assert_eq!(rig.read(REGISTER_C), found, "{days} days");
+    }
+    let rig = Rig::without_period(100 * DAY_SECONDS);
+    rig.pass(Duration::from_secs(10));
+    for (register, value) in [(HOUR_ALARM, 0), (MINUTE_ALARM, 0), (SECOND_ALARM, 0x05)] {
+        rig.write(register, value);
+    }
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.read(REGISTER_C), B_UPDATE, "its time was over when it was set");
+    // Nor does a time that is set pass over it.
+    rig.write(MINUTE_ALARM, 0x30);
+    rig.write(HOUR, 0x12);
+    assert_eq!(rig.read(REGISTER_C), 0);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.read(REGISTER_C), B_UPDATE);
+}
+
+#[test]
+fn rtc_a_new_rate_begins_with_a_whole_period() {
+    let rig = Rig::at(0);
+    rig.write(REGISTER_A, 0x2f);
+    rig.read(REGISTER_C);
+    rig.pass(Duration::from_millis(700));
+    assert_eq!(rig.read(REGISTER_C), B_PERIODIC);
+    rig.write(REGISTER_A, 0x2e);
+    assert_eq!(rig.read(REGISTER_C), 0, "another rate is no period");
+    rig.write(REGISTER_B, B_PERIODIC | B_24_HOURS);
+    assert_eq!(rig.rtc.run(), Some(Duration::from_millis(750)), "the third of a quarter of a second");
+}
+
+#[test]
+fn rtc_what_is_enabled_late_interrupts_at_once_and_wakes_the_timers() {
+    let rig = Rig::without_period(1000);
+    rig.alarm.take_rung();
+    rig.pass(1000 * MILLISECOND);
+    rig.write(REGISTER_B, B_UPDATE | B_24_HOURS);
+    assert!(rig.line.is_high(), "the flag was there");
+    assert!(rig.alarm.take_rung());
+    rig.write(SECOND, 0);
+    assert!(!rig.alarm.take_rung(), "the time does not change when something is due next");
+    rig.read(REGISTER_C);
+    assert!(rig.alarm.take_rung() && !rig.line.is_high());
+    rig.read(SECOND);
+    assert!(!rig.alarm.take_rung());
+    rig.write(REGISTER_A, 0x26);
+    assert!(rig.alarm.take_rung());
 }

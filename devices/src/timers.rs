@@ -70,6 +70,12 @@ impl Alarm {
         self.changed.notify_all();
     }
 
+    /// Whether it rang since it was asked last.
+    #[cfg(test)]
+    pub(crate) fn take_rung(&self) -> bool {
+        std::mem::take(&mut self.state.lock().unwrap().rung)
+    }
+
     fn end(&self) {
         self.state.lock().unwrap().ended = true;
         self.changed.notify_all();
@@ -187,5 +193,27 @@ mod tests {
         rounds.recv().unwrap();
         drop(timers);
         assert!(rounds.recv().is_err(), "the device is gone with its thread");
+    }
+    #[test]
+    fn timers_that_wait_are_woken_once_for_a_ring_and_to_end() {
+        // Time for the thread to be waiting; a right one is woken whether or not it is.
+        let settle = || thread::sleep(Duration::from_millis(20).max(5 * SHORTEST));
+        let (sender, rounds) = mpsc::channel();
+        let alarm = Arc::new(Alarm::default());
+        let devices: Vec<Arc<dyn Timed>> = vec![Arc::new(Quiet(Mutex::new(sender)))];
+        let timers = Timers::start(Arc::new(HostClock::new()), alarm.clone(), devices).unwrap();
+        let patient = Duration::from_secs(60);
+        rounds.recv_timeout(patient).unwrap();
+        settle();
+        alarm.ring();
+        rounds.recv_timeout(patient).unwrap();
+        settle();
+        assert!(rounds.try_recv().is_err(), "once");
+        let (ended, end) = mpsc::channel();
+        thread::spawn(move || {
+            drop(timers);
+            ended.send(()).unwrap();
+        });
+        end.recv_timeout(patient).unwrap();
     }
 }

@@ -97,7 +97,7 @@ fn a_mapping_that_invalidations_do_not_bring_is_a_difference() {
     // As if the unit had lost it; and the invalidation of the first page finds that the shadow is wrong about it.
     rig.unit.spaces().falsify(0x10_1000, 0x10_2fff);
     assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
-    rig.unit.spaces().book.covers(&[crate::iotlb::Scope::Pages(crate::DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
+    rig.unit.spaces().book.covers(&[Scope::Pages(DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
     rig.unit.spaces().look_again(&rig.unit.shared);
     let found = audit(&rig);
     assert_eq!(found.pending, 1, "0x102000 was not covered");
