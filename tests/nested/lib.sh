@@ -71,7 +71,7 @@ start() {
     if [ $VMM = qemu ]; then
         # shellcheck disable=SC2046
         timeout "$(time_left)" qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -accel kvm -machine q35,kernel-irqchip=split -cpu host \
-            -display none -serial stdio $(as_qemu --memory 512M "$@") -kernel "$KERNEL" -initrd "$cpio" -append "$cmdline" \
+            -display none -serial stdio $(as_qemu --memory 512M "$@") -kernel "$VMLINUZ" -initrd "$cpio" -append "$cmdline" \
             </dev/null >"$name.log" 2>"$name.err"
     else
         case " $* " in *" --timeout "*) ;; *) set -- "$@" --timeout "$(time_left)" ;; esac
@@ -147,6 +147,11 @@ as_qemu() {
         "--iommu none") unit= ;;
         "--iommu vtd,"*) unit="$unit,${2#vtd,}" ;;
         "--device vfio,"*) others="$others -device vfio-pci,${2#vfio,}" ;;
+        "--device vfio-user,socket="*)
+            # Its process maps the guest's memory.
+            shared="-object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory"
+            others="$others $shared -device {\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"${2#vfio-user,socket=}\"}}"
+            ;;
         "--device edu"*) others="$others -device edu,dma_mask=0xffffffffffff${2#edu}" ;;
         "--cpus "*) others="$others -smp $2" ;;
         "--memory "*) others="$others -m $2" ;;

@@ -93,7 +93,7 @@ network_up
 edu msi
 show_faults
 GUEST
-    { guest_functions && cat <<'GUEST'; } | guest first "$KERNEL" second.cpio "$(command -v kexec)"
+    { guest_functions && cat <<'GUEST'; } | guest first "$VMLINUZ" second.cpio "$(command -v kexec)"
 options="$(sed 's/crashkernel=[^ ]*//' /proc/cmdline) second"
 checksum buffered
 network_up

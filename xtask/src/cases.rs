@@ -138,4 +138,20 @@ mod tests {
             assert!(Case::parse("x", &format!("# memory: {wrong}\n")).is_err(), "{wrong}");
         }
     }
+
+    #[test]
+    fn every_example_of_the_document_is_run_by_a_case() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let document = std::fs::read_to_string(folder.join("docs/nested-bench.md")).unwrap();
+        let blocks = document.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let examples: Vec<&str> = blocks.filter(|block| block.starts_with("#!/bin/sh\n")).collect();
+        assert!(!examples.is_empty());
+        let scripts: Vec<String> = std::fs::read_dir(folder.join("tests/nested"))
+            .unwrap()
+            .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap())
+            .collect();
+        for example in examples {
+            assert!(scripts.iter().any(|script| script.contains(example)), "no case runs it: {example}");
+        }
+    }
 }

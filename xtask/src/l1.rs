@@ -5,6 +5,7 @@ use crate::cache::{Cache, hex, progress, recipe};
 use crate::cpio::Archive;
 use crate::kernel_modules::{Module, ModuleTree, Selection};
 use crate::nested::Host;
+use crate::stored_kernel;
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
@@ -289,7 +290,12 @@ pub fn prepare(outer: &Cache, host: Host) -> Result<Images> {
     let kernel = kernel_image(&tree)?;
     let content = disk(cache)?;
     let mut parts = vec![packages.as_str(), content.sha256.as_str(), L1_INIT, GUEST_INIT, env!("CARGO_PKG_VERSION")];
-    parts.extend([include_str!("l1.rs"), include_str!("cpio.rs"), include_str!("kernel_modules.rs")]);
+    parts.extend([
+        include_str!("l1.rs"),
+        include_str!("cpio.rs"),
+        include_str!("kernel_modules.rs"),
+        include_str!("stored_kernel.rs"),
+    ]);
     parts.extend(L1_PROGRAMS.iter().chain(COMMON_PROGRAMS).map(|(_, text)| *text));
     let recipe = recipe(&parts);
     let kernel_package = packages.lines().find(|package| package.starts_with("linux-image-"));
@@ -501,6 +507,17 @@ fn l1_base(cache: &Cache, tree: &Path, images: &Images) -> Result<()> {
     }
     archive.symlink("causeway/bin/busybox", "/bin/busybox")?;
     archive.copy("causeway/guest/vmlinuz", &images.kernel)?;
+    match stored_kernel::stored(&std::fs::read(&images.kernel)?) {
+        Ok(stored) => archive.file("causeway/guest/vmlinuz-stored", 0o644, &stored)?,
+        // Guests boot it all the same, after they unpacked it themselves.
+        Err(error) => {
+            progress(format_args!(
+                "guests take long to boot: {} cannot be unpacked: {error:#}",
+                images.kernel.display()
+            ));
+            archive.symlink("causeway/guest/vmlinuz-stored", "vmlinuz")?;
+        }
+    }
     std::fs::write(&images.guest_base, guest_base(tree, &release, &modules)?)?;
     archive.copy("causeway/guest/base.cpio", &images.guest_base)?;
     std::fs::write(&images.zoo, zoo_overlay(&release, &modules)?)?;

@@ -114,16 +114,7 @@ fn make_own_kernel_ready(bench: &Bench, pool: &Pool, host: Host, lanes: usize) {
             pool.own_kernel_is_ready(host, |cases| able(&own.config, cases, bench.reporter));
         }
         Ok(None) => pool.own_kernel_is_ready(host, |cases| {
-            without(
-                cases,
-                Outcome::Skipped(
-                    match host {
-                        Host::Default => "`cargo xtask own-kernel` was not run",
-                        Host::New => "there is no own kernel of the newer host",
-                    }
-                    .to_owned(),
-                ),
-            )
+            without(cases, Outcome::Skipped(format!("`{}` was not run", own_kernel::command_for(host))))
         }),
         Err(error) => pool
             .own_kernel_is_ready(host, |cases| without(cases, Outcome::Failed(format!("the own kernel: {error:#}")))),

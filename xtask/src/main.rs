@@ -20,6 +20,7 @@ mod own_kernel;
 mod pool;
 mod programs;
 mod report;
+mod stored_kernel;
 mod table;
 mod test;
 mod topology;

@@ -201,8 +201,8 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
     };
     if kernel == Kernel::Own {
         let own = own_kernel::built(&images)?;
-        let own =
-            own_kernel::images(&images, &own.context("run `cargo xtask own-kernel` first; the newer host has none")?)?;
+        let own = own.with_context(|| format!("run `{}` first", own_kernel::command_for(args.host)))?;
+        let own = own_kernel::images(&images, &own)?;
         images.own.get_or_init(|| own);
     }
     let (append, cpu) = (args.append.clone(), args.cpu.clone());
@@ -437,7 +437,7 @@ fn initramfs(images: &Images, job: &Job, to: &Path) -> Result<()> {
     let mut archive = Archive::new(file);
     archive.file("script", 0o755, job.script)?;
     let environment = format!(
-        "CAUSEWAY=/causeway/bin/causeway\nKERNEL=/causeway/guest/vmlinuz\nINITRD=/causeway/guest/base.cpio\nDISK_SHA256={}\n\
+        "CAUSEWAY=/causeway/bin/causeway\nKERNEL=/causeway/guest/vmlinuz-stored\nVMLINUZ=/causeway/guest/vmlinuz\nINITRD=/causeway/guest/base.cpio\nDISK_SHA256={}\n\
          DISKS='{}'\nQEMU_DISK=/dev/vda\nOUT_DISK=/dev/vdb\nexport QEMU_DISK OUT_DISK\n",
         images.content.sha256,
         job.machine.topology.contents(&images.content)

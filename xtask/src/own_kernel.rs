@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// The whole configuration: what is not named there is off.
 const FRAGMENT: &str = include_str!("../../resources/kernel/fragment");
+/// What differs for the newer host's kernel: options that follow [`FRAGMENT`], and `# CONFIG_NAME is not set` for those that it no longer has.
+const FRAGMENT_NEW: &str = include_str!("../../resources/kernel/fragment-new");
 /// Of the folder that stays; to be changed with [`collect`].
 const LAYOUT: &str = "1";
 const CONFIGURE: &[&str] = &["allnoconfig"];
@@ -60,6 +62,9 @@ pub struct OwnKernelArgs {
     /// Leaves the build folder (2 GB) in the cache
     #[arg(long)]
     keep: bool,
+    /// Whose kernel's version it is
+    #[arg(long, value_enum, default_value = "default")]
+    host: Host,
 }
 
 /// What the build leaves: `vmlinuz`, `config`, `release` and `modules`, in one folder.
@@ -74,9 +79,17 @@ impl OwnKernel {
     }
 }
 
+/// What builds the kernel of this host.
+pub fn command_for(host: Host) -> &'static str {
+    match host {
+        Host::Default => "cargo xtask own-kernel",
+        Host::New => "cargo xtask own-kernel --host new",
+    }
+}
+
 pub fn command(args: &OwnKernelArgs) -> Result<u8> {
     let cache = Cache::open()?;
-    let images = l1::prepare(&cache, Host::Default)?;
+    let images = l1::prepare(&cache, args.host)?;
     if args.again {
         images.cache.forget("own-kernel")?;
     }
@@ -96,7 +109,8 @@ pub fn built(images: &Images) -> Result<Option<OwnKernel>> {
 
 /// Everything that the result depends on, but for the compiler and the lines here: it takes too long to be made again for each of them.
 fn stamp(images: &Images) -> String {
-    let mut parts = vec![images.kernel_package.as_str(), FRAGMENT, LAYOUT];
+    let fragment = fragment(images.host);
+    let mut parts = vec![images.kernel_package.as_str(), fragment.as_str(), LAYOUT];
     parts.extend(CONFIGURE.iter().chain(BUILD));
     recipe(&parts)
 }
@@ -116,7 +130,7 @@ pub fn build(images: &Images, keep: bool, jobs: usize) -> Result<OwnKernel> {
     let log = cache.path("logs/own-kernel.log");
     let mut make = Make { source, out: work.folder.join("out"), log: File::create(&log)?, start, jobs };
     fs::create_dir(&make.out)?;
-    let done = configure(&mut make, &work.folder, FRAGMENT).and_then(|()| make.run(BUILD));
+    let done = configure(&mut make, &work.folder, &fragment(images.host)).and_then(|()| make.run(BUILD));
     done.with_context(|| format!("the kernel was not built; {} has the whole output", log.display()))?;
     let folder = cache.path("own-kernel");
     collect(&make.out, &folder)?;
@@ -294,6 +308,21 @@ fn configure(make: &mut Make, folder: &Path, fragment: &str) -> Result<()> {
     Ok(())
 }
 
+/// The configuration of a host's kernel.
+fn fragment(host: Host) -> String {
+    let changes = match host {
+        Host::Default => return FRAGMENT.to_owned(),
+        Host::New => FRAGMENT_NEW,
+    };
+    let gone: std::collections::HashSet<&str> = changes
+        .lines()
+        .filter_map(|line| line.strip_prefix("# ").and_then(|line| line.strip_suffix(" is not set")))
+        .collect();
+    let name = |line: &str| line.split_once('=').map_or("", |(name, _)| name).to_owned();
+    let kept = FRAGMENT.lines().filter(|line| !gone.contains(name(line).as_str()));
+    kept.chain(changes.lines()).fold(String::new(), |text, line| text + line + "\n")
+}
+
 /// The lines of the fragment that are not in `config`.
 fn not_taken<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
     let taken: std::collections::HashSet<&str> = config.lines().collect();
@@ -364,12 +393,29 @@ mod tests {
 
     #[test]
     fn an_option_stands_in_the_fragment_once() {
-        let mut names: Vec<&str> =
-            FRAGMENT.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
-        names.sort_unstable();
-        let all = names.len();
-        names.dedup();
-        assert_eq!(names.len(), all);
+        for host in [Host::Default, Host::New] {
+            let fragment = fragment(host);
+            let mut names: Vec<&str> =
+                fragment.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+            names.sort_unstable();
+            let all = names.len();
+            names.dedup();
+            assert_eq!(names.len(), all);
+        }
+    }
+
+    #[test]
+    fn the_newer_hosts_fragment_has_what_is_added_and_lacks_what_is_gone() {
+        let new = fragment(Host::New);
+        let lines = |text: &str, line: &str| text.lines().filter(|other| *other == line).count();
+        for line in FRAGMENT_NEW.lines().filter(|line| line.starts_with("CONFIG_")) {
+            assert_eq!((lines(FRAGMENT, line), lines(&new, line)), (0, 1), "{line}");
+        }
+        for gone in FRAGMENT_NEW.lines().filter_map(|line| line.strip_prefix("# ")?.strip_suffix(" is not set")) {
+            let has = |text: &str| text.lines().any(|line| line.starts_with(&format!("{gone}=")));
+            assert!(has(FRAGMENT) && !has(&new), "{gone}");
+        }
+        assert_eq!(lines(&new, "CONFIG_IOMMUFD=m"), 1);
     }
 
     #[test]
