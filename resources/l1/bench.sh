@@ -1,6 +1,8 @@
 #!/bin/sh
 # Causeway beside QEMU in one L1, with the same guest, disk and options. A line for each run.
 . /causeway/files/measure.sh
+# Both unpack the same kernel.
+KERNEL=$VMLINUZ
 bind-vfio "$NVME" || exit 1
 mkinitrd /tmp/guest.cpio /causeway/files/reads.sh "$(command -v blkread)" || exit 1
 qemu-system-x86_64 --unpack-only || exit 1
@@ -16,7 +18,7 @@ once() {
 }
 
 for vmm in causeway qemu; do
-    for reads in idle buffered direct small; do
+    for reads in idle buffered-unsettled direct-unsettled buffered direct small; do
         once $vmm $reads
         [ $vmm = qemu ] || cp /tmp/bench.json /causeway/out/$reads.json
         echo "count $vmm $reads $MAPS $UNMAPS"
@@ -27,8 +29,9 @@ while [ $round -le "$ROUNDS" ]; do
     order="causeway qemu"
     [ $((round % 2)) = 1 ] || order="qemu causeway"
     for vmm in $order; do
-        once $vmm buffered,direct,small
-        echo "run $vmm $round $INIT $(said /tmp/bench 'buffered seconds') $(said /tmp/bench 'direct seconds') $(said /tmp/bench 'small seconds')"
+        once $vmm buffered-unsettled,direct-unsettled,buffered,direct,small
+        seconds() { said /tmp/bench "$1 seconds"; }
+        echo "run $vmm $round $INIT $(seconds buffered-unsettled) $(seconds direct-unsettled) $(seconds buffered) $(seconds direct) $(seconds small)"
     done
     round=$((round + 1))
 done

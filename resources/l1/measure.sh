@@ -22,7 +22,7 @@ boot() {
     qemu)
         timeout 120 qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -accel kvm -machine q35,kernel-irqchip=split -cpu host \
             -smp 1 -m 512 -display none -serial stdio -device intel-iommu,intremap=off,caching-mode=on,aw-bits=48 \
-            -device "vfio-pci,host=$5" -kernel "$KERNEL" -initrd "$3" -append "$GUEST_CMDLINE $4" </dev/null >"$1.fifo" 2>"$1.err" &
+            -device "vfio-pci,host=$5" -kernel "$VMLINUZ" -initrd "$3" -append "$GUEST_CMDLINE $4" </dev/null >"$1.fifo" 2>"$1.err" &
         ;;
     esac
     process=$!

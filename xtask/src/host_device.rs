@@ -104,28 +104,44 @@ impl HostDevice {
         Ok(())
     }
 
-    pub fn demo(&self, cache: &Cache, images: &Images, programs: &[Program], options: &str) -> Result<Facts> {
+    /// The guests of the demonstration, one after the other.
+    pub fn demo(&self, cache: &Cache, images: &Images, programs: &[Program], options: &str) -> Result<Vec<Facts>> {
         let expected_sha256 = self.checksum()?;
         let driver = self.driver().context("the function has no driver")?;
         let causeway = programs.iter().find(|program| program.name == "causeway").context("no causeway")?;
         let initrd = cache.path("demo.cpio");
         fs::write(&initrd, demo::initrd(images, programs)?)?;
-        let stats = cache.path("demo.json");
-        let messages = cache.path("demo.err");
-        let _ = fs::remove_file(&stats);
         // The kernel loads vfio-pci for nobody: a machine that assigns devices has it loaded.
         ensure!(Path::new("/sys/bus/pci/drivers/vfio-pci").exists(), "vfio-pci is not loaded: modprobe vfio-pci");
         let _bound = Bound { device: self, driver };
         self.bind("vfio-pci", "vfio-pci\n")?;
+        let guest = |(read, _)| -> Result<Facts> {
+            let facts = self.guest(cache, images, [&causeway.file, &initrd], options, read)?;
+            Ok(Facts { expected_sha256: expected_sha256.clone(), ..facts })
+        };
+        demo::GUESTS.into_iter().map(guest).collect()
+    }
+
+    fn guest(
+        &self,
+        cache: &Cache,
+        images: &Images,
+        files: [&Path; 2],
+        options: &str,
+        read: &'static str,
+    ) -> Result<Facts> {
+        let [causeway, initrd] = files;
+        let (stats, messages) = (cache.path("demo.json"), cache.path("demo.err"));
+        let _ = fs::remove_file(&stats);
         let faults_before = faults();
         let start = Instant::now();
-        let mut child = Command::new(&causeway.file)
+        let mut child = Command::new(causeway)
             .arg("run")
             .arg("--kernel")
             .arg(&images.kernel)
             .arg("--initrd")
-            .arg(&initrd)
-            .args(["--cmdline", &format!("console=ttyS0 quiet panic=-1 {options} reads=buffered,checksum")])
+            .arg(initrd)
+            .args(["--cmdline", &format!("console=ttyS0 quiet panic=-1 {options} reads={read},checksum")])
             .args(["--memory", "512M", "--timeout", "120", "--device", &format!("vfio,host={}", self.bdf), "--stats"])
             .arg(&stats)
             .stdin(Stdio::null())
@@ -151,15 +167,12 @@ impl HostDevice {
         outside.insert("host_device".to_owned(), self.bdf.clone());
         let text = fs::read_to_string(&messages).unwrap_or_default();
         Ok(Facts {
+            read,
             guest: demo::words(&log),
             outside,
             stats: fs::read_to_string(&stats).ok().and_then(|text| serde_json::from_str(&text).ok()),
-            expected_sha256,
-            logs: format!(
-                "--- the guest's console\n{}--- causeway's messages\n{}",
-                demo::tail(&log),
-                demo::tail(&text)
-            ),
+            expected_sha256: String::new(),
+            logs: demo::logs(&log, &text),
         })
     }
 }
