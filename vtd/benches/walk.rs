@@ -1,18 +1,18 @@
 //! Emulated DMA: a translation from the cache, one from the tables, an access, and what threads cost each other.
-//!
-//! With an argument `count NAME ITERATIONS`, which `cargo xtask bench` gives under a tool that counts instructions, one of them is
-//! run that often and nothing is timed.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, criterion_group};
-use vtd::{Access, DmaSession, Endpoint, Iova};
+use vtd::{Access, DmaSession, Iova};
 
 #[path = "../tests/unit/rig.rs"]
 mod rig;
+mod runner;
 use rig::{Memory, NIC, NVME, Rig};
+use runner::Runner;
+
+type Endpoint = vtd::Endpoint<Memory>;
 
 const FIRST: u64 = 0x100_0000;
 const PAGES: u64 = 16_384;
@@ -37,58 +37,76 @@ fn random(state: &mut u64) -> u64 {
     FIRST + ((*state % PAGES) << 12)
 }
 
-/// What one thread does, by name: each makes the operation that is measured.
-type Operation<'a> = Box<dyn FnMut() + 'a>;
-type Make = for<'a> fn(&'a Endpoint<Memory>) -> Operation<'a>;
+fn hit(endpoint: &Endpoint) -> impl FnMut() {
+    let session = endpoint.enter();
+    move || read(&session, FIRST)
+}
 
-const ONE_THREAD: [(&str, Make); 8] = [
-    ("translate/hit", |endpoint| {
-        let session = endpoint.enter();
-        Box::new(move || read(&session, FIRST))
-    }),
-    ("translate/hit_session_each", |endpoint| Box::new(|| read(&endpoint.enter(), FIRST))),
-    ("translate/random_16384", |endpoint| {
-        let (session, mut state) = (endpoint.enter(), 0x9e37_79b9_7f4a_7c15);
+fn hit_session_each(endpoint: &Endpoint) -> impl FnMut() {
+    || read(&endpoint.enter(), FIRST)
+}
+
+fn one_thread(runner: &mut Runner) {
+    let rig = rig();
+    let new = || rig.unit.endpoint(NVME);
+    let seed = 0x9e37_79b9_7f4a_7c15;
+    let endpoint = new();
+    runner.operation("translate/hit", || hit(&endpoint));
+    let endpoint = new();
+    runner.operation("translate/hit_session_each", || hit_session_each(&endpoint));
+    let endpoint = new();
+    runner.operation("translate/random_16384", || {
+        let (session, mut state) = (endpoint.enter(), seed);
         (0..PAGES).for_each(|page| read(&session, FIRST + (page << 12)));
-        Box::new(move || read(&session, random(&mut state)))
-    }),
-    ("translate/two_pages_4m_apart", |endpoint| {
+        move || read(&session, random(&mut state))
+    });
+    // Of the line above, what is not the unit's.
+    runner.operation("translate/random_16384_generator_alone", || {
+        let mut state = seed;
+        move || {
+            black_box(black_box(Iova(random(&mut state))));
+        }
+    });
+    let endpoint = new();
+    runner.operation("translate/two_pages_4m_apart", || {
         let (session, mut turn) = (endpoint.enter(), 0);
-        Box::new(move || {
+        move || {
             turn ^= 0x40_0000;
             read(&session, FIRST + turn);
-        })
-    }),
+        }
+    });
     // Every access in another page, more of them than are cached, in order.
-    ("translate/walk", |endpoint| {
+    let endpoint = new();
+    runner.operation("translate/walk", || {
         let (session, mut page) = (endpoint.enter(), 0);
-        Box::new(move || {
+        move || {
             page = (page + 1) % PAGES;
             read(&session, FIRST + (page << 12));
-        })
-    }),
-    ("session/enter", |endpoint| Box::new(|| drop(black_box(endpoint.enter())))),
-    ("read/64", |endpoint| {
+        }
+    });
+    let endpoint = new();
+    runner.operation("session/enter", || || drop(black_box(endpoint.enter())));
+    let endpoint = new();
+    runner.operation("read/64", || {
         let mut data = [0; 64];
-        Box::new(move || endpoint.read(black_box(Iova(FIRST)), &mut data).unwrap())
-    }),
-    ("read/4k", |endpoint| {
+        let endpoint = &endpoint;
+        move || endpoint.read(black_box(Iova(FIRST)), &mut data).unwrap()
+    });
+    let endpoint = new();
+    runner.operation("read/4k", || {
         let mut data = [0; 4096];
-        Box::new(move || endpoint.read(black_box(Iova(FIRST)), &mut data).unwrap())
-    }),
-];
-
-fn one_thread(c: &mut Criterion) {
-    let rig = rig();
-    for (name, make) in ONE_THREAD {
-        let endpoint = rig.unit.endpoint(NVME);
-        let mut operation = make(&endpoint);
-        c.bench_function(name, |b| b.iter(&mut operation));
-    }
+        let endpoint = &endpoint;
+        move || endpoint.read(black_box(Iova(FIRST)), &mut data).unwrap()
+    });
 }
 
 /// The time that this thread takes for `iterations`, while another one does the same on `other`, if there is one.
-fn beside(other: Option<&Endpoint<Memory>>, mine: &Endpoint<Memory>, make: Make, iterations: u64) -> Duration {
+fn beside<'e, O: FnMut() + 'e>(
+    other: Option<&'e Endpoint>,
+    mine: &'e Endpoint,
+    make: impl Fn(&'e Endpoint) -> O + Sync,
+    iterations: u64,
+) -> Duration {
     let (ready, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         if let Some(other) = other {
@@ -114,44 +132,27 @@ fn beside(other: Option<&Endpoint<Memory>>, mine: &Endpoint<Memory>, make: Make,
 
 /// Each is the time of an operation of one thread; what two threads do in it is twice as much as one, if they do not cost each
 /// other anything.
-fn two_threads(c: &mut Criterion) {
-    let rig = rig();
-    let (one, other) = (rig.unit.endpoint(NVME), rig.unit.endpoint(NIC));
-    for (kind, make) in [("hit", ONE_THREAD[0].1), ("hit_session_each", ONE_THREAD[1].1)] {
-        for (threads, beside_it) in [
-            ("one_thread", None),
-            ("two_threads_two_endpoints", Some(&other)),
-            ("two_threads_one_endpoint", Some(&one)),
-        ] {
-            c.bench_function(&format!("threads/{kind}/{threads}"), |b| {
-                b.iter_custom(|iterations| beside(beside_it, &one, make, iterations));
-            });
-        }
+fn two_threads<'e, O: FnMut() + 'e>(
+    runner: &mut Runner,
+    kind: &str,
+    (one, other): (&'e Endpoint, &'e Endpoint),
+    make: impl Fn(&'e Endpoint) -> O + Copy + Sync,
+) {
+    for (threads, beside_it) in
+        [("one_thread", None), ("two_threads_two_endpoints", Some(other)), ("two_threads_one_endpoint", Some(one))]
+    {
+        runner.timed(&format!("threads/{kind}/{threads}"), |b| {
+            b.iter_custom(|iterations| beside(beside_it, one, make, iterations));
+        });
     }
 }
-
-criterion_group!(benches, one_thread, two_threads);
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().collect();
-    match arguments.iter().position(|argument| argument == "count") {
-        Some(at) => count(&arguments[at + 1..]),
-        None => {
-            benches();
-            Criterion::default().configure_from_args().final_summary();
-        }
-    }
-}
-
-/// `NAME ITERATIONS`: does it; without them, prints the names.
-fn count(arguments: &[String]) {
-    let [name, iterations] = arguments else {
-        ONE_THREAD.iter().for_each(|(name, _)| println!("{name}"));
-        return;
-    };
-    let (_, make) = ONE_THREAD.into_iter().find(|(known, _)| known == name).expect("a benchmark of this name");
+    let mut runner = Runner::new();
+    one_thread(&mut runner);
     let rig = rig();
-    let endpoint = rig.unit.endpoint(NVME);
-    let mut operation = make(&endpoint);
-    (0..iterations.parse::<u64>().expect("a number of iterations")).for_each(|_| operation());
+    let (one, other) = (rig.unit.endpoint(NVME), rig.unit.endpoint(NIC));
+    two_threads(&mut runner, "hit", (&one, &other), hit);
+    two_threads(&mut runner, "hit_session_each", (&one, &other), hit_session_each);
+    runner.finish();
 }

@@ -26,6 +26,7 @@ extern crate self as vtd;
 pub mod audit;
 pub mod config;
 mod endpoint;
+mod extents;
 mod fault;
 pub mod ids;
 mod iotlb;

@@ -24,6 +24,8 @@ struct Queue {
     /// Number of descriptors.
     size: u64,
     head: u64,
+    /// What the register of the head says.
+    told: u64,
     tail: u64,
     wide: bool,
 }
@@ -41,9 +43,15 @@ impl Queue {
             base: address.page() << 12,
             size: 1 << (address.size() + 8),
             head: state.queue_head / Descriptor::SIZE,
+            told: state.queue_head / Descriptor::SIZE,
             tail: state.queue_tail / Descriptor::SIZE,
             wide: address.wide(),
         })
+    }
+
+    fn tell_head<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
+        shared.registers().state.queue_head = self.head * Descriptor::SIZE;
+        self.told = self.head;
     }
 
     fn fetch<M: GuestMemoryBackend>(&self, memory: &M) -> Result<Descriptor, QueueError> {
@@ -60,11 +68,16 @@ pub(crate) fn drain<M: GuestMemoryBackend>(shared: &Shared<M>, spaces: &mut Spac
     let result = process(shared, spaces, &mut queue);
     spaces.flush(shared);
     spaces.end_drain();
-    let mut registers = shared.registers();
-    registers.state.queue_head = queue.head * Descriptor::SIZE;
-    let Err(error) = result else { return };
+    let Err(error) = result else {
+        if queue.head != queue.told {
+            queue.tell_head(shared);
+        }
+        return;
+    };
     shared.counters.queue_errors.add(1);
     log::debug!("unit {}: the invalidation queue stopped at {}: {error:?}", shared.config.id.0, queue.head);
+    let mut registers = shared.registers();
+    registers.state.queue_head = queue.head * Descriptor::SIZE;
     let before = registers.fault_status();
     registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8).into_bits();
     registers.set_fault_status(|status| status.with_queue_error(true));
@@ -94,7 +107,7 @@ fn process<M: GuestMemoryBackend>(
         queue.head = (queue.head + 1) % queue.size;
         if let Some(wait) = wait {
             spaces.flush(shared);
-            shared.registers().state.queue_head = queue.head * Descriptor::SIZE;
+            queue.tell_head(shared);
             complete(shared, wait);
         }
     }

@@ -48,18 +48,22 @@ impl Registers {
         Self { state: State::default(), config }
     }
 
-    /// Whether a write of `len` bytes of `value` at `at` may give a [`Command`]. Of FSTS only one that clears IQE does, so that a
-    /// fault handler has no other lock to wait for.
-    pub(crate) fn commands(&self, at: u64, len: usize, value: u64) -> bool {
+    /// Whether a write of `len` bytes at `at` may give a [`Command`], whatever the registers hold.
+    pub(crate) fn commands(at: u64, len: usize) -> bool {
+        let end = at.saturating_add(len as u64);
+        let hits = |register: u64, size: u64| at < register + size && register < end;
+        hits(offset::GCMD, 4) || hits(offset::CCMD, 8) || hits(offset::IQT, 8) || hits(offset::IOTLB, 8)
+    }
+
+    /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that clears IQE gives a
+    /// [`Command`], so that a fault handler has no other lock to wait for.
+    pub(crate) fn resumes(&self, at: u64, len: usize, value: u64) -> bool {
         let fault_status = match (at, len) {
             (offset::FSTS, 4) => value as u32,
             (0x30, 8) => (value >> 32) as u32,
             _ => 0,
         };
-        let resumes = FaultStatus::from_bits(fault_status).queue_error() && self.fault_status().queue_error();
-        let end = at.saturating_add(len as u64);
-        let hits = |register: u64, size: u64| at < register + size && register < end;
-        hits(offset::GCMD, 4) || hits(offset::CCMD, 8) || resumes || hits(offset::IQT, 8) || hits(offset::IOTLB, 8)
+        FaultStatus::from_bits(fault_status).queue_error() && self.fault_status().queue_error()
     }
 
     /// What `len` bytes at `at` read, little endian.

@@ -314,16 +314,17 @@ fn gone_beyond<M: GuestMemoryBackend>(
     beside: &mut Found,
 ) -> Option<(u64, u64)> {
     let (first, last) = (found.first, found.last);
-    let (from, to) = shadow.with_edges(first, last);
+    let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
+    let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
+    let from = if first_is_here { first } else { shadow.edge_before(first) };
+    let to = if last_is_here { last } else { shadow.edge_behind(last) };
     let mut is_gone = |at: u64| {
         // No more than the entries on the way to one leaf.
         beside.entries_left = u64::from(levels(space.width));
         walk(shared, space, (at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
     };
-    let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
-    let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
-    let left = from < first && !first_is_here && is_gone(first - 1);
-    let right = to > last && !last_is_here && is_gone(last + 1);
+    let left = from < first && is_gone(first - 1);
+    let right = to > last && is_gone(last + 1);
     let (from, to) = (if left { from } else { first }, if right { to } else { last });
     // More than its leaves and the tables above them: a walk that is cut short would block the space.
     let most_entries = ((to - from) >> 11) + 64;

@@ -4,23 +4,14 @@
 //! The diff compares translations, not shapes: where an address leads to the same place with the same permission before
 //! and after, nothing is said about it, whatever leaves or extents it belonged to.
 
-use std::collections::BTreeMap;
-
+use crate::extents::{Extent, Extents};
 use crate::ids::{Gpa, Iova};
-use crate::space::{MapOp, Mapping, Perm};
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Extent {
-    last: u64,
-    gpa: u64,
-    perm: Perm,
-}
+use crate::space::{MapOp, Mapping};
 
 /// What a listener was told about one space.
 #[derive(Default, Debug)]
 pub(crate) struct Shadow {
-    // First IOVA -> extent. Disjoint.
-    extents: BTreeMap<u64, Extent>,
+    extents: Extents,
 }
 
 /// The changes of one batch. Unmaps are given before maps, whatever order they were found in.
@@ -51,27 +42,15 @@ impl Changes {
     }
 }
 
-/// A run of addresses that is walked piece by piece.
-#[derive(Clone, Copy)]
-struct Piece {
-    first: u64,
-    last: u64,
-    gpa: u64,
-    perm: Perm,
-}
-
-impl Piece {
-    fn of(mapping: &Mapping) -> Self {
+impl From<&Mapping> for Extent {
+    fn from(mapping: &Mapping) -> Self {
         Self { first: mapping.iova.0, last: mapping.last().0, gpa: mapping.gpa.0, perm: mapping.perm }
     }
+}
 
-    fn mapping(self, last: u64) -> Mapping {
-        Mapping { iova: Iova(self.first), gpa: Gpa(self.gpa), len: last - self.first + 1, perm: self.perm }
-    }
-
-    /// What is left of it after `last`.
-    fn after(self, last: u64) -> Option<Self> {
-        (last < self.last).then(|| Self { first: last + 1, gpa: self.gpa + (last + 1 - self.first), ..self })
+impl From<Extent> for Mapping {
+    fn from(Extent { first, last, gpa, perm }: Extent) -> Self {
+        Self { iova: Iova(first), gpa: Gpa(gpa), len: last - first + 1, perm }
     }
 }
 
@@ -82,7 +61,7 @@ impl Shadow {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.extents.is_empty()
+        self.extents.len() == 0
     }
 
     /// Forgets everything.
@@ -92,22 +71,22 @@ impl Shadow {
 
     /// The extents in ascending order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Mapping> + '_ {
-        self.extents.iter().map(|(&first, extent)| mapping(first, extent))
+        self.extents.iter().map(|extent| Mapping::from(*extent))
     }
 
     /// The parts of the extents in `first` to `last` (inclusive), in ascending order.
     pub(crate) fn part(&self, (first, last): (u64, u64)) -> impl Iterator<Item = Mapping> + '_ {
-        self.within(first, last).map(|piece| piece.mapping(piece.last))
+        self.within(first, last).map(Mapping::from)
     }
 
-    /// `first` to `last` (inclusive), with the whole of the extents that cross its edges.
-    pub(crate) fn with_edges(&self, first: u64, last: u64) -> (u64, u64) {
-        let crossing = |at: u64| {
-            let before = self.extents.range(..=at).next_back();
-            before.filter(|(_, extent)| extent.last > at).map(|(&start, extent)| (start, extent.last))
-        };
-        let from = first.checked_sub(1).and_then(crossing).map_or(first, |(start, _)| start);
-        (from, crossing(last).map_or(last, |(_, end)| end))
+    /// Where the extent begins that crosses the edge before `first`; `first` if there is none.
+    pub(crate) fn edge_before(&self, first: u64) -> u64 {
+        self.extents.from(first).next().map_or(first, |extent| extent.first.min(first))
+    }
+
+    /// Where the extent ends that crosses the edge behind `last`; `last` if there is none.
+    pub(crate) fn edge_behind(&self, last: u64) -> u64 {
+        self.extents.from(last).next().filter(|extent| extent.first <= last).map_or(last, |extent| extent.last)
     }
 
     /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
@@ -125,12 +104,17 @@ impl Shadow {
             changes.maps.truncate(maps_before);
             return false;
         }
-        for &(first, last) in &changes.unmaps[unmaps_before..] {
-            self.remove(first, last);
+        let (unmaps, maps) = (&changes.unmaps[unmaps_before..], &changes.maps[maps_before..]);
+        // One page that leads elsewhere, most often: in place.
+        let in_place = match (unmaps, maps) {
+            ([gone], [new]) if *gone == (new.iova.0, new.last().0) => self.extents.replace(new.into()),
+            _ => false,
+        };
+        if !in_place {
+            unmaps.iter().for_each(|&(first, last)| self.extents.remove(first, last));
+            maps.iter().for_each(|map| self.extents.insert(map.into()));
         }
-        for map in &changes.maps[maps_before..] {
-            let extent = Extent { last: map.last().0, gpa: map.gpa.0, perm: map.perm };
-            self.extents.insert(map.iova.0, extent);
+        for map in maps {
             let (first, last) = changes.mapped.unwrap_or((map.iova.0, 0));
             changes.mapped = Some((first.min(map.iova.0), last.max(map.last().0)));
         }
@@ -152,12 +136,12 @@ impl Shadow {
         // A run that is cut only where the old extents had their boundaries is one map.
         let mut mapped_from: Option<usize> = None;
         let maps = &mut changes.maps;
-        let mut map = |piece: Piece, last: u64, run: usize| match maps.last_mut() {
+        let mut map = |piece: Extent, last: u64, run: usize| match maps.last_mut() {
             Some(previous) if mapped_from == Some(run) && previous.last().0.wrapping_add(1) == piece.first => {
                 previous.len += last - piece.first + 1;
             }
             _ => {
-                maps.push(piece.mapping(last));
+                maps.push(Extent { last, ..piece }.into());
                 mapped_from = Some(run);
             }
         };
@@ -165,10 +149,10 @@ impl Shadow {
         let mut old_pieces = self.within(first, last);
         let mut old = old_pieces.next();
         let mut run = 0;
-        let mut new = runs.first().map(Piece::of);
+        let mut new = runs.first().map(Extent::from);
         let next_run = |run: &mut usize| {
             *run += 1;
-            runs.get(*run).map(Piece::of)
+            runs.get(*run).map(Extent::from)
         };
         loop {
             match (old, new) {
@@ -207,42 +191,15 @@ impl Shadow {
     }
 
     /// The parts of the extents that lie within `first` to `last`, ascending.
-    fn within(&self, first: u64, last: u64) -> impl Iterator<Item = Piece> + '_ {
-        let before = self.extents.range(..first).next_back().filter(|(_, extent)| extent.last >= first);
-        before.into_iter().chain(self.extents.range(first..=last)).map(move |(&start, extent)| Piece {
-            first: start.max(first),
-            last: extent.last.min(last),
-            gpa: extent.gpa + (start.max(first) - start),
-            perm: extent.perm,
-        })
+    fn within(&self, first: u64, last: u64) -> impl Iterator<Item = Extent> + '_ {
+        let reached = self.extents.from(first).take_while(move |extent| extent.first <= last);
+        reached.map(move |extent| extent.within(first, last))
     }
 
     /// Takes `first` to `last` (inclusive) out; extents that reach beyond it keep what is beyond.
     pub(crate) fn remove(&mut self, first: u64, last: u64) {
-        if let Some((&start, extent)) = self.extents.range_mut(..first).next_back()
-            && extent.last >= first
-        {
-            let whole = *extent;
-            extent.last = first - 1;
-            self.insert_after(start, whole, last);
-        }
-        while let Some((&start, &extent)) = self.extents.range(first..=last).next() {
-            self.extents.remove(&start);
-            self.insert_after(start, extent, last);
-        }
+        self.extents.remove(first, last);
     }
-
-    /// Inserts what `extent`, which began at `start`, has beyond `last`.
-    fn insert_after(&mut self, start: u64, extent: Extent, last: u64) {
-        if extent.last > last {
-            let gpa = extent.gpa + (last + 1 - start);
-            self.extents.insert(last + 1, Extent { gpa, ..extent });
-        }
-    }
-}
-
-fn mapping(first: u64, extent: &Extent) -> Mapping {
-    Mapping { iova: Iova(first), gpa: Gpa(extent.gpa), len: extent.last - first + 1, perm: extent.perm }
 }
 
 /// Joins the first range at `from` with the one before it, if they touch: ranges of several invalidations of one drain.

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::space::Perm;
 
 fn mapping(first: u64, gpa: u64, len: u64) -> Mapping {
     Mapping { iova: Iova(first), gpa: Gpa(gpa), len, perm: Perm::ReadWrite }
@@ -45,6 +46,39 @@ fn the_last_page_of_the_address_space() {
     assert!(changes.is_empty());
     assert!(shadow.sync((u64::MAX, u64::MAX), &[], &mut changes));
     assert_eq!(changes.unmaps, [(u64::MAX, u64::MAX)]);
+}
+
+#[test]
+fn b8_edges_and_parts_are_of_the_extents_that_a_range_cuts() {
+    let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
+    let extents = [mapping(0x1000, 0x9000, 0x3000), mapping(0x6000, 0x9000, 0x2000)];
+    assert!(shadow.sync((0, 0xffff), &extents, &mut changes));
+    assert_eq!(
+        [0, 0x1000, 0x2000, 0x4000, 0x6000, 0x7000].map(|first| shadow.edge_before(first)),
+        [0, 0x1000, 0x1000, 0x4000, 0x6000, 0x6000]
+    );
+    assert_eq!(
+        [0xfff, 0x1fff, 0x3fff, 0x4fff, 0x6fff, 0x7fff, 0x8fff].map(|last| shadow.edge_behind(last)),
+        [0xfff, 0x3fff, 0x3fff, 0x4fff, 0x7fff, 0x7fff, 0x8fff]
+    );
+    let parts: Vec<Mapping> = shadow.part((0x2000, 0x6fff)).collect();
+    assert_eq!(parts, [mapping(0x2000, 0xa000, 0x2000), mapping(0x6000, 0x9000, 0x1000)]);
+}
+
+#[test]
+fn what_is_replaced_takes_nothing_else_with_it_and_leaves_nothing() {
+    let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
+    let before = [mapping(0x1000, 0x9000, 0x1000), mapping(0x2000, 0x20000, 0x1000), mapping(0x3000, 0x9000, 0x1000)];
+    let elsewhere = mapping(0x2000, 0x30000, 0x1000);
+    assert!(shadow.sync((0, 0xffff), &before, &mut changes));
+    changes.clear();
+    // The page before it goes as well, in one unmap.
+    assert!(shadow.sync((0x1000, 0x2fff), &[elsewhere], &mut changes));
+    assert_eq!((&changes.unmaps[..], &changes.maps[..]), (&[(0x1000, 0x2fff)][..], &[elsewhere][..]));
+    assert_eq!(shadow.iter().collect::<Vec<_>>(), [elsewhere, before[2]]);
+    changes.clear();
+    assert!(shadow.sync((0x2000, 0x2fff), &[before[1]], &mut changes));
+    assert_eq!(shadow.iter().collect::<Vec<_>>(), before[1..]);
 }
 
 const PAGES: usize = 64;

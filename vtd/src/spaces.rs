@@ -284,11 +284,14 @@ impl Spaces {
         let more_than_pages = !pending.contexts.is_empty() || !pending.iotlb.iter().all(only_pages);
         self.note_contexts(&pending.contexts);
 
-        let (mut whole, mut moves) = (BTreeSet::new(), BTreeMap::new());
-        for scope in pending.contexts.drain(..) {
-            self.look_up_again(shared, scope, &mut whole, &mut moves);
+        let mut whole = BTreeSet::new();
+        if !pending.contexts.is_empty() {
+            let mut moves = BTreeMap::new();
+            for scope in pending.contexts.drain(..) {
+                self.look_up_again(shared, scope, &mut whole, &mut moves);
+            }
+            self.move_members(shared, moves);
         }
-        self.move_members(shared, moves);
         self.compare(shared, &mut pending.iotlb, &whole);
         self.look_again(shared);
         self.try_again(shared, more_than_pages);

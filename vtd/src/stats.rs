@@ -60,23 +60,36 @@ impl Counter {
     }
 }
 
+/// A counter of what is done with the queue lock held, and so by one thread at a time.
+#[derive(Default, Debug)]
+pub(crate) struct QueueCounter(AtomicU64);
+
+impl QueueCounter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// The living counters.
 #[derive(Default, Debug)]
 pub(crate) struct Counters {
-    pub(crate) context_cache: Counter,
-    pub(crate) iotlb: Counter,
-    pub(crate) interrupt_entry: Counter,
-    pub(crate) wait: Counter,
-    pub(crate) register_invalidations: Counter,
-    pub(crate) queue_errors: Counter,
+    pub(crate) context_cache: QueueCounter,
+    pub(crate) iotlb: QueueCounter,
+    pub(crate) interrupt_entry: QueueCounter,
+    pub(crate) wait: QueueCounter,
+    pub(crate) register_invalidations: QueueCounter,
+    pub(crate) queue_errors: QueueCounter,
     pub(crate) faults: [Counter; FaultReason::ALL.len()],
     pub(crate) interrupt_faults: [Counter; InterruptFaultReason::ALL.len()],
     pub(crate) faults_dropped: Counter,
-    pub(crate) leaves_walked: Counter,
-    pub(crate) map_ops: Counter,
-    pub(crate) unmap_ops: Counter,
+    pub(crate) leaves_walked: QueueCounter,
+    pub(crate) map_ops: QueueCounter,
+    pub(crate) unmap_ops: QueueCounter,
     pub(crate) maps_refused: Counter,
-    pub(crate) bounds_exhausted: Counter,
+    pub(crate) bounds_exhausted: QueueCounter,
 }
 
 impl Counters {

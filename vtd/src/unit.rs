@@ -155,10 +155,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let Some(bytes) = value.get_mut(..data.len()) else { return };
         bytes.copy_from_slice(data);
         let value = u64::from_le_bytes(value);
+        // The queue lock first: between this register write and its command no other command comes.
+        let mut spaces = Registers::commands(offset, data.len()).then(|| self.spaces());
         let mut registers = self.shared.registers();
-        let mut spaces = None;
-        if registers.commands(offset, data.len(), value) {
-            // The queue lock first: between this register write and its command no other command comes.
+        if spaces.is_none() && registers.resumes(offset, data.len(), value) {
             drop(registers);
             spaces = Some(self.spaces());
             registers = self.shared.registers();
