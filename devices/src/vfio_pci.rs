@@ -210,12 +210,11 @@ impl VfioPci {
         let (error, request) = (event(IrqKind::Error)?, event(IrqKind::Request)?);
 
         let command = HostCommand::new(host.clone());
-        command.write(0);
         let is_d0 = places.power.is_none_or(|at| word(at) & 3 == 0);
         let config = Config { space, command: 0, is_d0, msi, decoded: [None; 6] };
         let config = Mutex::new(config);
         if let Some(intx) = &intx {
-            intx.enable();
+            intx.enable(&command);
         }
         Ok(Arc::new(Self {
             requester,
@@ -325,7 +324,7 @@ impl VfioPci {
     /// Mappings out, no bus mastering, no interrupt.
     fn quiesce_function(&self, config: &mut Config) {
         config.command = 0;
-        self.change(config, || self.command.write(0));
+        self.change(config, || self.write_host_command(0));
         if let Some(msix) = self.trapped.msix() {
             msix.lock().unwrap().reset();
         }
@@ -333,7 +332,7 @@ impl VfioPci {
             msi.disable();
         }
         if let Some(intx) = &self.intx {
-            intx.disable();
+            intx.disable(&self.command);
         }
     }
 
@@ -351,7 +350,14 @@ impl VfioPci {
         config.space.reset();
         config.is_d0 = true;
         if let Some(intx) = &self.intx {
-            intx.enable();
+            intx.enable(&self.command);
+        }
+    }
+
+    fn write_host_command(&self, value: u16) {
+        match &self.intx {
+            Some(intx) => intx.write_command(&self.command, value),
+            None => self.command.write(value),
         }
     }
 
@@ -402,7 +408,7 @@ impl VfioPci {
         // No I/O BAR is offered, so there is nothing to enable.
         config.command = u16::from_le_bytes(bytes) & COMMAND_BITS & !COMMAND_IO;
         let command = config.command;
-        self.change(config, || self.command.write(command));
+        self.change(config, || self.write_host_command(command));
     }
 
     /// VFIO has one kind of interrupt at a time: the legacy one gives way to messages and comes back after them.
@@ -429,7 +435,7 @@ impl VfioPci {
 
     fn disable_intx(&self) {
         if let Some(intx) = &self.intx {
-            intx.disable();
+            intx.disable(&self.command);
         }
     }
 
@@ -437,7 +443,7 @@ impl VfioPci {
         let msi = config.msi.as_ref().is_some_and(|msi| msi.is_enabled(&config.space));
         let msix = self.trapped.msix().is_some_and(|msix| msix.lock().unwrap().is_enabled());
         if let Some(intx) = self.intx.as_ref().filter(|_| !msi && !msix) {
-            intx.enable();
+            intx.enable(&self.command);
         }
     }
 
@@ -521,7 +527,7 @@ impl Drop for VfioPci {
                 self.decoder.set(self.requester.sid, index as u8, None, &bar.target);
             }
         }
-        self.command.write(0);
+        self.write_host_command(0);
     }
 }
 

@@ -162,6 +162,10 @@ fn irqs_were_set(result: i32) -> io::Result<()> {
     }
 }
 
+/// The command register, and its bit that keeps the function from raising its line.
+const COMMAND: u64 = 4;
+const COMMAND_INTX_OFF: u16 = 1 << 10;
+
 /// An assigned function: its VFIO device, open.
 pub struct HostFunction {
     // Dropped before the device, which leaves its group only when no file of it is open.
@@ -197,7 +201,19 @@ impl HostFunction {
         let known = unsafe { ioctl_with_mut_ref(&file, VFIO_DEVICE_GET_INFO(), &mut info) } >= 0;
         let offered = known && info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
         let resetter = Resetter::new(checked.bdf(), checked.path(), offered, groups);
-        Ok(Self { file, window, device, bdf: checked.bdf(), group: checked.group(), resetter })
+        let function = Self { file, window, device, bdf: checked.bdf(), group: checked.group(), resetter };
+        function.hold_line();
+        Ok(function)
+    }
+
+    /// Sets INTx Disable, which opening the function cleared. Its line may be that of functions whose interrupts are heard before its own,
+    /// and what had it before may have left it with its level up.
+    fn hold_line(&self) {
+        let mut command = [0; 2];
+        self.read(RegionKind::Config, COMMAND, &mut command);
+        let held = u16::from_le_bytes(command) | COMMAND_INTX_OFF;
+        // A failure is said by `write`; only a function that has no command register gives one.
+        let _ = self.write(RegionKind::Config, COMMAND, &held.to_le_bytes());
     }
 
     /// Its address on the host.

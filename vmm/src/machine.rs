@@ -405,6 +405,8 @@ impl Machine {
     pub fn stop(&mut self) {
         self.halt();
         self.platform.root.reset();
+        // The host's lines are given up while all functions are open: one that cannot be reset and is closed may raise its own.
+        self.platform.root.quiesce();
     }
 
     /// What the whole run did so far.

@@ -93,11 +93,16 @@ impl PciRoot {
         self.functions.read().unwrap().iter().map(|(sid, function)| (*sid, function.clone())).collect()
     }
 
-    /// Makes every function quiet, then resets them (rule 12: before the remapping unit).
-    pub fn reset(&self) {
+    /// Makes every function quiet.
+    pub fn quiesce(&self) {
         for (_, function) in self.functions() {
             function.quiesce();
         }
+    }
+
+    /// Makes every function quiet, then resets them (rule 12: before the remapping unit).
+    pub fn reset(&self) {
+        self.quiesce();
         for (_, function) in self.functions() {
             function.reset();
         }

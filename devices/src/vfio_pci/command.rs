@@ -1,4 +1,5 @@
-//! The command register of the host's function, which stops its DMA for good when that has to be (B-11).
+//! The command register of the host's function, which stops its DMA for good when that has to be (B-11), and its legacy interrupt while
+//! nobody hears it.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -6,26 +7,57 @@ use std::sync::{Arc, Mutex};
 use vtd::Requester;
 
 use super::host::{AssignedHost, RegionKind, ResetScope};
-use crate::pci::config::{COMMAND, COMMAND_MASTER};
+use crate::pci::config::{COMMAND, COMMAND_INTX_OFF, COMMAND_MASTER};
 use crate::told::Told;
 
 /// The command register of the host's function. Bus Master never comes back once the function is quarantined.
 pub struct HostCommand {
     host: Arc<dyn AssignedHost>,
-    quarantined: Mutex<bool>,
+    state: Mutex<State>,
     told: Told,
 }
 
+struct State {
+    /// What the guest wants.
+    value: u16,
+    quarantined: bool,
+    /// INTx Disable is set, whatever the guest wants.
+    holds_line: bool,
+}
+
 impl HostCommand {
-    /// Of a function that is not quarantined.
+    /// Of a function that is not quarantined, and whose legacy interrupt nobody hears. Nothing is enabled.
     pub fn new(host: Arc<dyn AssignedHost>) -> Self {
-        Self { host, quarantined: Mutex::new(false), told: Told::default() }
+        let state = State { value: 0, quarantined: false, holds_line: true };
+        let command = Self { host, state: Mutex::new(state), told: Told::default() };
+        command.write(0);
+        command
     }
 
-    /// Writes the register, without Bus Master where the function is quarantined.
+    /// Writes what the guest wants, as far as it can be.
     pub fn write(&self, value: u16) {
-        let quarantined = self.quarantined.lock().unwrap();
-        let value = if *quarantined { value & !COMMAND_MASTER } else { value };
+        let mut state = self.state.lock().unwrap();
+        state.value = value;
+        self.put(&state);
+    }
+
+    /// Whether the function may not raise its line, because VFIO does not listen. The host's line may be other functions' as well, and
+    /// a level that nobody takes away makes the host turn it off for all of them.
+    pub fn hold_line(&self, holds: bool) {
+        let mut state = self.state.lock().unwrap();
+        if std::mem::replace(&mut state.holds_line, holds) != holds {
+            self.put(&state);
+        }
+    }
+
+    fn put(&self, state: &State) {
+        let mut value = state.value;
+        if state.holds_line {
+            value |= COMMAND_INTX_OFF;
+        }
+        if state.quarantined {
+            value &= !COMMAND_MASTER;
+        }
         if let Err(e) = self.host.write(RegionKind::Config, COMMAND.into(), &value.to_le_bytes()) {
             self.told.once(|| log::warn!("the host's command register could not be written: {e}"));
         }
@@ -33,8 +65,10 @@ impl HostCommand {
 
     /// Bus Master off for good, then a reset. An error says that the bit may be set still.
     pub fn quarantine(&self) -> Result<(), String> {
-        let mut quarantined = self.quarantined.lock().unwrap();
-        *quarantined = true;
+        let mut state = self.state.lock().unwrap();
+        state.quarantined = true;
+        // As `Intx::write_command` does. The guest's next end of interrupt unmasks it; where it is not enabled there is nothing to mask.
+        let _ = self.host.mask_intx();
         let read = || {
             let mut data = [0; 2];
             self.host.read(RegionKind::Config, COMMAND.into(), &mut data);
@@ -56,7 +90,7 @@ impl HostCommand {
     /// Resets the function.
     pub fn reset(&self, scope: ResetScope, requester: Requester) {
         // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
-        let _quarantined = self.quarantined.lock().unwrap();
+        let _state = self.state.lock().unwrap();
         // That nothing can reset it was said at start.
         if let Err(e) = self.host.reset(scope)
             && e.kind() != io::ErrorKind::Unsupported

@@ -28,6 +28,8 @@ pub trait AssignedHost: Send + Sync {
     fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()>;
     /// Disables `kind`.
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
+    /// Masks the legacy line, as the host does when it fires. [`io::ErrorKind::Unsupported`] where it is never masked.
+    fn mask_intx(&self) -> io::Result<()>;
     /// Unmasks the legacy line, which the host masks each time it fires.
     fn unmask_intx(&self) -> io::Result<()>;
     /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was before.
@@ -59,6 +61,9 @@ impl AssignedHost for vfio_bridge::HostFunction {
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.disable_irqs(kind)
+    }
+    fn mask_intx(&self) -> io::Result<()> {
+        self.mask_intx()
     }
     fn unmask_intx(&self) -> io::Result<()> {
         self.unmask_intx()
@@ -93,6 +98,10 @@ impl AssignedHost for UserFunction {
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.disable_irqs(kind)
+    }
+    fn mask_intx(&self) -> io::Result<()> {
+        // Servers need not do it when it fires, and a write of the command register does not touch it.
+        Err(io::ErrorKind::Unsupported.into())
     }
     fn unmask_intx(&self) -> io::Result<()> {
         self.unmask_intx()

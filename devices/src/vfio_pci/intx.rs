@@ -1,11 +1,15 @@
 //! The legacy interrupt of the assigned function. VFIO masks it each time it fires; the guest's end of interrupt, which KVM
 //! brings to the IOAPIC, unmasks it (F-5: with a split irqchip the kernel's resampler never fires).
+//!
+//! VFIO clears INTx Disable before its handler is there, and leaves it clear when the handler is gone. So it is set around both
+//! ([`HostCommand::hold_line`]): VFIO then begins masked, and looks at the function's level when the bit is cleared.
 
 use std::io;
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::command::HostCommand;
 use super::host::{AssignedHost, IrqKind};
 use crate::host::IrqLine;
 use crate::told::Told;
@@ -41,26 +45,46 @@ impl Intx {
     }
 
     /// Lets the device raise the line.
-    pub fn enable(&self) {
+    pub fn enable(&self, command: &HostCommand) {
         let mut state = self.state.lock().unwrap();
         if !state.enabled {
             match self.host.set_irqs(IrqKind::Intx, 0, &[Some(&self.event)]) {
-                Ok(()) => state.enabled = true,
+                Ok(()) => {
+                    state.enabled = true;
+                    command.hold_line(false);
+                }
                 Err(e) => self.told.once(|| log::warn!("the host refused the legacy interrupt: {e}")),
             }
         }
     }
 
     /// The device no longer raises the line.
-    pub fn disable(&self) {
+    pub fn disable(&self, command: &HostCommand) {
         let mut state = self.state.lock().unwrap();
         if state.enabled {
+            let _ = self.host.mask_intx();
+            command.hold_line(true);
             if let Err(e) = self.host.disable_irqs(IrqKind::Intx) {
                 log::debug!("the legacy interrupt could not be disabled: {e}");
             }
             let _ = self.event.read();
             self.line.set_level(false);
             *state = State::default();
+        }
+    }
+
+    /// Writes the command register. VFIO reads it, changes it and writes it back, and its handler that sets INTx Disable can come in between:
+    /// the bit would be lost, and a level that VFIO takes for masked would stay on the host's line. So it is masked meanwhile.
+    pub fn write_command(&self, command: &HostCommand, value: u16) {
+        let state = self.state.lock().unwrap();
+        let masked = state.enabled && self.host.mask_intx().is_ok();
+        command.write(value);
+        // What fired, and is not the guest's yet, VFIO signals once more.
+        if masked
+            && !state.pending
+            && let Err(e) = self.host.unmask_intx()
+        {
+            log::debug!("the legacy interrupt could not be unmasked: {e}");
         }
     }
 

@@ -33,6 +33,34 @@ fn f5_intx_that_fires_before_the_end_of_interrupt_is_not_lost() {
 }
 
 #[test]
+fn f5_the_function_cannot_raise_the_hosts_line_while_vfio_does_not_listen() {
+    let bench = Bench::new();
+    let holds = |bench: &Bench| (bench.host.holds_line(), bench.host.live(IrqKind::Intx));
+    assert_eq!(holds(&bench), (false, true));
+    // What the order of the two is in each of these, the host checks.
+    bench.config16(MSIX + 2, msix::CONTROL_ENABLE);
+    assert_eq!(holds(&bench), (true, false));
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    assert_eq!(holds(&bench), (true, false), "whatever the guest writes");
+    assert_eq!(bench.config(COMMAND) & 0xffff, u32::from(COMMAND_MEMORY | COMMAND_MASTER), "who does not see it");
+    bench.config16(MSIX + 2, 0);
+    assert_eq!(holds(&bench), (false, true));
+    assert_eq!(bench.host.command(), COMMAND_MEMORY | COMMAND_MASTER);
+    bench.command(COMMAND_INTX_OFF);
+    bench.root.quiesce();
+    assert_eq!(holds(&bench), (true, false));
+    bench.root.reset();
+    assert_eq!(holds(&bench), (false, true));
+    bench.command(COMMAND_INTX_OFF);
+    assert_eq!(holds(&bench), (true, true), "the guest's own");
+    bench.function.quarantine().unwrap();
+    bench.command(0);
+    assert_eq!(holds(&bench), (false, true));
+    let refused = Bench::running_with(|host| host.host_vectors.store(0, Ordering::SeqCst));
+    assert!(refused.host.holds_line());
+}
+
+#[test]
 fn f5_enabling_messages_lowers_the_line() {
     let bench = Bench::running();
     bench.host.raise(IrqKind::Intx, 0);

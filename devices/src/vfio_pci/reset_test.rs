@@ -210,7 +210,8 @@ fn f4_a_quiet_function_has_no_memory_no_mastery_and_no_interrupt() {
         }
         assert!(bench.host.live(kind));
         bench.function.quiesce();
-        assert_eq!((bench.host.command(), bench.slots.mapped(), bench.host.live(kind)), (0, vec![], false));
+        let command = bench.host.command();
+        assert_eq!((command, bench.slots.mapped(), bench.host.live(kind)), (COMMAND_INTX_OFF, vec![], false));
         assert!(bench.host.resets.lock().unwrap().is_empty());
     }
 }

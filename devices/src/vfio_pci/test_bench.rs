@@ -9,7 +9,7 @@ use super::host::RegionInfo;
 use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
-pub use crate::pci::config::COMMAND_MASTER;
+pub use crate::pci::config::{COMMAND_INTX_OFF, COMMAND_MASTER};
 use crate::testing::{FakeInterrupts, FakeLine, FakeSlots, Mapped};
 
 pub const SID: SourceId = SourceId::new(0, 5, 0);
@@ -41,6 +41,8 @@ pub struct FakeHost {
     /// Functions of the same bus, which a reset of the machine resets along.
     pub bus: Mutex<Vec<Arc<FakeHost>>>,
     pub unmasks: AtomicU32,
+    /// The legacy line is masked: 1 by a call, 2 as it fired.
+    pub masked: AtomicU32,
     /// Bus Master does not go off.
     pub stuck: AtomicBool,
     /// Its configuration space cannot be read any more: ones.
@@ -91,6 +93,7 @@ impl FakeHost {
             resets: Mutex::default(),
             bus: Mutex::default(),
             unmasks: AtomicU32::new(0),
+            masked: AtomicU32::new(0),
             stuck: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             read_only: AtomicBool::new(false),
@@ -106,6 +109,10 @@ impl FakeHost {
     pub fn command(&self) -> u16 {
         let config = self.config.lock().unwrap();
         u16::from_le_bytes([config[4], config[5]])
+    }
+    /// It cannot raise its line.
+    pub fn holds_line(&self) -> bool {
+        self.command() & COMMAND_INTX_OFF != 0
     }
     pub fn is_enabled(&self) -> bool {
         self.command() & COMMAND_MEMORY != 0 && self.config.lock().unwrap()[usize::from(POWER) + 4] & 3 == 0
@@ -125,6 +132,9 @@ impl FakeHost {
     pub fn raise(&self, kind: IrqKind, index: usize) {
         let irqs = self.irqs.lock().unwrap();
         let (_, events) = irqs.iter().find(|(k, _)| *k == kind).expect("enabled on the host");
+        if kind == IrqKind::Intx {
+            self.masked.store(2, Ordering::SeqCst);
+        }
         match events.get(index) {
             Some(Some(event)) => event.write(1).unwrap(),
             _ => drop(self.set_pending(kind, index, true)),
@@ -183,7 +193,7 @@ impl AssignedHost for FakeHost {
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = offset as usize;
         if region == RegionKind::Config {
-            let was_enabled = self.is_enabled();
+            let (was_enabled, held) = (self.is_enabled(), self.holds_line());
             self.check(at.is_multiple_of(data.len()));
             if self.read_only.load(Ordering::SeqCst) {
                 return Err(io::ErrorKind::PermissionDenied.into());
@@ -200,6 +210,14 @@ impl AssignedHost for FakeHost {
                 data[0] |= COMMAND_MASTER as u8;
             }
             self.config.lock().unwrap()[at..at + data.len()].copy_from_slice(&data);
+            if at == usize::from(COMMAND) {
+                // Linux's vfio reads, changes and writes it, and so undoes what its handler of the line did in between.
+                self.check(!self.live(IrqKind::Intx) || self.masked.load(Ordering::SeqCst) != 0);
+                if held && !self.holds_line() {
+                    self.masked.store(0, Ordering::SeqCst);
+                }
+                self.check(self.holds_line() || self.live(IrqKind::Intx));
+            }
             if at == usize::from(MSI) {
                 // Linux's vfio then writes the control register as well, with what it has there itself: disabled.
                 self.irqs.lock().unwrap().retain(|(kind, _)| *kind != IrqKind::Msi);
@@ -236,6 +254,11 @@ impl AssignedHost for FakeHost {
     fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let (start, end) = (start as usize, start as usize + triggers.len());
         self.check(end <= self.irq_count(kind) as usize);
+        // VFIO clears INTx Disable before its handler is there.
+        if kind == IrqKind::Intx {
+            self.check(self.holds_line());
+            self.masked.store(1, Ordering::SeqCst);
+        }
         self.sets.fetch_add(1, Ordering::SeqCst);
         let most = self.host_vectors.load(Ordering::SeqCst) as usize;
         let noresize = self.noresize.load(Ordering::SeqCst);
@@ -279,11 +302,21 @@ impl AssignedHost for FakeHost {
         Ok(())
     }
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        self.check(kind != IrqKind::Intx || self.holds_line());
         self.irqs.lock().unwrap().retain(|(k, _)| *k != kind);
         Ok(())
     }
+    fn mask_intx(&self) -> io::Result<()> {
+        if !self.live(IrqKind::Intx) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let _ = self.masked.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst);
+        Ok(())
+    }
     fn unmask_intx(&self) -> io::Result<()> {
-        self.unmasks.fetch_add(1, Ordering::SeqCst);
+        // Those are of interest that an end of interrupt makes.
+        let was = self.masked.swap(0, Ordering::SeqCst);
+        self.unmasks.fetch_add(u32::from(was != 1), Ordering::SeqCst);
         Ok(())
     }
     fn reset(&self, scope: ResetScope) -> io::Result<()> {
