@@ -88,7 +88,7 @@ const ZOO_MODULES: &[&str] = &[
     "e1000",
     "8139cp",
     "vmxnet3",
-    "vmw_pvscsi",
+    "megaraid_sas",
     "snd-hda-intel",
     "snd-hda-codec-generic",
 ];

@@ -32,7 +32,7 @@ const NVME_SRIOV: &str = "nvme,serial=sriov,subsys=subsystem,max_ioqpairs=6,msix
      sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2";
 
 const ZOO_DISKS: &[&str] =
-    &["ahci", "xhci", "ehci", "sdhci", "virtio_blk", "nvme_many", "nvme_sriov", "pvscsi", "ohci"];
+    &["ahci", "xhci", "ehci", "sdhci", "virtio_blk", "nvme_many", "nvme_sriov", "megasas", "ohci"];
 const LARGE_DISKS: &[&str] = &["nvme1", "nvme2", "nvme3", "many0", "many1"];
 
 impl Topology {
@@ -142,8 +142,9 @@ fn zoo(command: &mut Command) {
         "hda-duplex,bus=hda.0,audiodev=sound",
         "pci-serial,chardev=serial,addr=0e.0",
         &format!("{NVME_MANY},drive=nvme_many,serial=many,addr=11.0"),
-        "pvscsi,id=pvscsi,addr=12.0",
-        "scsi-hd,bus=pvscsi.0,drive=pvscsi",
+        // Not pvscsi: QEMU's takes its rings' addresses for physical ones, whatever IOMMU it is behind.
+        "megasas,id=megasas,addr=12.0",
+        "scsi-hd,bus=megasas.0,drive=megasas",
         "pci-ohci,id=ohci,addr=13.0",
         "usb-storage,bus=ohci.0,drive=ohci",
         "virtio-rng-pci,disable-legacy=on,iommu_platform=on,addr=14.0",
