@@ -302,6 +302,22 @@ fn f5_a_msi_capability_that_does_not_fit_is_the_hosts() {
 }
 
 #[test]
+fn f5_each_kind_of_msi_capability_fits_up_to_the_end_of_the_space() {
+    // Control register, and how long such a capability is.
+    for (control, len) in [(0x02u16, 10), (0x82, 14), (0x102, 20), (0x182, 24)] {
+        for at in (0xe0u16..0xf8).step_by(4) {
+            let bench = Bench::with(|host| {
+                host.put(0x34, &[at as u8]);
+                host.put(at, &[CAP_MSI, 0, control as u8, (control >> 8) as u8]);
+            });
+            bench.config32(at + 4, 0xfee0_0000);
+            bench.config16(at + 2, 1);
+            assert_eq!(bench.host.live(IrqKind::Msi), at + len <= 0x100, "{control:#x} at {at:#x}");
+        }
+    }
+}
+
+#[test]
 fn f5_a_message_is_what_the_entry_says() {
     let bench = Bench::running();
     bench.vector(0, 0x1234_5678, false);
