@@ -2,7 +2,7 @@
 //! host operations are counted by L1's kernel, the same way for both, as differences of runs with and without the read.
 
 use crate::cache::{Cache, progress, target};
-use crate::crate_tests::cargo;
+use crate::crate_benches::{self, Criterion};
 use crate::demo::READS;
 use crate::l1;
 use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine};
@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -74,16 +74,10 @@ struct Operations {
     unmaps: u64,
 }
 
-#[derive(Debug, Serialize)]
-struct Criterion {
-    name: String,
-    median_ns: f64,
-}
-
 pub fn command(args: &BenchArgs) -> Result<u8> {
     let wants = |name: &str| args.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()));
     let mut report = Report { version: 1, ..Report::default() };
-    report.criterion = criterion(&wants)?;
+    report.criterion = crate_benches::run(&wants)?;
     if wants("nested") {
         report.nested = Some(nested(args)?);
     }
@@ -98,9 +92,10 @@ pub fn command(args: &BenchArgs) -> Result<u8> {
         print!("{}", nested_report(nested, table::plain));
     }
     if !report.criterion.is_empty() {
-        let rows: Vec<Vec<String>> =
-            report.criterion.iter().map(|c| vec![c.name.clone(), format!("{:.1}", c.median_ns)]).collect();
-        let head = ["benchmark", "median, ns"];
+        let instructions = |c: &Criterion| c.instructions.map_or("-".to_owned(), |count| format!("{count:.0}"));
+        let row = |c: &Criterion| vec![c.name.clone(), format!("{:.1}", c.median_ns), instructions(c)];
+        let rows: Vec<Vec<String>> = report.criterion.iter().map(row).collect();
+        let head = ["benchmark", "median, ns", "instructions"];
         markdown += &format!("\n## The crates' benchmarks\n\n{}", table::markdown(&head, &rows));
         print!("\n{}", table::plain(&head, &rows));
     }
@@ -113,55 +108,6 @@ pub fn command(args: &BenchArgs) -> Result<u8> {
         println!("the statistics and L1's kernel disagree about the host operations");
     }
     Ok(u8::from(!agrees))
-}
-
-/// Runs the criterion benchmarks of the crates and collects their medians.
-fn criterion(wants: &dyn Fn(&str) -> bool) -> Result<Vec<Criterion>> {
-    let result = cargo()
-        .args(["metadata", "--no-deps", "--format-version", "1"])
-        .output()
-        .context("cannot run cargo metadata")?;
-    let metadata: Value = serde_json::from_slice(&result.stdout)?;
-    let started = std::time::SystemTime::now();
-    let mut any = false;
-    for package in metadata["packages"].as_array().into_iter().flatten() {
-        let name = package["name"].as_str().unwrap_or_default();
-        for bench in package["targets"].as_array().into_iter().flatten().filter(|t| t["kind"][0] == "bench") {
-            let bench = bench["name"].as_str().unwrap_or_default();
-            if wants(&format!("{name}::{bench}")) {
-                progress(format_args!("{name}::{bench}"));
-                let status = cargo().args(["bench", "--quiet", "--package", name, "--bench", bench]).status()?;
-                ensure!(status.success(), "the benchmark {name}::{bench} failed");
-                any = true;
-            }
-        }
-    }
-    let mut found = Vec::new();
-    if any {
-        estimates(&target().join("criterion"), started, &mut found)?;
-        found.sort_by(|a, b| a.name.cmp(&b.name));
-    }
-    Ok(found)
-}
-
-/// criterion leaves `NAME/new/estimates.json` and `NAME/new/benchmark.json`.
-fn estimates(folder: &Path, newer_than: std::time::SystemTime, found: &mut Vec<Criterion>) -> Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        let file = path.join("estimates.json");
-        if path.ends_with("new") && file.is_file() {
-            if std::fs::metadata(&file)?.modified()? >= newer_than {
-                let json = |file: &Path| -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(file)?)?) };
-                let median =
-                    json(&file)?["median"]["point_estimate"].as_f64().context("an estimate without a median")?;
-                let name = json(&path.join("benchmark.json"))?["full_id"].as_str().unwrap_or_default().to_owned();
-                found.push(Criterion { name, median_ns: median });
-            }
-        } else if path.is_dir() {
-            estimates(&path, newer_than, found)?;
-        }
-    }
-    Ok(())
 }
 
 /// Keeps what L1 says and shows it as it comes.

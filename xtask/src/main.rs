@@ -5,6 +5,7 @@ mod bench;
 mod cache;
 mod cases;
 mod cpio;
+mod crate_benches;
 mod crate_tests;
 mod demo;
 mod host_device;
