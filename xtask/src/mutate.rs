@@ -92,7 +92,10 @@ pub fn command(args: &MutateArgs) -> Result<u8> {
                 let Some(mutation) = next else { return Ok(()) };
                 let outcome = run_one(&lane, mutation, args.images)?;
                 println!("{}", line(&outcome));
-                outcomes.lock().map_err(|_| lane::poisoned())?.push(outcome);
+                let mut outcomes = outcomes.lock().map_err(|_| lane::poisoned())?;
+                // At once: whoever ends a long run keeps what it found.
+                page::update(std::slice::from_ref(&outcome)).context("cannot write docs/mutations.md")?;
+                outcomes.push(outcome);
             }
         };
         let threads: Vec<_> = (0..jobs).map(|number| scope.spawn(move || work(number))).collect();
@@ -100,7 +103,6 @@ pub fn command(args: &MutateArgs) -> Result<u8> {
     });
     let mut outcomes = outcomes.into_inner().map_err(|_| lane::poisoned())?;
     outcomes.sort_by_key(|outcome| outcome.mutation.title());
-    page::update(&outcomes).context("cannot write docs/mutations.md")?;
     lanes.into_iter().collect::<Result<()>>()?;
     let count = |word: &str| outcomes.iter().filter(|outcome| outcome.word() == word).count();
     outcomes.iter().filter(|outcome| outcome.word() == "survived").for_each(|outcome| {
