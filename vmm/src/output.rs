@@ -192,9 +192,17 @@ mod tests {
     fn g3_what_waits_is_bounded_and_the_first_is_kept() {
         let (mut reader, writer) = io::pipe().unwrap();
         let output = Output::start("test", writer.as_fd()).unwrap();
+        // SAFETY: the command has no argument, and the descriptor is open.
+        let pipe = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_GETPIPE_SZ) };
         drop(writer);
         let printed: Vec<u8> = (0..3 * CAPACITY).map(|at| (at / 7) as u8).collect();
-        for part in printed.chunks(1000) {
+        // The thread fills the pipe before anything is lost: else there is room again for what comes behind that.
+        let (first, rest) = printed.split_at(usize::try_from(pipe).unwrap() + CHUNK);
+        output.writer().write_all(first).unwrap();
+        while output.waiting() != CHUNK {
+            std::thread::yield_now();
+        }
+        for part in rest.chunks(1000) {
             output.writer().write_all(part).unwrap();
         }
         assert!(output.waiting() <= CAPACITY + CHUNK);
