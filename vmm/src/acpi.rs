@@ -137,7 +137,7 @@ fn madt(cpus: u8) -> Vec<u8> {
 
 fn mcfg() -> Vec<u8> {
     let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.add_ecam(layout::ECAM, 0, 0, 0xff);
+    table.add_ecam(layout::ECAM, 0, 0, layout::LAST_BUS);
     bytes(&table)
 }
 

@@ -110,3 +110,14 @@ fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
         assert!(has(&(device << 16 | 0xffff).to_le_bytes()));
     }
 }
+
+#[test]
+fn the_mcfg_and_the_root_bridge_name_bus_0_alone() {
+    let tables = find(&Description { cpus: 1, pci64: None, remapping: None });
+    let mcfg = &tables["MCFG"];
+    assert_eq!((mcfg.len(), u64_at(mcfg, 44)), (60, 0xe000_0000));
+    assert_eq!(mcfg[52..56], [0, 0, 0, 0], "segment, first bus, last bus");
+    // Bus numbers (type 2), produced, both ends fixed; granularity, first, last, translation, length.
+    let buses = [0x88, 13, 0, 2, 0x0c, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+    assert!(tables["DSDT"].windows(buses.len()).any(|window| window == buses));
+}

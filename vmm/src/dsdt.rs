@@ -29,7 +29,7 @@ fn interrupt_routing() -> PackageBuilder {
 
 fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>) {
     let memory = AddressSpaceCacheable::NotCacheable;
-    let buses = AddressSpace::new_bus_number(0u16, 0xff);
+    let buses = AddressSpace::new_bus_number(0u16, layout::LAST_BUS.into());
     let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);

@@ -1,9 +1,16 @@
 //! Where things are in the guest-physical address space and on the port bus.
 //!
-//! ```text 0            RAM: BIOS data area, GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd
-//! at the top 0x9fc00      extended BIOS data area 0xa0000      hole; ACPI tables from 0xe0000 0x100000     RAM, up to
-//! 3 GiB 0xc0000000   PCI memory below 4 GiB 0xe0000000   ECAM: 256 buses 0xfec00000   IOAPIC      0xfed90000  VT-d
-//! unit      0xfee00000  local APICs and messages 4 GiB        the rest of RAM, then PCI memory above 4 GiB
+//! ```text
+//! 0            RAM: BIOS data area, GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd at the top
+//! 0x9fc00      extended BIOS data area
+//! 0xa0000      hole; ACPI tables from 0xe0000
+//! 0x100000     RAM, up to 3 GiB
+//! 0xc0000000   PCI memory below 4 GiB
+//! 0xe0000000   ECAM: 1 MiB a bus
+//! 0xfec00000   IOAPIC
+//! 0xfed90000   VT-d unit
+//! 0xfee00000   local APICs and messages
+//! 4 GiB        the rest of RAM, then PCI memory above 4 GiB
 //! ```
 
 /// First byte above 32-bit addresses.
@@ -41,10 +48,13 @@ pub const ACPI_LAST: u64 = 0xf_ffff;
 pub const PCI32_FIRST: u64 = 0xc000_0000;
 /// Last address of the 32-bit PCI memory window.
 pub const PCI32_LAST: u64 = 0xdfff_ffff;
-/// The memory-mapped configuration space of buses 0 to 255.
+/// The last bus of the root bridge, for MCFG and `_CRS`: those that are there, and no more. Linux looks for every device of each bus
+/// that MCFG names, two exits of two ports each time: 16,320 of a guest's 40,000 until it was up, had MCFG all 256.
+pub const LAST_BUS: u8 = 0;
+/// The memory-mapped configuration space of buses 0 to [`LAST_BUS`].
 pub const ECAM: u64 = 0xe000_0000;
-/// Its size.
-pub const ECAM_SIZE: u64 = 256 << 20;
+/// Its size: 1 MiB a bus.
+pub const ECAM_SIZE: u64 = (LAST_BUS as u64 + 1) << 20;
 /// The IOAPIC's registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Their size.

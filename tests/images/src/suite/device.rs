@@ -96,5 +96,5 @@ fn f6_nothing_is_where_no_function_is() {
     let absent = SourceId(0x1e << 3);
     check_eq!(absent.read(0), u32::MAX, "vendor and device");
     absent.write(0x10, 0);
-    check_eq!(read::<u32>(0xe000_0000 | 200 << 20), u32::MAX, "configuration space of another bus");
+    check_eq!(read::<u32>(0xe000_0000 | 200 << 20), u32::MAX, "where configuration space of another bus would be");
 }
