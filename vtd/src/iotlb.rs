@@ -78,11 +78,14 @@ impl Slot {
     #[inline]
     fn get(&self, key: u64, generation: u64) -> Option<u64> {
         let before = self.sequence.load(Ordering::Acquire);
-        let found = (self.key.load(Ordering::Relaxed), self.generation.load(Ordering::Relaxed));
+        // Whatever is stored meanwhile, not to have found it is right.
+        if self.key.load(Ordering::Relaxed) != key || self.generation.load(Ordering::Relaxed) != generation {
+            return None;
+        }
         let value = self.value.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let of_one_store = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
-        (of_one_store && found == (key, generation)).then_some(value)
+        of_one_store.then_some(value)
     }
 
     /// Holds the slot for a store, unless somebody does; the sequence that it had. What comes before is seen by whoever
