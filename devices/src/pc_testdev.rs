@@ -173,6 +173,8 @@ mod tests {
         memory.write(TestMemory::LEN - 1, &[6, 7]);
         assert_eq!(read(&memory, TestMemory::LEN - 1), [6, 0]);
         assert_eq!(read(&memory, u64::MAX), [0; 2]);
+        memory.write(TestMemory::LEN, &[8]);
+        assert_eq!(read(&memory, 0), [0], "nothing wraps");
         memory.reset();
         assert_eq!(read(&memory, 0x1236), [0; 4]);
     }

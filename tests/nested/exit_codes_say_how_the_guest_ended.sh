@@ -20,11 +20,11 @@ guest sleeper <<'GUEST'
 echo "sleeping"
 sleep 1000
 GUEST
-start sleeper "" --timeout $((30 * ${BOOT_SCALE:-1}))
+start sleeper "" --timeout $((18 * ${BOOT_SCALE:-1}))
 expect "the status at the time limit" $STATUS 10
 grep -q sleeping sleeper.log || fail "the guest was not up before the time limit"
 
-start reboot "" --timeout $((45 * ${BOOT_SCALE:-1}))
+start reboot "" --timeout $((30 * ${BOOT_SCALE:-1}))
 expect "the status of a guest that resets itself for ever" $STATUS 10
 boots=$(lines reboot 'guest: init at ' | wc -l)
 [ "$boots" -ge 2 ] || fail "after a reset the guest came up $boots times"
