@@ -198,10 +198,18 @@ impl Run<'_> {
         if let Some(trace) = &trace {
             trace.flush();
         }
-        if let Some(audit) = audit {
+        let written = audit.map_or(Ok(()), |audit| {
             audit::say(&audit);
-            self.write_stats(&machine, Some(outcome(&stop)), &audit);
-        }
+            self.write_stats(&machine, Some(outcome(&stop)), &audit)
+        });
+        let stop = match (stop, written) {
+            // The guest did what it was to do, and what was asked for about it is missing.
+            (Stop::PowerOff | Stop::Quit, Err(why)) => Stop::Error(why),
+            (stop, written) => {
+                written.unwrap_or_else(|why| log::error!("{why}"));
+                stop
+            }
+        };
         let stop = self.give_out(&output, stop);
         match typed.load(Ordering::Relaxed) {
             0 => {}
@@ -270,7 +278,7 @@ impl Run<'_> {
             if report.swap(false, Ordering::Relaxed) {
                 let audit = machine.audit(trace);
                 audit::say(&audit);
-                self.write_stats(machine, None, &audit);
+                self.write_stats(machine, None, &audit).unwrap_or_else(|why| log::error!("{why}"));
                 if let Some(trace) = trace {
                     trace.flush();
                 }
@@ -287,13 +295,11 @@ impl Run<'_> {
         }
     }
 
-    fn write_stats(&self, machine: &Machine, exit: Option<Exit>, audit: &Audit) {
-        let Some(file) = &self.args.stats else { return };
+    fn write_stats(&self, machine: &Machine, exit: Option<Exit>, audit: &Audit) -> Result<(), String> {
+        let Some(file) = &self.args.stats else { return Ok(()) };
         let wall_ms = self.start.elapsed().as_millis() as u64;
         let stats = Stats { exit, wall_ms, audit: audit.into(), ..machine.stats() };
-        if let Err(e) = stats.write(file) {
-            log::error!("the statistics could not be written to {}: {e}", file.display());
-        }
+        stats.write(file).map_err(|e| format!("the statistics could not be written to {}: {e}", file.display()))
     }
 }
 

@@ -109,8 +109,10 @@ impl Stats {
         text.push('\n');
         let temporary = temporary(file);
         let mut out = fs::File::create(&temporary)?;
-        out.write_all(text.as_bytes())?;
-        fs::rename(&temporary, file)
+        out.write_all(text.as_bytes()).and_then(|()| fs::rename(&temporary, file)).inspect_err(|_| {
+            // Part of it is of no use to anybody.
+            let _ = fs::remove_file(&temporary);
+        })
     }
 }
 

@@ -15,6 +15,8 @@ const PRINT_A: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee];
 const POWER_OFF: &[u8] = &[0x66, 0xb8, 0x00, 0x34, 0x66, 0xba, 0x04, 0x06, 0x66, 0xef];
 /// `mov al, 6; mov dx, 0xcf9; out dx, al`
 const RESET: &[u8] = &[0xb0, 0x06, 0x66, 0xba, 0xf9, 0x0c, 0xee];
+/// `wait: mov dx, 0x3fd; in al, dx; test al, 1; jz wait`: until there is something to read from the serial port.
+const WAIT_FOR_INPUT: &[u8] = &[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7];
 /// `jmp .`
 const LOOP: &[u8] = &[0xeb, 0xfe];
 /// `ud2` without an interrupt table: a triple fault.
@@ -319,6 +321,35 @@ fn power_off_is_code_0_and_the_serial_port_is_stdout() {
     let stats: serde_json::Value = serde_json::from_slice(&std::fs::read(stats).unwrap()).unwrap();
     assert_eq!(stats["exit"], serde_json::json!({"reason": "poweroff", "code": 0}));
     assert_eq!(stats["units"][0]["id"], "vtd0");
+}
+
+#[test]
+fn statistics_that_cannot_be_written_at_the_end_are_an_error() {
+    if !has_kvm() {
+        return;
+    }
+    let kernel = kernel(&[PRINT_A, WAIT_FOR_INPUT, POWER_OFF, LOOP]);
+    let run = |gone: bool| {
+        let dir = TempDir::new().unwrap();
+        let folder = dir.as_path().join("of the statistics");
+        std::fs::create_dir(&folder).unwrap();
+        let stats = folder.join("stats.json");
+        let arguments = ["run", "--kernel", path(kernel.as_path()), "--memory", "64M", "--stats", path(&stats)];
+        let mut command = causeway(&arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // The guest runs once it has printed.
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        if gone {
+            std::fs::remove_dir(&folder).unwrap();
+        }
+        child.stdin.take().unwrap().write_all(b"!").unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), said.matches("the statistics could not be written to").count(), stats.exists())
+    };
+    assert_eq!(run(false), (Some(0), 0, true));
+    assert_eq!(run(true), (Some(6), 1, false));
 }
 
 #[test]
