@@ -8,9 +8,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// What builds and runs the models of the lock-free code.
-pub const MODELS: &[&str] = &["--package", "vtd"];
-
 /// One test executable and the tests in it that are wanted.
 pub struct Executable {
     /// The crate's name, and for an integration test its file's.

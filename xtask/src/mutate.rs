@@ -60,7 +60,7 @@ impl Outcome {
     }
 }
 
-/// The exit status is 0 if everything that is not equivalent was killed, else 1. The last line has the counts.
+/// The exit status is 0 if everything that is not equivalent was killed, else 1: also if one does not build. The last line has the counts.
 pub fn command(args: &MutateArgs) -> Result<u8> {
     let mut mutations = list::load()?;
     for name in &args.crates {
@@ -82,15 +82,24 @@ pub fn command(args: &MutateArgs) -> Result<u8> {
     let packages: BTreeSet<&str> = mutations.iter().map(|mutation| mutation.package.as_str()).collect();
     packages.into_iter().try_for_each(|package| first.unbroken(package))?;
     let queue = Mutex::new(VecDeque::from(mutations));
-    let outcomes = Mutex::new(Vec::new());
+    let (outcomes, failures) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     let lanes: Vec<Result<()>> = std::thread::scope(|scope| {
-        let (queue, outcomes, lane_folder) = (&queue, &outcomes, &lane_folder);
+        let (queue, outcomes, failures, lane_folder) = (&queue, &outcomes, &failures, &lane_folder);
         let work = move |number: usize| {
             let lane = Lane::new(&lane_folder(number))?;
             loop {
                 let next = queue.lock().map_err(|_| lane::poisoned())?.pop_front();
                 let Some(mutation) = next else { return Ok(()) };
-                let outcome = run_one(&lane, mutation, args.images)?;
+                let title = mutation.title();
+                let outcome = match run_one(&lane, mutation, args.images) {
+                    Ok(outcome) => outcome,
+                    // The others can be run all the same.
+                    Err(error) => {
+                        println!("not run    {title}\n{error:#}");
+                        failures.lock().map_err(|_| lane::poisoned())?.push(title);
+                        continue;
+                    }
+                };
                 println!("{}", line(&outcome));
                 let mut outcomes = outcomes.lock().map_err(|_| lane::poisoned())?;
                 // At once: whoever ends a long run keeps what it found.
@@ -108,8 +117,12 @@ pub fn command(args: &MutateArgs) -> Result<u8> {
     outcomes.iter().filter(|outcome| outcome.word() == "survived").for_each(|outcome| {
         println!("survived: {}", outcome.mutation.title());
     });
-    println!("{} killed, {} survived, {} equivalent", count("killed"), count("survived"), count("equivalent"));
-    Ok(u8::from(count("survived") > 0))
+    let mut failures = failures.into_inner().map_err(|_| lane::poisoned())?;
+    failures.sort();
+    failures.iter().for_each(|title| println!("not run: {title}"));
+    let (killed, survived) = (count("killed"), count("survived"));
+    println!("{killed} killed, {survived} survived, {} equivalent, {} not run", count("equivalent"), failures.len());
+    Ok(u8::from(survived > 0 || !failures.is_empty()))
 }
 
 fn run_one(lane: &Lane, mutation: Mutation, images: bool) -> Result<Outcome> {

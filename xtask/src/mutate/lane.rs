@@ -4,13 +4,18 @@ use super::list::Mutation;
 use crate::cache::workspace;
 use crate::crate_tests::{self, verdicts};
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A mutation can make a test go on for ever: ten times what the slowest of them takes.
 const TEST_LIMIT: Duration = Duration::from_secs(120);
+/// How a line of a test that failed ends. One is enough.
+const FAILED: &str = " ... FAILED";
 const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 /// Or ask for memory without end: KiB of address space for each process.
 const MEMORY_LIMIT: u64 = 8 << 20;
@@ -89,16 +94,12 @@ impl Lane {
         result
     }
 
-    /// Runs the crate's tests until an executable of them fails.
+    /// Runs the crate's tests until one of them fails.
     ///
     /// # Errors
     /// The mutation does not build, which would say nothing of the tests.
     pub fn crate_tests(&self, mutation: &Mutation) -> Result<Verdict> {
-        let title = mutation.title();
-        match self.tests_of(&title, &["--package", &mutation.package])? {
-            Verdict::Survived if mutation.models => self.tests_of(&title, crate_tests::MODELS),
-            verdict => Ok(verdict),
-        }
+        self.tests_of(&mutation.title(), &["--package", &mutation.package])
     }
 
     /// Runs the tests of a crate as it is: what fails then would be taken for a mutation that was noticed.
@@ -114,15 +115,18 @@ impl Lane {
 
     fn tests_of(&self, title: &str, arguments: &[&str]) -> Result<Verdict> {
         let build = ["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"];
-        let Some(built) = self.run(self.cargo(&[&build, arguments].concat()), BUILD_LIMIT)? else {
+        let Some(built) = self.run(self.cargo(&[&build, arguments].concat()), BUILD_LIMIT, None)? else {
             bail!("{title}: building takes more than {} s", BUILD_LIMIT.as_secs());
         };
         let errors = String::from_utf8_lossy(&built.stderr);
         ensure!(built.status.success(), "{title}: does not build\n{errors}");
-        for executable in crate_tests::executables(&built.stdout)? {
+        let mut executables = crate_tests::executables(&built.stdout)?;
+        // They take longest, and are needed by few.
+        executables.sort_by_key(|executable| executable.prefix.ends_with("::models"));
+        for executable in executables {
             let mut command = Command::new(&executable.file);
             command.current_dir(&executable.folder).env("CARGO_MANIFEST_DIR", &executable.folder);
-            let Some(result) = self.run(command, TEST_LIMIT)? else {
+            let Some(result) = self.run(command, TEST_LIMIT, Some(FAILED))? else {
                 return Ok(Verdict::Killed(vec![format!("{} does not end", executable.prefix)]));
             };
             if !result.status.success() {
@@ -141,13 +145,13 @@ impl Lane {
     /// The tests of the suite of images that fail, with both of its devices.
     pub fn image_tests(&self) -> Result<Vec<String>> {
         let build = self.cargo(&["build", "--quiet", "--package", "vmm", "--bin", "causeway"]);
-        let built = self.run(build, BUILD_LIMIT)?.context("building the suite takes too long")?;
+        let built = self.run(build, BUILD_LIMIT, None)?.context("building the suite takes too long")?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         let mut failed = Vec::new();
         for (place, options) in [("emulated", &["--device", "edu"][..]), ("vfio_user", &[])] {
             let mut command = Command::new(self.target.join("debug/causeway"));
             command.args(["test", "--timeout", "60"]).args(options).current_dir(&self.tree);
-            match self.run(command, BUILD_LIMIT)? {
+            match self.run(command, BUILD_LIMIT, None)? {
                 Some(result) => {
                     let text = String::from_utf8_lossy(&result.stdout).into_owned();
                     failed.extend(failures(&text).map(|test| format!("images::{place}::{test}")));
@@ -165,16 +169,17 @@ impl Lane {
         command
     }
 
-    /// Runs a command with the limits; `None` if it had to be ended.
-    fn run(&self, command: Command, limit: Duration) -> Result<Option<Output>> {
+    /// Runs a command with the limits; `None` if it had to be ended. It is ended, too, once it has said `enough`: then what else it would have said is
+    /// not known.
+    fn run(&self, command: Command, limit: Duration, enough: Option<&'static str>) -> Result<Option<Output>> {
         let name = command.get_program().to_string_lossy().into_owned();
         let mut limited = Command::new("sh");
         limited.args(["-c", &format!("ulimit -c 0; ulimit -v {MEMORY_LIMIT}; exec \"$@\""), "sh"]);
         limited.arg(command.get_program()).args(command.get_args()).process_group(0);
         command.get_current_dir().map(|folder| limited.current_dir(folder));
         limited.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
-        // What fails is not looked at any closer.
-        limited.env("PROPTEST_MAX_SHRINK_ITERS", "0");
+        // What fails is not looked at any closer, and does not wait for the tests that take long.
+        limited.env("PROPTEST_MAX_SHRINK_ITERS", "0").env("RUST_TEST_THREADS", "8");
         let mut child = limited
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -182,28 +187,36 @@ impl Lane {
             .spawn()
             .with_context(|| format!("cannot run {name}"))?;
         let group = child.id();
-        let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
-        let reader = |pipe: Option<Box<dyn std::io::Read + Send>>| {
+        let said_enough = Arc::new(AtomicBool::new(false));
+        let reader = |pipe: Option<Box<dyn Read + Send>>| {
+            let said_enough = said_enough.clone();
             std::thread::spawn(move || {
                 let mut bytes = Vec::new();
-                pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+                for line in pipe.into_iter().flat_map(|pipe| BufReader::new(pipe).split(b'\n')) {
+                    let Ok(mut line) = line else { break };
+                    if enough.is_some_and(|enough| line.ends_with(enough.as_bytes())) {
+                        said_enough.store(true, Ordering::Relaxed);
+                    }
+                    line.push(b'\n');
+                    bytes.append(&mut line);
+                }
                 bytes
             })
         };
-        let stdout = reader(stdout.take().map(|pipe| Box::new(pipe) as Box<_>));
-        let stderr = reader(stderr.take().map(|pipe| Box::new(pipe) as Box<_>));
+        let stdout = reader(child.stdout.take().map(|pipe| Box::new(pipe) as Box<_>));
+        let stderr = reader(child.stderr.take().map(|pipe| Box::new(pipe) as Box<_>));
         let end = Instant::now() + limit;
-        let status = loop {
-            match child.try_wait()? {
-                Some(status) => break Some(status),
-                None if Instant::now() >= end => break None,
-                None => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
+        let (mut status, mut in_time) = (None, true);
+        while status.is_none() && in_time && !said_enough.load(Ordering::Relaxed) {
+            status = child.try_wait()?;
+            in_time = Instant::now() < end;
+            std::thread::sleep(Duration::from_millis(20));
+        }
         // Also what a test that failed started and left behind.
         let _ = Command::new("kill").args(["-KILL", "--", &format!("-{group}")]).stderr(Stdio::null()).status();
-        let _ = child.wait();
+        let ended = child.wait()?;
         let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
+        let status = status.or_else(|| said_enough.load(Ordering::Relaxed).then_some(ended));
         Ok(status.map(|status| Output { status, stdout, stderr }))
     }
 }
@@ -235,14 +248,24 @@ mod tests {
     fn a_command_that_does_not_end_is_ended_with_what_it_started() {
         let started = Instant::now();
         let script = "sleep 1000 & sleep 1000";
-        assert!(lane().run(shell(script), Duration::from_millis(200)).unwrap().is_none());
+        assert!(lane().run(shell(script), Duration::from_millis(200), None).unwrap().is_none());
         // The pipes are read to their end, so nothing that holds them is left.
         assert!(started.elapsed() < Duration::from_secs(500));
     }
 
     #[test]
+    fn a_command_that_said_enough_is_ended() {
+        let started = Instant::now();
+        let script = "echo 'test a ... ok'; echo 'test b ... FAILED'; sleep 1000";
+        let output = lane().run(shell(script), Duration::from_secs(600), Some(FAILED)).unwrap().unwrap();
+        assert!(!output.status.success() && started.elapsed() < Duration::from_secs(500));
+        assert_eq!(failures(&String::from_utf8(output.stdout).unwrap()).collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
     fn what_a_command_prints_and_its_status_come_back() {
-        let output = lane().run(shell("echo out; echo err >&2; exit 3"), Duration::from_secs(60)).unwrap().unwrap();
+        let output =
+            lane().run(shell("echo out; echo err >&2; exit 3"), Duration::from_secs(60), Some("ou")).unwrap().unwrap();
         assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
         assert_eq!(output.status.code(), Some(3));
     }

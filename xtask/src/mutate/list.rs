@@ -24,9 +24,6 @@ pub struct Mutation {
     /// Why no test can tell it from the right code.
     #[serde(default)]
     pub equivalent: Option<String>,
-    /// Only a model of the lock-free code can see it: the crate's models are run too.
-    #[serde(default)]
-    pub models: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,7 +102,6 @@ mod tests {
             find: "a".to_owned(),
             replace: "b".to_owned(),
             equivalent: None,
-            models: false,
         };
         assert_eq!(mutation.apply("xay").unwrap(), "xby");
         assert!(mutation.apply("xy").is_err() && mutation.apply("aa").is_err());

@@ -80,7 +80,7 @@ mod tests {
     fn outcome(name: &str, verdict: Verdict, images: Option<Vec<String>>) -> Outcome {
         let (file, find, replace) = (String::new(), String::new(), String::new());
         let (package, name) = ("vtd".to_owned(), name.to_owned());
-        let mutation = Mutation { package, name, file, find, replace, equivalent: None, models: false };
+        let mutation = Mutation { package, name, file, find, replace, equivalent: None };
         Outcome { mutation, verdict, images }
     }
 
