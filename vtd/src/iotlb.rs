@@ -78,11 +78,13 @@ impl Slot {
     #[inline]
     fn get(&self, key: u64, generation: u64) -> Option<u64> {
         let before = self.sequence.load(Ordering::Acquire);
-        // Whatever is stored meanwhile, not to have found it is right.
-        if self.key.load(Ordering::Relaxed) != key || self.generation.load(Ordering::Relaxed) != generation {
+        let found = (self.key.load(Ordering::Relaxed), self.generation.load(Ordering::Relaxed));
+        let value = self.value.load(Ordering::Relaxed);
+        // Whatever is stored meanwhile, not to have found it is right. Not before the value was loaded: the models
+        // try the orders of what every look-up loads.
+        if found != (key, generation) {
             return None;
         }
-        let value = self.value.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let of_one_store = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
         of_one_store.then_some(value)
