@@ -129,3 +129,28 @@ fn close_on_exec(fd: &OwnedFd) -> io::Result<()> {
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The payload's length, of a message that says to have `size` bytes, and has them.
+    fn received(size: usize) -> io::Result<usize> {
+        let (ours, mut theirs) = UnixStream::pair()?;
+        let sender = std::thread::spawn(move || {
+            let header = Header { size: size as u32, ..Header::default() };
+            // Refused, the message has no reader.
+            let _ = theirs.write_all(header.as_bytes()).and_then(|()| theirs.write_all(&vec![0; size - HEADER_SIZE]));
+        });
+        let message = receive(&ours);
+        drop(ours);
+        sender.join().expect("the sender does not panic");
+        Ok(message?.map_or(0, |message| message.payload.len()))
+    }
+
+    #[test]
+    fn rule5_no_room_is_made_for_what_is_longer_than_a_message() {
+        assert_eq!(received(MAX_MESSAGE).unwrap(), MAX_MESSAGE - HEADER_SIZE);
+        assert_eq!(received(MAX_MESSAGE + 1).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}

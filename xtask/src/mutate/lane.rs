@@ -3,6 +3,7 @@
 use super::list::Mutation;
 use crate::cache::workspace;
 use crate::crate_tests::{self, verdicts};
+use crate::nested::end_with_this_process;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -180,6 +181,8 @@ impl Lane {
         limited.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
         // What fails is not looked at any closer, and does not wait for the tests that take long.
         limited.env("PROPTEST_MAX_SHRINK_ITERS", "0").env("RUST_TEST_THREADS", "8");
+        // A mutation that goes on for ever does so no longer than this tool.
+        end_with_this_process(&mut limited, libc::SIGKILL);
         let mut child = limited
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
