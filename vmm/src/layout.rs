@@ -49,7 +49,7 @@ pub const PCI32_FIRST: u64 = 0xc000_0000;
 /// Last address of the 32-bit PCI memory window.
 pub const PCI32_LAST: u64 = 0xdfff_ffff;
 /// The last bus of the root bridge, for MCFG and `_CRS`: those that are there, and no more. Linux looks for every device of each bus
-/// that MCFG names, two exits of two ports each time: 16,320 of a guest's 40,000 until it was up, had MCFG all 256.
+/// that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
 pub const LAST_BUS: u8 = 0;
 /// The memory-mapped configuration space of buses 0 to [`LAST_BUS`].
 pub const ECAM: u64 = 0xe000_0000;
