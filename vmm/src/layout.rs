@@ -1,7 +1,8 @@
 //! Where things are in the guest-physical address space and on the port bus.
 //!
 //! ```text
-//! 0            RAM: BIOS data area, GDT, boot parameters, page tables, command line, kernel from 1 MiB, initrd at the top
+//! 0            RAM: BIOS data area, GDT, boot parameters, page tables, command line, kernel from 1 MiB,
+//!              initrd at the top
 //! 0x9fc00      extended BIOS data area
 //! 0xa0000      hole; ACPI tables from 0xe0000
 //! 0x100000     RAM, up to 3 GiB
@@ -48,8 +49,8 @@ pub const ACPI_LAST: u64 = 0xf_ffff;
 pub const PCI32_FIRST: u64 = 0xc000_0000;
 /// Last address of the 32-bit PCI memory window.
 pub const PCI32_LAST: u64 = 0xdfff_ffff;
-/// The last bus of the root bridge, for MCFG and `_CRS`: those that are there, and no more. Linux looks for every device of each bus
-/// that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
+/// The last bus of the root bridge, for MCFG and `_CRS`: those that are there, and no more. Linux looks for every
+/// device of each bus that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
 pub const LAST_BUS: u8 = 0;
 /// The memory-mapped configuration space of buses 0 to [`LAST_BUS`].
 pub const ECAM: u64 = 0xe000_0000;
