@@ -204,7 +204,7 @@ impl Run<'_> {
         });
         let stop = match (stop, written) {
             // The guest did what it was to do, and what was asked for about it is missing.
-            (Stop::PowerOff | Stop::Quit, Err(why)) => Stop::Error(why),
+            (stop, Err(why)) if outcome(&stop).code == 0 => Stop::Error(why),
             (stop, written) => {
                 written.unwrap_or_else(|why| log::error!("{why}"));
                 stop

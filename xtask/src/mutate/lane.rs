@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 
 /// A mutation can make a test go on for ever: ten times what the slowest of them takes.
 const TEST_LIMIT: Duration = Duration::from_secs(120);
-/// How a line of a test that failed ends. One is enough.
-const FAILED: &str = " ... FAILED";
 const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 /// Or ask for memory without end: KiB of address space for each process.
 const MEMORY_LIMIT: u64 = 8 << 20;
+/// How the line of a test that failed ends. One is enough.
+const FAILED: &str = " ... FAILED";
 
 #[derive(Debug, Clone)]
 pub enum Verdict {
@@ -170,8 +170,8 @@ impl Lane {
         command
     }
 
-    /// Runs a command with the limits; `None` if it had to be ended. It is ended, too, once it has said `enough`: then what else it would have said is
-    /// not known.
+    /// Runs a command with the limits; `None` if it had to be ended. Once a line ends with `enough`, it is ended, too,
+    /// and what it would have said after that is not known.
     fn run(&self, command: Command, limit: Duration, enough: Option<&'static str>) -> Result<Option<Output>> {
         let name = command.get_program().to_string_lossy().into_owned();
         let mut limited = Command::new("sh");
