@@ -25,44 +25,38 @@ extern crate self as vtd;
 
 pub mod audit;
 pub mod config;
-mod endpoint;
-mod extents;
-mod fault;
+mod core;
+mod dma;
+mod faults;
 pub mod ids;
-mod iotlb;
-#[cfg(test)]
-mod iotlb_test;
+pub mod listener;
 mod memory;
+pub mod msi;
 mod queue;
 mod registers;
-mod remap;
-mod resync;
 #[cfg(test)]
 #[path = "../tests/unit/rig.rs"]
 mod rig;
+mod scope;
 mod shadow;
+mod source_ids;
 pub mod space;
-mod spaces;
 pub mod spec;
-mod state;
 mod stats;
 mod sync;
 mod tables;
 mod unit;
-mod waiting;
-mod walk;
 
 pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
-pub use endpoint::{DmaError, DmaSession, Endpoint};
-pub use fault::{Access, Fault};
+pub use dma::{DmaError, DmaSession, Endpoint};
+pub use faults::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, UnitId};
-pub use remap::{EntriesChanged, RemapError, RemapFault, RemapListener, interrupt_index};
-pub use space::{
-    Applied, AttachRefused, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm, Refusal, RefusalCause, SpaceKey,
-    SpaceListener, Stage,
-};
-pub use spaces::SpaceView;
-pub use state::{EventRegisters, FaultRecord, State};
+pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
+pub use msi::{Msi, MsiSink};
+pub use registers::state::{EventRegisters, FaultRecord, State};
+pub use shadow::SpaceView;
+pub use space::{PagedSpace, Perm, SpaceKey, Stage};
 pub use stats::{DescriptorStats, UnitStats};
+pub use tables::interrupt::{EntriesChanged, RemapError, RemapFault, RemapListener, interrupt_index};
 pub use unit::Unit;

@@ -5,18 +5,17 @@
 
 use vm_memory::GuestMemoryBackend;
 
-use crate::config::{MAX_ADDRESS_MASK, MAX_HANDLE_MASK};
-use crate::ids::{DomainId, Gpa, SourceId};
-use crate::iotlb::Scope;
+use crate::config::MAX_HANDLE_MASK;
+use crate::core::Core;
+use crate::ids::Gpa;
 use crate::memory::{read_pair, write_word};
-use crate::remap::EntriesChanged;
-use crate::spaces::{ContextScope, Spaces};
+use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of};
+use crate::shadow::Spaces;
 use crate::spec::invalidation::{
-    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, granularity,
-    kind,
+    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, kind,
 };
 use crate::spec::registers::{Global, QueueAddress, QueueErrorRecord};
-use crate::unit::Shared;
+use crate::tables::interrupt::EntriesChanged;
 
 /// The queue in use.
 struct Queue {
@@ -32,8 +31,8 @@ struct Queue {
 
 impl Queue {
     /// The queue, if it is enabled and not stopped by an error.
-    fn running<M: GuestMemoryBackend>(shared: &Shared<M>) -> Option<Self> {
-        let registers = shared.registers();
+    fn running<M: GuestMemoryBackend>(core: &Core<M>) -> Option<Self> {
+        let registers = core.registers();
         let state = &registers.state;
         if !Global::from_bits(state.global_status).queued_invalidation() || registers.fault_status().queue_error() {
             return None;
@@ -49,8 +48,8 @@ impl Queue {
         })
     }
 
-    fn tell_head<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
-        shared.registers().state.queue_head = self.head * Descriptor::SIZE;
+    fn tell_head<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
+        core.registers().state.queue_head = self.head * Descriptor::SIZE;
         self.told = self.head;
     }
 
@@ -62,35 +61,31 @@ impl Queue {
 }
 
 /// Processes what lies between head and tail. Bounded by the size of the queue.
-pub(crate) fn drain<M: GuestMemoryBackend>(shared: &Shared<M>, spaces: &mut Spaces) {
-    let Some(mut queue) = Queue::running(shared) else { return };
+pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) {
+    let Some(mut queue) = Queue::running(core) else { return };
     spaces.begin_drain();
-    let result = process(shared, spaces, &mut queue);
-    spaces.flush(shared);
+    let result = process(core, spaces, &mut queue);
+    spaces.flush(core);
     spaces.end_drain();
     let Err(error) = result else {
         if queue.head != queue.told {
-            queue.tell_head(shared);
+            queue.tell_head(core);
         }
         return;
     };
-    shared.counters.queue_errors.add(1);
-    log::debug!("unit {}: the invalidation queue stopped at {}: {error:?}", shared.config.id.0, queue.head);
-    let mut registers = shared.registers();
+    core.counters.queue_errors.add(1);
+    log::debug!("unit {}: the invalidation queue stopped at {}: {error:?}", core.config.id.0, queue.head);
+    let mut registers = core.registers();
     registers.state.queue_head = queue.head * Descriptor::SIZE;
     let before = registers.fault_status();
     registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8).into_bits();
     registers.set_fault_status(|status| status.with_queue_error(true));
     let message = registers.raise_fault_event(before);
     drop(registers);
-    shared.signal(message);
+    core.signal(message);
 }
 
-fn process<M: GuestMemoryBackend>(
-    shared: &Shared<M>,
-    spaces: &mut Spaces,
-    queue: &mut Queue,
-) -> Result<(), QueueError> {
+fn process<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces, queue: &mut Queue) -> Result<(), QueueError> {
     if queue.head == queue.tail {
         return Ok(());
     }
@@ -102,13 +97,13 @@ fn process<M: GuestMemoryBackend>(
         return Err(QueueError::InvalidTail);
     }
     while queue.head != queue.tail {
-        let descriptor = queue.fetch(&shared.memory)?;
-        let wait = handle(shared, spaces, descriptor)?;
+        let descriptor = queue.fetch(&core.memory)?;
+        let wait = handle(core, spaces, descriptor)?;
         queue.head = (queue.head + 1) % queue.size;
         if let Some(wait) = wait {
-            spaces.flush(shared);
-            queue.tell_head(shared);
-            complete(shared, wait);
+            spaces.flush(core);
+            queue.tell_head(core);
+            complete(core, wait);
         }
     }
     Ok(())
@@ -121,17 +116,17 @@ struct Wait {
 }
 
 /// Takes one descriptor in; everything but a wait takes effect at the next flush.
-fn handle<M>(shared: &Shared<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Result<Option<Wait>, QueueError> {
+fn handle<M>(core: &Core<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Result<Option<Wait>, QueueError> {
     match descriptor.kind() {
         kind::CONTEXT_CACHE => {
             let scope = context_scope(descriptor)?;
-            shared.counters.context_cache.add(1);
+            core.counters.context_cache.add(1);
             spaces.invalidate_contexts(scope);
             Ok(None)
         }
         kind::IOTLB => {
             let scope = iotlb_scope(descriptor)?;
-            shared.counters.iotlb.add(1);
+            core.counters.iotlb.add(1);
             spaces.invalidate_iotlb(scope);
             Ok(None)
         }
@@ -140,13 +135,13 @@ fn handle<M>(shared: &Shared<M>, spaces: &mut Spaces, descriptor: Descriptor) ->
             if low.reserved() != 0 || high.reserved() != 0 {
                 return Err(QueueError::Reserved);
             }
-            shared.counters.wait.add(1);
+            core.counters.wait.add(1);
             let status = low.status_write().then_some((Gpa(high.address() << 2), low.status()));
             Ok(Some(Wait { status, interrupt: low.interrupt() }))
         }
-        kind::INTERRUPT_ENTRY if shared.config.interrupt_remapping => {
+        kind::INTERRUPT_ENTRY if core.config.interrupt_remapping => {
             let changed = changed_entries(descriptor)?;
-            shared.counters.interrupt_entry.add(1);
+            core.counters.interrupt_entry.add(1);
             spaces.invalidate_interrupt_entries(changed);
             Ok(None)
         }
@@ -163,42 +158,12 @@ fn context_scope(descriptor: Descriptor) -> Result<ContextScope, QueueError> {
     context_scope_of(low.granularity(), low.domain(), low.source(), low.function_mask()).ok_or(QueueError::Reserved)
 }
 
-/// The scope of a context-cache invalidation by descriptor or by register; `None` for the reserved granularity.
-pub(crate) fn context_scope_of(given: u8, domain: u16, source: u16, function_mask: u8) -> Option<ContextScope> {
-    match given {
-        granularity::GLOBAL => Some(ContextScope::Everything),
-        granularity::DOMAIN => Some(ContextScope::Domain(DomainId(domain))),
-        granularity::SELECTIVE => {
-            // 1 ignores bit 2 of the function number, 2 bits 2:1, 3 all of it. Section 6.5.2.1.
-            let ignored = [0, 0b100, 0b110, 0b111][usize::from(function_mask & 3)];
-            Some(ContextScope::Device { source: SourceId(source), ignored })
-        }
-        _ => None,
-    }
-}
-
 fn iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {
     let (low, high) = (IotlbLow::from_bits(descriptor.low), IotlbHigh::from_bits(descriptor.high));
     if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
         return Err(QueueError::Reserved);
     }
     iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask()).ok_or(QueueError::Reserved)
-}
-
-/// The scope of an IOTLB invalidation by descriptor or by register; `None` for the reserved granularity and for an
-/// address mask beyond MAMV.
-pub(crate) fn iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8) -> Option<Scope> {
-    let domain = DomainId(domain);
-    match given {
-        granularity::GLOBAL => Some(Scope::Everything),
-        granularity::DOMAIN => Some(Scope::Domain(domain)),
-        granularity::SELECTIVE if address_mask <= MAX_ADDRESS_MASK => {
-            let size = 4096u64 << address_mask;
-            let first = (page << 12) & !(size - 1);
-            Some(Scope::Pages(domain, first, first + (size - 1)))
-        }
-        _ => None,
-    }
 }
 
 fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError> {
@@ -213,14 +178,14 @@ fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError>
     }
 }
 
-fn complete<M: GuestMemoryBackend>(shared: &Shared<M>, wait: Wait) {
+fn complete<M: GuestMemoryBackend>(core: &Core<M>, wait: Wait) {
     if let Some((address, status)) = wait.status
-        && !write_word(&shared.memory, address, status)
+        && !write_word(&core.memory, address, status)
     {
-        log::debug!("unit {}: there is no memory at {address} for a wait status", shared.config.id.0);
+        log::debug!("unit {}: there is no memory at {address} for a wait status", core.config.id.0);
     }
     if wait.interrupt {
-        let message = shared.registers().raise_completion();
-        shared.signal(message);
+        let message = core.registers().raise_completion();
+        core.signal(message);
     }
 }

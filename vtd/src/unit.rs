@@ -13,99 +13,28 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::audit::{Audit, AuditHost};
 use crate::config::{ConfigError, UnitConfig};
-use crate::endpoint::Endpoint;
-use crate::fault::{Fault, Recorded};
-use crate::ids::{Gpa, Requester, SourceId};
-use crate::memory::write_word;
-use crate::queue::{self, context_scope_of, iotlb_scope_of};
+use crate::core::Core;
+use crate::ids::{Requester, SourceId};
+use crate::listener::{AttachRefused, Mapping, SpaceListener};
+use crate::msi::{Msi, MsiSink};
+use crate::queue;
+use crate::registers::state::State;
 use crate::registers::{Command, Registers};
-use crate::remap::{EntriesChanged, RemapError, RemapFault, RemapListener, Remapping, Sender};
-use crate::space::{AttachRefused, Mapping, Msi, MsiSink, PagedSpace, SpaceKey, SpaceListener};
-use crate::spaces::{Source, Sources, SpaceView, Spaces};
+use crate::scope::{context_scope_of, iotlb_scope_of};
+use crate::shadow::{SpaceView, Spaces};
+use crate::source_ids::Source;
+use crate::space::{PagedSpace, SpaceKey};
 use crate::spec::registers::{
     ContextCommand, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, RootTableAddress,
 };
-use crate::state::State;
 use crate::stats::{Counters, UnitStats};
-use crate::tables::Translation;
-use crate::walk::{Found, Merge, walk_range};
-
-/// What every part of a unit uses.
-pub(crate) struct Shared<M> {
-    pub(crate) config: UnitConfig,
-    pub(crate) memory: M,
-    pub(crate) listener: Arc<dyn SpaceListener>,
-    messages: Arc<dyn MsiSink>,
-    registers: Mutex<Registers>,
-    pub(crate) translation: ArcSwap<Translation>,
-    pub(crate) sources: ArcSwap<Sources>,
-    remapping: ArcSwap<Remapping>,
-    remap_listener: Mutex<Option<Arc<dyn RemapListener>>>,
-    pub(crate) counters: Counters,
-}
-
-impl<M: GuestMemoryBackend> Shared<M> {
-    pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Sends a message of the unit itself: a write of 32 bits, which is an interrupt only where interrupts are, as on hardware.
-    pub(crate) fn signal(&self, message: Option<Msi>) {
-        let Some(message) = message else { return };
-        if message.is_interrupt() {
-            self.messages.signal(message);
-        } else if !write_word(&self.memory, Gpa(message.address), message.data) {
-            log::debug!("unit {}: there is no memory at {:#x} for an event", self.config.id.0, message.address);
-        }
-    }
-
-    /// Counts a fault and, unless the guest silenced it, records it. The message that is to be sent then is given back: it may be a
-    /// system call, so whoever is inside a DMA session sends it when that is over.
-    #[must_use]
-    pub(crate) fn record(&self, fault: &Fault) -> Option<Msi> {
-        self.counters.fault(fault.reason);
-        if fault.silenced {
-            return None;
-        }
-        let recorded = self.registers().record_fault(fault);
-        self.recorded(recorded)
-    }
-
-    /// The same for an interrupt that fired.
-    fn record_remap_fault(&self, fault: &RemapFault) {
-        self.counters.interrupt_fault(fault.reason);
-        if fault.silenced {
-            return;
-        }
-        let recorded = self.registers().record_remap_fault(fault);
-        self.signal(self.recorded(recorded));
-    }
-
-    fn recorded(&self, (recorded, message): (Recorded, Option<Msi>)) -> Option<Msi> {
-        if recorded == Recorded::Dropped {
-            self.counters.faults_dropped.add(1);
-        }
-        message
-    }
-
-    /// Tells the remap listener; the queue lock is held.
-    pub(crate) fn entries_changed(&self, changed: EntriesChanged) {
-        let listener = self.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-        if let Some(listener) = listener {
-            listener.entries_changed(changed);
-        }
-    }
-
-    /// How interrupts are remapped changes as a whole.
-    fn set_remapping(&self, remapping: Remapping) {
-        self.remapping.store(Arc::new(remapping));
-        self.entries_changed(EntriesChanged::All);
-    }
-}
+use crate::tables::context::Translation;
+use crate::tables::interrupt::{RemapError, RemapFault, RemapListener, Remapping, Sender};
+use crate::tables::second_stage::{Found, Merge, walk_range};
 
 /// An emulated remapping unit over guest memory `M`.
 pub struct Unit<M> {
-    pub(crate) shared: Shared<M>,
+    pub(crate) core: Core<M>,
     spaces: Mutex<Spaces>,
 }
 
@@ -120,7 +49,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     ) -> Result<Arc<Self>, ConfigError> {
         config.validate()?;
         Ok(Arc::new(Self {
-            shared: Shared {
+            core: Core {
                 config,
                 memory,
                 listener,
@@ -138,12 +67,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     /// The description that it was built from; its capability registers follow from that.
     pub fn config(&self) -> &UnitConfig {
-        &self.shared.config
+        &self.core.config
     }
 
     /// Reads registers at `offset` into the window. Every (offset, size) is defined; see `registers.rs`.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let value = self.shared.registers().read(offset, data.len()).to_le_bytes();
+        let value = self.core.registers().read(offset, data.len()).to_le_bytes();
         data.fill(0);
         let len = data.len().min(value.len());
         data[..len].copy_from_slice(&value[..len]);
@@ -157,21 +86,21 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let value = u64::from_le_bytes(value);
         // The queue lock first: between this register write and its command no other command comes.
         let mut spaces = Registers::commands(offset, data.len()).then(|| self.spaces());
-        let mut registers = self.shared.registers();
+        let mut registers = self.core.registers();
         if spaces.is_none() && registers.resumes(offset, data.len(), value) {
             drop(registers);
             spaces = Some(self.spaces());
-            registers = self.shared.registers();
+            registers = self.core.registers();
         }
         let outcome = registers.write(offset, data.len(), value);
         drop(registers);
-        self.shared.signal(outcome.message);
+        self.core.signal(outcome.message);
         let Some((spaces, command)) = spaces.as_deref_mut().zip(outcome.command) else { return };
         match command {
             Command::Global(value) => self.global_command(spaces, Global::from_bits(value)),
             Command::Context => self.context_command(spaces),
             Command::Iotlb => self.iotlb_command(spaces),
-            Command::Drain => queue::drain(&self.shared, spaces),
+            Command::Drain => queue::drain(&self.core, spaces),
         }
     }
 
@@ -181,12 +110,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// # Errors
     /// The listener's, when it could not attach the function at all; it is then not behind the unit.
     pub fn add_requester(&self, requester: Requester) -> Result<(), AttachRefused> {
-        self.spaces().add_requester(&self.shared, requester)
+        self.spaces().add_requester(&self.core, requester)
     }
 
     /// `requester` is not behind the unit any more; nothing of it stays mapped.
     pub fn remove_requester(&self, requester: Requester) {
-        self.spaces().remove_requester(&self.shared, requester);
+        self.spaces().remove_requester(&self.core, requester);
     }
 
     /// The requests of these functions carry these source ids from now on, `None` if no bus number leads to one: the guest wrote a
@@ -201,22 +130,13 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     ///
     /// Not to be called inside a [`crate::DmaSession`], which it would wait for.
     pub fn renumber(&self, changes: &[(Requester, Option<SourceId>)]) {
-        self.spaces().renumber(&self.shared, changes);
-    }
-
-    /// The way to guest memory for an emulated device. The device is there for as long as the endpoint is: when it is dropped,
-    /// another function that shared its source id has that alone. So it is not to be dropped inside a [`crate::DmaSession`] of
-    /// another endpoint, or by a listener or a sink that the unit calls.
-    pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
-        let endpoint = Endpoint::new(self.clone(), requester);
-        self.spaces().add_endpoint(&self.shared, requester, endpoint.iotlb());
-        endpoint
+        self.spaces().renumber(&self.core, changes);
     }
 
     /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit keeps it
     /// alive: it should hold the unit weakly.
     pub fn set_remap_listener(&self, listener: Arc<dyn RemapListener>) {
-        *self.shared.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(listener);
+        *self.core.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(listener);
     }
 
     /// What the processors get when `requester` sends `msi`, as the guest's tables say now: to make a route of it, until
@@ -228,10 +148,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// The message is not delivered. If it fires all the same, its fault is to be given to [`Self::record_remap_fault`], or
     /// the message to [`Self::deliver`], which asks again.
     pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
-        let source = self.shared.sources.load().of(requester);
-        let checked = self.shared.config.unchecked_source != Some(requester.sid);
+        let source = self.core.sources.load().of(requester);
+        let checked = self.core.config.unchecked_source != Some(requester.sid);
         let sender = Sender { requester: source.seen(requester), known: source.own().is_some(), checked };
-        let remapped = self.shared.remapping.load().remap(&self.shared.memory, sender, msi);
+        let remapped = self.core.remapping.load().remap(&self.core.memory, sender, msi);
         remapped.map_err(|error| match error {
             // There is no id to record it with.
             RemapError::Fault(fault) if source == Source::None => RemapFault { silenced: true, ..fault }.into(),
@@ -254,23 +174,23 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// An interrupt that [`Self::remap`] refused with `fault` fired. Never to be called for one that did not: Windows stops
     /// at a fault that no device made.
     pub fn record_remap_fault(&self, fault: &RemapFault) {
-        self.shared.record_remap_fault(fault);
+        self.core.record_remap_fault(fault);
     }
 
     /// Power-on state: translation and interrupt remapping off, every function in the identity space. Functions must be quiet before (rule 12).
     pub fn reset(&self) {
         let mut spaces = self.spaces();
-        self.shared.registers().state.reset();
-        self.shared.translation.store(Arc::default());
-        self.shared.set_remapping(Remapping::default());
+        self.core.registers().state.reset();
+        self.core.translation.store(Arc::default());
+        self.core.set_remapping(Remapping::default());
         spaces.forget_reports();
-        spaces.refresh(&self.shared);
+        spaces.refresh(&self.core);
     }
 
     /// The registers, to be saved. Waits for a drain.
     pub fn save(&self) -> State {
         let _spaces = self.spaces();
-        self.shared.registers().state.clone()
+        self.core.registers().state.clone()
     }
 
     /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must be
@@ -285,16 +205,16 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             compatibility: status.compatibility_format(),
             table: InterruptTableAddress::from_bits(state.interrupt_table_in_use),
         };
-        self.shared.registers().state = state;
-        self.shared.translation.store(Arc::new(translation));
-        self.shared.set_remapping(remapping);
-        spaces.refresh(&self.shared);
-        queue::drain(&self.shared, &mut spaces);
+        self.core.registers().state = state;
+        self.core.translation.store(Arc::new(translation));
+        self.core.set_remapping(remapping);
+        spaces.refresh(&self.core);
+        queue::drain(&self.core, &mut spaces);
     }
 
     /// What it counted so far.
     pub fn stats(&self) -> UnitStats {
-        self.shared.counters.snapshot()
+        self.core.counters.snapshot()
     }
 
     /// The spaces that have members, with their shadows. Waits for a drain.
@@ -310,10 +230,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// What the guest's tables say about a space now, for an audit; `None` when the bounds do not allow to say. Runs of
     /// contiguous leaves are joined.
     pub fn walk(&self, space: &PagedSpace) -> Option<Vec<Mapping>> {
-        let entries_left = self.shared.config.bounds.table_entries;
+        let entries_left = self.core.config.bounds.table_entries;
         let mut found = Found { entries_left, ..Found::default() };
         let everywhere = (0, u64::MAX);
-        let (memory, config) = (&self.shared.memory, &self.shared.config);
+        let (memory, config) = (&self.core.memory, &self.core.config);
         walk_range(memory, config, space, everywhere, Merge::Range, &mut found).ok()?;
         Some(found.runs)
     }
@@ -321,7 +241,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// Compares the guest's tables with the shadows, and has `host` compare these with what the host holds, in one moment
     /// between two drains. See [`crate::audit`]. The lock order is that of [`SpaceListener`]: `host` may take what a listener may.
     pub fn audit(&self, host: &mut AuditHost<'_>) -> Audit {
-        self.spaces().audit(&self.shared, host)
+        self.spaces().audit(&self.core, host)
     }
 
     pub(crate) fn spaces(&self) -> MutexGuard<'_, Spaces> {
@@ -331,16 +251,16 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
     /// order queue, root table, translation, interrupt remapping. Section 11.4.4.1. Commands of what is not offered are dropped.
     fn global_command(&self, spaces: &mut Spaces, command: Global) {
-        let shared = &self.shared;
+        let core = &self.core;
         let status = |change: &dyn Fn(Global) -> Global| {
-            let mut registers = shared.registers();
+            let mut registers = core.registers();
             let changed = change(Global::from_bits(registers.state.global_status));
             registers.state.global_status = changed.into_bits();
         };
-        let before = Global::from_bits(shared.registers().state.global_status);
+        let before = Global::from_bits(core.registers().state.global_status);
 
         if command.queued_invalidation() != before.queued_invalidation() {
-            let mut registers = shared.registers();
+            let mut registers = core.registers();
             // The head is 0 whenever the queue is off. Windows enables the queue with a non-zero tail: it is drained.
             registers.state.queue_head = 0;
             registers.state.queue_in_use = registers.state.queue_address;
@@ -348,37 +268,37 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             let status = Global::from_bits(registers.state.global_status).with_queued_invalidation(on);
             registers.state.global_status = status.into_bits();
             drop(registers);
-            queue::drain(shared, spaces);
+            queue::drain(core, spaces);
         }
 
-        let mut translation = **shared.translation.load();
+        let mut translation = **core.translation.load();
         if command.root_table_pointer() {
-            let mut registers = shared.registers();
+            let mut registers = core.registers();
             registers.state.root_table_in_use = registers.state.root_table_address;
             translation.root = RootTableAddress::from_bits(registers.state.root_table_in_use);
         }
         translation.enabled = command.translation();
         // ESRTPS: setting the root pointer invalidates every cache, also when it is the same pointer again (kdump).
         if command.root_table_pointer() || translation.enabled != before.translation() {
-            shared.translation.store(Arc::new(translation));
-            spaces.refresh(shared);
+            core.translation.store(Arc::new(translation));
+            spaces.refresh(core);
         }
         status(&|status| {
             status
                 .with_root_table_pointer(status.root_table_pointer() || command.root_table_pointer())
                 .with_translation(command.translation())
         });
-        if shared.config.interrupt_remapping {
+        if core.config.interrupt_remapping {
             self.interrupt_command(command);
         }
     }
 
     /// SIRTP, IRE and CFI of GCMD. The table can be set while remapping is on (kdump).
     fn interrupt_command(&self, command: Global) {
-        let shared = &self.shared;
-        let before = **shared.remapping.load();
+        let core = &self.core;
+        let before = **core.remapping.load();
         let table = if command.interrupt_table_pointer() {
-            let mut registers = shared.registers();
+            let mut registers = core.registers();
             registers.state.interrupt_table_in_use = registers.state.interrupt_table_address;
             InterruptTableAddress::from_bits(registers.state.interrupt_table_in_use)
         } else {
@@ -388,10 +308,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let remapping = Remapping { enabled, compatibility: command.compatibility_format(), table };
         // ESIRTPS: setting the table pointer invalidates the whole cache, also when it is the same pointer again.
         if command.interrupt_table_pointer() || remapping != before {
-            shared.set_remapping(remapping);
+            core.set_remapping(remapping);
         }
         // The guest polls for these: every route is in place.
-        let mut registers = shared.registers();
+        let mut registers = core.registers();
         let status = Global::from_bits(registers.state.global_status);
         registers.state.global_status = status
             .with_interrupt_table_pointer(status.interrupt_table_pointer() || command.interrupt_table_pointer())
@@ -402,25 +322,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     /// CCMD with ICC set. Section 11.4.6.1. Refused (CAIG 0, no effect) while the queue is on.
     fn context_command(&self, spaces: &mut Spaces) {
-        let command = ContextCommand::from_bits(self.shared.registers().state.context_command);
+        let command = ContextCommand::from_bits(self.core.registers().state.context_command);
         let scope = (!self.queue_is_on())
             .then(|| {
                 context_scope_of(command.granularity(), command.domain(), command.source(), command.function_mask())
             })
             .flatten();
         let done = scope.map_or(0, |scope| {
-            self.shared.counters.register_invalidations.add(1);
+            self.core.counters.register_invalidations.add(1);
             spaces.invalidate_contexts(scope);
-            spaces.flush(&self.shared);
+            spaces.flush(&self.core);
             command.granularity()
         });
-        self.shared.registers().state.context_command = command.with_actual(done).with_invalidate(false).into_bits();
+        self.core.registers().state.context_command = command.with_actual(done).with_invalidate(false).into_bits();
     }
 
     /// IOTLB_REG with IVT set. Section 11.4.6.4. Refused (IAIG 0, no effect) while the queue is on.
     fn iotlb_command(&self, spaces: &mut Spaces) {
         let (command, address) = {
-            let registers = self.shared.registers();
+            let registers = self.core.registers();
             let address = InvalidateAddress::from_bits(registers.state.invalidate_address);
             (IotlbInvalidate::from_bits(registers.state.iotlb_invalidate), address)
         };
@@ -428,15 +348,15 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             .then(|| iotlb_scope_of(command.granularity(), command.domain(), address.page(), address.address_mask()))
             .flatten();
         let done = scope.map_or(0, |scope| {
-            self.shared.counters.register_invalidations.add(1);
+            self.core.counters.register_invalidations.add(1);
             spaces.invalidate_iotlb(scope);
-            spaces.flush(&self.shared);
+            spaces.flush(&self.core);
             command.granularity()
         });
-        self.shared.registers().state.iotlb_invalidate = command.with_actual(done).with_invalidate(false).into_bits();
+        self.core.registers().state.iotlb_invalidate = command.with_actual(done).with_invalidate(false).into_bits();
     }
 
     fn queue_is_on(&self) -> bool {
-        Global::from_bits(self.shared.registers().state.global_status).queued_invalidation()
+        Global::from_bits(self.core.registers().state.global_status).queued_invalidation()
     }
 }

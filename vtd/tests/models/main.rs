@@ -4,13 +4,21 @@
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 
-mod ids {
-    pub(crate) use vtd::{DomainId, Gpa};
+mod config {
+    pub(crate) use vtd::config::MAX_ADDRESS_MASK;
 }
-#[path = "../../src/iotlb.rs"]
+mod ids {
+    pub(crate) use vtd::{DomainId, Gpa, SourceId};
+}
+#[path = "../../src/dma/iotlb.rs"]
 mod iotlb;
+#[path = "../../src/scope.rs"]
+mod scope;
 mod space {
     pub(crate) use vtd::Perm;
+}
+mod spec {
+    pub(crate) use vtd::spec::invalidation;
 }
 
 /// What `src/sync.rs` has, over loom, and with the smallest tables in which something can go wrong.
@@ -37,10 +45,11 @@ mod sync {
 
 use std::sync::Arc;
 
-use iotlb::{Iotlb, Scope};
+use iotlb::Iotlb;
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
+use scope::Scope;
 use vtd::{DomainId, Gpa, Perm};
 
 const DOMAIN: DomainId = DomainId(1);

@@ -37,6 +37,19 @@ fn an_access_goes_over_pages_that_lead_to_different_places() {
 }
 
 #[test]
+fn a_large_leaf_is_no_table_whatever_its_memory_holds() {
+    let (mut rig, root) = rig(0);
+    rig.leaf(root, 48, 0x4000_0000, 0x100_0000, Some(Perm::ReadWrite), 2);
+    // What would be entries of present pages.
+    (0..4).for_each(|index| rig.store(0x100_0000 + index * 8, 0x90_0003));
+    let endpoint = rig.unit.endpoint(NVME);
+    let page = |number: u64| endpoint.enter().translate(Iova(0x4000_0000 + (number << 12)), Access::Write);
+    for number in [0, 1, 3, 0x1ff] {
+        assert_eq!(page(number), Ok(Gpa(0x100_0000 + (number << 12))), "with what was cached of the pages before");
+    }
+}
+
+#[test]
 fn a_translation_is_cached_until_its_invalidation() {
     let (mut rig, root) = rig(3);
     let endpoint = rig.unit.endpoint(NVME);

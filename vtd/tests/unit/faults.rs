@@ -246,6 +246,10 @@ fn a3_tables_outside_memory_and_outputs_in_the_interrupt_range() {
     assert_eq!(read(&endpoint, 1 << 32), Err(Some(FaultReason::OutputInInterruptRange)));
     assert_eq!(read(&endpoint, (1 << 32) + 0xf_f000), Err(Some(FaultReason::OutputInInterruptRange)));
     assert_eq!(read(&endpoint, (1 << 32) + 0x10_0000), Ok(Gpa(0xfef0_0000)));
+    // What is not permitted is not asked where it leads.
+    rig.leaf(root, 48, 2 << 32, 0xfee0_0000, Some(Perm::Read), 2);
+    assert_eq!(translate(&endpoint, 2 << 32, Access::Write), Err(Some(FaultReason::WriteNotPermitted)));
+    assert_eq!(read(&endpoint, 2 << 32), Err(Some(FaultReason::OutputInInterruptRange)));
 }
 
 #[test]

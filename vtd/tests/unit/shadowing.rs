@@ -172,6 +172,15 @@ fn b7_leaves_of_different_invalidations_are_not_merged() {
 }
 
 #[test]
+fn b7_leaves_with_a_gap_between_them_are_not_merged() {
+    let (mut rig, root) = Rig::with_nvme();
+    rig.pages(root, 0x10_0000, 0x80_0000, 1);
+    rig.pages(root, 0x10_2000, 0x80_1000, 1);
+    assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 2)]));
+    assert_eq!(rig.listener.take_ops(), [map(0x10_0000, 0x80_0000, 0x1000), map(0x10_2000, 0x80_1000, 0x1000)]);
+}
+
+#[test]
 fn b7_a_whole_resync_merges_within_2_mib_only() {
     let (mut rig, root) = Rig::with_nvme();
     rig.pages(root, 0x1f_e000, 0x80_0000, 4);
@@ -247,15 +256,21 @@ fn b8_what_is_live_beside_a_range_is_not_looked_at_any_further() {
     assert!(rig.submit(&[iotlb_pages(1, 0x4000_0000, 1)]));
     assert_eq!(rig.listener.take_ops(), [unmap(0x4000_0000, 0x4000_1fff)]);
     assert_eq!(rig.unit.stats().leaves_walked - walked, 1, "the page beside it");
+    // On the other side, too.
+    rig.clear(root, 0x4000_f000, 1);
+    let walked = rig.unit.stats().leaves_walked;
+    assert!(rig.submit(&[iotlb_pages(1, 0x4000_f000, 0)]));
+    assert_eq!(rig.listener.take_ops(), [unmap(0x4000_f000, 0x4000_ffff)]);
+    assert_eq!(rig.unit.stats().leaves_walked - walked, 1, "the page before it");
     // Gone beside it, and live further on: exactly what is gone goes.
     rig.clear(root, 0x4000_2000, 2);
     assert!(rig.submit(&[iotlb_pages(1, 0x4000_2000, 0)]));
     assert_eq!(rig.listener.take_ops(), [unmap(0x4000_2000, 0x4000_3fff), unmap(0x4000_8000, 0x4000_8fff)]);
-    let live = [(0x4000_4000, 0x600_4000, 0x4000), (0x4000_9000, 0x600_9000, 0x7000)];
+    let live = [(0x4000_4000, 0x600_4000, 0x4000), (0x4000_9000, 0x600_9000, 0x6000)];
     assert_eq!(rig.listener.reach(NVME), live.map(|(iova, gpa, len)| mapping(iova, gpa, len, Perm::ReadWrite)));
     // What leads elsewhere by now is live, too: it waits for its own invalidation.
     rig.clear(root, 0x4000_9000, 1);
-    rig.pages(root, 0x4000_a000, 0x700_0000, 6);
+    rig.pages(root, 0x4000_a000, 0x700_0000, 5);
     assert!(rig.submit(&[iotlb_pages(1, 0x4000_9000, 0)]));
     assert_eq!(rig.listener.take_ops(), [unmap(0x4000_9000, 0x4000_9fff)]);
 }

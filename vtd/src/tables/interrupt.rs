@@ -17,7 +17,7 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::ids::{Gpa, Requester};
 use crate::memory::Words;
-use crate::space::Msi;
+use crate::msi::Msi;
 use crate::spec::fault::InterruptFaultReason;
 use crate::spec::irte::{
     CompatibilityAddress, CompatibilityData, DeliveryMode, Irte, IrteHigh, IrteLow, RemappableAddress, RemappableData,
@@ -271,5 +271,5 @@ fn may_use(validation: SourceValidation, entry: IrteHigh, sender: Sender) -> boo
 }
 
 #[cfg(test)]
-#[path = "remap_test.rs"]
+#[path = "interrupt_test.rs"]
 mod tests;

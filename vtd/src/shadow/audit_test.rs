@@ -1,8 +1,9 @@
 //! The agreement of tables, shadow and attachments, broken on purpose.
 
-use super::{Audit, Book, Difference, LOOKS, Piece, REMEMBERED, RememberedFunction, Target, compare, disagreements};
-use crate::iotlb::Scope;
+use crate::audit::book::{Book, LOOKS, REMEMBERED, RememberedFunction};
+use crate::audit::{Audit, Difference, Piece, Target, compare, disagreements};
 use crate::rig::{NVME, Rig, context_device, iotlb_domain, iotlb_pages, mapping};
+use crate::scope::Scope;
 use crate::space::PagedSpace;
 use crate::{DomainId, Gpa, Iova, Mapping, Perm, SpaceKey};
 
@@ -98,7 +99,7 @@ fn a_mapping_that_invalidations_do_not_bring_is_a_difference() {
     rig.unit.spaces().falsify(0x10_1000, 0x10_2fff);
     assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
     rig.unit.spaces().book.covers(&[Scope::Pages(DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
-    rig.unit.spaces().look_again(&rig.unit.shared);
+    rig.unit.spaces().look_again(&rig.unit.core);
     let found = audit(&rig);
     assert_eq!(found.pending, 1, "0x102000 was not covered");
     let [Difference::Shadow(space, said)] = &found.differences[..] else { panic!("{found:?}") };
@@ -135,8 +136,8 @@ fn an_attachment_is_pending_until_its_context_entry_is_invalidated() {
         assert!(rig.submit(&[iotlb_domain(1)]));
     }
     // As if the invalidation had not moved it.
-    rig.unit.spaces().note_contexts(&[crate::spaces::ContextScope::Everything]);
-    rig.unit.spaces().look_again(&rig.unit.shared);
+    rig.unit.spaces().note_contexts(&[crate::scope::ContextScope::Everything]);
+    rig.unit.spaces().look_again(&rig.unit.core);
     let found = audit(&rig);
     let [Difference::Attachment { requester: NVME, tables: SpaceKey::Identity, attached: SpaceKey::Paged(_) }] =
         &found.differences[..]
@@ -365,7 +366,7 @@ fn cover(rig: &Rig, meanwhile: impl FnOnce(&mut Book)) {
     let mut spaces = rig.unit.spaces();
     spaces.book.covers(&[Scope::Pages(DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
     meanwhile(&mut spaces.book);
-    spaces.look_again(&rig.unit.shared);
+    spaces.look_again(&rig.unit.core);
 }
 
 #[test]
@@ -404,7 +405,7 @@ fn an_attachment_that_changed_meanwhile_is_no_difference() {
     let (mut rig, root) = Rig::with_nvme();
     let look = |rig: &Rig| {
         rig.unit.spaces().book.reaches(|requester| requester == NVME);
-        rig.unit.spaces().look_again(&rig.unit.shared);
+        rig.unit.spaces().look_again(&rig.unit.core);
     };
     let counts = |rig: &Rig| (audit(rig).pending, audit(rig).differing());
     rig.set_pass_through(NVME, 1);

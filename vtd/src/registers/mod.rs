@@ -4,13 +4,17 @@
 //! and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it is two,
 //! the lower one first (Xen writes FEADDR and FEUADDR so).
 
+pub(crate) mod record;
+pub(crate) mod state;
+
+use state::{EventRegisters, State};
+
 use crate::config::{FAULT_RECORDS, UnitConfig};
-use crate::space::Msi;
+use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::{
     ContextCommand, EventControl, FaultStatus, InterruptTableAddress, IotlbInvalidate, offset,
 };
-use crate::state::{EventRegisters, State};
 
 /// The registers of a unit.
 pub(crate) struct Registers {

@@ -35,6 +35,7 @@
 //! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `a_walk_of_a_large_leaf_..` |
 
 use crate::ids::{DomainId, Gpa};
+use crate::scope::Scope;
 use crate::space::Perm;
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, DIRECTORY_SETS, Ordering, PAGE_SETS, SESSIONS, fence, fence_after_update, relax,
@@ -51,17 +52,6 @@ const NO_DOMAIN: u32 = u32::MAX;
 const MANY_DOMAINS: u32 = u32::MAX - 1;
 /// What is not translated is told from every domain id: an invalidation of a domain does not reach it.
 const UNTRANSLATED: u32 = 1 << 16;
-
-/// Which cached translations an invalidation reaches.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Scope {
-    /// All.
-    Everything,
-    /// Those of one domain.
-    Domain(DomainId),
-    /// Those of one domain in a range of addresses, inclusive.
-    Pages(DomainId, u64, u64),
-}
 
 /// What is cached of one key.
 #[derive(Default)]

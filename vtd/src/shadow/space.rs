@@ -8,13 +8,13 @@ use std::collections::BTreeSet;
 
 use vm_memory::GuestMemoryBackend;
 
+use super::diff::{Changes, Shadow};
+use crate::core::Core;
 use crate::ids::{Iova, Requester};
-use crate::shadow::{Changes, Shadow};
-use crate::space::{MapOp, PagedSpace, Refusal, SpaceKey};
-use crate::spaces::bound_exhausted;
+use crate::listener::{MapOp, Refusal};
+use crate::space::{PagedSpace, SpaceKey};
 use crate::spec::second_stage::levels;
-use crate::unit::Shared;
-use crate::walk::{Exhausted, Found, Merge, walk_range};
+use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range};
 
 const EVERYWHERE: (u64, u64) = (0, u64::MAX);
 
@@ -103,37 +103,27 @@ impl Space {
     }
 
     /// Compares all of it. Nothing that stayed the same is touched (B-2).
-    pub(crate) fn compare_whole<M: GuestMemoryBackend>(
-        &mut self,
-        shared: &Shared<M>,
-        scratch: &mut Scratch,
-        turn: u64,
-    ) {
+    pub(crate) fn compare_whole<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, turn: u64) {
         self.whole_in = turn;
         let (mut shadow, was_open) = match std::mem::replace(&mut self.state, State::Blocked) {
             State::Open(shadow) => (shadow, true),
             State::Blocked => (Shadow::default(), false),
         };
-        match self.comparison(shared, scratch, &mut shadow).whole() {
+        match self.comparison(core, scratch, &mut shadow).whole() {
             Ok(()) => self.state = State::Open(shadow),
-            Err(Exhausted) => self.block(shared, scratch, was_open),
+            Err(Exhausted) => self.block(core, scratch, was_open),
         }
     }
 
     /// Compares the ranges of `scratch`.
-    pub(crate) fn compare_ranges<M: GuestMemoryBackend>(
-        &mut self,
-        shared: &Shared<M>,
-        scratch: &mut Scratch,
-        turn: u64,
-    ) {
+    pub(crate) fn compare_ranges<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, turn: u64) {
         let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
         // One budget for all ranges of a turn: a queue full of overlapping ranges is no way around it.
-        let budget = shared.config.bounds.table_entries;
+        let budget = core.config.bounds.table_entries;
         let visited = if self.ranges_in.0 == turn { self.ranges_in.1 } else { 0 };
         scratch.changes.clear();
         scratch.found.entries_left = budget.saturating_sub(visited);
-        let mut comparison = self.comparison(shared, scratch, &mut shadow);
+        let mut comparison = self.comparison(core, scratch, &mut shadow);
         let (mut compared, mut is_whole) = (comparison.ranges(), false);
         if let Ok(Ranges::Unaffordable) = compared {
             // A full queue is legal: one look at everything stands for the ranges that are left.
@@ -146,28 +136,28 @@ impl Space {
         self.ranges_in = (turn, budget - scratch.found.entries_left);
         match compared {
             Ok(_) => self.state = State::Open(shadow),
-            Err(Exhausted) => self.block(shared, scratch, true),
+            Err(Exhausted) => self.block(core, scratch, true),
         }
     }
 
     fn comparison<'a, M>(
         &self,
-        shared: &'a Shared<M>,
+        core: &'a Core<M>,
         scratch: &'a mut Scratch,
         shadow: &'a mut Shadow,
     ) -> Comparison<'a, M> {
-        Comparison { shared, key: self.key, told: !self.members.is_empty(), shadow, scratch }
+        Comparison { core, key: self.key, told: !self.members.is_empty(), shadow, scratch }
     }
 
     /// A bound is exhausted, and the space has no shadow any more: nothing of it stays mapped (rule 5).
-    fn block<M>(&self, shared: &Shared<M>, scratch: &mut Scratch, was_open: bool) {
-        let level = bound_exhausted(shared);
+    fn block<M>(&self, core: &Core<M>, scratch: &mut Scratch, was_open: bool) {
+        let level = core.bound_exhausted();
         if was_open {
             log::log!(
                 level,
                 "unit {}: domain {} has more mappings or tables than the bounds allow; it is blocked until the guest \
                  invalidates all of it",
-                shared.config.id.0,
+                core.config.id.0,
                 self.key.domain.0
             );
         }
@@ -175,7 +165,7 @@ impl Space {
         if !self.members.is_empty() {
             scratch.ops.clear();
             scratch.ops.push(MapOp::Unmap { first: Iova(0), last: Iova(u64::MAX) });
-            apply(shared, self.key, scratch);
+            apply(core, self.key, scratch);
         }
     }
 }
@@ -189,7 +179,7 @@ enum Ranges {
 
 /// An open space, while it is compared with the guest's tables. An error ends it: the shadow is not to be used any more.
 struct Comparison<'a, M> {
-    shared: &'a Shared<M>,
+    core: &'a Core<M>,
     key: PagedSpace,
     /// The space has members, so there is somebody who is told.
     told: bool,
@@ -201,8 +191,8 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
     fn whole(&mut self) -> Result<(), Exhausted> {
         let Scratch { found, changes, .. } = &mut *self.scratch;
         changes.clear();
-        found.entries_left = self.shared.config.bounds.table_entries;
-        walk(self.shared, &self.key, EVERYWHERE, Merge::Aligned, found)?;
+        found.entries_left = self.core.config.bounds.table_entries;
+        walk(self.core, &self.key, EVERYWHERE, Merge::Aligned, found)?;
         if found.runs.is_empty() && !self.shadow.is_empty() {
             self.shadow.clear();
             changes.unmaps.push(EVERYWHERE);
@@ -225,17 +215,17 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
 
     fn range(&mut self, range: (u64, u64)) -> Result<Ranges, Exhausted> {
         let Scratch { found, beside, .. } = &mut *self.scratch;
-        let whole_budget = found.entries_left == self.shared.config.bounds.table_entries;
-        let mut walked = walk(self.shared, &self.key, range, Merge::Range, found);
+        let whole_budget = found.entries_left == self.core.config.bounds.table_entries;
+        let mut walked = walk(self.core, &self.key, range, Merge::Range, found);
         if walked.is_err() && whole_budget {
             // A look at everything would be no shorter.
             return Err(Exhausted);
         }
         if walked.is_ok()
-            && let Some(wider) = gone_beyond(self.shared, &self.key, self.shadow, found, beside)
+            && let Some(wider) = gone_beyond(self.core, &self.key, self.shadow, found, beside)
         {
             // If it has more runs than there may be, the range alone has to do.
-            let mut walk = |range| walk(self.shared, &self.key, range, Merge::Range, found);
+            let mut walk = |range| walk(self.core, &self.key, range, Merge::Range, found);
             walked = walk(wider).or_else(|Exhausted| walk(range));
         }
         if walked.is_err() {
@@ -249,7 +239,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         }
         // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice, because
         // what takes the place of all that was there may come before it in the order of addresses.
-        if self.shadow.len() / 2 > self.shared.config.bounds.shadow_entries {
+        if self.shadow.len() / 2 > self.core.config.bounds.shadow_entries {
             return Err(Exhausted);
         }
         Ok(Ranges::Compared)
@@ -257,7 +247,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
 
     /// Gives the last batch, if there is room for what it leaves.
     fn finish(&mut self) -> Result<(), Exhausted> {
-        if self.shadow.len() > self.shared.config.bounds.shadow_entries {
+        if self.shadow.len() > self.core.config.bounds.shadow_entries {
             return Err(Exhausted);
         }
         self.give();
@@ -270,7 +260,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
             self.scratch.ops.clear();
             self.scratch.changes.to_ops(&mut self.scratch.ops);
             let lost = self.scratch.refused.len();
-            apply(self.shared, self.key, self.scratch);
+            apply(self.core, self.key, self.scratch);
             for refusal in &self.scratch.refused[lost..] {
                 self.shadow.remove(refusal.first.0, refusal.last.0);
             }
@@ -280,23 +270,23 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
 }
 
 /// Gives `scratch.ops` to the listener; what it refuses is added to `scratch.refused`.
-fn apply<M>(shared: &Shared<M>, space: PagedSpace, scratch: &mut Scratch) {
+fn apply<M>(core: &Core<M>, space: PagedSpace, scratch: &mut Scratch) {
     let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap { .. })).count() as u64;
-    shared.counters.unmap_ops.add(unmaps);
-    shared.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
-    let applied = shared.listener.apply(&SpaceKey::Paged(space), &scratch.ops);
+    core.counters.unmap_ops.add(unmaps);
+    core.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
+    let applied = core.listener.apply(&SpaceKey::Paged(space), &scratch.ops);
     scratch.refused.extend(applied.refused);
 }
 
 fn walk<M: GuestMemoryBackend>(
-    shared: &Shared<M>,
+    core: &Core<M>,
     space: &PagedSpace,
     range: (u64, u64),
     merge: Merge,
     found: &mut Found,
 ) -> Result<(), Exhausted> {
-    let walked = walk_range(&shared.memory, &shared.config, space, range, merge, found);
-    shared.counters.leaves_walked.add(found.leaves);
+    let walked = walk_range(&core.memory, &core.config, space, range, merge, found);
+    core.counters.leaves_walked.add(found.leaves);
     walked
 }
 
@@ -307,7 +297,7 @@ fn walk<M: GuestMemoryBackend>(
 /// up to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped again without need,
 /// for as long as its own invalidation takes (B-8). Only one page beside the range is looked at, and if that is live, no more.
 fn gone_beyond<M: GuestMemoryBackend>(
-    shared: &Shared<M>,
+    core: &Core<M>,
     space: &PagedSpace,
     shadow: &Shadow,
     found: &Found,
@@ -321,7 +311,7 @@ fn gone_beyond<M: GuestMemoryBackend>(
     let mut is_gone = |at: u64| {
         // No more than the entries on the way to one leaf.
         beside.entries_left = u64::from(levels(space.width));
-        walk(shared, space, (at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
+        walk(core, space, (at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
     };
     let left = from < first && is_gone(first - 1);
     let right = to > last && is_gone(last + 1);

@@ -1,7 +1,8 @@
 //! The cache by itself; what threads do to it is in `tests/models`.
 
+use crate::dma::iotlb::Iotlb;
 use crate::ids::{DomainId, Gpa};
-use crate::iotlb::{Iotlb, Scope};
+use crate::scope::Scope;
 use crate::space::Perm;
 use crate::sync::{DIRECTORY_SETS, PAGE_SETS, SESSIONS};
 

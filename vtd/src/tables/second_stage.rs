@@ -4,10 +4,11 @@ use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use crate::config::UnitConfig;
-use crate::fault::Access;
+use crate::faults::Access;
 use crate::ids::{Gpa, Iova};
+use crate::listener::Mapping;
 use crate::memory::Words;
-use crate::space::{Mapping, PagedSpace, Perm};
+use crate::space::{PagedSpace, Perm};
 use crate::spec::fault::FaultReason;
 use crate::spec::second_stage::{LEVEL_BITS, PAGE_SIZE, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
 use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
@@ -98,7 +99,7 @@ impl Directory {
         iova: Iova,
         access: Access,
     ) -> Result<Self, FaultReason> {
-        if iova.0 >> space.width.min(config.aw_bits) != 0 {
+        if iova.0 >> space.width != 0 {
             return Err(FaultReason::AddressBeyondWidth);
         }
         let mut found = Self { base: space.root, large: false, read: true, write: true };
@@ -163,10 +164,10 @@ impl Directory {
         self.large
     }
 
-    /// As one word, to be cached; `None` if its permissions leave nothing.
-    pub(crate) fn pack(self) -> Option<u64> {
+    /// As one word, to be cached.
+    pub(crate) fn pack(self) -> u64 {
         let packed = PackedDirectory::new().with_read(self.read).with_write(self.write).with_large(self.large);
-        (self.read || self.write).then(|| packed.with_page(self.base.0 >> 12).into_bits())
+        packed.with_page(self.base.0 >> 12).into_bits()
     }
 
     pub(crate) fn unpack(word: u64) -> Self {
@@ -231,7 +232,7 @@ pub(crate) fn walk_range<M: GuestMemoryBackend>(
 ) -> Result<(), Exhausted> {
     found.runs.clear();
     (found.first, found.last, found.leaves) = (first, last, 0);
-    let top = (1u64 << space.width.min(config.aw_bits)) - 1;
+    let top = (1u64 << space.width) - 1;
     if first > top {
         return Ok(());
     }

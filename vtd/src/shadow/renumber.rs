@@ -16,61 +16,19 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use vm_memory::GuestMemoryBackend;
 
-use super::{Member, Spaces, look_up};
+use super::Spaces;
+use super::members::{Member, look_up};
+use crate::core::Core;
 use crate::ids::{Requester, SourceId};
-use crate::iotlb::Scope;
-use crate::remap::EntriesChanged;
-use crate::unit::Shared;
-
-/// What the requests of a function carry.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Source {
-    /// An id of its own.
-    Own(SourceId),
-    /// An id that another function has as well.
-    Shared(SourceId),
-    /// None.
-    None,
-}
-
-impl Source {
-    /// The id, if it is the function's own.
-    pub(crate) fn own(self) -> Option<SourceId> {
-        match self {
-            Self::Own(id) => Some(id),
-            Self::Shared(_) | Self::None => None,
-        }
-    }
-
-    /// The id, whosever it is.
-    pub(crate) fn id(self) -> Option<SourceId> {
-        match self {
-            Self::Own(id) | Self::Shared(id) => Some(id),
-            Self::None => None,
-        }
-    }
-
-    /// `name` with the id that a fault record shows.
-    pub(crate) fn seen(self, name: Requester) -> Requester {
-        Requester { sid: self.id().unwrap_or(name.sid), ..name }
-    }
-}
-
-/// The functions whose requests do not carry the id of their name, or not alone. Empty in a machine whose buses stay as they were.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub(crate) struct Sources(BTreeMap<Requester, Source>);
-
-impl Sources {
-    pub(crate) fn of(&self, name: Requester) -> Source {
-        self.0.get(&name).copied().unwrap_or(Source::Own(name.sid))
-    }
-}
+use crate::scope::Scope;
+use crate::source_ids::{Source, Sources};
+use crate::tables::interrupt::EntriesChanged;
 
 impl Spaces {
     /// The functions of these names have these ids now, or none. All of them at once.
     pub(crate) fn renumber<M: GuestMemoryBackend>(
         &mut self,
-        shared: &Shared<M>,
+        core: &Core<M>,
         changes: &[(Requester, Option<SourceId>)],
     ) {
         for (name, id) in changes {
@@ -80,12 +38,12 @@ impl Spaces {
                 self.ids.insert(*name, *id);
             }
         }
-        self.sources_changed(shared);
+        self.sources_changed(core);
     }
 
     /// Who there is, or which ids they have, changed: whoever is concerned is looked up again.
-    pub(crate) fn sources_changed<M: GuestMemoryBackend>(&mut self, shared: &Shared<M>) {
-        let before = shared.sources.load_full();
+    pub(crate) fn sources_changed<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
+        let before = core.sources.load_full();
         let sources = self.sources();
         if sources == *before {
             return;
@@ -93,7 +51,7 @@ impl Spaces {
         let names = before.0.keys().chain(sources.0.keys());
         let changed: BTreeSet<Requester> =
             names.filter(|name| before.of(**name) != sources.of(**name)).copied().collect();
-        shared.sources.store(sources.into());
+        core.sources.store(sources.into());
         for (name, iotlb) in &self.endpoints {
             if changed.contains(name) {
                 iotlb.invalidate(Scope::Everything);
@@ -106,15 +64,14 @@ impl Spaces {
         let mut moves = BTreeMap::new();
         for name in changed {
             let Some(member) = self.members.get_mut(&name) else { continue };
-            let (key, domain) = look_up(shared, name);
-            *member =
-                Member { domain, source: shared.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
+            let (key, domain) = look_up(core, name);
+            *member = Member { domain, source: core.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
             if member.attached != key {
                 moves.insert(name, key);
             }
         }
-        self.move_members(shared, moves);
-        shared.entries_changed(EntriesChanged::All);
+        self.move_members(core, moves);
+        core.entries_changed(EntriesChanged::All);
     }
 
     /// Who has which id, from `ids` and from who there is.

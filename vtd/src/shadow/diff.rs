@@ -4,9 +4,9 @@
 //! The diff compares translations, not shapes: where an address leads to the same place with the same permission before
 //! and after, nothing is said about it, whatever leaves or extents it belonged to.
 
-use crate::extents::{Extent, Extents};
+use super::extents::{Extent, Extents};
 use crate::ids::{Gpa, Iova};
-use crate::space::{MapOp, Mapping};
+use crate::listener::{MapOp, Mapping};
 
 /// What a listener was told about one space.
 #[derive(Default, Debug)]
@@ -215,5 +215,5 @@ fn join_neighbours(unmaps: &mut Vec<(u64, u64)>, from: usize) {
 }
 
 #[cfg(test)]
-#[path = "shadow_test.rs"]
-mod shadow_test;
+#[path = "diff_test.rs"]
+mod diff_test;

@@ -1,0 +1,10 @@
+//! The way of an emulated device to guest memory (rule 6).
+
+mod endpoint;
+pub(crate) mod iotlb;
+#[cfg(test)]
+mod iotlb_test;
+mod session;
+
+pub use endpoint::{DmaError, Endpoint};
+pub use session::DmaSession;

@@ -1,0 +1,134 @@
+//! The seam between the unit and whatever makes its translations real: map operations, and the listener that the unit notifies.
+//! `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
+
+use crate::ids::{Gpa, Iova, Pasid, Requester};
+use crate::space::{Perm, SpaceKey};
+
+/// A run of IOVAs that leads to a run of guest-physical addresses. `len` is in bytes, a multiple of 4096, not 0, and
+/// `iova + len - 1` does not overflow.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Mapping {
+    /// First IOVA.
+    pub iova: Iova,
+    /// Guest-physical address that the first IOVA leads to.
+    pub gpa: Gpa,
+    /// Length in bytes.
+    pub len: u64,
+    /// What the device may do.
+    pub perm: Perm,
+}
+
+impl Mapping {
+    /// The last IOVA, inclusive.
+    pub const fn last(&self) -> Iova {
+        Iova(self.iova.0 + (self.len - 1))
+    }
+}
+
+/// One change of a space. Ranges are inclusive: 2^64 has no size.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapOp {
+    /// Nothing between `first` and `last`, both inclusive, is reachable any more. The range may be larger than what
+    /// is mapped (up to the whole of 2^64) and never cuts a mapping that stays, except as behaviour B-8 allows.
+    Unmap {
+        /// First IOVA.
+        first: Iova,
+        /// Last IOVA, inclusive.
+        last: Iova,
+    },
+    /// A new mapping; nothing was mapped in its range.
+    Map(Mapping),
+}
+
+/// What became of a batch of operations.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Applied {
+    /// The maps that did not become real, in the order of the batch. The shadow forgets them, so that they are tried again. A
+    /// mapping of the batch may be refused in part: then each lost piece is a refusal of its own. Remainders that were
+    /// lost while an extent was cut (B-8) are refusals too. An unmap cannot fail outwards.
+    pub refused: Vec<Refusal>,
+}
+
+/// A mapping, or a piece of one, that the host refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// First IOVA that is not mapped.
+    pub first: Iova,
+    /// Last IOVA that is not mapped, inclusive.
+    pub last: Iova,
+    /// Why.
+    pub cause: RefusalCause,
+    /// One member of the space for which it was refused (the one the guest's fault record names).
+    pub requester: Requester,
+}
+
+/// Why a host refused a mapping.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum RefusalCause {
+    /// The host's limit of mappings (`ENOSPC`; type1's `dma_entry_limit`).
+    Limit,
+    /// The limit of locked memory (`ENOMEM`; RLIMIT_MEMLOCK).
+    Memlock,
+    /// Outside the IOVA ranges of the host (`EINVAL`).
+    Range,
+    /// The guest-physical address leads to nothing that can be mapped.
+    Target,
+    /// Anything else.
+    Other,
+}
+
+impl RefusalCause {
+    /// Whether the same mapping may be taken later, when others are gone.
+    pub const fn may_pass(self) -> bool {
+        matches!(self, Self::Limit | Self::Memlock | Self::Other)
+    }
+}
+
+/// Why an endpoint could not be attached to a space. Unless the variant says otherwise, the endpoint is blocked: nothing is
+/// reachable.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum AttachRefused {
+    /// The requester was never registered with the listener.
+    #[error("{0} is not a device that the bridge knows")]
+    UnknownRequester(Requester),
+    /// The host refused some of the mappings of the space; the rest are in place. The shadow of a paged space forgets what was
+    /// refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is [`Self::Shared`].)
+    #[error("{} mappings of the space were refused by the host", .0.len())]
+    Partial(Vec<Refusal>),
+    /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it cannot be
+    /// there. What was refused first is named; it is worth another try when there is room again.
+    #[error("others are in the space, and {} of its mappings were refused by the host", .0.len())]
+    Shared(Vec<Refusal>),
+    /// The host could not switch the device.
+    #[error("the host could not attach {requester}: {reason}")]
+    Host {
+        /// The requester.
+        requester: Requester,
+        /// What the host said.
+        reason: String,
+    },
+}
+
+/// Hears what changes in the spaces of a unit.
+///
+/// The unit calls it in order, never twice at once for one space, with no lock held that a listener could want.
+/// When a call returns, what was unmapped can no longer be reached by any device.
+pub trait SpaceListener: Send + Sync {
+    /// `requester` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
+    /// in ascending order, with the boundaries that it was mapped with (B-5, B-7); it is empty for
+    /// [`SpaceKey::Identity`] (the listener knows guest RAM itself) and [`SpaceKey::Blocked`]. A mapping that the
+    /// device has before and after is not touched.
+    fn attach(
+        &self,
+        requester: Requester,
+        pasid: Option<Pasid>,
+        space: &SpaceKey,
+        live: &mut dyn Iterator<Item = Mapping>,
+    ) -> Result<(), AttachRefused>;
+
+    /// `requester` is no longer behind the unit; nothing of it stays mapped.
+    fn detach(&self, requester: Requester, pasid: Option<Pasid>);
+
+    /// The mappings of `space` change. Unmaps come before maps.
+    fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied;
+}
