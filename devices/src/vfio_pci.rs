@@ -282,7 +282,7 @@ impl VfioPci {
         self.command.quarantine()
     }
 
-    /// Where BAR `index` belongs with the guest's registers as they are.
+    /// Where BAR `index` belongs with the guest's registers as they are (F-1).
     fn wanted(config: &Config) -> [Option<(u64, u64)>; 6] {
         let on = config.command & COMMAND_MEMORY != 0 && config.is_d0;
         std::array::from_fn(|index| config.space.decoded(index).filter(|_| on))

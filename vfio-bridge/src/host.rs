@@ -47,7 +47,7 @@ impl std::fmt::Display for GroupId {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ContainerId(pub u32);
 
-/// What one host unmap takes away.
+/// What one host unmap takes away (B-3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum UnmapRange {
     /// Every mapping between `first` and `last`, inclusive. Its size is not 2^64 and it does not end at 2^64:

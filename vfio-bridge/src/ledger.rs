@@ -234,8 +234,8 @@ impl Ledger {
         }
     }
 
-    /// The fewest host unmaps after which nothing in `ranges` (ascending, disjoint) is mapped. Runs that cut nothing come
-    /// first: they free the entries that the cuts need.
+    /// The fewest host unmaps after which nothing in `ranges` (ascending, disjoint) is mapped (B-3), and none where
+    /// nothing was (B-4). Runs that cut nothing come first: they free the entries that the cuts need.
     pub fn plan_unmap(&self, ranges: &[IovaRange], unmap_all: bool) -> Vec<Run> {
         let mut gone: Vec<(Extent, Vec<Extent>)> = Vec::new();
         let mut done = 0;

@@ -2,7 +2,7 @@
 //!
 //! `VFIO_GROUP_UNSET_CONTAINER` fails while a device of the group is open, so a group never moves: a switch of spaces is
 //! a diff in its container. vfio-ioctls opens containers, groups and devices and tells KVM about them; maps and unmaps are our own calls,
-//! because that crate maps everything readable and writable and takes holes in an unmapped range for errors.
+//! because that crate maps everything readable and writable (B-9) and takes holes in an unmapped range for errors.
 
 use std::collections::BTreeMap;
 use std::io;

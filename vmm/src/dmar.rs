@@ -1,4 +1,4 @@
-//! The DMAR table (VT-d specification, chapter 8), from the same description that the units are built from.
+//! The DMAR table (A-13; VT-d specification, chapter 8), from the same description that the units are built from.
 
 use acpi_tables::sdt::Sdt;
 

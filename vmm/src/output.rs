@@ -2,7 +2,7 @@
 //!
 //! Whoever writes never waits: bytes go into a bounded buffer, and a thread of its own, which may block for ever, takes them
 //! from there. So a pipe that nobody reads and a terminal that is held cost neither a vCPU nor the event loop anything. What
-//! does not fit is dropped and counted.
+//! does not fit is dropped and counted (G-3).
 
 use std::collections::VecDeque;
 use std::fs::File;

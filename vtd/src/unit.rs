@@ -177,7 +177,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.record_remap_fault(fault);
     }
 
-    /// Power-on state: translation and interrupt remapping off, every function in the identity space. Functions must be quiet before (rule 12).
+    /// Power-on state: translation and interrupt remapping off, every function in the identity space. Functions
+    /// must be quiet before (rule 12).
     pub fn reset(&self) {
         let mut spaces = self.spaces();
         self.core.registers().state.reset();
@@ -249,7 +250,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     }
 
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
-    /// order queue, root table, translation, interrupt remapping. Section 11.4.4.1. Commands of what is not offered are dropped.
+    /// order queue, root table, translation, interrupt remapping. Section 11.4.4.1. Commands of what is not
+    /// offered are dropped.
     fn global_command(&self, spaces: &mut Spaces, command: Global) {
         let core = &self.core;
         let status = |change: &dyn Fn(Global) -> Global| {

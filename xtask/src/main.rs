@@ -1,6 +1,8 @@
 //! `cargo xtask`: what the project needs around the product.
 
 mod apt;
+#[cfg(test)]
+mod behaviours;
 mod bench;
 mod cache;
 mod cases;

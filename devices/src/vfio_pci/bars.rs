@@ -83,8 +83,8 @@ pub fn find(
     Ok(found)
 }
 
-/// The parts of a region that can be mapped into the guest: what the host lets be mapped, less the pages with anything in
-/// `trapped`. Nothing of a region smaller than a page.
+/// The parts of a region that can be mapped into the guest (F-1): what the host lets be mapped, less the pages with
+/// anything in `trapped`. Nothing of a region smaller than a page.
 pub fn windows(region: &RegionInfo, trapped: &[Range<u64>]) -> Vec<(u64, u64)> {
     let mut parts: Vec<(u64, u64)> = region
         .mappable
@@ -150,7 +150,7 @@ impl Trapped {
     }
 }
 
-/// One BAR on the bus.
+/// One BAR on the bus: while memory is disabled it reads as ones, and writes to it are dropped (F-2).
 pub struct TrappedBar {
     /// What it shares with the others.
     pub shared: Arc<Trapped>,

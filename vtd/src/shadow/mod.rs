@@ -3,7 +3,7 @@
 //!
 //! Invalidations are collected first and take effect together, when a wait descriptor or the end of the queue is
 //! reached: requesters are looked up again where the context cache was invalidated, then each space is compared with
-//! the guest's tables in the ranges that were invalidated.
+//! the guest's tables in the ranges that were invalidated.
 
 mod attach;
 mod audit;

@@ -1,4 +1,5 @@
-//! Walks of second-stage tables: of one address, for a request, and of a range, for a re-sync. Section 3.7.
+//! Walks of second-stage tables: of one address, for a request, and of a range, for a re-sync.
+//! Section 3.7.
 
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
