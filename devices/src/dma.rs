@@ -1,5 +1,5 @@
-//! Where an emulated function's DMA goes: through its endpoint of the remapping unit, or straight to memory where there is
-//! no unit.
+//! Where an emulated function's DMA goes: through its endpoint of the remapping unit, or straight to memory where there
+//! is no unit.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vtd::{Endpoint, Iova};

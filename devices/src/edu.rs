@@ -1,9 +1,9 @@
-//! `edu`, the teaching device that QEMU has too (1234:11e8): a factorial, an interrupt, and DMA between memory and a buffer
-//! of 4 KiB. Drivers written for the one work with the other.
+//! `edu`, the teaching device that QEMU has too (1234:11e8): a factorial, an interrupt, and DMA between memory and a
+//! buffer of 4 KiB. Drivers written for the one work with the other.
 //!
-//! Where it differs: a transfer that would leave the buffer, has Bus Master clear, or that the remapping unit blocks, is
-//! refused and sets [`STATUS_DMA_FAILED`] until the next one starts; addresses have 64 bits; a transfer takes as long as it
-//! takes instead of 100 ms.
+//! Where it differs: a transfer that would leave the buffer, has Bus Master clear, or that the remapping unit blocks,
+//! is refused and sets [`STATUS_DMA_FAILED`] until the next one starts; addresses have 64 bits; a transfer takes as
+//! long as it takes instead of 100 ms.
 //!
 //! A transfer of four bytes, aligned, into the interrupt address range is a message, like any function's.
 //!
@@ -102,8 +102,8 @@ enum Task {
 }
 
 impl Edu {
-    /// The function for `requester`, whose DMA goes to `dma`. `intx` is the line of pin A and its global system interrupt
-    /// (for the interrupt line register); messages go to `interrupts`.
+    /// The function for `requester`, whose DMA goes to `dma`. `intx` is the line of pin A and its global system
+    /// interrupt (for the interrupt line register); messages go to `interrupts`.
     ///
     /// # Errors
     /// The worker thread could not be started.

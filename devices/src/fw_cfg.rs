@@ -1,5 +1,5 @@
-//! `fw_cfg`, the way in which bare-metal images for PCs ask their machine about itself: a selector port and a data port, without
-//! the DMA interface. Numbers are little-endian, those of the file directory big-endian.
+//! `fw_cfg`, the way in which bare-metal images for PCs ask their machine about itself: a selector port and a data
+//! port, without the DMA interface. Numbers are little-endian, those of the file directory big-endian.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

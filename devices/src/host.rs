@@ -50,8 +50,8 @@ pub trait Interrupts: Send + Sync {
     /// # Errors
     /// There is no more of what a route needs, or the requester has its share of it. The message says what helps.
     fn route(&self, requester: Requester) -> io::Result<Arc<dyn IrqRoute>>;
-    /// From now on a signal of each of these routes is delivered as its message, remapped by the requester's unit. `None`:
-    /// masked; signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
+    /// From now on a signal of each of these routes is delivered as its message, remapped by the requester's unit.
+    /// `None`: masked; signals stay counted in the eventfd and [`IrqRoute::take_pending`] tells.
     fn set_routes(&self, changes: &[(Arc<dyn IrqRoute>, Option<Msi>)]);
     /// Deliver `msi` of `requester` now, remapped by its unit. What the unit blocks it records as a fault.
     fn signal(&self, requester: Requester, msi: Msi);

@@ -1,6 +1,6 @@
-//! The I/O interrupt controller (82093AA with the EOI register of version 0x20) for KVM's split irqchip: local APICs are in
-//! the kernel, this is not. A pin that fires becomes a message; the end of a level-triggered interrupt comes back as a
-//! vector, from KVM or through the EOI register.
+//! The I/O interrupt controller (82093AA with the EOI register of version 0x20) for KVM's split irqchip: local APICs
+//! are in the kernel, this is not. A pin that fires becomes a message; the end of a level-triggered interrupt comes
+//! back as a vector, from KVM or through the EOI register.
 //!
 //! Messages are sent, routes said and listeners called without the pins' lock.
 
@@ -74,8 +74,8 @@ impl Pin {
         self.entry as u8
     }
 
-    /// The message of the entry. One expression serves both formats (VT-d specification, section 5.1.5.1): bits 63:48 go to
-    /// address bits 19:4, bit 11 (destination mode, or bit 15 of the index) to address bit 2.
+    /// The message of the entry. One expression serves both formats (VT-d specification, section 5.1.5.1): bits 63:48
+    /// go to address bits 19:4, bit 11 (destination mode, or bit 15 of the index) to address bit 2.
     fn message(&self) -> Msi {
         let address = 0xfee0_0000 | (self.entry >> 48) << 4 | (self.entry >> 11 & 1) << 2;
         // Level messages carry level and assert, which KVM reads from the data.
@@ -192,8 +192,8 @@ impl IoApic {
         self.send(message);
     }
 
-    /// Tells how the pins are routed, where that changed. Reads the pins under the lock that orders what is said, so that
-    /// the last thing said is always the newest.
+    /// Tells how the pins are routed, where that changed. Reads the pins under the lock that orders what is said, so
+    /// that the last thing said is always the newest.
     fn say_routes(&self) {
         let Some(routes) = &self.routes else { return };
         let mut said = self.said.lock().unwrap();

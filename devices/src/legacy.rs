@@ -9,8 +9,8 @@ use crate::BusDevice;
 use crate::host::PowerControl;
 use crate::pit::SystemPort;
 
-/// A keyboard controller without a keyboard: the guest can reset the machine through it. Port 0x61, which lies between its two,
-/// is the timer's.
+/// A keyboard controller without a keyboard: the guest can reset the machine through it. Port 0x61, which lies between
+/// its two, is the timer's.
 pub struct I8042 {
     controller: Mutex<I8042Device<ResetTrigger>>,
     system_port: SystemPort,

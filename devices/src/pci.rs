@@ -16,8 +16,8 @@ pub trait PciFunction: Send + Sync {
     fn config_read(&self, offset: u16, data: &mut [u8]);
     /// Writes `data` (1, 2 or 4 bytes) at `offset`; `offset + data.len()` is at most 4096.
     fn config_write(&self, offset: u16, data: &[u8]);
-    /// No BAR decoded, no bus mastering, no interrupt from now on: what must hold of every function before the first is reset,
-    /// for the reset of one can be that of its whole bus (F-4). Only for functions of the host.
+    /// No BAR decoded, no bus mastering, no interrupt from now on: what must hold of every function before the first is
+    /// reset, for the reset of one can be that of its whole bus (F-4). Only for functions of the host.
     fn quiesce(&self) {}
     /// Back to the state after power-on: no BAR decoded, no bus mastering, no interrupt. The machine calls it when the
     /// guest resets, after [`PciFunction::quiesce`] of all functions and before the remapping unit is reset (rule 12).

@@ -398,7 +398,8 @@ fn pit_a_latch_begins_with_the_lower_half() {
 #[test]
 fn pit_counts_that_a_low_gate_holds_back() {
     let rig = Rig::new();
-    // Modes 0 and 4 take the count and wait with it; modes 2 and 3 have none until the gate rises; 1 and 5 are started by it.
+    // Modes 0 and 4 take the count and wait with it; modes 2 and 3 have none until the gate rises; 1 and 5 are started
+    // by it.
     for (mode, no_count) in [(0, false), (4, false), (2, true), (3, true), (1, true), (5, true)] {
         rig.gate(false);
         rig.write(CONTROL, &[channel2(mode)]);

@@ -56,8 +56,8 @@ impl SerialPort {
     /// The global system interrupt, edge-triggered.
     pub const GSI: u8 = 4;
 
-    /// A port that interrupts through `line`, writes what the guest sends to `out`, and signals `drained`, if there is one,
-    /// when the guest has read all input: then [`SerialPort::enqueue`] takes more.
+    /// A port that interrupts through `line`, writes what the guest sends to `out`, and signals `drained`, if there is
+    /// one, when the guest has read all input: then [`SerialPort::enqueue`] takes more.
     pub fn new(line: Arc<dyn IrqLine>, out: Box<dyn Write + Send>, drained: Option<EventFd>) -> Self {
         let (line, drained) = (Pulse(line), Drained(drained.map(Arc::new)));
         let uart = Mutex::new(Serial::with_events(line.clone(), drained.clone(), out));
@@ -73,8 +73,8 @@ impl SerialPort {
         self.drained.in_buffer_empty();
     }
 
-    /// Gives the guest input; how many bytes of `input` fitted (64 at most). 0 as well while the guest tests the port in
-    /// loop-back mode.
+    /// Gives the guest input; how many bytes of `input` fitted (64 at most). 0 as well while the guest tests the port
+    /// in loop-back mode.
     pub fn enqueue(&self, input: &[u8]) -> usize {
         match self.uart.lock().unwrap().enqueue_raw_bytes(input) {
             Ok(taken) => taken,

@@ -1,11 +1,12 @@
 //! A PCI function of the host, assigned to the guest through VFIO.
 //!
-//! Configuration space is the host's, as VFIO virtualises it, but for what is ours: BARs, MSI, MSI-X, the interrupt line,
-//! the command register's enables, and the capabilities that are hidden. I/O BARs and the expansion ROM are not offered.
+//! Configuration space is the host's, as VFIO virtualises it, but for what is ours: BARs, MSI, MSI-X, the interrupt
+//! line, the command register's enables, and the capabilities that are hidden. I/O BARs and the expansion ROM are not
+//! offered.
 //!
 //! # Order (F-3)
-//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest; take the BARs
-//! off the bus; then write the host's configuration space. Memory on runs in reverse.
+//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest; take the
+//! BARs off the bus; then write the host's configuration space. Memory on runs in reverse.
 //!
 //! # Locks
 //! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped. `HostCommand`
@@ -232,7 +233,8 @@ impl VfioPci {
         }))
     }
 
-    /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls [`VfioPci::intx_fired`].
+    /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls
+    /// [`VfioPci::intx_fired`].
     pub fn intx_event(&self) -> Option<&EventFd> {
         self.intx.as_ref().map(Intx::event)
     }
@@ -275,8 +277,8 @@ impl VfioPci {
         &self.bars.io
     }
 
-    /// Stops the function's DMA for good (B-11): Bus Master off, then reset. After `Ok` it does none, whatever the guest
-    /// writes. Takes no lock that is held while anything outside is called.
+    /// Stops the function's DMA for good (B-11): Bus Master off, then reset. After `Ok` it does none, whatever the
+    /// guest writes. Takes no lock that is held while anything outside is called.
     pub fn quarantine(&self) -> Result<(), String> {
         log::error!("{}: the function is quarantined: it does no more DMA", self.requester);
         self.command.quarantine()

@@ -1,4 +1,5 @@
-/// Arguments that make the linker produce an image. Included by this crate's build script and by that of `vmm`, which embeds the suite.
+/// Arguments that make the linker produce an image. Included by this crate's build script and by that of `vmm`, which
+/// embeds the suite.
 const LINK_ARGS: &[&str] = &[
     "-nostartfiles",
     "-nostdlib",

@@ -1,5 +1,5 @@
-//! Assigned functions: from the store to the tail register until it returns. The listener does nothing, so all of it is the unit's, but
-//! for the guest's stores to its tables and its queue: `psi/guest-alone-..` is what these take.
+//! Assigned functions: from the store to the tail register until it returns. The listener does nothing, so all of it is
+//! the unit's, but for the guest's stores to its tables and its queue: `psi/guest-alone-..` is what these take.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

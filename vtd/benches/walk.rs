@@ -130,8 +130,8 @@ fn beside<'e, O: FnMut() + 'e>(
     })
 }
 
-/// Each is the time of an operation of one thread; what two threads do in it is twice as much as one, if they do not cost each
-/// other anything.
+/// Each is the time of an operation of one thread; what two threads do in it is twice as much as one, if they do not
+/// cost each other anything.
 fn two_threads<'e, O: FnMut() + 'e>(
     runner: &mut Runner,
     kind: &str,

@@ -50,8 +50,8 @@ pub struct UnitConfig {
     pub interrupt_remapping: bool,
     /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
     pub extended_interrupt_mode: bool,
-    /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an IOAPIC entries
-    /// with the id of the device that is wired to them.
+    /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
+    /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
     /// Bounds against a hostile guest.
     pub bounds: Bounds,
@@ -75,7 +75,8 @@ pub enum ConfigError {
 }
 
 impl UnitConfig {
-    /// Caching Mode and pass-through on, no interrupt remapping, segment 0, 48 bits of guest-physical address, default bounds.
+    /// Caching Mode and pass-through on, no interrupt remapping, segment 0, 48 bits of guest-physical address, default
+    /// bounds.
     pub fn new(id: UnitId, aw_bits: u8) -> Self {
         Self {
             id,

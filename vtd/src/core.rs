@@ -1,5 +1,5 @@
-//! What every part of a unit uses: its configuration, guest memory, whom it tells, its registers and what of them is read without
-//! their lock.
+//! What every part of a unit uses: its configuration, guest memory, whom it tells, its registers and what of them is
+//! read without their lock.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -38,7 +38,8 @@ impl<M: GuestMemoryBackend> Core<M> {
         self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Sends a message of the unit itself: a write of 32 bits, which is an interrupt only where interrupts are, as on hardware.
+    /// Sends a message of the unit itself: a write of 32 bits, which is an interrupt only where interrupts are, as on
+    /// hardware.
     pub(crate) fn signal(&self, message: Option<Msi>) {
         let Some(message) = message else { return };
         if message.is_interrupt() {
@@ -48,8 +49,8 @@ impl<M: GuestMemoryBackend> Core<M> {
         }
     }
 
-    /// Counts a fault and, unless the guest silenced it, records it. The message that is to be sent then is given back: it may be a
-    /// system call, so whoever is inside a DMA session sends it when that is over.
+    /// Counts a fault and, unless the guest silenced it, records it. The message that is to be sent then is given back:
+    /// it may be a system call, so whoever is inside a DMA session sends it when that is over.
     #[must_use]
     pub(crate) fn record(&self, fault: &Fault) -> Option<Msi> {
         self.counters.fault(fault.reason);

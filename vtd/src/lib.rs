@@ -5,7 +5,8 @@
 //!
 //! - **assigned functions** ([`Unit::add_requester`]): the unit keeps a *shadow* of each space that a function is
 //!   attached to, compares it with the guest's tables at each invalidation, and tells a [`SpaceListener`] what changed;
-//! - **emulated devices** ([`Unit::endpoint`]): their accesses go through a [`DmaSession`], which walks the tables itself.
+//! - **emulated devices** ([`Unit::endpoint`]): their accesses go through a [`DmaSession`], which walks the tables
+//!   itself.
 //!
 //! ```text
 //!  vCPU --MMIO--> unit --> queue --> spaces --> shadow: diff --> SpaceListener (the bridge to the host IOMMU)
@@ -14,8 +15,8 @@
 //!               registers          guest memory <-- walk -- endpoint <-- emulated device
 //! ```
 //!
-//! Messages of both kinds go through [`Unit::remap`] or [`Unit::deliver`]: interrupt remapping (a [`RemapListener`] hears
-//! when routes are to be made again).
+//! Messages of both kinds go through [`Unit::remap`] or [`Unit::deliver`]: interrupt remapping (a [`RemapListener`]
+//! hears when routes are to be made again).
 //!
 //! Legacy mode is offered.
 #![forbid(unsafe_code)]

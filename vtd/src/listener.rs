@@ -1,5 +1,5 @@
-//! The seam between the unit and whatever makes its translations real: map operations, and the listener that the unit notifies.
-//! `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
+//! The seam between the unit and whatever makes its translations real: map operations, and the listener that the unit
+//! notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
 
 use crate::ids::{Gpa, Iova, Pasid, Requester};
 use crate::space::{Perm, SpaceKey};
@@ -43,9 +43,9 @@ pub enum MapOp {
 /// What became of a batch of operations.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Applied {
-    /// The maps that did not become real, in the order of the batch. The shadow forgets them, so that they are tried again. A
-    /// mapping of the batch may be refused in part: then each lost piece is a refusal of its own. Remainders that were
-    /// lost while an extent was cut (B-8) are refusals too. An unmap cannot fail outwards.
+    /// The maps that did not become real, in the order of the batch. The shadow forgets them, so that they are tried
+    /// again. A mapping of the batch may be refused in part: then each lost piece is a refusal of its own. Remainders
+    /// that were lost while an extent was cut (B-8) are refusals too. An unmap cannot fail outwards.
     pub refused: Vec<Refusal>,
 }
 
@@ -84,19 +84,20 @@ impl RefusalCause {
     }
 }
 
-/// Why an endpoint could not be attached to a space. Unless the variant says otherwise, the endpoint is blocked: nothing is
-/// reachable.
+/// Why an endpoint could not be attached to a space. Unless the variant says otherwise, the endpoint is blocked:
+/// nothing is reachable.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum AttachRefused {
     /// The requester was never registered with the listener.
     #[error("{0} is not a device that the bridge knows")]
     UnknownRequester(Requester),
-    /// The host refused some of the mappings of the space; the rest are in place. The shadow of a paged space forgets what was
-    /// refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is [`Self::Shared`].)
+    /// The host refused some of the mappings of the space; the rest are in place. The shadow of a paged space forgets
+    /// what was refused, as with [`Applied::refused`]: nobody else was in the space. (With others there it is
+    /// [`Self::Shared`].)
     #[error("{} mappings of the space were refused by the host", .0.len())]
     Partial(Vec<Refusal>),
-    /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it cannot be
-    /// there. What was refused first is named; it is worth another try when there is room again.
+    /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it
+    /// cannot be there. What was refused first is named; it is worth another try when there is room again.
     #[error("others are in the space, and {} of its mappings were refused by the host", .0.len())]
     Shared(Vec<Refusal>),
     /// The host could not switch the device.

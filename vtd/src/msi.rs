@@ -12,8 +12,8 @@ pub struct Msi {
 }
 
 impl Msi {
-    /// Whether the write is an interrupt: below 4 GiB, to the interrupt address range, but for bits 31:8 of the destination in bits
-    /// 63:40 of the address. Section 3.14; section 11.4.7.4 for the destination.
+    /// Whether the write is an interrupt: below 4 GiB, to the interrupt address range, but for bits 31:8 of the
+    /// destination in bits 63:40 of the address. Section 3.14; section 11.4.7.4 for the destination.
     pub(crate) const fn is_interrupt(&self) -> bool {
         const DESTINATION: u64 = 0xffff_ff00 << 32;
         let address = self.address & !DESTINATION;
@@ -21,8 +21,8 @@ impl Msi {
     }
 }
 
-/// Delivers the unit's own interrupts (fault event, invalidation completion). They are never remapped. An event whose address
-/// registers name no interrupt is a write to guest memory, and does not come here.
+/// Delivers the unit's own interrupts (fault event, invalidation completion). They are never remapped. An event whose
+/// address registers name no interrupt is a write to guest memory, and does not come here.
 pub trait MsiSink: Send + Sync {
     /// Deliver `msi` now.
     fn signal(&self, msi: Msi);

@@ -38,7 +38,8 @@ impl Source {
     }
 }
 
-/// The functions whose requests do not carry the id of their name, or not alone. Empty in a machine whose buses stay as they were.
+/// The functions whose requests do not carry the id of their name, or not alone. Empty in a machine whose buses stay as
+/// they were.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Sources(pub(crate) BTreeMap<Requester, Source>);
 

@@ -1,10 +1,10 @@
 //! The unit: dispatch of register accesses, and the command state machine.
 //!
-//! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is called
-//! with it held), then `registers` (a few instructions at a time, never while the listener or the message sink is
-//! called). Register reads take the second only, and so do writes that give no command: what a fault handler does never
-//! waits behind another processor's drain, unless it makes a queue go on that had stopped. Emulated DMA takes neither,
-//! unless it has a fault to record (see [`crate::Endpoint`]).
+//! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is
+//! called with it held), then `registers` (a few instructions at a time, never while the listener or the message sink
+//! is called). Register reads take the second only, and so do writes that give no command: what a fault handler does
+//! never waits behind another processor's drain, unless it makes a queue go on that had stopped. Emulated DMA takes
+//! neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -39,8 +39,8 @@ pub struct Unit<M> {
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
-    /// A unit as it is at power-on. `listener` hears of every space that has assigned functions; `messages` delivers the
-    /// unit's own interrupts.
+    /// A unit as it is at power-on. `listener` hears of every space that has assigned functions; `messages` delivers
+    /// the unit's own interrupts.
     pub fn new(
         config: UnitConfig,
         memory: M,
@@ -118,35 +118,35 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().remove_requester(&self.core, requester);
     }
 
-    /// The requests of these functions carry these source ids from now on, `None` if no bus number leads to one: the guest wrote a
-    /// bridge's secondary or subordinate bus number. When this returns, each assigned function is where the tables say about
-    /// its new id, no access with an old one is under way, and every route of an interrupt was made again. All changes take effect
-    /// together, so that functions may swap their ids.
+    /// The requests of these functions carry these source ids from now on, `None` if no bus number leads to one: the
+    /// guest wrote a bridge's secondary or subordinate bus number. When this returns, each assigned function is
+    /// where the tables say about its new id, no access with an old one is under way, and every route of an interrupt
+    /// was made again. All changes take effect together, so that functions may swap their ids.
     ///
-    /// A function is named by the requester that it was added with, here and everywhere else, whatever its id is now; what the
-    /// guest reads in fault records is the id. While functions share an id, or have none, and translation is on, they reach nothing,
-    /// and their interrupts pass only entries that do not ask for the source. Ids are no state of the unit: they survive
-    /// [`Self::reset`], and go with the bridges when a machine is saved and restored.
+    /// A function is named by the requester that it was added with, here and everywhere else, whatever its id is now;
+    /// what the guest reads in fault records is the id. While functions share an id, or have none, and translation is
+    /// on, they reach nothing, and their interrupts pass only entries that do not ask for the source. Ids are no state
+    /// of the unit: they survive [`Self::reset`], and go with the bridges when a machine is saved and restored.
     ///
     /// Not to be called inside a [`crate::DmaSession`], which it would wait for.
     pub fn renumber(&self, changes: &[(Requester, Option<SourceId>)]) {
         self.spaces().renumber(&self.core, changes);
     }
 
-    /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit keeps it
-    /// alive: it should hold the unit weakly.
+    /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit
+    /// keeps it alive: it should hold the unit weakly.
     pub fn set_remap_listener(&self, listener: Arc<dyn RemapListener>) {
         *self.core.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(listener);
     }
 
-    /// What the processors get when `requester` sends `msi`, as the guest's tables say now: to make a route of it, until
-    /// [`RemapListener::entries_changed`] says that it is to be asked again. Takes no lock; records nothing.
+    /// What the processors get when `requester` sends `msi`, as the guest's tables say now: to make a route of it,
+    /// until [`RemapListener::entries_changed`] says that it is to be asked again. Takes no lock; records nothing.
     ///
     /// In the address, bits 63:40 are bits 31:8 of the destination, as KVM takes it with KVM_X2APIC_API_USE_32BIT_IDS.
     ///
     /// # Errors
-    /// The message is not delivered. If it fires all the same, its fault is to be given to [`Self::record_remap_fault`], or
-    /// the message to [`Self::deliver`], which asks again.
+    /// The message is not delivered. If it fires all the same, its fault is to be given to
+    /// [`Self::record_remap_fault`], or the message to [`Self::deliver`], which asks again.
     pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
         let source = self.core.sources.load().of(requester);
         let checked = self.core.config.unchecked_source != Some(requester.sid);
@@ -171,8 +171,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         })
     }
 
-    /// An interrupt that [`Self::remap`] refused with `fault` fired. Never to be called for one that did not: Windows stops
-    /// at a fault that no device made.
+    /// An interrupt that [`Self::remap`] refused with `fault` fired. Never to be called for one that did not: Windows
+    /// stops at a fault that no device made.
     pub fn record_remap_fault(&self, fault: &RemapFault) {
         self.core.record_remap_fault(fault);
     }
@@ -194,8 +194,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.registers().state.clone()
     }
 
-    /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must be
-    /// in place. Descriptors between head and tail are processed.
+    /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must
+    /// be in place. Descriptors between head and tail are processed.
     pub fn restore(&self, state: State) {
         let mut spaces = self.spaces();
         let status = Global::from_bits(state.global_status);
@@ -239,8 +239,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         Some(found.runs)
     }
 
-    /// Compares the guest's tables with the shadows, and has `host` compare these with what the host holds, in one moment
-    /// between two drains. See [`crate::audit`]. The lock order is that of [`SpaceListener`]: `host` may take what a listener may.
+    /// Compares the guest's tables with the shadows, and has `host` compare these with what the host holds, in one
+    /// moment between two drains. See [`crate::audit`]. The lock order is that of [`SpaceListener`]: `host` may take
+    /// what a listener may.
     pub fn audit(&self, host: &mut AuditHost<'_>) -> Audit {
         self.spaces().audit(&self.core, host)
     }

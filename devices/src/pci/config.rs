@@ -110,8 +110,8 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// An endpoint without BARs and capabilities. Memory Enable, Bus Master, Interrupt Disable, the error enables and the
-    /// interrupt line are writable.
+    /// An endpoint without BARs and capabilities. Memory Enable, Bus Master, Interrupt Disable, the error enables and
+    /// the interrupt line are writable.
     pub fn new(id: &Identity) -> Self {
         let mut config = Self {
             bytes: Box::new([0; CONFIG_SIZE]),
@@ -223,8 +223,8 @@ impl ConfigSpace {
         self.u16(COMMAND)
     }
 
-    /// Where BAR `index` is decoded now, first and last address: `None` while Memory Enable is clear, when there is no such
-    /// BAR, or when software has not given it an address.
+    /// Where BAR `index` is decoded now, first and last address: `None` while Memory Enable is clear, when there is no
+    /// such BAR, or when software has not given it an address.
     pub fn decoded(&self, index: usize) -> Option<(u64, u64)> {
         let (kind, size) = (*self.bars.get(index)?)?;
         if self.command() & COMMAND_MEMORY == 0 {

@@ -1,7 +1,7 @@
 //! Which BAR is on the MMIO bus where, with its windows in the guest's memory: a BAR has both, or neither.
 //!
-//! A guest may give two BARs one address, for a moment or for good. The first keeps it; the second waits, and is put there
-//! as soon as its range is free.
+//! A guest may give two BARs one address, for a moment or for good. The first keeps it; the second waits, and is put
+//! there as soon as its range is free.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -50,8 +50,8 @@ impl Decoder {
         Self { bus, claims: Mutex::default() }
     }
 
-    /// From now on BAR `bar` of `sid` is decoded at `range` (first and last address), or nowhere. `true` when it is where it
-    /// should be; `false` when something else has the range: then nothing answers for it until that goes away.
+    /// From now on BAR `bar` of `sid` is decoded at `range` (first and last address), or nowhere. `true` when it is
+    /// where it should be; `false` when something else has the range: then nothing answers for it until that goes away.
     ///
     /// Its windows leave the guest before it leaves the bus, and come after it (F-3).
     pub fn set(&self, sid: SourceId, bar: u8, range: Option<(u64, u64)>, target: &BarTarget) -> bool {

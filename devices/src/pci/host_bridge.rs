@@ -4,8 +4,8 @@ use std::sync::Mutex;
 
 use super::{ConfigSpace, Identity, PciFunction};
 
-/// A host bridge without registers of its own. Its id (1b36:0008, a generic PCI Express host bridge) makes no guest look for
-/// chipset quirks.
+/// A host bridge without registers of its own. Its id (1b36:0008, a generic PCI Express host bridge) makes no guest
+/// look for chipset quirks.
 pub struct HostBridge(Mutex<ConfigSpace>);
 
 impl Default for HostBridge {

@@ -10,8 +10,8 @@ use super::{Decoder, HostBridge, PciFunction};
 use crate::host::PowerControl;
 use crate::{Bus, BusDevice};
 
-/// The IOAPIC pin (global system interrupt, 16 to 23) of pin `pin` (1 for INTA to 4 for INTD) of device `device` (0 to 31)
-/// on the root bus. The DSDT's interrupt routing says the same.
+/// The IOAPIC pin (global system interrupt, 16 to 23) of pin `pin` (1 for INTA to 4 for INTD) of device `device` (0 to
+/// 31) on the root bus. The DSDT's interrupt routing says the same.
 pub const fn gsi_of(device: u8, pin: u8) -> u32 {
     16 + (device as u32 + pin as u32 - 1) % 8
 }
@@ -57,8 +57,8 @@ impl PciRoot {
         Requester { segment: 0, sid }
     }
 
-    /// An address on bus 0 for a new function: `wanted` (device, function) if it may have it, else the lowest free slot from
-    /// 01.0. Nothing is reserved: put the function there before asking again.
+    /// An address on bus 0 for a new function: `wanted` (device, function) if it may have it, else the lowest free slot
+    /// from 01.0. Nothing is reserved: put the function there before asking again.
     pub fn allocate(&self, wanted: Option<(u8, u8)>) -> Result<SourceId, SlotError> {
         let functions = self.functions.read().unwrap();
         let Some((device, function)) = wanted else {
@@ -198,7 +198,8 @@ impl ConfigPorts {
     /// What an access at `offset` into the ports reaches: `None` while the enable bit is clear.
     fn target(&self, offset: u64, len: usize) -> Option<(SourceId, u16)> {
         let address = *self.address.lock().unwrap();
-        // Bits 1:0 are reserved, and zero on hardware. Images written for QEMU put the byte there instead of into the port.
+        // Bits 1:0 are reserved, and zero on hardware. Images written for QEMU put the byte there instead of into the
+        // port.
         let byte = offset.checked_sub(4)? | u64::from(address & 3);
         let inside = byte as usize + len <= 4;
         (address >> 31 == 1 && inside).then(|| (SourceId((address >> 8) as u16), (address & 0xfc) as u16 + byte as u16))

@@ -1,8 +1,9 @@
 //! BARs of the assigned function: what of them can be mapped into the guest, and the gate in front of what is trapped.
 //!
-//! The gate is a lock around one bit, "memory is enabled" (F-3). An access tests the bit and reaches the device under the
-//! shared side; whoever closes the gate takes the exclusive side for the moment of clearing the bit, which waits for the
-//! accesses in flight. Under the exclusive side nothing else happens: no guest memory, no BAR, no vCPU is touched.
+//! The gate is a lock around one bit, "memory is enabled" (F-3). An access tests the bit and reaches the device under
+//! the shared side; whoever closes the gate takes the exclusive side for the moment of clearing the bit, which waits
+//! for the accesses in flight. Under the exclusive side nothing else happens: no guest memory, no BAR, no vCPU is
+//! touched.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, RwLock};

@@ -76,8 +76,8 @@ pub struct Patch {
     pub bytes: Vec<u8>,
 }
 
-/// What must change so that the guest does not find the hidden capabilities (F-6), nor those of the first 256 bytes whose ids
-/// are `unusable`.
+/// What must change so that the guest does not find the hidden capabilities (F-6), nor those of the first 256 bytes
+/// whose ids are `unusable`.
 pub fn hide(config: &Snapshot, unusable: &[u8]) -> Vec<Patch> {
     let mut patches = Vec::new();
     // Where the link to the next capability that is seen has to go.

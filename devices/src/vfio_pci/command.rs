@@ -1,5 +1,5 @@
-//! The command register of the host's function, which stops its DMA for good when that has to be (B-11), and its legacy interrupt while
-//! nobody hears it.
+//! The command register of the host's function, which stops its DMA for good when that has to be (B-11), and its legacy
+//! interrupt while nobody hears it.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -41,8 +41,8 @@ impl HostCommand {
         self.put(&state);
     }
 
-    /// Whether the function may not raise its line, because VFIO does not listen. The host's line may be other functions' as well, and
-    /// a level that nobody takes away makes the host turn it off for all of them.
+    /// Whether the function may not raise its line, because VFIO does not listen. The host's line may be other
+    /// functions' as well, and a level that nobody takes away makes the host turn it off for all of them.
     pub fn hold_line(&self, holds: bool) {
         let mut state = self.state.lock().unwrap();
         if std::mem::replace(&mut state.holds_line, holds) != holds {
@@ -67,7 +67,8 @@ impl HostCommand {
     pub fn quarantine(&self) -> Result<(), String> {
         let mut state = self.state.lock().unwrap();
         state.quarantined = true;
-        // As `Intx::write_command` does. The guest's next end of interrupt unmasks it; where it is not enabled there is nothing to mask.
+        // As `Intx::write_command` does. The guest's next end of interrupt unmasks it; where it is not enabled there is
+        // nothing to mask.
         let _ = self.host.mask_intx();
         let read = || {
             let mut data = [0; 2];

@@ -1,5 +1,5 @@
-//! What the assigned function asks of the host. [`vfio_bridge::HostFunction`] is a real one, [`vfio_bridge::vfio_user::UserFunction`] one that
-//! another process emulates; tests have their own.
+//! What the assigned function asks of the host. [`vfio_bridge::HostFunction`] is a real one,
+//! [`vfio_bridge::vfio_user::UserFunction`] one that another process emulates; tests have their own.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,10 +21,11 @@ pub trait AssignedHost: Send + Sync {
     fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>>;
     /// How many vectors of `kind` there are.
     fn irq_count(&self, kind: IrqKind) -> u32;
-    /// Whether all vectors of `kind` that are ever to be used must be there when it is enabled. Else each can be added alone.
+    /// Whether all vectors of `kind` that are ever to be used must be there when it is enabled. Else each can be added
+    /// alone.
     fn irq_noresize(&self, kind: IrqKind) -> bool;
-    /// Vectors from `start` on signal `triggers` from now on, `None`: nobody; the first call enables the kind. After an error
-    /// none of these vectors signals anybody.
+    /// Vectors from `start` on signal `triggers` from now on, `None`: nobody; the first call enables the kind. After an
+    /// error none of these vectors signals anybody.
     fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()>;
     /// Disables `kind`.
     fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
@@ -32,8 +33,8 @@ pub trait AssignedHost: Send + Sync {
     fn mask_intx(&self) -> io::Result<()>;
     /// Unmasks the legacy line, which the host masks each time it fires.
     fn unmask_intx(&self) -> io::Result<()>;
-    /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was before.
-    /// [`io::ErrorKind::Unsupported`] where no way is there.
+    /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was
+    /// before. [`io::ErrorKind::Unsupported`] where no way is there.
     fn reset(&self, scope: ResetScope) -> io::Result<()>;
 }
 

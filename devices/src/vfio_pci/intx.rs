@@ -1,8 +1,9 @@
-//! The legacy interrupt of the assigned function. VFIO masks it each time it fires; the guest's end of interrupt, which KVM
-//! brings to the IOAPIC, unmasks it (F-5: with a split irqchip the kernel's resampler never fires).
+//! The legacy interrupt of the assigned function. VFIO masks it each time it fires; the guest's end of interrupt, which
+//! KVM brings to the IOAPIC, unmasks it (F-5: with a split irqchip the kernel's resampler never fires).
 //!
-//! VFIO clears INTx Disable before its handler is there, and leaves it clear when the handler is gone. So it is set around both
-//! ([`HostCommand::hold_line`]): VFIO then begins masked, and looks at the function's level when the bit is cleared.
+//! VFIO clears INTx Disable before its handler is there, and leaves it clear when the handler is gone. So it is set
+//! around both ([`HostCommand::hold_line`]): VFIO then begins masked, and looks at the function's level when the bit is
+//! cleared.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -29,7 +30,8 @@ struct State {
     enabled: bool,
     /// The line is high because the device fired; VFIO has it masked.
     pending: bool,
-    /// It fired again since: not VFIO, but servers of vfio-user do not mask it, and need not fire once more when they are asked to unmask.
+    /// It fired again since: not VFIO, but servers of vfio-user do not mask it, and need not fire once more when they
+    /// are asked to unmask.
     again: bool,
 }
 
@@ -73,8 +75,9 @@ impl Intx {
         }
     }
 
-    /// Writes the command register. VFIO reads it, changes it and writes it back, and its handler that sets INTx Disable can come in between:
-    /// the bit would be lost, and a level that VFIO takes for masked would stay on the host's line. So it is masked meanwhile.
+    /// Writes the command register. VFIO reads it, changes it and writes it back, and its handler that sets INTx
+    /// Disable can come in between: the bit would be lost, and a level that VFIO takes for masked would stay on the
+    /// host's line. So it is masked meanwhile.
     pub fn write_command(&self, command: &HostCommand, value: u16) {
         let state = self.state.lock().unwrap();
         let masked = state.enabled && self.host.mask_intx().is_ok();

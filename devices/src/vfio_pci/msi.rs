@@ -1,6 +1,7 @@
-//! MSI of the assigned function (PCI Express base specification 6.0, section 7.7.1). The capability is ours, kept in the guest's
-//! configuration space; this says what it means. Its header is, too, although nobody can write it: when those two bytes are
-//! written, Linux's vfio (6.12) also writes the control register that it keeps itself, in which MSI is off.
+//! MSI of the assigned function (PCI Express base specification 6.0, section 7.7.1). The capability is ours, kept in
+//! the guest's configuration space; this says what it means. Its header is, too, although nobody can write it: when
+//! those two bytes are written, Linux's vfio (6.12) also writes the control register that it keeps itself, in which MSI
+//! is off.
 
 use vtd::Msi;
 

@@ -1,5 +1,5 @@
-//! MSI-X of the assigned function (PCI Express base specification 6.0, section 7.7.2): the guest's table and pending bits
-//! are ours, the host's are VFIO's.
+//! MSI-X of the assigned function (PCI Express base specification 6.0, section 7.7.2): the guest's table and pending
+//! bits are ours, the host's are VFIO's.
 
 use std::ops::Range;
 

@@ -21,8 +21,8 @@ pub const MSI: u16 = 0xa0;
 pub const TABLE: u64 = BAR_GPA + 0x2000;
 pub const PBA: u64 = BAR_GPA + 0x3000;
 
-/// A function with a 64-bit BAR 0 of 16 KiB (MSI-X table at 0x2000, pending bits at 0x3000), power management, MSI-X (4),
-/// MSI (2, with masks), FLR, and an ATS capability. It checks what F-1 to F-3 promise at each access.
+/// A function with a 64-bit BAR 0 of 16 KiB (MSI-X table at 0x2000, pending bits at 0x3000), power management, MSI-X
+/// (4), MSI (2, with masks), FLR, and an ATS capability. It checks what F-1 to F-3 promise at each access.
 pub struct FakeHost {
     pub config: Mutex<[u8; CONFIG_SIZE]>,
     pub bar: Mutex<Vec<u8>>,
@@ -32,7 +32,8 @@ pub struct FakeHost {
     pub enables: AtomicU32,
     /// Calls of `set_irqs`.
     pub sets: AtomicU32,
-    /// Vectors that the host can still give; each that signals somebody is one, or, where all are allocated at once, each.
+    /// Vectors that the host can still give; each that signals somebody is one, or, where all are allocated at once,
+    /// each.
     pub host_vectors: AtomicU32,
     pub noresize: AtomicBool,
     pub accesses: AtomicU32,
@@ -128,7 +129,8 @@ impl FakeHost {
     pub fn check(&self, holds: bool) {
         self.violations.fetch_add(u32::from(!holds), Ordering::SeqCst);
     }
-    /// The device raises vector `index` of `kind`. One that signals nobody is masked by the host, and so pending in the device.
+    /// The device raises vector `index` of `kind`. One that signals nobody is masked by the host, and so pending in the
+    /// device.
     pub fn raise(&self, kind: IrqKind, index: usize) {
         let irqs = self.irqs.lock().unwrap();
         let (_, events) = irqs.iter().find(|(k, _)| *k == kind).expect("enabled on the host");

@@ -1,15 +1,15 @@
-//! Message-signalled vectors of the assigned function: an eventfd each, which VFIO signals and which becomes an MSI in the
-//! guest, or stays counted while the vector is masked.
+//! Message-signalled vectors of the assigned function: an eventfd each, which VFIO signals and which becomes an MSI in
+//! the guest, or stays counted while the vector is masked.
 //!
 //! ```text
-//!  not taken  the guest never unmasked it since it enabled the kind: no eventfd, no route, no interrupt of the host. The host
-//!             has it masked, so what the device wants to send is in the device's own pending bits, and comes when it is taken
+//!  not taken  the guest never unmasked it since it enabled the kind: no eventfd, no route, no interrupt of the host. The
+//!             host has it masked, so what the device wants to send is in its own pending bits, and comes when it is taken
 //!  taken      from the first unmasking until the kind is disabled; masked, its signals are counted
 //! ```
 //!
-//! Drivers use a few of the vectors that a function has, so one that cannot be taken costs that vector and no other (F-5). What
-//! a host allocates once for all (`VFIO_IRQ_INFO_NORESIZE`) is allocated when the kind is enabled, without an eventfd: nothing
-//! is ever added by disabling what works.
+//! Drivers use a few of the vectors that a function has, so one that cannot be taken costs that vector and no other
+//! (F-5). What a host allocates once for all (`VFIO_IRQ_INFO_NORESIZE`) is allocated when the kind is enabled, without
+//! an eventfd: nothing is ever added by disabling what works.
 
 use std::io;
 use std::mem;
@@ -93,7 +93,8 @@ impl Vectors {
         if nobody(all).is_ok() {
             return;
         }
-        // The most that the host has: it says no and leaves nothing enabled, or takes them, and then has to let go first.
+        // The most that the host has: it says no and leaves nothing enabled, or takes them, and then has to let go
+        // first.
         let (mut most, mut refused) = (0, all);
         while refused - most > 1 {
             let asked = most.midpoint(refused);
@@ -160,7 +161,8 @@ impl Vectors {
             vector.now = message;
             changed.push(index);
         }
-        // What is signalled before the routes are set is counted, and delivered then; what the host refuses needs no route.
+        // What is signalled before the routes are set is counted, and delivered then; what the host refuses needs no
+        // route.
         for run in fresh.chunk_by(|a, b| a + 1 == *b) {
             lost = self.connect(run).or(lost);
         }
@@ -182,8 +184,8 @@ impl Vectors {
         }
     }
 
-    /// Lets the host signal the vectors `run`, which follow each other and were just taken. The first that it refuses is given
-    /// back, and so are the ones that it refuses after that.
+    /// Lets the host signal the vectors `run`, which follow each other and were just taken. The first that it refuses
+    /// is given back, and so are the ones that it refuses after that.
     fn connect(&mut self, run: &[usize]) -> Option<(usize, io::Error)> {
         match self.signal_by(run) {
             Ok(()) => return None,
@@ -216,8 +218,8 @@ impl Vectors {
         Some((index, e))
     }
 
-    /// Whether vector `index` has something to deliver that its mask holds back. `in_device`: its own pending bit, which tells for one
-    /// that is not taken.
+    /// Whether vector `index` has something to deliver that its mask holds back. `in_device`: its own pending bit,
+    /// which tells for one that is not taken.
     pub fn is_pending(&mut self, index: usize, in_device: bool) -> bool {
         let Some(vector) = self.vectors.get_mut(index) else { return false };
         match (&vector.taken, vector.now) {

@@ -57,7 +57,8 @@ impl Interrupt {
     }
 }
 
-/// Waits until every interrupt handler that is running now, on any processor, has returned: no processor is quiescent inside one.
+/// Waits until every interrupt handler that is running now, on any processor, has returned: no processor is quiescent
+/// inside one.
 ///
 /// # Errors
 /// If this kernel cannot.

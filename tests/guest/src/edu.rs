@@ -1,7 +1,7 @@
 //! QEMU's edu function (1234:11e8), which is also what Causeway's own emulated edu looks like.
 //!
-//! Its DMA engine copies between memory and an internal buffer. QEMU's starts 100 ms after the doorbell, and corrupts its
-//! own heap when told an address or a length outside the buffer, so [`Edu::start`] refuses those.
+//! Its DMA engine copies between memory and an internal buffer. QEMU's starts 100 ms after the doorbell, and corrupts
+//! its own heap when told an address or a length outside the buffer, so [`Edu::start`] refuses those.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -119,7 +119,8 @@ impl Edu {
         self.wait()
     }
 
-    /// Has MSI signal an eventfd: one interrupt raised by register, one by the end of a DMA from the mapped page `iova`.
+    /// Has MSI signal an eventfd: one interrupt raised by register, one by the end of a DMA from the mapped page
+    /// `iova`.
     ///
     /// # Errors
     /// If an interrupt does not arrive, or its status is not the one raised.

@@ -86,8 +86,8 @@ impl Table {
     }
 }
 
-/// A line for each leaf: the page number of its IOVA, `|`, and the entries on the way to it from the PML5E (0 where there is none)
-/// to the leaf itself, which is the third for 1 GiB, the fourth for 2 MiB and the fifth for 4 KiB.
+/// A line for each leaf: the page number of its IOVA, `|`, and the entries on the way to it from the PML5E (0 where
+/// there is none) to the leaf itself, which is the third for 1 GiB, the fourth for 2 MiB and the fifth for 4 KiB.
 impl FromStr for Table {
     type Err = anyhow::Error;
 

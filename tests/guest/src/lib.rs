@@ -1,9 +1,9 @@
-//! What the guest programs share: the kernel's VFIO type1 interface, the edu function, memory that a device writes, and (in the nested
-//! bench's host) what the kernel's IOMMU driver holds for Causeway.
+//! What the guest programs share: the kernel's VFIO type1 interface, the edu function, memory that a device writes, and
+//! (in the nested bench's host) what the kernel's IOMMU driver holds for Causeway.
 //!
 //! The programs run inside a guest, or in the nested bench's host to show the reference behaviour. They speak to the
-//! kernel that they run on, never to Causeway: what they see is what any driver in that kernel would see. Only `host_trace` reads what
-//! Causeway wrote.
+//! kernel that they run on, never to Causeway: what they see is what any driver in that kernel would see. Only
+//! `host_trace` reads what Causeway wrote.
 
 pub mod affinity;
 pub mod edu;

@@ -112,7 +112,8 @@ pub fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i as u8).wrapping_mul(7).wrapping_add((i >> 8) as u8).wrapping_add(seed)).collect()
 }
 
-/// Page tables of the kernel, kept until this is dropped: memory that it cannot move, as that of a block device's cache is.
+/// Page tables of the kernel, kept until this is dropped: memory that it cannot move, as that of a block device's cache
+/// is.
 pub struct PageTables {
     start: NonNull<u8>,
     len: usize,

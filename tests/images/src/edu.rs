@@ -1,4 +1,5 @@
-//! A driver for `edu`, the teaching device of QEMU, which Causeway has too: DMA between memory and its buffer, and interrupts.
+//! A driver for `edu`, the teaching device of QEMU, which Causeway has too: DMA between memory and its buffer, and
+//! interrupts.
 
 use crate::harness;
 use crate::memory::{load, page, store};
@@ -16,14 +17,15 @@ const START: u64 = 1;
 const TO_MEMORY: u64 = 2;
 const MSI: u8 = 5;
 
-/// The device. QEMU's takes a tenth of a second for each transfer, and trusts the guest that it stays in the buffer of 4 KiB.
+/// The device. QEMU's takes a tenth of a second for each transfer, and trusts the guest that it stays in the buffer of
+/// 4 KiB.
 pub struct Edu {
     /// Its source id.
     pub sid: SourceId,
     /// Whether it is assigned: what it reaches is what the bridge mapped for it, in a host or in another process.
     pub assigned: bool,
-    /// Whether the guest's unit records the faults of its DMA. Those of a function of the host are the host's; those of its interrupts are
-    /// the guest's all the same.
+    /// Whether the guest's unit records the faults of its DMA. Those of a function of the host are the host's; those of
+    /// its interrupts are the guest's all the same.
     pub recorded: bool,
     bar: u64,
     /// A page through which the processor fills and reads the device's buffer; domains of a test map it one to one.
@@ -127,14 +129,14 @@ impl Edu {
         self.write(ACKNOWLEDGE, 1);
     }
 
-    /// Every interrupt is acknowledged at this device by its handler, as a driver does it, before its end is told. For an assigned one,
-    /// whose registers are mapped.
+    /// Every interrupt is acknowledged at this device by its handler, as a driver does it, before its end is told. For
+    /// an assigned one, whose registers are mapped.
     pub fn acknowledge_in_the_handler(&self) {
         x86::write_at_interrupts(self.bar + ACKNOWLEDGE);
     }
 
-    /// Lets pass what an interrupt of the device may need to arrive: for one that must not. That of an assigned one comes by way of the
-    /// host's kernel.
+    /// Lets pass what an interrupt of the device may need to arrive: for one that must not. That of an assigned one
+    /// comes by way of the host's kernel.
     pub fn settle(&self) {
         pause(if self.assigned { 50 } else { 2 });
     }

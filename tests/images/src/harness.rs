@@ -27,8 +27,8 @@ pub struct Test {
     pub run: fn(),
 }
 
-/// Names the tests of a module: functions without arguments, each with the options of `causeway run` that it needs besides those of
-/// every test, if any. Makes `TESTS`, and puts the names where `causeway test` finds them in the file.
+/// Names the tests of a module: functions without arguments, each with the options of `causeway run` that it needs
+/// besides those of every test, if any. Makes `TESTS`, and puts the names where `causeway test` finds them in the file.
 #[macro_export]
 macro_rules! tests {
     ($($name:ident $(=> $options:literal)?),* $(,)?) => {
@@ -54,7 +54,8 @@ macro_rules! tests {
     };
 }
 
-/// Makes the binary an image that runs the tests of these lists: `test=NAME` on the command line chooses one, `list` prints all.
+/// Makes the binary an image that runs the tests of these lists: `test=NAME` on the command line chooses one, `list`
+/// prints all.
 #[macro_export]
 macro_rules! image {
     ($($list:expr),+ $(,)?) => {
@@ -89,13 +90,14 @@ pub(crate) fn failed(info: &PanicInfo<'_>) -> ! {
 
 static START_INFO: AtomicU64 = AtomicU64::new(0);
 
-/// Whether the function is assigned: a host or another process lets it reach what the bridge maps (`assigned=DD.F` on the command line, for
-/// each).
+/// Whether the function is assigned: a host or another process lets it reach what the bridge maps (`assigned=DD.F` on
+/// the command line, for each).
 pub fn is_assigned(function: SourceId) -> bool {
     is_named("assigned=", function)
 }
 
-/// Whether the function's host hears of the faults of its DMA, and not this guest (`unrecorded=DD.F` on the command line, for each).
+/// Whether the function's host hears of the faults of its DMA, and not this guest (`unrecorded=DD.F` on the command
+/// line, for each).
 pub fn is_unrecorded(function: SourceId) -> bool {
     is_named("unrecorded=", function)
 }

@@ -1,4 +1,5 @@
-//! What the compiler takes for granted: on this target the prebuilt core leaves these to libc, which an image does not have.
+//! What the compiler takes for granted: on this target the prebuilt core leaves these to libc, which an image does not
+//! have.
 
 use core::arch::asm;
 

@@ -1,9 +1,10 @@
-//! Bare-metal images that drive a VT-d unit and a DMA device: start-up into 64-bit user mode, interrupts, PCI, a driver for
-//! the unit with builders for its tables, and one for `edu`. `docs/writing-images.md` shows how to write one.
+//! Bare-metal images that drive a VT-d unit and a DMA device: start-up into 64-bit user mode, interrupts, PCI, a driver
+//! for the unit with builders for its tables, and one for `edu`. `docs/writing-images.md` shows how to write one.
 //!
-//! The body of an image runs in ring 3, with all of the first 4 GiB and every port at its disposal: there compiled code with its SSE
-//! instructions and red zone needs no special target, and a KVM that emulates the kernel's mode in software runs it at full speed.
-//! An image has one processor and one thread; a test that asks for `--cpus 2` can have a second one do something beside it, see [`smp`].
+//! The body of an image runs in ring 3, with all of the first 4 GiB and every port at its disposal: there compiled code
+//! with its SSE instructions and red zone needs no special target, and a KVM that emulates the kernel's mode in
+//! software runs it at full speed. An image has one processor and one thread; a test that asks for `--cpus 2` can have
+//! a second one do something beside it, see [`smp`].
 #![no_std]
 
 pub mod edu;

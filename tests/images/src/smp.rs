@@ -1,7 +1,8 @@
 //! A second processor, which does something over and over beside the test: for tests that ask for `--cpus 2`.
 //!
-//! It is started by INIT and a start-up message (xAPIC), and goes the way of the first one: through long mode into ring 3, with stacks and a
-//! task state segment of its own, and the same interrupts and exceptions. A panic there fails the test as it does here.
+//! It is started by INIT and a start-up message (xAPIC), and goes the way of the first one: through long mode into ring
+//! 3, with stacks and a task state segment of its own, and the same interrupts and exceptions. A panic there fails the
+//! test as it does here.
 
 use core::arch::global_asm;
 use core::cell::UnsafeCell;
@@ -10,7 +11,8 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use crate::x86::{LOCAL_APIC, enable_interrupts, pause, read, wait_for, write};
 
-/// Where the second processor starts in real mode: below 1 MiB, in a page that neither firmware nor the boot protocol uses.
+/// Where the second processor starts in real mode: below 1 MiB, in a page that neither firmware nor the boot protocol
+/// uses.
 const TRAMPOLINE: u64 = 0x1_0000;
 /// The local APIC's id of the second processor.
 const ID: u32 = 1;
@@ -146,8 +148,8 @@ impl Other {
     }
 }
 
-/// Does `this` here while the second processor does `round` over and over, at least once. Gives what `this` gives, when the other has
-/// ended, too. It may be used again and again.
+/// Does `this` here while the second processor does `round` over and over, at least once. Gives what `this` gives, when
+/// the other has ended, too. It may be used again and again.
 pub fn beside<F: FnMut() + Send, R>(mut round: F, this: impl FnOnce(&Other) -> R) -> R {
     start();
     ROUNDS.store(0, Ordering::Relaxed);
@@ -162,7 +164,8 @@ pub fn beside<F: FnMut() + Send, R>(mut round: F, this: impl FnOnce(&Other) -> R
 }
 
 fn rounds<F: FnMut()>(round: *mut ()) {
-    // SAFETY: `beside` gives its own `F`, touches it no more, and does not return before this has: a panic ends the machine.
+    // SAFETY: `beside` gives its own `F`, touches it no more, and does not return before this has: a panic ends the
+    // machine.
     let round = unsafe { &mut *round.cast::<F>() };
     loop {
         round();

@@ -1,5 +1,5 @@
-//! From the PVH entry point (32-bit protected mode, no paging, EBX at the start information) to Rust in ring 3, and the way of
-//! every interrupt and exception. As little as possible runs in ring 0: see the crate's page.
+//! From the PVH entry point (32-bit protected mode, no paging, EBX at the start information) to Rust in ring 3, and the
+//! way of every interrupt and exception. As little as possible runs in ring 0: see the crate's page.
 
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -194,8 +194,8 @@ unsafe extern "C" {
 
 #[unsafe(no_mangle)]
 extern "C" fn rust_exception() -> ! {
-    // SAFETY: the assembly above wrote it before it came here. A second processor that does the same only blurs the message of a
-    // test that has failed.
+    // SAFETY: the assembly above wrote it before it came here. A second processor that does the same only blurs the
+    // message of a test that has failed.
     let [vector, error, rip, address] = unsafe { (&raw const EXCEPTION).read_volatile() };
     panic!("exception {vector} (error {error:#x}) at {rip:#x}, address {address:#x}");
 }

@@ -1,8 +1,8 @@
 //! What most tests begin with: a unit with its queue and a root table, a device, and a domain that the device is in.
 //!
-//! Where the device is a function of the host, the host hears of the faults of its DMA. Then there are two: the assigned one, of which is checked
-//! what it reaches and what not, and beside it an emulated one in the same domains, which is blocked where the assigned one is, and
-//! has the fault record.
+//! Where the device is a function of the host, the host hears of the faults of its DMA. Then there are two: the
+//! assigned one, of which is checked what it reaches and what not, and beside it an emulated one in the same domains,
+//! which is blocked where the assigned one is, and has the fault record.
 
 use crate::edu::Edu;
 use crate::memory::{load, page, store};
@@ -24,7 +24,8 @@ pub struct World {
     pub unit: Unit,
     /// The device that the test is about.
     pub edu: Edu,
-    /// An emulated one, if that is a function of the host: its context entry follows that one's ([`World::set_context`]).
+    /// An emulated one, if that is a function of the host: its context entry follows that one's
+    /// ([`World::set_context`]).
     pub beside: Option<Edu>,
     /// The root table.
     pub root: u64,
@@ -40,8 +41,8 @@ impl World {
         Self::of(edu, beside)
     }
 
-    /// The same for a test of what the unit records or sends of its own: with a device whose faults it hears of, even where there is an
-    /// assigned one.
+    /// The same for a test of what the unit records or sends of its own: with a device whose faults it hears of, even
+    /// where there is an assigned one.
     pub fn recorded() -> Self {
         Self::of(Edu::recorded(), None)
     }
@@ -56,7 +57,8 @@ impl World {
         Self { unit, edu, beside, root, contexts }
     }
 
-    /// With the device in a domain of the unit's narrowest table, and translation on. The domain maps the device's scratch page.
+    /// With the device in a domain of the unit's narrowest table, and translation on. The domain maps the device's
+    /// scratch page.
     pub fn with_domain() -> (Self, Domain) {
         Self::new().and_widest_domain()
     }
@@ -147,8 +149,9 @@ impl World {
         }
     }
 
-    /// The test fails unless there is just this fault of the device, which accessed the eight bytes at `iova`; it is taken. There must
-    /// be none of a function of the host: then the device beside it does the same, and the fault is that one's.
+    /// The test fails unless there is just this fault of the device, which accessed the eight bytes at `iova`; it is
+    /// taken. There must be none of a function of the host: then the device beside it does the same, and the fault is
+    /// that one's.
     pub fn fault(&self, reason: u8, iova: u64, read: bool) {
         let mut source = self.edu.sid;
         if let Some(beside) = &self.beside {
@@ -167,8 +170,8 @@ impl World {
         self.no_fault();
     }
 
-    /// The first IOVA that an assigned device cannot reach although its table grants it, since its host did not map it: one record tells
-    /// of it, however many pages they are, and is taken. `None` where there is no such record.
+    /// The first IOVA that an assigned device cannot reach although its table grants it, since its host did not map it:
+    /// one record tells of it, however many pages they are, and is taken. `None` where there is no such record.
     pub fn refused(&self) -> Option<u64> {
         let fault = self.unit.take_fault()?;
         let expected = Fault { source: self.edu.sid, reason: TABLE_UNUSABLE, info: fault.info, read: true };
@@ -221,8 +224,8 @@ impl World {
         self.no_fault();
     }
 
-    /// As [`World::read_blocked`], for a page that may be written. Linux up to 6.12 lets a function of the host read such a page: then
-    /// only the device beside it is looked at.
+    /// As [`World::read_blocked`], for a page that may be written. Linux up to 6.12 lets a function of the host read
+    /// such a page: then only the device beside it is looked at.
     pub fn read_of_write_only_blocked(&self, iova: u64, gpa: u64) {
         match self.edu.recorded {
             false => self.fault(READ_DENIED, iova, true),

@@ -70,8 +70,8 @@ impl Stopwatch {
     }
 }
 
-/// Seconds that something may take: a busy machine lets an emulator, another process or another processor wait, while this processor's time goes
-/// on.
+/// Seconds that something may take: a busy machine lets an emulator, another process or another processor wait, while
+/// this processor's time goes on.
 const PATIENCE: u32 = 15;
 
 /// Waits until `done`; the test fails after fifteen seconds.
@@ -120,9 +120,9 @@ pub fn interrupts(vector: u8) -> u64 {
     unsafe { IRQ_COUNT[usize::from(vector)].load(core::sync::atomic::Ordering::Acquire) }
 }
 
-/// From now on every interrupt's handler writes ones to the four bytes at `register`, before it tells the end of the interrupt. It must be
-/// a register that is the processor's to write: a KVM that emulates ring 0 in software was seen to lose such a write of a handler where it
-/// is an exit.
+/// From now on every interrupt's handler writes ones to the four bytes at `register`, before it tells the end of the
+/// interrupt. It must be a register that is the processor's to write: a KVM that emulates ring 0 in software was seen
+/// to lose such a write of a handler where it is an exit.
 pub fn write_at_interrupts(register: u64) {
     // SAFETY: start-up's assembly defines it, with this size, and only reads it.
     unsafe { IRQ_REGISTER.store(register, core::sync::atomic::Ordering::Release) }

@@ -1,5 +1,6 @@
-//! How a bench is run: criterion times its operations, or, with the arguments `count NAME ITERATIONS`, one of them is done that
-//! often and nothing is timed: `cargo xtask bench` does so under a tool that counts instructions. `count` alone names them all.
+//! How a bench is run: criterion times its operations, or, with the arguments `count NAME ITERATIONS`, one of them is
+//! done that often and nothing is timed: `cargo xtask bench` does so under a tool that counts instructions. `count`
+//! alone names them all.
 // Not every bench uses all of it.
 #![allow(dead_code)]
 
@@ -24,8 +25,8 @@ impl Runner {
         }
     }
 
-    /// The operation that `make` makes, if it is wanted. Each is a type of its own, so that it is compiled into the loop that
-    /// repeats it.
+    /// The operation that `make` makes, if it is wanted. Each is a type of its own, so that it is compiled into the
+    /// loop that repeats it.
     pub fn operation<O: FnMut()>(&mut self, name: &str, make: impl FnOnce() -> O) {
         match self {
             Self::Time(criterion) => {

@@ -62,8 +62,8 @@ impl Piece {
     }
 }
 
-/// Compares two books of one space, each ascending and disjoint: `each` is called for every run of IOVAs that at least one of them
-/// maps, in ascending order, cut where either of them is.
+/// Compares two books of one space, each ascending and disjoint: `each` is called for every run of IOVAs that at least
+/// one of them maps, in ascending order, cut where either of them is.
 pub fn compare(
     left: impl IntoIterator<Item = Mapping>,
     right: impl IntoIterator<Item = Mapping>,

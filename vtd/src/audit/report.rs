@@ -24,7 +24,8 @@ pub enum Difference {
         /// What it is attached to.
         attached: SpaceKey,
     },
-    /// About what a function reaches in the host. What it was granted is the left side of the piece, what the host was handed its right.
+    /// About what a function reaches in the host. What it was granted is the left side of the piece, what the host was
+    /// handed its right.
     Host(Requester, Piece),
     /// Anything else, in words.
     Other(String),

@@ -1,8 +1,9 @@
 //! The way of an emulated device to guest memory (rule 6): sessions, translation, and access.
 //!
-//! An [`Endpoint`] is a requester. Each access happens inside a [`DmaSession`](super::DmaSession); an invalidation waits for the sessions
-//! that are open, so what it took away is not touched any more when the guest sees that it is done. A session must not
-//! span a system call, MMIO dispatch, or a wait for the guest. How a hit gets by without a lock is told in [`super::iotlb`].
+//! An [`Endpoint`] is a requester. Each access happens inside a [`DmaSession`](super::DmaSession); an invalidation
+//! waits for the sessions that are open, so what it took away is not touched any more when the guest sees that it is
+//! done. A session must not span a system call, MMIO dispatch, or a wait for the guest. How a hit gets by without a
+//! lock is told in [`super::iotlb`].
 
 use std::iter;
 use std::sync::Arc;
@@ -32,11 +33,12 @@ pub enum DmaError {
     /// The interrupt address range is no memory: a write there is a message, which a device sends otherwise. No fault.
     #[error("{0} lies in the interrupt address range")]
     InterruptRange(Iova),
-    /// The device has no source id, because no bus number leads to it, and translation is on. No fault: there is no id to record.
+    /// The device has no source id, because no bus number leads to it, and translation is on. No fault: there is no id
+    /// to record.
     #[error("{0} was asked for by a device without a source id")]
     NoSourceId(Iova),
-    /// The translation leads to no memory. No fault: hardware would end such a request elsewhere. Nor is there memory for
-    /// what goes on beyond the last address that there is, [`u64::MAX`].
+    /// The translation leads to no memory. No fault: hardware would end such a request elsewhere. Nor is there memory
+    /// for what goes on beyond the last address that there is, [`u64::MAX`].
     #[error("{iova} leads to {gpa}, where there is no memory")]
     NoMemory {
         /// The address of the request.
@@ -78,9 +80,9 @@ impl From<Access> for Wanted {
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
-    /// The way to guest memory for an emulated device. The device is there for as long as the endpoint is: when it is dropped,
-    /// another function that core its source id has that alone. So it is not to be dropped inside a [`crate::DmaSession`] of
-    /// another endpoint, or by a listener or a sink that the unit calls.
+    /// The way to guest memory for an emulated device. The device is there for as long as the endpoint is: when it is
+    /// dropped, another function that core its source id has that alone. So it is not to be dropped inside a
+    /// [`crate::DmaSession`] of another endpoint, or by a listener or a sink that the unit calls.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
         let endpoint = Endpoint::new(self.clone(), requester);
         self.spaces().add_endpoint(&self.core, requester, endpoint.iotlb());
@@ -137,8 +139,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         self.walk_cached(sampled, iova, wanted).map_or_else(|| self.walk_tables(sampled, iova, wanted), Ok)
     }
 
-    /// A walk from what is cached of the tables. `None` where that is not enough, and where the access is not permitted: what is
-    /// told about that is as the tables are now.
+    /// A walk from what is cached of the tables. `None` where that is not enough, and where the access is not
+    /// permitted: what is told about that is as the tables are now.
     fn walk_cached(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Option<Gpa> {
         let Core { memory, config, .. } = &self.unit.core;
         let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN) {

@@ -1,21 +1,21 @@
 //! What one endpoint caches, for emulated DMA (rule 6), read without a lock; and the record of its sessions in flight.
 //!
 //! Three tables are cached: **pages** (an IOTLB), **directories**, which are what the entries above level 1 lead to for
-//! 2 MiB (a paging-structure cache, section 6.2.5), and the **context** entry (section 6.2.3). A slot of them is a sequence
-//! lock over three words, so a reader never waits. Pages and directories have sets of two.
+//! 2 MiB (a paging-structure cache, section 6.2.5), and the **context** entry (section 6.2.3). A slot of them is a
+//! sequence lock over three words, so a reader never waits. Pages and directories have sets of two.
 //!
 //! **A hit** loads the generation and a slot.
 //!
 //! **A miss** samples `epoch` and the generation before the first table read, walks the guest's tables with no lock,
-//! from what is cached of the same generation, and stores what it found only if, with the slot held, `epoch` is still the
-//! same. Before that it notes the domain, and whether the leaf is a large one.
+//! from what is cached of the same generation, and stores what it found only if, with the slot held, `epoch` is still
+//! the same. Before that it notes the domain, and whether the leaf is a large one.
 //!
 //! **An invalidation** first advances `epoch`: from then on no walk that began earlier is stored. Then it takes the
-//! generation forward (everything is stale at once), or, for a few pages, empties just the slots of their directories (more
-//! than an invalidation with IH set asks for), advances `epoch` again, since walks may have begun from these, and empties the
-//! slots of the pages. A store that passed its check before `epoch` moved holds its slot until it is done, so the emptying
-//! waits for it and finds it. Last, it waits for each session that is open: the access of a session may still use what was
-//! just invalidated. Invalidations of one endpoint come one at a time.
+//! generation forward (everything is stale at once), or, for a few pages, empties just the slots of their directories
+//! (more than an invalidation with IH set asks for), advances `epoch` again, since walks may have begun from these, and
+//! empties the slots of the pages. A store that passed its check before `epoch` moved holds its slot until it is done,
+//! so the emptying waits for it and finds it. Last, it waits for each session that is open: the access of a session may
+//! still use what was just invalidated. Invalidations of one endpoint come one at a time.
 //!
 //! A session is a word of `sessions`: odd while it is open. The waiter notes the odd ones and waits until each of them
 //! has changed, so sessions that begin later cannot hold it up.
@@ -96,8 +96,8 @@ impl Slot {
         self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
 
-    /// Empties the slot if it has `key`, when no store is under way. After the epoch was advanced: a store that begins now
-    /// is of a walk that began after it.
+    /// Empties the slot if it has `key`, when no store is under way. After the epoch was advanced: a store that begins
+    /// now is of a walk that began after it.
     fn empty(&self, key: u64) {
         let mut turn = 0;
         while self.sequence.load(Ordering::Acquire) & 1 != 0 {

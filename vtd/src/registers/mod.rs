@@ -1,8 +1,9 @@
-//! The register file: what each (offset, size) reads and what a write of it changes. No register read has an effect.
+//! The register file: what each (offset, size) reads and what a write of it changes. No register read has an
+//! effect.
 //!
-//! Defined accesses are 4 bytes at a multiple of 4 and 8 bytes at a multiple of 8. Of any other access, reads give zeros
-//! and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it is two,
-//! the lower one first (Xen writes FEADDR and FEUADDR so).
+//! Defined accesses are 4 bytes at a multiple of 4 and 8 bytes at a multiple of 8. Of any other access, reads give
+//! zeros and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it
+//! is two, the lower one first (Xen writes FEADDR and FEUADDR so).
 
 pub(crate) mod record;
 pub(crate) mod state;
@@ -59,8 +60,8 @@ impl Registers {
         hits(offset::GCMD, 4) || hits(offset::CCMD, 8) || hits(offset::IQT, 8) || hits(offset::IOTLB, 8)
     }
 
-    /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that clears IQE gives a
-    /// [`Command`], so that a fault handler has no other lock to wait for.
+    /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that
+    /// clears IQE gives a [`Command`], so that a fault handler has no other lock to wait for.
     pub(crate) fn resumes(&self, at: u64, len: usize, value: u64) -> bool {
         let fault_status = match (at, len) {
             (offset::FSTS, 4) => value as u32,

@@ -41,7 +41,8 @@ impl Registers {
         let full = |high: u64| FaultRecordHigh::from_bits(high);
         let same_source = |record: u64| full(record).fault() && full(record).source() == high.source();
         if self.state.fault_records.iter().any(|record| same_source(record.high)) {
-            // One record a source id until the guest has read it: a device that faults in a loop cannot hide the others.
+            // One record a source id until the guest has read it: a device that faults in a loop cannot hide the
+            // others.
             return (Recorded::Dropped, None);
         }
         let index = usize::from(self.state.next_fault_record) % self.state.fault_records.len();

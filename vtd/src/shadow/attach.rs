@@ -89,8 +89,8 @@ impl Spaces {
         }
     }
 
-    /// Tries the functions again that wait for room, if there may be some: something was taken away, or the guest invalidated
-    /// more than pages.
+    /// Tries the functions again that wait for room, if there may be some: something was taken away, or the guest
+    /// invalidated more than pages.
     pub(super) fn try_again<M: GuestMemoryBackend>(&mut self, core: &Core<M>, more_than_pages: bool) {
         let now = Now { turn: self.turn, freed: self.freed };
         let due = |(requester, member): (&Requester, &mut Member)| {
@@ -148,8 +148,8 @@ impl Spaces {
     }
 }
 
-/// The fault of a device that cannot reach what the guest's tables grant. Its reason is the one of a table that could not
-/// be used.
+/// The fault of a device that cannot reach what the guest's tables grant. Its reason is the one of a table that could
+/// not be used.
 fn refused_fault<M>(core: &Core<M>, requester: Requester, iova: Iova) -> Fault {
     let requester = core.sources.load().of(requester).seen(requester);
     Fault { requester, iova, access: Access::Read, reason: FaultReason::PagingTableAccess, silenced: false }

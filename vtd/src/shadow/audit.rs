@@ -1,4 +1,5 @@
-//! The audit of a unit (see [`crate::audit`]): the guest's tables, walked afresh, beside the shadows, and those beside the host's book.
+//! The audit of a unit (see [`crate::audit`]): the guest's tables, walked afresh, beside the shadows, and those beside
+//! the host's book.
 
 use std::collections::BTreeSet;
 

@@ -80,7 +80,8 @@ fn what_no_invalidation_covered_is_pending_however_often_one_asks() {
 fn the_same_page_mapped_again_and_again_is_never_a_difference() {
     let (mut rig, root) = Rig::with_nvme();
     for _ in 0..5 {
-        // Each audit sees the tables ahead of the shadow, with the same values, and a completed invalidation lies between any two.
+        // Each audit sees the tables ahead of the shadow, with the same values, and a completed invalidation lies
+        // between any two.
         rig.pages(root, 0x10_0000, 0x80_0000, 4);
         assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
         assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 2)]));

@@ -1,5 +1,5 @@
-//! The shadow of a space: what its listener was told, with exactly the boundaries that it was told, and the diff between
-//! that and what a walk found (B-1, B-2, B-7, B-14).
+//! The shadow of a space: what its listener was told, with exactly the boundaries that it was told, and the diff
+//! between that and what a walk found (B-1, B-2, B-7, B-14).
 //!
 //! The diff compares translations, not shapes: where an address leads to the same place with the same permission before
 //! and after, nothing is said about it, whatever leaves or extents it belonged to.
@@ -89,9 +89,10 @@ impl Shadow {
         self.extents.from(last).next().filter(|extent| extent.first <= last).map_or(last, |extent| extent.last)
     }
 
-    /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and disjoint;
-    /// adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and `false` is
-    /// returned, when `changes` may hold a map that would have to go again: then the batch must be given first.
+    /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and
+    /// disjoint; adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and
+    /// `false` is returned, when `changes` may hold a map that would have to go again: then the batch must be given
+    /// first.
     pub(crate) fn sync(&mut self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) -> bool {
         let (unmaps_before, maps_before) = (changes.unmaps.len(), changes.maps.len());
         self.diff((first, last), runs, changes);

@@ -1,5 +1,5 @@
-//! What the tests of a whole unit cannot bring about: the storage itself, and a guest that edits its tables between two walks
-//! of one drain.
+//! What the tests of a whole unit cannot bring about: the storage itself, and a guest that edits its tables between two
+//! walks of one drain.
 
 use proptest::prelude::*;
 

@@ -1,9 +1,10 @@
-//! The extents of one space, in ascending order, so stored that a comparison finds its place once and has what is beside it at hand.
+//! The extents of one space, in ascending order, so stored that a comparison finds its place once and has what is
+//! beside it at hand.
 //!
-//! They stand in chunks of up to [`FULL`], and a list of where the chunks begin is searched first: of 65,536 extents, 1,024
-//! numbers, and then a chunk of 2 KiB. Two chunks side by side hold more than half of what one can, else they become one: what a guest
-//! makes the list hold is bounded by the number of its extents, and a chunk that was made is filled or emptied by half before it
-//! goes or is divided, so that the list is seldom moved.
+//! They stand in chunks of up to [`FULL`], and a list of where the chunks begin is searched first: of 65,536 extents,
+//! 1,024 numbers, and then a chunk of 2 KiB. Two chunks side by side hold more than half of what one can, else they
+//! become one: what a guest makes the list hold is bounded by the number of its extents, and a chunk that was made is
+//! filled or emptied by half before it goes or is divided, so that the list is seldom moved.
 
 use crate::space::Perm;
 
@@ -74,8 +75,8 @@ impl Extents {
         here.iter().chain(behind.into_iter().flatten().flatten())
     }
 
-    /// Where the first extent is that ends at `at` or behind it, if it is in the last chunk that begins no later than `at`; else
-    /// behind that chunk's last.
+    /// Where the first extent is that ends at `at` or behind it, if it is in the last chunk that begins no later than
+    /// `at`; else behind that chunk's last.
     fn find(&self, at: u64) -> Place {
         let chunk = self.firsts.partition_point(|first| *first <= at).saturating_sub(1);
         let index = self.chunks.get(chunk).map_or(0, |extents| end_before(extents, at));
@@ -166,8 +167,8 @@ impl Extents {
     }
 }
 
-/// How many of `extents` end before `at`. A chunk is seldom in the processor's nearest cache, and in a binary search each step waits
-/// for the one before it. Here nothing waits but the second of two looks, each at a few places at once.
+/// How many of `extents` end before `at`. A chunk is seldom in the processor's nearest cache, and in a binary search
+/// each step waits for the one before it. Here nothing waits but the second of two looks, each at a few places at once.
 fn end_before(extents: &[Extent], at: u64) -> usize {
     let begun = extents.chunks(LOOK).filter(|some| some[0].first <= at).count();
     let from = begun.saturating_sub(1) * LOOK;

@@ -13,8 +13,8 @@ use crate::scope::{ContextScope, Scope};
 use crate::space::PagedSpace;
 use crate::tables::interrupt::EntriesChanged;
 
-/// Looks at a part of the interrupt entries in one turn; the next one is at all of them, and the last. Each may cost the listener a
-/// change of all its routes.
+/// Looks at a part of the interrupt entries in one turn; the next one is at all of them, and the last. Each may cost
+/// the listener a change of all its routes.
 const ENTRY_LOOKS: u32 = 64;
 
 /// Invalidations that did not take effect yet.
@@ -118,8 +118,8 @@ impl Spaces {
         }
     }
 
-    /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables, unless they were compared whole in
-    /// this turn already.
+    /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables, unless they were
+    /// compared whole in this turn already.
     fn compare<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scopes: &mut [Scope], whole: &BTreeSet<PagedSpace>) {
         // In ascending order, so that neighbours are found and a space's ranges stand together.
         scopes.sort_unstable_by_key(|scope| match *scope {

@@ -118,8 +118,8 @@ impl Spaces {
         self.sources_changed(core);
     }
 
-    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`, and those that
-    /// are to be elsewhere to `moves`.
+    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`,
+    /// and those that are to be elsewhere to `moves`.
     pub(super) fn look_up_again<M: GuestMemoryBackend>(
         &mut self,
         core: &Core<M>,
@@ -135,7 +135,8 @@ impl Spaces {
             member.looked_up_in = self.turn;
             let waits = member.waiting.is_some_and(|waiting| waiting.space == key);
             if waits && !matches!(scope, ContextScope::Device { .. }) {
-                // Nothing says that there is room: its turn comes when it comes. Who names the device has it tried at once.
+                // Nothing says that there is room: its turn comes when it comes. Who names the device has it tried at
+                // once.
                 continue;
             }
             if member.attached == key && !waits {
@@ -159,8 +160,9 @@ impl Spaces {
         }
     }
 
-    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet. One that waits for room
-    /// is reached by its name all the same, unless it was tried already: what came before it did not have it tried.
+    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet. One that
+    /// waits for room is reached by its name all the same, unless it was tried already: what came before it did not
+    /// have it tried.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
         let named = matches!(scope, ContextScope::Device { .. });
         let reached = move |(_, member): &(&Requester, &Member)| {

@@ -59,8 +59,9 @@ pub(crate) struct Spaces {
     /// Of which functions the log has that they are blocked.
     said_blocked: BTreeSet<Requester>,
     scratch: Scratch,
-    /// Number of the drain, or of the command outside a drain. Every descriptor of a drain was given before it began, so what
-    /// was looked at once in a turn is not looked at again in it: else a full queue would be as many walks of everything.
+    /// Number of the drain, or of the command outside a drain. Every descriptor of a drain was given before it began,
+    /// so what was looked at once in a turn is not looked at again in it: else a full queue would be as many walks of
+    /// everything.
     turn: u64,
     draining: bool,
     /// How often something was taken away from the host.

@@ -1,13 +1,16 @@
-//! Source ids that change. The requests of a function behind a bridge carry the bridge's secondary bus number, which the guest
-//! may write at any time; so what the unit knows a function by and what its requests carry are two things.
+//! Source ids that change. The requests of a function behind a bridge carry the bridge's secondary bus number,
+//! which the guest may write at any time; so what the unit knows a function by and what its requests carry are two
+//! things.
 //!
-//! A function keeps the **name** that it was given to the unit with. Tables are looked up, faults recorded, and interrupts checked
-//! with its **source id**. While two functions have the same id, as they may between two writes of a guest that renumbers its buses,
-//! nobody can tell their requests apart: with translation on, neither reaches anything. So does one that has no id.
+//! A function keeps the **name** that it was given to the unit with. Tables are looked up, faults recorded, and
+//! interrupts checked with its **source id**. While two functions have the same id, as they may between two writes of a
+//! guest that renumbers its buses, nobody can tell their requests apart: with translation on, neither reaches anything.
+//! So does one that has no id.
 //!
 //! Order of a change, so that nothing of the old id is left when it returns:
 //!
-//! 1. the new ids are in force: a walk that begins now uses them, and a walk that began before is not cached (its epoch is over, 2.);
+//! 1. the new ids are in force: a walk that begins now uses them, and a walk that began before is not cached (its epoch
+//!    is over, 2.);
 //! 2. cached translations are emptied, and open sessions waited for;
 //! 3. assigned functions are looked up again and moved by the usual diff;
 //! 4. the routes of interrupts are made again.

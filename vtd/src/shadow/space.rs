@@ -1,8 +1,9 @@
 //! One space that has members: its shadow, and how it is compared with the guest's tables.
 //!
-//! A space is open or blocked. Only an open one has a shadow, and a comparison takes the shadow out of the space: it is put
-//! back when the comparison ends within the bounds, and else the space stays without one, so that nothing can be added to a
-//! space that is blocked. A blocked space holds nothing, and is opened again only by a whole comparison (rule 5).
+//! A space is open or blocked. Only an open one has a shadow, and a comparison takes the shadow out of the space: it is
+//! put back when the comparison ends within the bounds, and else the space stays without one, so that nothing can be
+//! added to a space that is blocked. A blocked space holds nothing, and is opened again only by a whole comparison
+//! (rule 5).
 
 use std::collections::BTreeSet;
 
@@ -35,8 +36,8 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Gives back what an exceptionally large re-sync took, when many after it did not need it: a guest that re-syncs the same
-    /// large space each time has the storage ready.
+    /// Gives back what an exceptionally large re-sync took, when many after it did not need it: a guest that re-syncs
+    /// the same large space each time has the storage ready.
     pub(crate) fn shrink(&mut self) {
         const KEPT: usize = 1 << 14;
         const SMALL_ONES: u32 = 256;
@@ -173,11 +174,13 @@ impl Space {
 /// What became of a batch of ranges.
 enum Ranges {
     Compared,
-    /// They visit more table entries than one drain may; those before were compared, and the listener has what they changed.
+    /// They visit more table entries than one drain may; those before were compared, and the listener has what they
+    /// changed.
     Unaffordable,
 }
 
-/// An open space, while it is compared with the guest's tables. An error ends it: the shadow is not to be used any more.
+/// An open space, while it is compared with the guest's tables. An error ends it: the shadow is not to be used any
+/// more.
 struct Comparison<'a, M> {
     core: &'a Core<M>,
     key: PagedSpace,
@@ -237,8 +240,8 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
             self.give();
             self.shadow.sync(spoken_of, &self.scratch.found.runs, &mut self.scratch.changes);
         }
-        // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice, because
-        // what takes the place of all that was there may come before it in the order of addresses.
+        // After each range: together they could hold the leaves of all table entries that one drain may visit. Twice,
+        // because what takes the place of all that was there may come before it in the order of addresses.
         if self.shadow.len() / 2 > self.core.config.bounds.shadow_entries {
             return Err(Exhausted);
         }
@@ -290,12 +293,13 @@ fn walk<M: GuestMemoryBackend>(
     walked
 }
 
-/// The range that `found` speaks of with the whole of the extents at its edges, if these are not only gone from it but beyond it,
-/// too.
+/// The range that `found` speaks of with the whole of the extents at its edges, if these are not only gone from it but
+/// beyond it, too.
 ///
-/// A guest that takes away several mappings clears them all, and then invalidates them one by one, each in a range that is rounded
-/// up to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped again without need,
-/// for as long as its own invalidation takes (B-8). Only one page beside the range is looked at, and if that is live, no more.
+/// A guest that takes away several mappings clears them all, and then invalidates them one by one, each in a range that
+/// is rounded up to a power of two. Where that cuts the next one, nothing of which is live any more, it would be mapped
+/// again without need, for as long as its own invalidation takes (B-8). Only one page beside the range is looked at,
+/// and if that is live, no more.
 fn gone_beyond<M: GuestMemoryBackend>(
     core: &Core<M>,
     space: &PagedSpace,

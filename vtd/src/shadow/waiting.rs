@@ -1,9 +1,11 @@
-//! Functions that are not where the guest's tables say because the host had no room, and when they are tried again (B-11).
+//! Functions that are not where the guest's tables say because the host had no room, and when they are tried again
+//! (B-11).
 //!
-//! A guest's driver attaches a device once and then believes that it can reach its domain; nothing makes it attach again. So the
-//! unit does, without being asked: after a drain that took something away, or that looked at more than pages. A try may be as
-//! many host operations as there are mappings, so a function that was refused again sits out twice as many such occasions as
-//! before, up to a bound: a guest that unmaps a page at a time makes few tries, and one that waits for room gets it.
+//! A guest's driver attaches a device once and then believes that it can reach its domain; nothing makes it attach
+//! again. So the unit does, without being asked: after a drain that took something away, or that looked at more than
+//! pages. A try may be as many host operations as there are mappings, so a function that was refused again sits out
+//! twice as many such occasions as before, up to a bound: a guest that unmaps a page at a time makes few tries, and one
+//! that waits for room gets it.
 
 use crate::space::SpaceKey;
 
@@ -44,8 +46,8 @@ impl Waiting {
         self.left = 0;
     }
 
-    /// Whether it is to be tried: there may be room, and it is its turn. At most once a turn of the unit, since a queue may be full
-    /// of occasions. `likely`: there may be room although nothing was taken away.
+    /// Whether it is to be tried: there may be room, and it is its turn. At most once a turn of the unit, since a queue
+    /// may be full of occasions. `likely`: there may be room although nothing was taken away.
     pub(crate) fn is_due(&mut self, now: Now, likely: bool) -> bool {
         if self.since.turn == now.turn || !(likely || self.since.freed != now.freed) {
             return false;

@@ -1,5 +1,5 @@
-//! Interrupt requests and the interrupt remapping table. Sections 5.1.2 (formats of requests), 5.1.5.1 (I/OxAPIC) and 9.10
-//! to 9.12 (interrupt remapping table entries).
+//! Interrupt requests and the interrupt remapping table. Sections 5.1.2 (formats of requests), 5.1.5.1 (I/OxAPIC) and
+//! 9.10 to 9.12 (interrupt remapping table entries).
 
 use bitfield_struct::bitfield;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -99,7 +99,8 @@ pub struct CompatibilityData {
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct IoapicEntry {
-    /// Vector: what an end of interrupt names; Linux puts the number of the pin here. The processor gets the one of the IRTE.
+    /// Vector: what an end of interrupt names; Linux puts the number of the pin here. The processor gets the one of the
+    /// IRTE.
     pub vector: u8,
     /// 0 in this format.
     #[bits(3)]

@@ -8,7 +8,7 @@
 //!  device --Msi--> outside 0xfeexxxxx?  no interrupt
 //!                  IRE off?             as it is
 //!                  compatibility?       as it is with CFIS and without EIME, else fault 0x25
-//!                  remappable?          handle (+ subhandle) -> IRTE: present, reserved, source -> Msi for the processors
+//!                  remappable?          handle (+ subhandle) -> IRTE: present, reserved, source -> Msi
 //! ```
 
 use std::sync::atomic::{Ordering, fence};
@@ -101,12 +101,13 @@ impl EntriesChanged {
 /// Hears of changes to interrupt remapping.
 pub trait RemapListener: Send + Sync {
     /// The guest invalidated `changed`, or interrupt remapping was turned on or off. Routes that it
-    /// [concerns](EntriesChanged::concerns) must be made again with [`crate::Unit::remap`] before this returns, all of them
-    /// at once: the guest is told that nothing reaches the old target.
+    /// [concerns](EntriesChanged::concerns) must be made again with [`crate::Unit::remap`] before this returns, all of
+    /// them at once: the guest is told that nothing reaches the old target.
     ///
-    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap and to record
-    /// faults, and must not access its registers. A route that another thread is making at the same time must be made
-    /// under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation could win.
+    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap and to
+    /// record faults, and must not access its registers. A route that another thread is making at the same time must be
+    /// made under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation
+    /// could win.
     fn entries_changed(&self, changed: EntriesChanged);
 }
 
@@ -188,13 +189,13 @@ impl Remapping {
         self.apply(&entry, sender).map_err(|reason| fault(index, reason, silenced))
     }
 
-    /// The entry at `index`, as it stood in memory at one moment; as not present if the guest does not stop changing it.
-    /// `None` where there is no memory.
+    /// The entry at `index`, as it stood in memory at one moment; as not present if the guest does not stop changing
+    /// it. `None` where there is no memory.
     ///
     /// Hardware reads the 16 bytes at once. Of the two words, Linux writes the lower one first, both to set an entry up
-    /// and to clear it, so no order of two reads is safe: the upper word of a cleared entry asks for no source validation,
-    /// and must not be taken together with the lower word from before. If the lower word is the same before and after the
-    /// upper one was read, the two belong together.
+    /// and to clear it, so no order of two reads is safe: the upper word of a cleared entry asks for no source
+    /// validation, and must not be taken together with the lower word from before. If the lower word is the same before
+    /// and after the upper one was read, the two belong together.
     fn read<M: GuestMemoryBackend>(&self, memory: &M, index: u32) -> Option<Irte> {
         let address = (self.table.page() << 12).checked_add(u64::from(index) * Irte::SIZE)?;
         let words = Words::at(memory, Gpa(address), 2)?;

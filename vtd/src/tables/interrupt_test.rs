@@ -389,8 +389,8 @@ fn a9_the_message_for_the_processors_has_all_that_the_entry_says() {
 fn a9_an_entry_that_changes_while_it_is_read_is_never_mixed() {
     let old = Irte { high: IrteHigh::new().with_validation(1).with_source(NVME.sid.0), ..entry() };
     let new = Irte { low: entry().low.with_vector(0x52), high: IrteHigh::new().with_validation(1).with_source(0x100) };
-    // Each is what memory goes through, as the lower and the upper word; the change comes after any number of reads. Linux
-    // writes the lower word first; the specification asks for the upper one first when an entry becomes present.
+    // Each is what memory goes through, as the lower and the upper word; the change comes after any number of reads.
+    // Linux writes the lower word first; the specification asks for the upper one first when an entry becomes present.
     let gone = Irte::default();
     let histories = [
         [old, Irte { low: gone.low, ..old }, gone],

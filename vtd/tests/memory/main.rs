@@ -1,5 +1,5 @@
-//! What a hostile guest does again and again, or as much of as it can, costs the unit a bounded amount of memory (rule 5). Every
-//! allocation of the test's thread is counted.
+//! What a hostile guest does again and again, or as much of as it can, costs the unit a bounded amount of memory (rule
+//! 5). Every allocation of the test's thread is counted.
 
 #[path = "../unit/rig.rs"]
 mod rig;
@@ -14,8 +14,8 @@ use vtd::{Access, Bounds, Iova, Msi, UnitConfig, UnitId};
 
 use rig::{NIC, NVME, QUEUE, Rig, context_domain, context_global, iotlb_domain, iotlb_global, iotlb_pages, requester};
 
-/// Does `round` `rounds` times, and as often again, and nothing may be left of the second half: less than a byte for each round.
-/// Returns the most that the second half had on top at any moment, in bytes.
+/// Does `round` `rounds` times, and as often again, and nothing may be left of the second half: less than a byte for
+/// each round. Returns the most that the second half had on top at any moment, in bytes.
 fn flat(rounds: u64, round: impl FnMut(u64)) -> u64 {
     let round = RefCell::new(round);
     (0..rounds).for_each(|number| (round.borrow_mut())(number));
@@ -76,8 +76,8 @@ fn rule5_memory_is_flat_over_tables_that_point_at_themselves() {
 
 #[test]
 fn rule5_memory_is_bounded_by_the_extents_of_one_space_whatever_one_drain_asks_for() {
-    // Tables that point at themselves, so that each range of 1 GiB has 2^18 leaves; ranges are only looked at together at the end of
-    // the drain, and table entries are no bound here.
+    // Tables that point at themselves, so that each range of 1 GiB has 2^18 leaves; ranges are only looked at together
+    // at the end of the drain, and table entries are no bound here.
     const EXTENTS: u64 = 1 << 12;
     let (mut rig, root) = bounded(Bounds { shadow_entries: EXTENTS as usize, ..Bounds::default() });
     let ranges: Vec<_> = (0..200).map(|page| iotlb_pages(1, page << 21, 9)).collect();

@@ -1,6 +1,6 @@
-//! Models: the cache of emulated DMA, its code itself, under loom, which tries every order of the threads and every value that
-//! the memory model lets a load see. The guest's table is one word here, and guest memory one cell of which loom checks that
-//! all accesses of it are ordered.
+//! Models: the cache of emulated DMA, its code itself, under loom, which tries every order of the threads and every
+//! value that the memory model lets a load see. The guest's table is one word here, and guest memory one cell of which
+//! loom checks that all accesses of it are ordered.
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 
@@ -279,7 +279,8 @@ fn rule6_a_walk_from_a_cached_directory_is_reached_with_it() {
     }
 }
 
-/// Three pages in the two places of one set, so that two threads store in the same; a hit is of the page that was asked for.
+/// Three pages in the two places of one set, so that two threads store in the same; a hit is of the page that was asked
+/// for.
 #[test]
 fn rule6_a_hit_is_of_one_store() {
     model(3, || {

@@ -430,8 +430,8 @@ fn a_space_without_members_is_never_told_of() {
 
 #[test]
 fn a_guest_that_changes_its_mind_within_one_drain_ends_with_what_the_tables_say() {
-    // Overlapping ranges in one batch: what the first maps, the second must be able to take back. A table that is edited
-    // by another processor meanwhile looks like this; here the first range reaches further than it says (B-1).
+    // Overlapping ranges in one batch: what the first maps, the second must be able to take back. A table that is
+    // edited by another processor meanwhile looks like this; here the first range reaches further than it says (B-1).
     let (mut rig, root) = bounded(Bounds::default());
     rig.leaf(root, 48, 0x20_0000, 0x100_0000, Some(Perm::ReadWrite), 2);
     assert!(rig.submit(&[iotlb_pages(1, 0x20_0000, 0), iotlb_pages(1, 0x20_5000, 0), iotlb_pages(1, 0x20_0000, 9)]));

@@ -1,5 +1,5 @@
-//! A guest whose other processor edits the tables at any moment of a drain: what a walk found a moment ago is not what the next
-//! one finds (rule 5).
+//! A guest whose other processor edits the tables at any moment of a drain: what a walk found a moment ago is not what
+//! the next one finds (rule 5).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -160,8 +160,8 @@ fn rule5_a_guest_that_changes_its_mind_in_the_middle_of_a_batch_has_what_it_said
     assert_eq!(world.view().extents, world.listener.reach(NVME), "the shadow is what was told");
 }
 
-/// The listener checks the order of what it is told; afterwards a page that is taken away with its own invalidation is gone, and a
-/// blocked space is empty.
+/// The listener checks the order of what it is told; afterwards a page that is taken away with its own invalidation is
+/// gone, and a blocked space is empty.
 #[test]
 fn rule5_edits_in_the_middle_of_drains_leave_no_stale_page() {
     const PAGES: u64 = 48;

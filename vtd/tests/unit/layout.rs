@@ -1,5 +1,5 @@
-//! Where each field stands: the layouts of the specification in numbers. All other tests build their tables with the crate's own
-//! types, so a field in the wrong place would be wrong on both sides there.
+//! Where each field stands: the layouts of the specification in numbers. All other tests build their tables with the
+//! crate's own types, so a field in the wrong place would be wrong on both sides there.
 
 use vtd::spec::fault::{FaultReason, FaultRecordHigh, InterruptFaultReason};
 use vtd::spec::invalidation::{

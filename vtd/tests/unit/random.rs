@@ -1,5 +1,6 @@
-//! Random table edits, invalidations and switches: wherever an invalidation has completed, the listener was told exactly
-//! what a fresh walk of the tables finds. The walk here is its own: one address at a time, from the specification.
+//! Random table edits, invalidations and switches: wherever an invalidation has completed, the listener was told
+//! exactly what a fresh walk of the tables finds. The walk here is its own: one address at a time, from the
+//! specification.
 
 use proptest::prelude::*;
 use vtd::spec::second_stage::{SecondStageEntry, entry_span};
@@ -305,7 +306,8 @@ proptest! {
         world.check();
     }
 
-    /// Descriptors and registers of any content: no panic, no loop without end, and the head never passes the tail's queue.
+    /// Descriptors and registers of any content: no panic, no loop without end, and the head never passes the tail's
+    /// queue.
     #[test]
     fn rule5_any_descriptors_and_registers_are_survived(
         descriptors in proptest::collection::vec((any::<u64>(), any::<u64>(), 0..6u64), 1..40),

@@ -1,5 +1,5 @@
-//! Interrupt remapping as a guest programs it, and as who makes routes of it hears of it. What becomes of a
-//! message is tested beside `tables/interrupt.rs`.
+//! Interrupt remapping as a guest programs it, and as who makes routes of it hears of it. What
+//! becomes of a message is tested beside `tables/interrupt.rs`.
 
 use std::sync::{Arc, Mutex, Weak};
 

@@ -23,7 +23,8 @@ const FREE: SourceId = SourceId::new(9, 0, 0);
 const ABSENT: SourceId = SourceId::new(9, 1, 0);
 const IOVA: u64 = 0x10_0000;
 
-/// Translation is on, and each of these ids has a page table of its own with one page: the Nth leads to 0x80_0000 + N pages.
+/// Translation is on, and each of these ids has a page table of its own with one page: the Nth leads to 0x80_0000 + N
+/// pages.
 const IDS: [SourceId; 4] = [NVME.sid, NIC.sid, EDU.sid, FREE];
 
 fn target(id: SourceId) -> Option<u64> {

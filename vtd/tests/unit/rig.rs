@@ -472,8 +472,8 @@ impl Rig {
         self.load(STATUS) as u32 == status
     }
 
-    /// A queue of 32,768 descriptors, in which each of `descriptors` is followed by a wait, and then again, until it is full.
-    /// Returns how long the drain took.
+    /// A queue of 32,768 descriptors, in which each of `descriptors` is followed by a wait, and then again, until it is
+    /// full. Returns how long the drain took.
     pub fn full_queue(&mut self, descriptors: &[(u64, u64)]) -> Duration {
         const LARGEST: u64 = 7;
         const ENTRIES: u64 = 256 << LARGEST;

@@ -216,7 +216,8 @@ fn b8_a_page_taken_out_of_a_2m_extent_is_unmapped_exactly() {
 
 #[test]
 fn b8_an_extent_that_a_rounded_range_cuts_goes_whole_if_nothing_of_it_is_live() {
-    // As Linux's vfio takes 3 + 13 huge pages away: both are cleared, then each is invalidated, rounded up to a power of two.
+    // As Linux's vfio takes 3 + 13 huge pages away: both are cleared, then each is invalidated, rounded up to a power
+    // of two.
     let (mut rig, root) = Rig::with_nvme();
     for pages in [
         [(0x4000_0000, 0x600_0000, 3), (0x4000_3000, 0x680_0000, 13)],

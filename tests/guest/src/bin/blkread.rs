@@ -1,7 +1,7 @@
 //! Reads a block device and says how long that took: `blkread DEVICE buffered|direct BLOCK_SIZE COUNT [--sha256]`.
 //!
-//! The clock is CLOCK_MONOTONIC around each read alone, so hashing is not timed; without `--sha256` the sum of the reads is
-//! the time of the whole loop, which is what a benchmark wants.
+//! The clock is CLOCK_MONOTONIC around each read alone, so hashing is not timed; without `--sha256` the sum of the
+//! reads is the time of the whole loop, which is what a benchmark wants.
 
 use std::fs::OpenOptions;
 use std::io::Read;
@@ -34,8 +34,8 @@ struct Arguments {
     /// Prints the checksum of what was read.
     #[arg(long)]
     sha256: bool,
-    /// Before that, takes 96 MiB of the kernel's memory and keeps it until the end. So what boot left in the free lists, single pages in
-    /// descending order, is not what the reads are given.
+    /// Before that, takes 96 MiB of the kernel's memory and keeps it until the end. So what boot left in the free
+    /// lists, single pages in descending order, is not what the reads are given.
     #[arg(long)]
     settle: bool,
 }
@@ -79,8 +79,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Takes memory of both kinds that a read is given: what the kernel can move, as a process's own, and what it cannot, as a block
-/// device's cache.
+/// Takes memory of both kinds that a read is given: what the kernel can move, as a process's own, and what it cannot,
+/// as a block device's cache.
 fn settle() -> Result<(Vec<Vec<u8>>, PageTables)> {
     // Written to, so that each page is there.
     let own = (0..SETTLE_MEMORY / SETTLE_PIECE).map(|_| vec![1u8; SETTLE_PIECE]).collect();

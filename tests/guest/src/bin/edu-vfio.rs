@@ -58,12 +58,14 @@ enum Scenario {
     Readonly,
     /// 1 GiB of IOVA space, in the largest pages that this kernel has reserved; unmapped whole, and in two halves.
     Big,
-    /// Pages go into the device and come back, each through a mapping of its own, until a file is there. No DMA aims elsewhere.
+    /// Pages go into the device and come back, each through a mapping of its own, until a file is there. No DMA aims
+    /// elsewhere.
     Busy {
         /// The file.
         until: PathBuf,
-        /// From when on this file is there, one page goes into the device and comes back, at the IOVA that is its guest-physical address:
-        /// the same place with translation and without. Another one stays mapped where it is not, and no DMA aims at it.
+        /// From when on this file is there, one page goes into the device and comes back, at the IOVA that is its
+        /// guest-physical address: the same place with translation and without. Another one stays mapped where it is
+        /// not, and no DMA aims at it.
         #[arg(long)]
         at_home_from: Option<PathBuf>,
     },
@@ -76,8 +78,8 @@ enum Scenario {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
-    /// More mappings, or more memory, than the host below this kernel takes: this kernel must not notice, the device reaches what
-    /// the host took and nothing else, and what is unmapped makes room. What is mapped first must fit.
+    /// More mappings, or more memory, than the host below this kernel takes: this kernel must not notice, the device
+    /// reaches what the host took and nothing else, and what is unmapped makes room. What is mapped first must fit.
     Crowded {
         /// How many mappings.
         pieces: u64,
@@ -85,7 +87,8 @@ enum Scenario {
         #[arg(long)]
         huge: bool,
     },
-    /// MSIs while the interrupt moves between the first two processors: each arrives, once, and after a move at the new processor.
+    /// MSIs while the interrupt moves between the first two processors: each arrives, once, and after a move at the new
+    /// processor.
     Storm {
         /// Until it moved that often.
         moves: u64,
@@ -188,7 +191,8 @@ impl Bench {
         Ok(memory.read(0, BUFFER_SIZE))
     }
 
-    /// The device still reaches what is mapped: without this, a device that does nothing would pass for one that is confined.
+    /// The device still reaches what is mapped: without this, a device that does nothing would pass for one that is
+    /// confined.
     fn still_works(&self, iova: u64) -> Result<()> {
         let data = pattern(201, PAGE);
         self.load(iova, &data)?;
@@ -202,8 +206,8 @@ impl Bench {
         Ok(())
     }
 
-    /// Runs `dma`, which must be blocked at `iova`. If its fault is expected in the log, runs it until the line is there: Linux
-    /// prints three faults in 5 s and drops the others.
+    /// Runs `dma`, which must be blocked at `iova`. If its fault is expected in the log, runs it until the line is
+    /// there: Linux prints three faults in 5 s and drops the others.
     fn blocked(&self, iova: u64, dma: impl Fn() -> Result<()>) -> Result<()> {
         if !self.expect_fault {
             return dma();
@@ -305,8 +309,8 @@ impl Bench {
         ensure!(memory.read(0, PAGE) == before, "DMA programmed before UNMAP and fired after it changed the memory");
         println!("armed: programmed while mapped, fired after UNMAP: memory unchanged");
 
-        // The doorbell comes first and UNMAP while the DMA is pending: whatever it has not written when UNMAP returns, it
-        // must not write later.
+        // The doorbell comes first and UNMAP while the DMA is pending: whatever it has not written when UNMAP returns,
+        // it must not write later.
         map()?;
         self.edu.program(Direction::ToMemory, self.iova, PAGE);
         self.edu.start(Direction::ToMemory);
@@ -441,7 +445,8 @@ impl Bench {
         for processor in (0..2).cycle().take(CHECKED) {
             let start = Instant::now();
             interrupt.ask_for(processor)?;
-            // A move is finished by the first interrupt after it; one that is asked for before waits for another interrupt.
+            // A move is finished by the first interrupt after it; one that is asked for before waits for another
+            // interrupt.
             while !interrupt.is_at(processor)? {
                 ensure!(start.elapsed() < MOVE_DEADLINE, "the interrupt does not move to processor {processor}");
                 self.edu.interrupt(&eventfd)?;
@@ -460,8 +465,8 @@ impl Bench {
         let watch = |raising: &Raising| {
             for moves in 0..CHECKED as u64 {
                 let Some((old, new)) = raising.move_on(&interrupt, moves)? else { break };
-                // Whatever was raised before one that arrived at the new processor has been handled: interrupts are raised one by
-                // one. From here on the old processor has no more of them.
+                // Whatever was raised before one that arrived at the new processor has been handled: interrupts are
+                // raised one by one. From here on the old processor has no more of them.
                 let before = interrupt.arrived()?;
                 raising.until(|| Ok(interrupt.arrived()?[new] > before[new]))?;
                 let (before, handled) = (interrupt.arrived()?[old], raising.handled());
@@ -507,12 +512,12 @@ impl Bench {
         Ok(())
     }
 
-    /// Raises interrupts one by one until `mover`, which moves them, is done: how many, what `mover` says, and how many arrived where.
-    /// Each must come to `eventfd`, once, before the next is raised.
+    /// Raises interrupts one by one until `mover`, which moves them, is done: how many, what `mover` says, and how many
+    /// arrived where. Each must come to `eventfd`, once, before the next is raised.
     ///
-    /// With `handled`, the next one is raised when the handler of the one before has returned, and not in the middle of it, where it
-    /// signals the eventfd: an interrupt that meets its handler still running on the other processor makes it run once more there,
-    /// and is not counted in the kernel's table (`handle_edge_irq`).
+    /// With `handled`, the next one is raised when the handler of the one before has returned, and not in the middle of
+    /// it, where it signals the eventfd: an interrupt that meets its handler still running on the other processor makes
+    /// it run once more there, and is not counted in the kernel's table (`handle_edge_irq`).
     fn raise_while<T: Send>(
         &self,
         eventfd: &OwnedFd,

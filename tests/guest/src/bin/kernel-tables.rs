@@ -1,5 +1,6 @@
-//! Runs beside Causeway, in its host: compares the table that the host kernel's IOMMU driver keeps for a function with what Causeway's
-//! trace says it handed out, page by page, both ways. Neither the guest nor Causeway may change it meanwhile.
+//! Runs beside Causeway, in its host: compares the table that the host kernel's IOMMU driver keeps for a function with
+//! what Causeway's trace says it handed out, page by page, both ways. Neither the guest nor Causeway may change it
+//! meanwhile.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,9 @@
-//! Gives flexible resources of an NVMe's primary controller to a secondary one, a virtual function, and brings that online
-//! (NVMe Base Specification, section 8.26 "Virtualization Enhancements"): `nvme-secondary /dev/nvme0 CONTROLLER QUEUES VECTORS`.
+//! Gives flexible resources of an NVMe's primary controller to a secondary one, a virtual function, and brings that
+//! online (NVMe Base Specification, section 8.26 "Virtualization Enhancements"): `nvme-secondary /dev/nvme0 CONTROLLER
+//! QUEUES VECTORS`.
 //!
-//! A secondary controller can be used once it has an admin queue, an I/O queue and a vector. With `--release`, the primary gives up its own
-//! share of the flexible ones first, which counts after its next reset.
+//! A secondary controller can be used once it has an admin queue, an I/O queue and a vector. With `--release`, the
+//! primary gives up its own share of the flexible ones first, which counts after its next reset.
 
 use std::fs::File;
 use std::io;
@@ -98,7 +99,8 @@ fn manage(device: &File, controller: u16, action: Action, resource: Resource, nu
         cdw11: u32::from(number),
         ..Command::default()
     };
-    // SAFETY: the kernel reads and writes one command, which is as large as the request's number says; it names no other memory.
+    // SAFETY: the kernel reads and writes one command, which is as large as the request's number says; it names no
+    // other memory.
     let status = unsafe { libc::ioctl(device.as_raw_fd(), ADMIN_COMMAND, &raw mut command) };
     ensure!(status >= 0, "{action:?} {resource:?}: {}", io::Error::last_os_error());
     ensure!(status == 0, "{action:?} {resource:?} of controller {controller}: status {status:#x}");

@@ -1,7 +1,8 @@
-//! Plays a tone through an ALSA device and waits until all of it was heard: `pcm-play /dev/snd/pcmC0D0p [MILLISECONDS]`.
+//! Plays a tone through an ALSA device and waits until all of it was heard: `pcm-play /dev/snd/pcmC0D0p
+//! [MILLISECONDS]`.
 //!
-//! Prints `played FRAMES frames in SECONDS s`. The card takes frames from memory by DMA at its own pace, and says by interrupts how far it is;
-//! without either, the kernel's drain ends with an error.
+//! Prints `played FRAMES frames in SECONDS s`. The card takes frames from memory by DMA at its own pace, and says by
+//! interrupts how far it is; without either, the kernel's drain ends with an error.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -130,7 +131,8 @@ fn set_up(device: &File, frames: u32) -> Result<()> {
     params.intervals[PARAMETER_RATE - FIRST_INTERVAL] = exactly(RATE);
     params.intervals[PARAMETER_PERIOD_SIZE - FIRST_INTERVAL] = Interval { min: RATE / 20, max: RATE / 10, flags: 0 };
     params.intervals[PARAMETER_BUFFER_SIZE - FIRST_INTERVAL] = Interval { min: frames, ..any };
-    // SAFETY: the kernel reads and writes one structure, which is as large as the request's number says and has no pointers.
+    // SAFETY: the kernel reads and writes one structure, which is as large as the request's number says and has no
+    // pointers.
     let status = unsafe { libc::ioctl(device.as_raw_fd(), HW_PARAMS, &raw mut params) };
     ensure!(status == 0, "setting its parameters: {}", io::Error::last_os_error());
     // SAFETY: this request takes no argument.

@@ -1,8 +1,8 @@
 //! Reads 4 KiB of a block device at a time, at random and with O_DIRECT, in several threads, and checks each block:
 //! `randread DEVICE --mib N --seconds S --threads T`.
 //!
-//! A first pass reads all of it in order; its checksum is for the caller to compare, and its blocks are what the random reads are
-//! compared with.
+//! A first pass reads all of it in order; its checksum is for the caller to compare, and its blocks are what the random
+//! reads are compared with.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

@@ -1,5 +1,5 @@
-//! Takes any PCI function through this kernel's VFIO. At each line on stdin some mappings come and others go at random; what is mapped then
-//! stays until the next line, so that it can be looked at from outside. The function does no DMA.
+//! Takes any PCI function through this kernel's VFIO. At each line on stdin some mappings come and others go at random;
+//! what is mapped then stays until the next line, so that it can be looked at from outside. The function does no DMA.
 
 use std::io::BufRead;
 

@@ -1,5 +1,5 @@
-//! Takes any PCI function through this kernel's VFIO, maps huge pages for it, takes them away in several ways, and lets go of it. The
-//! function does no DMA: whoever drives it afterwards finds out whether it still reaches what it should.
+//! Takes any PCI function through this kernel's VFIO, maps huge pages for it, takes them away in several ways, and lets
+//! go of it. The function does no DMA: whoever drives it afterwards finds out whether it still reaches what it should.
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;

@@ -1,7 +1,8 @@
-//! B-1 and B-14 while a device does DMA without a pause: the second processor drives it, the first one changes what it reaches.
+//! B-1 and B-14 while a device does DMA without a pause: the second processor drives it, the first one
+//! changes what it reaches.
 //!
-//! What must not be reached any more is *sealed*: filled with a pattern as soon as the unit says that the change is done. A transfer that
-//! still reaches it then, begun before or after, breaks the seal.
+//! What must not be reached any more is *sealed*: filled with a pattern as soon as the unit says that the change is
+//! done. A transfer that still reaches it then, begun before or after, breaks the seal.
 
 use images::edu::Edu;
 use images::memory::{PAGE, load, page, pages, store};
@@ -31,8 +32,8 @@ pub fn driver() -> Edu {
     Edu::all().next().unwrap_or_else(|| panic!("there is no edu"))
 }
 
-/// Says whether a test goes on: until the second processor has ended so many rounds; but not for longer than two seconds, because QEMU's
-/// device takes a tenth of a second for each transfer.
+/// Says whether a test goes on: until the second processor has ended so many rounds; but not for longer than two
+/// seconds, because QEMU's device takes a tenth of a second for each transfer.
 pub fn rounds(count: u64, second: &Other) -> impl FnMut() -> bool {
     let time = Stopwatch::start();
     // The stopwatch goes on from 0 at its end.
@@ -69,7 +70,8 @@ fn only_reaches(second: &Other, new: u64, old: u64) {
     check_sealed(old);
 }
 
-/// Takes the faults that are there, each of which must be a write to [`IOVA`] blocked for `reason`. How many there were.
+/// Takes the faults that are there, each of which must be a write to [`IOVA`] blocked for `reason`. How many there
+/// were.
 fn faults(world: &World, reason: u8) -> usize {
     let expected = Fault { source: world.edu.sid, reason, info: IOVA, read: false };
     let mut count = 0;

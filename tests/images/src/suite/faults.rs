@@ -1,5 +1,5 @@
-//! fault records, overflow, collapse, silence, and the fault event. All of them are of a device whose faults the unit records; an
-//! assigned one that is blocked beside it leaves no trace in it.
+//! fault records, overflow, collapse, silence, and the fault event. All of them are of a device whose faults the
+//! unit records; an assigned one that is blocked beside it leaves no trace in it.
 
 use images::edu::Edu;
 use images::memory::{load, page, store};

@@ -111,8 +111,8 @@ fn rule1_tables_that_lead_to_themselves() {
     let before = load(domain.root + 8);
     world.edu.dma_write(IOVA & !0xfff | 8, 8);
     world.no_fault();
-    // A request walks four steps. An assigned device would need a mapping for each of 2^36 pages: a bound is exhausted, and its
-    // domain is blocked.
+    // A request walks four steps. An assigned device would need a mapping for each of 2^36 pages: a bound is exhausted,
+    // and its domain is blocked.
     let after = if world.edu.assigned { before } else { images::world::WRITTEN };
     check_eq!(load(domain.root + 8), after, "the root of the table, which is a page of itself");
     (0..512).for_each(|index| store(domain.root + 8 * index, 0));

@@ -64,17 +64,18 @@ fn pin(function: SourceId) -> u8 {
 /// Of a redirection entry: masked.
 const MASKED: u32 = 1 << 16;
 
-/// How a redirection entry for the device's line is triggered: 1 by its level. So are PCI's lines, and that of an assigned function is masked
-/// by its host until the interrupt has its end, which is told only of levels. An emulated one's is as good by its edge: then its handler
-/// need not reach the device.
+/// How a redirection entry for the device's line is triggered: 1 by its level. So are PCI's lines, and that of an
+/// assigned function is masked by its host until the interrupt has its end, which is told only of levels. An emulated
+/// one's is as good by its edge: then its handler need not reach the device.
 fn by_level(edu: &Edu) -> u32 {
     edu.assigned.into()
 }
 
-/// The device raises its line five times, and is served each time: it interrupts, and then no more. Gives how often it did.
+/// The device raises its line five times, and is served each time: it interrupts, and then no more. Gives how often it
+/// did.
 fn line_interrupts(edu: &Edu) -> u64 {
-    // The registers of one that another process emulates are not mapped: a handler does not reach them reliably, and so its level interrupts
-    // until the device is acknowledged here.
+    // The registers of one that another process emulates are not mapped: a handler does not reach them reliably, and so
+    // its level interrupts until the device is acknowledged here.
     let once = !edu.assigned || !edu.recorded;
     if edu.assigned && once {
         edu.acknowledge_in_the_handler();

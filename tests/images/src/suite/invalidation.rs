@@ -1,4 +1,5 @@
-//! and B-2: what each invalidation takes away. Where a unit shows the stale entry, that is printed; it need not.
+//! and B-2: what each invalidation takes away. Where a unit shows the stale entry, that is printed; it
+//! need not.
 
 use images::memory::{load, page, pages, store};
 use images::tables::{Domain, READ_WRITE, span};
@@ -37,8 +38,8 @@ fn reaches_which(world: &World, iova: u64, pages: [u64; 2]) -> Option<usize> {
     pages.iter().position(|page| load(*page) != UNTOUCHED)
 }
 
-/// Maps a page, has the device use it, maps another, and says whether the device still reaches the first; then has `invalidate` done:
-/// the second is reached.
+/// Maps a page, has the device use it, maps another, and says whether the device still reaches the first; then has
+/// `invalidate` done: the second is reached.
 fn remapped(invalidate: impl FnOnce(&mut World, &Domain)) {
     let (mut world, domain) = World::with_domain();
     let (old, new) = (page(), page());

@@ -259,9 +259,10 @@ fn a9_entries_change_under_a_storm_of_interrupts() {
 const IDENTIFICATION: u32 = 0x0100_00ed;
 const LIVENESS: u64 = 4;
 
-/// Whether `seen` is what a register may be read as while its BAR comes and goes: its value, ones, or, at a function of the host, 0. An access that
-/// finds the window gone is KVM's to carry out, and when the window is back by then KVM copies from it byte by byte: QEMU's edu, which
-/// takes accesses of four bytes only, gives 0 for these. (Seen with such a function only; that this is the way is inferred.)
+/// Whether `seen` is what a register may be read as while its BAR comes and goes: its value, ones, or, at a function of
+/// the host, 0. An access that finds the window gone is KVM's to carry out, and when the window is back by then KVM
+/// copies from it byte by byte: QEMU's edu, which takes accesses of four bytes only, gives 0 for these. (Seen with such
+/// a function only; that this is the way is inferred.)
 fn is_read(world: &World, seen: u32, value: u32) -> bool {
     seen == value || seen == u32::MAX || (seen == 0 && !world.edu.recorded)
 }

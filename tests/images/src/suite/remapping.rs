@@ -54,8 +54,8 @@ impl Remapped {
         Self::with(7, false)
     }
 
-    /// For messages by DMA. Those of an assigned device are for its host's unit, which knows nothing of this guest's entries, and whose
-    /// faults they become.
+    /// For messages by DMA. Those of an assigned device are for its host's unit, which knows nothing of this guest's
+    /// entries, and whose faults they become.
     fn recorded() -> Self {
         Self::of(World::recorded(), 7, false)
     }
@@ -147,7 +147,8 @@ fn a9_entry_delivers_with_32_bit_destinations() {
     remapped.set(3, 1 | u64::from(VECTOR) << 16 | u64::from(remapped.id) << 32, 0);
     remapped.use_entry(3);
     remapped.arrives(VECTOR);
-    // Bits that are reserved with destinations of 8 bits name a processor that is not there: nobody gets it, and that is no fault.
+    // Bits that are reserved with destinations of 8 bits name a processor that is not there: nobody gets it, and that
+    // is no fault.
     remapped.set(3, 1 | u64::from(VECTOR) << 16 | 0x00ff_0001 << 32, 0);
     remapped.world.edu.interrupt();
     remapped.world.edu.settle();

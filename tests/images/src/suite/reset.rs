@@ -1,5 +1,5 @@
-//! a reset of the machine. What a test must remember lies in memory that neither the image nor firmware touches: the image itself is
-//! loaded anew.
+//! a reset of the machine. What a test must remember lies in memory that neither the image nor firmware touches:
+//! the image itself is loaded anew.
 
 use images::memory::{PAGE, load, page, store};
 use images::pci::{self, BAR0, COMMAND, MASTER};
@@ -26,7 +26,8 @@ images::tests!(
 const KEPT: u64 = 60 << 20;
 /// Says that [`KEPT`] is ours.
 const MARK: u64 = 0x6b65_7074_2061_6c69;
-/// Where power-on state is kept: of the unit's registers, of configuration space, of the device's registers, of what else is read.
+/// Where power-on state is kept: of the unit's registers, of configuration space, of the device's registers, of what
+/// else is read.
 const REGISTERS: u64 = KEPT + PAGE;
 const CONFIGURATION: u64 = KEPT + 2 * PAGE;
 const DEVICE: u64 = KEPT + 3 * PAGE;

@@ -100,8 +100,8 @@ fn b6_leaf_over_the_interrupt_window_maps_both_sides() {
 
 const MANY: u64 = 300_000;
 
-/// 512 leaves, the pages of which `memory` names, under as many directory entries as `MANY` pages need. What an assigned device reaches
-/// of them is what its host maps; `fits`: it can map all.
+/// 512 leaves, the pages of which `memory` names, under as many directory entries as `MANY` pages need. What an
+/// assigned device reaches of them is what its host maps; `fits`: it can map all.
 fn many(fits: bool, memory: impl Fn(u64) -> u64) {
     let (mut world, domain) = World::with_domain();
     let table = page();
@@ -140,7 +140,8 @@ fn many(fits: bool, memory: impl Fn(u64) -> u64) {
     world.reaches(AREA + (MANY - 1) * 4096, memory((MANY - 1) % 512));
 }
 
-/// What the guest's table grants and the host did not map: an assigned device does not reach it, and its host hears of that.
+/// What the guest's table grants and the host did not map: an assigned device does not reach it, and its host hears of
+/// that.
 fn not_in_the_host(world: &World, iova: u64, gpa: u64) {
     world.edu.fill(WRITTEN);
     store(gpa, UNTOUCHED);
