@@ -1,5 +1,5 @@
-//! Builds the suite of `causeway test`, which is embedded. The compiler is called directly: cargo cannot embed another package's binary
-//! on a stable toolchain, and the images need nothing but `core`.
+//! Builds the suite of `causeway test`, which is embedded. The compiler is called directly: cargo cannot embed another
+//! package's binary on a stable toolchain, and the images need nothing but `core`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,8 +1,8 @@
-//! The bridge's part of an audit: what the ledger of a function's container holds, against what the function was granted.
-//! Translations are compared, not shapes; both books are read in one moment, because the unit waits.
+//! The bridge's part of an audit: what the ledger of a function's container holds, against what the function was
+//! granted. Translations are compared, not shapes; both books are read in one moment, because the unit waits.
 //!
-//! The ledger records what the host was asked for. Hosts that widen a write-only mapping (Linux up to 6.12 lets the device read it,
-//! too) do so below it; nothing else is allowed to differ.
+//! The ledger records what the host was asked for. Hosts that widen a write-only mapping (Linux up to 6.12 lets the
+//! device read it, too) do so below it; nothing else is allowed to differ.
 
 use vtd::audit::disagreements;
 use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
@@ -20,9 +20,10 @@ impl Bridge {
         }
     }
 
-    /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a paged
-    /// space). Identity is all RAM without the interrupt window, and without what the host refused, which is pending; a group whose members disagree holds nothing (C-3). A function that
-    /// was stopped because an unmap was refused is a difference as such.
+    /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a
+    /// paged space). Identity is all RAM without the interrupt window, and without what the host refused, which is
+    /// pending; a group whose members disagree holds nothing (C-3). A function that was stopped because an unmap was
+    /// refused is a difference as such.
     ///
     /// To be called by [`vtd::Unit::audit`].
     pub fn audit(

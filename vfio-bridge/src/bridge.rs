@@ -6,11 +6,12 @@
 //!   space  ─────────┘ fans out to the containers of its groups
 //! ```
 //!
-//! A mapping of a paged space is real for all of its groups or for none: the unit forgets a mapping that is refused,
-//! so it must not stay in the container of a group whose host took it. For the same reason a group that joins a space of others
-//! joins it with all of its mappings or not at all: then it is blocked, and the others are not touched.
+//! A mapping of a paged space is real for all of its groups or for none: the unit forgets a mapping that is refused, so
+//! it must not stay in the container of a group whose host took it. For the same reason a group that joins a space of
+//! others joins it with all of its mappings or not at all: then it is blocked, and the others are not touched.
 //!
-//! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read without it.
+//! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read
+//! without it.
 
 #[path = "audit.rs"]
 mod audit;
@@ -38,7 +39,8 @@ pub trait Quarantine: Send + Sync {
     /// Stops `functions`: Bus Master off, then reset or detach. After `Ok` none of them does DMA any more.
     fn quarantine(&self, functions: &[Requester], why: &str) -> Result<(), String>;
 
-    /// Stops the virtual machine, because `functions` could not be stopped. When it returns, no vCPU runs guest code again.
+    /// Stops the virtual machine, because `functions` could not be stopped. When it returns, no vCPU runs guest code
+    /// again.
     fn stop_machine(&self, functions: &[Requester], why: &str);
 }
 
@@ -59,7 +61,8 @@ struct Entry {
     container: Container,
     /// The space that the container holds.
     space: SpaceKey,
-    /// What the host refused of the identity space that it is in: ascending, disjoint. (What is refused of a paged one its unit forgets.)
+    /// What the host refused of the identity space that it is in: ascending, disjoint. (What is refused of a paged one
+    /// its unit forgets.)
     refused: Vec<IovaRange>,
     /// Its functions were stopped, or are about to be.
     quarantined: bool,
@@ -120,8 +123,8 @@ impl Bridge {
         Self { host, guest, quarantine, state: Mutex::default(), counters: RwLock::default() }
     }
 
-    /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and neither
-    /// does its group (C-3).
+    /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and
+    /// neither does its group (C-3).
     pub fn register(&self, requester: Requester, group: GroupId) -> Result<(), RegisterError> {
         let container = self.host.container(group).ok_or(RegisterError::NotOpen(group))?;
         let backend = self.host.name(container);
@@ -176,8 +179,8 @@ impl Bridge {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the container of `entry` hold the space that its members agree on. `live` is what is mapped in `offered`. With
-    /// `whole` it ends at the first mapping that is refused: the caller has no use for the rest.
+    /// Makes the container of `entry` hold the space that its members agree on. `live` is what is mapped in `offered`.
+    /// With `whole` it ends at the first mapping that is refused: the caller has no use for the rest.
     fn settle(
         &self,
         entry: &mut Entry,
@@ -301,8 +304,8 @@ impl SpaceListener for Bridge {
         self.settle(entry, space, live, shared, &mut lost);
         let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
         if shared && !refused.is_empty() {
-            // The others keep what they have, so this group cannot be there with less (as Linux: a group joins a container
-            // with all of its mappings or not at all).
+            // The others keep what they have, so this group cannot be there with less (as Linux: a group joins a
+            // container with all of its mappings or not at all).
             self.keep_out(&mut state, id, requester);
             let broken = state.newly_broken();
             drop(state);

@@ -7,7 +7,8 @@ use log::{error, trace, warn};
 use vtd::{Mapping, RefusalCause};
 
 use crate::guest_map::GuestMap;
-use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, PAGE_SIZE};
+use crate::guest_map::PAGE_SIZE;
+use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused};
 use crate::ledger::{Extent, Ledger, Run, Switch, subtract};
 use crate::limits::{IovaRange, Limits, without_interrupt_window};
 use crate::stats::{Counters, cause_index};
@@ -24,10 +25,11 @@ pub(crate) struct Lost {
 struct Room {
     /// Unmaps that are still to come.
     unmaps: usize,
-    /// A map found none since the last unmap. Who comes later does not overtake it: else the small would be there in the end and the
-    /// large not.
+    /// A map found none since the last unmap. Who comes later does not overtake it: else the small would be there in
+    /// the end and the large not.
     full: bool,
-    /// Remainders that are not mapped yet. Each has an entry kept for it: what is in both spaces is not lost to what is new.
+    /// Remainders that are not mapped yet. Each has an entry kept for it: what is in both spaces is not lost to what is
+    /// new.
     remainders: u64,
     /// Remainders that wait for the last unmap.
     waiting_remainders: Vec<Extent>,
@@ -81,8 +83,8 @@ impl Container {
         self.broken.as_deref()
     }
 
-    /// What `mapping` is for this host: the extents that can be mapped, in ascending order. What cannot goes to `lost`; the
-    /// interrupt window is left out without a word, since no request is ever translated there.
+    /// What `mapping` is for this host: the extents that can be mapped, in ascending order. What cannot goes to `lost`;
+    /// the interrupt window is left out without a word, since no request is ever translated there.
     pub fn resolve(&mut self, guest: &GuestMap, mapping: &Mapping, lost: &mut Vec<Lost>) -> Vec<Extent> {
         let Mapping { iova, gpa, len, perm } = *mapping;
         let whole = [iova.0, gpa.0, len].iter().all(|n| n.is_multiple_of(PAGE_SIZE));
@@ -173,11 +175,13 @@ impl Container {
         self.unmap_runs(guest, &runs, lost);
     }
 
-    /// Makes the container hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is refused.
+    /// Makes the container hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is
+    /// refused.
     ///
-    /// A device may be at work meanwhile, and hardware would serve each of its requests by the old or by the new translation. So what is
-    /// new where nothing was comes first, and what is replaced is away for as long as its own run takes. In between the container
-    /// holds some of both, never anything else; the guest is told that it is done when there is only the new.
+    /// A device may be at work meanwhile, and hardware would serve each of its requests by the old or by the new
+    /// translation. So what is new where nothing was comes first, and what is replaced is away for as long as its own
+    /// run takes. In between the container holds some of both, never anything else; the guest is told that it is done
+    /// when there is only the new.
     pub fn switch(&mut self, guest: &GuestMap, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
         let Switch { maps, runs } = self.ledger.plan_switch(target, self.limits.entries, self.limits.unmap_all);
         let remainders = runs.iter().map(|run| run.remainders.len() as u64).sum();
@@ -191,7 +195,8 @@ impl Container {
         for run in &runs {
             let start = Instant::now();
             room.unmaps -= 1;
-            // Once an unmap was refused nothing is mapped any more: its functions are stopped. What else must go still goes.
+            // Once an unmap was refused nothing is mapped any more: its functions are stopped. What else must go still
+            // goes.
             if !self.unmap_run(run) || self.broken.is_some() {
                 continue;
             }
@@ -233,8 +238,8 @@ impl Container {
         room.remainders -= 1;
     }
 
-    /// Maps what only the new space has. It waits if the host has no room and unmaps are still to come, or no more entries than
-    /// the remainders need.
+    /// Maps what only the new space has. It waits if the host has no room and unmaps are still to come, or no more
+    /// entries than the remainders need.
     fn map_new(&mut self, guest: &GuestMap, extent: &Extent, room: &mut Room, lost: &mut Vec<Lost>) {
         let may_wait = room.unmaps > 0 || room.remainders > 0;
         if may_wait && (room.full || self.ledger.len() as u64 + room.remainders >= self.limits.entries) {

@@ -23,7 +23,8 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
-use crate::host::{GroupId, PAGE_SIZE};
+use crate::guest_map::PAGE_SIZE;
+use crate::host::GroupId;
 use crate::open::{Bdf, CheckedFunction};
 use crate::reset::{GroupFiles, ResetScope, ResetWay, Resetter};
 
@@ -108,7 +109,8 @@ impl IrqKind {
     }
 }
 
-/// Of the areas that a region of `size` bytes offers for mapping, those that can be: whole pages inside it. In ascending order.
+/// Of the areas that a region of `size` bytes offers for mapping, those that can be: whole pages inside it. In
+/// ascending order.
 pub(crate) fn mappable_pages(size: u64, areas: impl IntoIterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
     let whole = |(offset, len): &(u64, u64)| *len > 0 && (offset | len).is_multiple_of(PAGE_SIZE);
     let inside = |(offset, len): &(u64, u64)| offset.checked_add(*len).is_some_and(|end| end <= size);
@@ -144,7 +146,8 @@ const DISABLE: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
 const MASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK;
 const UNMASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK;
 
-/// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words. `None` where a number does not fit.
+/// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words. `None` where a number
+/// does not fit.
 fn irq_set(kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> Option<Vec<u32>> {
     let argsz = u32::try_from((5 + fds.len()) * size_of::<u32>()).ok()?;
     let mut words = vec![argsz, flags, kind.index(), start, u32::try_from(count).ok()?];
@@ -206,8 +209,8 @@ impl HostFunction {
         Ok(function)
     }
 
-    /// Sets INTx Disable, which opening the function cleared. Its line may be that of functions whose interrupts are heard before its own,
-    /// and what had it before may have left it with its level up.
+    /// Sets INTx Disable, which opening the function cleared. Its line may be that of functions whose interrupts are
+    /// heard before its own, and what had it before may have left it with its level up.
     fn hold_line(&self) {
         let mut command = [0; 2];
         self.read(RegionKind::Config, COMMAND, &mut command);
@@ -257,7 +260,8 @@ impl HostFunction {
         }
     }
 
-    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody answers.
+    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
+    /// answers.
     pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
         if let Err(e) = read_or_ones(&self.file, self.place(region, offset, data.len()), data) {
             debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.bdf);
@@ -289,8 +293,8 @@ impl HostFunction {
         self.device.get_irq_info(kind.index()).is_some_and(|irq| irq.flags & VFIO_IRQ_INFO_NORESIZE != 0)
     }
 
-    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first call
-    /// enables the kind.
+    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first
+    /// call enables the kind.
     pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let fds: Vec<i32> = triggers.iter().map(|t| t.map_or(-1, AsRawFd::as_raw_fd)).collect();
         self.set(kind, SIGNAL, start, triggers.len(), &fds)

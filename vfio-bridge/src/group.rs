@@ -32,8 +32,8 @@ impl Group {
         self.wants.get(&requester).copied().flatten()
     }
 
-    /// The space that all members with a say want. Guests switch one device at a time, so disagreement is normal, and passes:
-    /// until then the group is blocked.
+    /// The space that all members with a say want. Guests switch one device at a time, so disagreement is normal, and
+    /// passes: until then the group is blocked.
     pub fn agreed(&self) -> SpaceKey {
         let mut wishes = self.wants.values().flatten();
         match wishes.next() {

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::host::PAGE_SIZE;
+/// Size of the smallest page that every part of the bridge works in.
+pub const PAGE_SIZE: u64 = 4096;
 
 /// What a piece of the guest-physical map is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -60,8 +61,8 @@ impl Region {
     /// A region of RAM.
     ///
     /// # Safety
-    /// Devices will read and write `hva..hva + len`. It must be a mapping that belongs to the guest alone and stays for as
-    /// long as the region exists, and no Rust reference to it may exist in that time.
+    /// Devices will read and write `hva..hva + len`. It must be a mapping that belongs to the guest alone and stays for
+    /// as long as the region exists, and no Rust reference to it may exist in that time.
     pub unsafe fn ram(gpa: u64, len: u64, hva: u64, backing: Option<Backing>) -> Result<Self, GuestMapError> {
         let whole = |n: u64| n.is_multiple_of(PAGE_SIZE);
         let ends = |n: u64| n.checked_add(len).is_some();
@@ -182,8 +183,8 @@ impl GuestMap {
         self.regions.iter().map(|r| r.len).sum()
     }
 
-    /// Cuts `len` bytes at `gpa` into pieces that are either in one region or in none, in ascending order. Empty when the
-    /// run is empty or wraps.
+    /// Cuts `len` bytes at `gpa` into pieces that are either in one region or in none, in ascending order. Empty when
+    /// the run is empty or wraps.
     pub fn pieces(&self, gpa: u64, len: u64) -> Vec<Piece> {
         let mut pieces = Vec::with_capacity(1);
         let Some(last) = len.checked_sub(1).and_then(|n| gpa.checked_add(n)) else {

@@ -11,11 +11,8 @@ use vtd::{Perm, RefusalCause};
 use crate::guest_map::HostMem;
 use crate::limits::Limits;
 
-/// Size of the smallest page that every part of the bridge works in.
-pub const PAGE_SIZE: u64 = 4096;
-
-/// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that another process emulates
-/// is alone in its group, which the kernel knows nothing of.
+/// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that
+/// another process emulates is alone in its group, which the kernel knows nothing of.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct GroupId(pub u32);
 
@@ -113,8 +110,8 @@ pub trait HostIommu: Send + Sync {
     /// One host map: `iova` leads to `mem`, with exactly `perm`. On an error nothing of it is mapped.
     fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused>;
 
-    /// Several maps that overlap nowhere, as [`HostIommu::map`] each. `done` hears of each, in their order, when its result is known. A host that
-    /// is far away can be asked for many at a time.
+    /// Several maps that overlap nowhere, as [`HostIommu::map`] each. `done` hears of each, in their order, when its
+    /// result is known. A host that is far away can be asked for many at a time.
     fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
         maps.iter().for_each(|map| done(self.map(container, map.iova, map.mem, map.perm)));
     }

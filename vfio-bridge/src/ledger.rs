@@ -1,8 +1,8 @@
 //! The ledger: exactly what the host was handed, per container, and the plans that follow from it.
 //!
-//! Planning is pure: it reads the ledger and says which host operations make a wish true. Every planned unmap is a union
-//! of whole extents (design rule 4); an extent that is only partly in the way is unmapped whole and what remains of
-//! it is mapped again (B-8).
+//! Planning is pure: it reads the ledger and says which host operations make a wish true. Every planned unmap is a
+//! union of whole extents (design rule 4); an extent that is only partly in the way is unmapped whole and what remains
+//! of it is mapped again (B-8).
 
 use std::collections::BTreeMap;
 
@@ -49,7 +49,8 @@ impl Extent {
         Self { first, last, gpa: self.gpa + skip, hva: self.hva + skip, perm: self.perm }
     }
 
-    /// Whether an IOVA that both hold leads to the same host memory with the same permission. The boundaries may differ (B-14).
+    /// Whether an IOVA that both hold leads to the same host memory with the same permission. The boundaries may differ
+    /// (B-14).
     fn agrees_with(&self, other: &Self) -> bool {
         // Both sides wrap alike, so equal differences mean equal targets.
         self.perm == other.perm && self.hva.wrapping_sub(self.first) == other.hva.wrapping_sub(other.first)
@@ -99,8 +100,8 @@ impl Run {
     }
 }
 
-/// The way from what a container holds to what it shall hold, on which an IOVA that both have is without a translation for as
-/// short a time as possible.
+/// The way from what a container holds to what it shall hold, on which an IOVA that both have is without a translation
+/// for as short a time as possible.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Switch {
     /// First these: nothing is held where they are.
@@ -109,12 +110,13 @@ pub struct Switch {
     pub runs: Vec<Run>,
 }
 
-/// As many separate pieces of held extents may lie under one new extent so that it is mapped around them, in up to twice as many pieces
-/// and one more. With them, an identity of gigabytes under which a few pages are held (a guest that turns translation off while a program uses its
-/// device) has its pages pinned before anything goes, and each held page is away for an unmap and a map of its own size. But the
-/// pieces stay for as long as the new extent does: each is an entry of the host's limit, and where one begins or ends the host's tables have
-/// no large page. Beyond this number all that is in the way goes at once, and the new extent comes whole: 129 entries are
-/// nothing to a limit of 65,535, tens of thousands are.
+/// As many separate pieces of held extents may lie under one new extent so that it is mapped around them, in up to
+/// twice as many pieces and one more. With them, an identity of gigabytes under which a few pages are held (a guest
+/// that turns translation off while a program uses its device) has its pages pinned before anything goes, and each held
+/// page is away for an unmap and a map of its own size. But the pieces stay for as long as the new extent does: each is
+/// an entry of the host's limit, and where one begins or ends the host's tables have no large page. Beyond this number
+/// all that is in the way goes at once, and the new extent comes whole: 129 entries are nothing to a limit of 65,535,
+/// tens of thousands are.
 const CUT_AROUND: usize = 64;
 
 /// What is not there yet of an extent.
@@ -169,8 +171,9 @@ pub fn subtract(first: u64, last: u64, holes: impl Iterator<Item = IovaRange>) -
     parts
 }
 
-/// Cuts `missing` (ascending, disjoint) where `gone` is in the way: what can be mapped before anything goes, and what must take the
-/// place of something, both in ascending order. At most `spare` more pieces come of it than `missing` has.
+/// Cuts `missing` (ascending, disjoint) where `gone` is in the way: what can be mapped before anything goes, and what
+/// must take the place of something, both in ascending order. At most `spare` more pieces come of it than `missing`
+/// has.
 fn cut_around(missing: &[Extent], gone: &[(Extent, Vec<Extent>)], mut spare: usize) -> (Vec<Extent>, Vec<Extent>) {
     let (mut free, mut replacing) = (Vec::new(), Vec::new());
     let mut from = 0;
@@ -253,8 +256,8 @@ impl Ledger {
         self.runs(gone, unmap_all)
     }
 
-    /// The way from what is held to exactly `target` (ascending, disjoint), in a container that takes `entries`. A translation that is in
-    /// both is not touched unless its extent must be cut.
+    /// The way from what is held to exactly `target` (ascending, disjoint), in a container that takes `entries`. A
+    /// translation that is in both is not touched unless its extent must be cut.
     pub fn plan_switch(&self, target: &[Extent], entries: u64, unmap_all: bool) -> Switch {
         let mut gone: Vec<(Extent, Vec<Extent>)> = Vec::new();
         // What is there after the unmaps and their remainders, in ascending order.
@@ -293,9 +296,10 @@ impl Ledger {
         Switch { maps, runs }
     }
 
-    /// The runs of a switch: `gone` (ascending; each with the parts that stay granted) goes, `replacing` comes in its place, and `mapped` is there
-    /// already. Extents share a run, and so the time without a translation, only if a new one spans them, or if nothing comes
-    /// in their place. Runs that leave nothing come first: they make room for what the others map.
+    /// The runs of a switch: `gone` (ascending; each with the parts that stay granted) goes, `replacing` comes in its
+    /// place, and `mapped` is there already. Extents share a run, and so the time without a translation, only if a new
+    /// one spans them, or if nothing comes in their place. Runs that leave nothing come first: they make room for what
+    /// the others map.
     fn turns(
         &self,
         gone: Vec<(Extent, Vec<Extent>)>,
@@ -353,8 +357,8 @@ impl Ledger {
         missing
     }
 
-    /// Joins neighbours of `gone` (ascending; each with the parts that stay granted) into as few host unmaps as possible:
-    /// one covers holes too, as long as no other extent lies between.
+    /// Joins neighbours of `gone` (ascending; each with the parts that stay granted) into as few host unmaps as
+    /// possible: one covers holes too, as long as no other extent lies between.
     fn runs(&self, gone: Vec<(Extent, Vec<Extent>)>, unmap_all: bool) -> Vec<Run> {
         let everything = unmap_all && gone.len() == self.extents.len();
         let mut runs: Vec<Run> = Vec::new();

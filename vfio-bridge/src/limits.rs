@@ -2,8 +2,8 @@
 
 use std::fs;
 
-/// The interrupt window, 0xfee00000 to 0xfeefffff: a write there is an interrupt and is never translated (VT-d specification,
-/// section 3.14). No host maps it.
+/// The interrupt window, 0xfee00000 to 0xfeefffff: a write there is an interrupt and is never translated (VT-d
+/// specification, section 3.14). No host maps it.
 pub const INTERRUPT_WINDOW: IovaRange = IovaRange { first: 0xfee0_0000, last: 0xfeef_ffff };
 
 /// A range of IOVAs, both ends inclusive.
@@ -64,8 +64,8 @@ impl Limits {
         parts
     }
 
-    /// The parts of `first..=last` that the host cannot map and that are not the interrupt window. Not empty for RAM means that
-    /// the guest's layout must leave these out.
+    /// The parts of `first..=last` that the host cannot map and that are not the interrupt window. Not empty for RAM
+    /// means that the guest's layout must leave these out.
     pub fn reserved_in(&self, first: u64, last: u64) -> Vec<IovaRange> {
         let parts = self.cut(first, last);
         parts.into_iter().filter(|(_, ok)| !ok).flat_map(|(r, _)| without_interrupt_window(r)).collect()
@@ -116,7 +116,8 @@ impl Memlock {
         Self { limit: if capable { None } else { limit }, locked: locked_kib.saturating_mul(1024) }
     }
 
-    /// How many bytes are missing to pin `ram` bytes in each of `groups` containers (B-12: on type1 each group pins all RAM).
+    /// How many bytes are missing to pin `ram` bytes in each of `groups` containers (B-12: on type1 each group pins all
+    /// RAM).
     pub fn missing(&self, ram: u64, groups: u64) -> Option<u64> {
         let needed = self.locked.saturating_add(ram.saturating_mul(groups));
         self.limit.and_then(|limit| needed.checked_sub(limit)).filter(|n| *n > 0)

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vtd::Perm;
 
 use crate::guest_map::HostMem;
-use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, PAGE_SIZE, UnmapRange};
+use crate::guest_map::PAGE_SIZE;
+use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
 use crate::limits::{INTERRUPT_WINDOW, IovaRange, Limits};
 
 /// What kind of host it is.

@@ -1,5 +1,5 @@
-//! Whether a function can be assigned, found out before anything is opened (B-13). Each refusal says the cause and the command
-//! that cures it.
+//! Whether a function can be assigned, found out before anything is opened (B-13). Each refusal says the cause and the
+//! command that cures it.
 
 use std::fmt;
 use std::fs;
@@ -240,7 +240,8 @@ impl CheckedFunction {
     }
 }
 
-/// Drivers of other members that leave a group viable, because they do no DMA of their own: Linux sets `driver_managed_dma`.
+/// Drivers of other members that leave a group viable, because they do no DMA of their own: Linux sets
+/// `driver_managed_dma`.
 const HARMLESS_DRIVERS: [&str; 3] = ["pci-stub", "pcieport", "shpchp"];
 
 /// `vfio-pci` itself or a variant of it for one device (`mlx5_vfio_pci`).

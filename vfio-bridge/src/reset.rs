@@ -1,9 +1,9 @@
 //! How a function of the host is reset (F-4).
 //!
-//! `VFIO_DEVICE_RESET` uses the first of the kernel's methods that the function has. Where that is the one by power state (D3hot and
-//! back), the function may keep everything that it was told before: the PCI Power Management specification lets it say that it
-//! resets itself, and some say so that do not. A reset of its bus (`VFIO_DEVICE_PCI_HOT_RESET`) is then the better way,
-//! if it reaches no function that is not ours.
+//! `VFIO_DEVICE_RESET` uses the first of the kernel's methods that the function has. Where that is the one by power
+//! state (D3hot and back), the function may keep everything that it was told before: the PCI Power Management
+//! specification lets it say that it resets itself, and some say so that do not. A reset of its bus
+//! (`VFIO_DEVICE_PCI_HOT_RESET`) is then the better way, if it reaches no function that is not ours.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,7 +40,8 @@ pub enum ResetScope {
 pub enum ResetWay {
     /// `VFIO_DEVICE_RESET`, by this method of the kernel (`flr`, `bus`, ...; empty where the kernel does not say).
     Function(String),
-    /// A reset of its bus or slot, which these other functions share. With others, only when the whole machine is reset.
+    /// A reset of its bus or slot, which these other functions share. With others, only when the whole machine is
+    /// reset.
     Bus(Vec<Bdf>),
     /// `VFIO_DEVICE_RESET` by power state, which the function may survive unchanged.
     PowerState(NoBusReset),
@@ -100,8 +101,8 @@ fn list(functions: &[Bdf]) -> String {
     functions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// The way to reset a function. `offered`: whether `VFIO_DEVICE_RESET` can work. `methods`: the kernel's, in the order it tries them
-/// (`reset_method` in sysfs, Linux 5.15), if it says. `bus`: who else a reset of its bus reaches.
+/// The way to reset a function. `offered`: whether `VFIO_DEVICE_RESET` can work. `methods`: the kernel's, in the order
+/// it tries them (`reset_method` in sysfs, Linux 5.15), if it says. `bus`: who else a reset of its bus reaches.
 fn choose(offered: bool, methods: Option<&str>, bus: impl FnOnce() -> Result<Vec<Bdf>, NoBusReset>) -> ResetWay {
     let first = methods.map(|methods| methods.split_whitespace().next().unwrap_or_default());
     if offered && first != Some("pm") {
@@ -117,8 +118,8 @@ fn choose(offered: bool, methods: Option<&str>, bus: impl FnOnce() -> Result<Vec
 /// A function that a reset of a bus reaches.
 type Reached = (GroupId, Bdf);
 
-/// The devices of a `struct vfio_pci_hot_reset_info` { argsz, flags, count, devices }: each { group: u32, segment: u16, bus: u8,
-/// devfn: u8 }.
+/// The devices of a `struct vfio_pci_hot_reset_info` { argsz, flags, count, devices }: each { group: u32, segment: u16,
+/// bus: u8, devfn: u8 }.
 fn reached(words: &[u32]) -> Vec<Reached> {
     let count = words.get(2).map_or(0, |count| *count as usize);
     let devices = words.get(3..).unwrap_or_default().chunks_exact(2);
@@ -136,8 +137,8 @@ fn others(own: Bdf, reached: &[Reached], ours: impl Fn(GroupId) -> bool) -> Resu
     if foreign.is_empty() { Ok(beside.map(|(_, bdf)| *bdf).collect()) } else { Err(NoBusReset::Foreign(foreign)) }
 }
 
-/// Resets a function by `way`. With its bus only those are reset along that are quiet. Where that fails or may not be, `VFIO_DEVICE_RESET` is
-/// what remains, if it is `offered`.
+/// Resets a function by `way`. With its bus only those are reset along that are quiet. Where that fails or may not be,
+/// `VFIO_DEVICE_RESET` is what remains, if it is `offered`.
 fn reset_by(
     own: Bdf,
     way: &ResetWay,
@@ -157,7 +158,8 @@ fn reset_by(
     if offered { function() } else { Err(io::Error::new(io::ErrorKind::Unsupported, format!("{own} {way}"))) }
 }
 
-/// `struct vfio_pci_hot_reset` { argsz, flags, count, group_fds }, all 32-bit words: with the file of each group that is reached and ours, once.
+/// `struct vfio_pci_hot_reset` { argsz, flags, count, group_fds }, all 32-bit words: with the file of each group that
+/// is reached and ours, once.
 fn hot_reset(reached: &[Reached], file: impl Fn(GroupId) -> Option<RawFd>) -> Vec<u32> {
     let files: BTreeMap<GroupId, u32> =
         reached.iter().filter_map(|(group, _)| Some((*group, file(*group)?.cast_unsigned()))).collect();
@@ -187,8 +189,8 @@ impl GroupFiles {
     }
 }
 
-/// A duplicate of the file that this process opened `node` as. A group can be opened once only, and vfio-ioctls keeps its file to
-/// itself; `_owner` is what keeps that file open meanwhile.
+/// A duplicate of the file that this process opened `node` as. A group can be opened once only, and vfio-ioctls keeps
+/// its file to itself; `_owner` is what keeps that file open meanwhile.
 fn open_file_of<T>(node: &Path, _owner: &T) -> io::Result<OwnedFd> {
     let device = fs::metadata(node)?.rdev();
     for entry in fs::read_dir("/proc/self/fd")? {

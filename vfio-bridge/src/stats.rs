@@ -42,8 +42,8 @@ pub struct DeviceStats {
     pub refused_maps: RefusedMaps,
     /// Time spent in host operations, in nanoseconds.
     pub host_time_ns: u64,
-    /// Host mappings that were cut while a part of them stayed granted (B-8). Also those that were cut for a move into a space of others
-    /// which was refused afterwards: the part was away for as long.
+    /// Host mappings that were cut while a part of them stayed granted (B-8). Also those that were cut for a move into
+    /// a space of others which was refused afterwards: the part was away for as long.
     pub splits: u64,
     /// Time that parts which stayed granted were not mapped, in nanoseconds.
     pub splits_open_ns: u64,

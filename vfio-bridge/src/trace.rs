@@ -1,7 +1,7 @@
 //! Tracing (B-16): a line for each notification of a unit and for each host operation.
 //!
-//! A [`TracedListener`] stands between a unit and the bridge, a [`TracedHost`] between the bridge and the host. Whoever does not
-//! trace does not put them there, so tracing that is off costs nothing. `docs/tracing.md` has the line format.
+//! A [`TracedListener`] stands between a unit and the bridge, a [`TracedHost`] between the bridge and the host. Whoever
+//! does not trace does not put them there, so tracing that is off costs nothing. `docs/tracing.md` has the line format.
 
 use std::fmt;
 use std::io::{self, BufWriter, Write};

@@ -1,8 +1,9 @@
 //! The kernel's VFIO type1: a container per group, for life.
 //!
-//! `VFIO_GROUP_UNSET_CONTAINER` fails while a device of the group is open, so a group never moves: a switch of spaces is
-//! a diff in its container. vfio-ioctls opens containers, groups and devices and tells KVM about them; maps and unmaps are our own calls,
-//! because that crate maps everything readable and writable (B-9) and takes holes in an unmapped range for errors.
+//! `VFIO_GROUP_UNSET_CONTAINER` fails while a device of the group is open, so a group never moves: a switch of spaces
+//! is a diff in its container. vfio-ioctls opens containers, groups and devices and tells KVM about them; maps and
+//! unmaps are our own calls, because that crate maps everything readable and writable (B-9) and takes holes in an
+//! unmapped range for errors.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -57,8 +58,8 @@ impl Type1 {
         Self { kvm, open: Mutex::default(), files: Arc::default() }
     }
 
-    /// Opens `function`, and its group with a container if no other function of the group was opened before. On an error
-    /// nothing of it stays open.
+    /// Opens `function`, and its group with a container if no other function of the group was opened before. On an
+    /// error nothing of it stays open.
     pub fn open(&self, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let (bdf, group) = (function.bdf(), function.group());
         let files = Arc::clone(&self.files);
@@ -125,8 +126,8 @@ fn check(result: i32) -> io::Result<()> {
 
 fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
     let info = read_info(|words| {
-        // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more than `argsz`
-        // bytes.
+        // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more
+        // than `argsz` bytes.
         check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), words.as_mut_ptr()) })
     })?;
     // SAFETY: the call takes a number.
@@ -251,8 +252,9 @@ impl HostIommu for Type1 {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
         let file = self.container_file(container).map_err(refused)?;
         let map = map_argument(iova, mem.hva(), mem.size(), perm);
-        // SAFETY: `map` is what the call takes. The memory is the guest's alone and has no Rust references into it: that is
-        // the promise of whoever made the `GuestMap` that `mem` is from. The kernel pins its pages, so they outlive a munmap.
+        // SAFETY: `map` is what the call takes. The memory is the guest's alone and has no Rust references into it:
+        // that is the promise of whoever made the `GuestMap` that `mem` is from. The kernel pins its pages, so they
+        // outlive a munmap.
         check(unsafe { ioctl_with_ref(&*file, VFIO_IOMMU_MAP_DMA(), &map) }).map_err(refused)
     }
 

@@ -1,5 +1,5 @@
-//! vfio-user: functions that another process emulates, over a Unix socket (the protocol's specification, version 0.9.2 and later, is
-//! `docs/interop/vfio-user.rst` of QEMU's source).
+//! vfio-user: functions that another process emulates, over a Unix socket (the protocol's specification, version 0.9.2
+//! and later, is `docs/interop/vfio-user.rst` of QEMU's source).
 //!
 //! ```text
 //!   VfioPci ──► UserFunction ─┐                        ┌─ server: any process, or `serve` of this crate
@@ -8,18 +8,19 @@
 //!   unit ◄──── Requests ◄──────────┘
 //! ```
 //!
-//! There is no host IOMMU below: the process is given the file behind guest memory and the ranges that it may use, and is trusted not to
-//! look further. Where it asks by message instead, [`VfioUser`] holds it to what is mapped, as an IOMMU would, and what is
-//! blocked is told to the unit ([`Requests`]), which records the fault.
+//! There is no host IOMMU below: the process is given the file behind guest memory and the ranges that it may use, and
+//! is trusted not to look further. Where it asks by message instead, [`VfioUser`] holds it to what is mapped, as an
+//! IOMMU would, and what is blocked is told to the unit ([`Requests`]), which records the fault.
 //!
 //! # Deadline
-//! Each call has one ([`CALL_DEADLINE`]). A process that does not answer is cut off: its connection is closed, and its function reads as
-//! all ones. If it was asked to let go of memory and it still runs, the memory is not revoked, and the unmap fails: the bridge then stops the
-//! machine before the guest is told that the unmap is done (D-3). A process that ended, or that closed its end, holds nothing any more.
+//! Each call has one ([`CALL_DEADLINE`]). A process that does not answer is cut off: its connection is closed, and its
+//! function reads as all ones. If it was asked to let go of memory and it still runs, the memory is not revoked, and
+//! the unmap fails: the bridge then stops the machine before the guest is told that the unmap is done (D-3). A process
+//! that ended, or that closed its end, holds nothing any more.
 //!
 //! # Locks
-//! What is mapped (`Granted`) is never locked while a message is under way, so a request of the device is answered also while it is
-//! asked to unmap. Nothing else is shared.
+//! What is mapped (`Granted`) is never locked while a message is under way, so a request of the device is answered also
+//! while it is asked to unmap. Nothing else is shared.
 
 mod connection;
 mod function;

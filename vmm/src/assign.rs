@@ -16,12 +16,12 @@ use vfio_bridge::{
 };
 use vtd::{Access, AttachRefused, Endpoint, Iova, Msi, Requester};
 
-use crate::control::{Control, Stop};
-use crate::irq::KvmInterrupts;
-use crate::layout;
-use crate::memory::Ram;
-use crate::options::{DeviceKind, DeviceOption, UserSocket, VtdOption};
-use crate::vm::{self, call};
+use crate::boot::layout;
+use crate::config::{DeviceKind, DeviceOption, UserSocket, VtdOption};
+use crate::kvm::irq::KvmInterrupts;
+use crate::kvm::memory::Ram;
+use crate::kvm::vm::{self, call};
+use crate::machine::control::{Control, Stop};
 
 /// Guest address widths that a unit can have, the narrowest first.
 const WIDTHS: [u8; 3] = [39, 48, 57];
@@ -277,7 +277,8 @@ pub struct UserRequests {
 impl Requests for UserRequests {
     fn blocked(&self, iova: Iova, write: bool) {
         let access = if write { Access::Write } else { Access::Read };
-        // The unit records the fault. Where it finds none, the guest mapped it a moment ago, or the bridge could not map it.
+        // The unit records the fault. Where it finds none, the guest mapped it a moment ago, or the bridge could not
+        // map it.
         if self.endpoint.enter().translate(iova, access).is_ok() {
             log::debug!("{}: {iova} is not mapped for the device yet", self.endpoint.requester());
         }
@@ -349,8 +350,9 @@ pub fn open(
 fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {
     let endpoint = match socket {
         UserSocket::Path(path) => UserEndpoint::Path(path.clone()),
-        // SAFETY: it was checked to be an open socket. Whoever started this process gave it for this device, and only for this one:
-        // two devices cannot name the same descriptor, and no descriptor of ours is named by the command line.
+        // SAFETY: it was checked to be an open socket. Whoever started this process gave it for this device, and only
+        // for this one: two devices cannot name the same descriptor, and no descriptor of ours is named by the command
+        // line.
         UserSocket::Fd(fd) => UserEndpoint::Connected(unsafe { OwnedFd::from_raw_fd(*fd) }),
     };
     user.open(endpoint, &socket.to_string()).map_err(|source| Error::User { socket: socket.clone(), source })
@@ -389,7 +391,8 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
     }
 }
 
-/// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest. And who is trusted.
+/// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest. And
+/// who is trusted.
 pub fn report_functions(functions: &[Function]) {
     for function in functions {
         let name = function.name();

@@ -10,15 +10,15 @@ use std::time::Duration;
 use devices::serial::SerialPort;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{Control, Stop};
+use crate::machine::control::{Control, Stop};
 use crate::output::OutputWriter;
 use crate::terminal::{self, Terminal};
 
 const CTRL_A: u8 = 1;
 const HELP: &str = "\r\nCtrl-A x  quits\r\nCtrl-A h  shows this\r\nCtrl-A Ctrl-A  sends Ctrl-A to the guest\r\n";
 
-/// What was typed at a terminal and the guest has not read, at most: bytes. A terminal is always read, else Ctrl-A x would not
-/// be seen behind it.
+/// What was typed at a terminal and the guest has not read, at most: bytes. A terminal is always read, else Ctrl-A x
+/// would not be seen behind it.
 const TYPED_MAX: usize = 1 << 20;
 /// How often a terminal that another job has is looked at: nobody says when it becomes ours.
 const LOOK: Duration = Duration::from_millis(500);
@@ -54,8 +54,8 @@ impl Escape {
 
 /// stdin for the guest, in a thread of its own: a read may block when somebody else reads the same file.
 ///
-/// From a terminal everything is read at once; what the guest does not take is bounded and then lost. From anything else no
-/// more is read than the guest takes, so nothing is lost and nothing grows.
+/// From a terminal everything is read at once; what the guest does not take is bounded and then lost. From anything
+/// else no more is read than the guest takes, so nothing is lost and nothing grows.
 pub struct Console {
     serial: Arc<SerialPort>,
     drained: EventFd,
@@ -69,8 +69,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// Takes the terminal if it is ours, and starts the thread, which ends with the process. `drained` is the serial port's
-    /// signal that the guest took its input. Gives back the count of bytes that were typed and lost.
+    /// Takes the terminal if it is ours, and starts the thread, which ends with the process. `drained` is the serial
+    /// port's signal that the guest took its input. Gives back the count of bytes that were typed and lost.
     pub fn start(
         serial: Arc<SerialPort>,
         drained: EventFd,

@@ -4,9 +4,9 @@ use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::cli::RunArgs;
 use crate::output::{Output, OutputWriter};
 use crate::signals::Signals;
 
@@ -26,10 +26,11 @@ fn is_regular(file: BorrowedFd<'_>) -> bool {
 }
 
 impl Messages {
-    /// Starts the log of `causeway run`. An error is a file that cannot be opened, or a thread that cannot be made.
-    pub fn start(args: &RunArgs) -> anyhow::Result<Self> {
+    /// Starts the log of `causeway run`, in `file` or on stderr; `verbose` is 0 to 3. An error is a file that cannot be
+    /// opened, or a thread that cannot be made.
+    pub fn start(file: Option<&Path>, verbose: u8) -> anyhow::Result<Self> {
         let stderr = Output::start("messages", io::stderr().as_fd())?;
-        let (target, file): (Box<dyn Write + Send>, _) = match &args.log {
+        let (target, output): (Box<dyn Write + Send>, _) = match file {
             None if is_regular(io::stderr().as_fd()) => (Box::new(io::stderr()), None),
             None => (Box::new(stderr.writer()), None),
             Some(path) => {
@@ -46,8 +47,8 @@ impl Messages {
                 }
             }
         };
-        logger(args, target).try_init()?;
-        Ok(Self { stderr, file })
+        logger(file.is_some(), verbose, target).try_init()?;
+        Ok(Self { stderr, file: output })
     }
 
     /// Text for the user's terminal, also where messages go to a file.
@@ -64,15 +65,15 @@ impl Messages {
     }
 }
 
-fn logger(args: &RunArgs, target: Box<dyn Write + Send>) -> env_logger::Builder {
-    let level = match args.verbose {
+fn logger(is_file: bool, verbose: u8, target: Box<dyn Write + Send>) -> env_logger::Builder {
+    let level = match verbose {
         0 => log::LevelFilter::Info,
         1 => log::LevelFilter::Debug,
         _ => log::LevelFilter::Trace,
     };
     let mut builder = env_logger::Builder::new();
     builder.filter_level(level);
-    if args.verbose == 0 {
+    if verbose == 0 {
         // It warns of interrupt kinds that a device simply does not have; what fails, we say ourselves.
         builder.filter_module("vfio_ioctls", log::LevelFilter::Error);
     }
@@ -80,7 +81,7 @@ fn logger(args: &RunArgs, target: Box<dyn Write + Send>) -> env_logger::Builder 
         builder.parse_filters(&filters);
     }
     let start = Instant::now();
-    let timed = args.log.is_some() || args.verbose > 0;
+    let timed = is_file || verbose > 0;
     builder.format(move |out, record| {
         let level = record.level().as_str().to_ascii_lowercase();
         let message = record.args().to_string();

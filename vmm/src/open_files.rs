@@ -4,7 +4,8 @@ use std::io;
 
 use vtd::Requester;
 
-/// What is opened after the machine was made: the event loop and what it watches, statistics, a look at how a function is reset.
+/// What is opened after the machine was made: the event loop and what it watches, statistics, a look at how a function
+/// is reset.
 const SPARE: usize = 16;
 
 /// Raises the limit to what this process may raise it to. Programs that wait by `select` keep it low; this is none.
@@ -65,8 +66,8 @@ pub fn report(wanted: usize, room: usize) {
     }
 }
 
-/// Deals `room` out: whoever wants no more than an equal share gets what it wants, and what it leaves goes to the others. So no function
-/// is in another's way, however many vectors that has.
+/// Deals `room` out: whoever wants no more than an equal share gets what it wants, and what it leaves goes to the
+/// others. So no function is in another's way, however many vectors that has.
 pub fn shares(wants: &[(Requester, usize)], room: usize) -> Vec<(Requester, usize)> {
     let mut ascending = wants.to_vec();
     ascending.sort_by_key(|(_, wanted)| *wanted);

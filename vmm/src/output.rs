@@ -1,8 +1,9 @@
-//! What goes out of this process to whoever may or may not read it: the guest's serial port to stdout, messages to stderr.
+//! What goes out of this process to whoever may or may not read it: the guest's serial port to stdout, messages to
+//! stderr.
 //!
-//! Whoever writes never waits: bytes go into a bounded buffer, and a thread of its own, which may block for ever, takes them
-//! from there. So a pipe that nobody reads and a terminal that is held cost neither a vCPU nor the event loop anything. What
-//! does not fit is dropped and counted (G-3).
+//! Whoever writes never waits: bytes go into a bounded buffer, and a thread of its own, which may block for ever, takes
+//! them from there. So a pipe that nobody reads and a terminal that is held cost neither a vCPU nor the event loop
+//! anything. What does not fit is dropped and counted (G-3).
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -51,8 +52,8 @@ pub struct Lost {
 }
 
 impl Output {
-    /// Starts the thread that writes to `file`, which shares its description with whoever else has it: blocking or not, it is
-    /// left as it is.
+    /// Starts the thread that writes to `file`, which shares its description with whoever else has it: blocking or not,
+    /// it is left as it is.
     pub fn start(name: &str, file: BorrowedFd<'_>) -> io::Result<Self> {
         let file = File::from(file.try_clone_to_owned()?);
         let emptied = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -158,7 +159,8 @@ fn write(mut file: &File, bytes: &[u8]) -> io::Result<usize> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-                // SAFETY: `poll` is the one structure that the call is told of. Whatever it says, the write is tried again.
+                // SAFETY: `poll` is the one structure that the call is told of. Whatever it says, the write is tried
+                // again.
                 unsafe { libc::poll(&raw mut poll, 1, -1) };
             }
             result => return result,

@@ -1,5 +1,5 @@
-//! Signals from outside. They are blocked in every thread and read from files, so each is heard where it can be served: while
-//! the machine is made by a [`Guard`], later by the event loop, and at the end by whoever waits for something.
+//! Signals from outside. They are blocked in every thread and read from files, so each is heard where it can be served:
+//! while the machine is made by a [`Guard`], later by the event loop, and at the end by whoever waits for something.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -13,8 +13,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// Signals that stop us for a while, and the one that ends that.
 const JOB: [libc::c_int; 2] = [libc::SIGTSTP, libc::SIGCONT];
-/// What the kernel sends to a background job that uses its terminal. Blocked, they stop nobody, and a read from the terminal
-/// fails instead: the machine goes on, whatever is typed at the shell.
+/// What the kernel sends to a background job that uses its terminal. Blocked, they stop nobody, and a read from the
+/// terminal fails instead: the machine goes on, whatever is typed at the shell.
 const TERMINAL: [libc::c_int; 2] = [libc::SIGTTIN, libc::SIGTTOU];
 /// The signal that asks for a report.
 const REPORT: libc::c_int = libc::SIGUSR1;
@@ -105,8 +105,8 @@ impl Signals {
         next_of(&self.control).or_else(|| next_of(&self.report)).map(Signal::of)
     }
 
-    /// Waits for a signal that ends us, for `event` to be readable, or for `deadline`, whichever there is first. A request to
-    /// stop for a while is served; one for a report waits for the event loop.
+    /// Waits for a signal that ends us, for `event` to be readable, or for `deadline`, whichever there is first. A
+    /// request to stop for a while is served; one for a report waits for the event loop.
     pub fn wait(&self, event: Option<RawFd>, deadline: Option<Instant>) -> io::Result<Woken> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -140,8 +140,8 @@ impl Signals {
     }
 }
 
-/// While the machine is made, a signal that ends us does so at once, whatever the main thread waits for: the kernel takes
-/// away what was made, and no guest has run.
+/// While the machine is made, a signal that ends us does so at once, whatever the main thread waits for: the kernel
+/// takes away what was made, and no guest has run.
 pub struct Guard {
     over: EventFd,
     thread: Option<JoinHandle<()>>,

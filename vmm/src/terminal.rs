@@ -1,4 +1,5 @@
-//! The user's terminal: raw while it is ours and the guest runs, and as it was on every way out, for good or for a while.
+//! The user's terminal: raw while it is ours and the guest runs, and as it was on every way out, for good or for a
+//! while.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -23,8 +24,8 @@ static BEFORE: AtomicPtr<libc::termios> = AtomicPtr::new(std::ptr::null_mut());
 /// Whether it is raw.
 static RAW: AtomicBool = AtomicBool::new(false);
 
-/// Signals whose default action ends the process and that nothing else in this program handles, or that only a fault of ours
-/// raises.
+/// Signals whose default action ends the process and that nothing else in this program handles, or that only a fault of
+/// ours raises.
 const FATAL: [libc::c_int; 16] = [
     libc::SIGABRT,
     libc::SIGBUS,
@@ -167,8 +168,8 @@ fn restore_at_faults() {
     }));
     for signal in FATAL {
         let mut previous = MaybeUninit::<libc::sigaction>::zeroed();
-        // SAFETY: both structures are ours; all zeroes are a valid sigaction without flags and mask. The handler does what a
-        // handler may: system calls and atomics. It runs on the stack that the runtime made for faults.
+        // SAFETY: both structures are ours; all zeroes are a valid sigaction without flags and mask. The handler does
+        // what a handler may: system calls and atomics. It runs on the stack that the runtime made for faults.
         let done = unsafe {
             let mut action = MaybeUninit::<libc::sigaction>::zeroed().assume_init();
             action.sa_sigaction = restore_and_go_on as *const () as usize;
@@ -194,8 +195,8 @@ extern "C" fn restore_and_go_on(signal: libc::c_int, info: *mut libc::siginfo_t,
     // SAFETY: `info` is the kernel's.
     let is_fault =
         unsafe { (*info).si_code } > 0 && matches!(signal, libc::SIGBUS | libc::SIGSEGV | libc::SIGILL | libc::SIGFPE);
-    // SAFETY: the pointer was stored before this handler was there, and is never freed; sigaction, signal and raise may be
-    // called in a handler.
+    // SAFETY: the pointer was stored before this handler was there, and is never freed; sigaction, signal and raise may
+    // be called in a handler.
     unsafe {
         if is_fault {
             // It comes again when this returns, and whoever was asked before explains it.

@@ -1,4 +1,5 @@
-//! The console as a user sees it: readers that do not read, terminals, jobs. All of it needs /dev/kvm; what has none says so.
+//! The console as a user sees it: readers that do not read, terminals, jobs. All of it needs /dev/kvm; what has none
+//! says so.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};

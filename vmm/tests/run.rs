@@ -1,5 +1,5 @@
-//! The program as a user sees it: exit codes and messages. Guests are a few instructions in the clothes of a Linux kernel; those
-//! tests need /dev/kvm and say so where there is none.
+//! The program as a user sees it: exit codes and messages. Guests are a few instructions in the clothes of a Linux
+//! kernel; those tests need /dev/kvm and say so where there is none.
 
 use std::io::{Read, Write};
 use std::path::Path;

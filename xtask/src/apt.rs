@@ -1,7 +1,8 @@
 //! Packages without installing them: apt resolves and downloads into a folder of ours, `dpkg-deb -x` unpacks.
 //!
-//! The archive's address, its key and how to reach it come from the machine's own apt configuration; only the suite's name is chosen here.
-//! apt's idea of what is installed is an empty file, so that the closure is whole and nothing of this machine is used or changed.
+//! The archive's address, its key and how to reach it come from the machine's own apt configuration; only the suite's
+//! name is chosen here. apt's idea of what is installed is an empty file, so that the closure is whole and nothing of
+//! this machine is used or changed.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
@@ -29,8 +30,8 @@ pub struct Apt {
 pub type Pinned = String;
 
 impl Apt {
-    /// Sets up apt below `folder` and reads the lists of the release and, where the release's QEMU is older than `oldest_qemu`, of its
-    /// backports.
+    /// Sets up apt below `folder` and reads the lists of the release and, where the release's QEMU is older than
+    /// `oldest_qemu`, of its backports.
     pub fn open(folder: &Path, oldest_qemu: u32) -> Result<Self> {
         let (codename, archive) = machines_archive()?;
         let backports = format!("{codename}-backports");
@@ -262,7 +263,8 @@ fn simulated_install(line: &str) -> Option<Pinned> {
     Some(format!("{name}={version}"))
 }
 
-/// What distributions call the source of `linux-image-6.12.95+deb12-amd64`: `linux-source-6.12`, or `linux-source-6.12.95`.
+/// What distributions call the source of `linux-image-6.12.95+deb12-amd64`: `linux-source-6.12`, or
+/// `linux-source-6.12.95`.
 fn source_names(image: &str) -> Vec<String> {
     let digits = image.split('-').find(|part| part.starts_with(|c: char| c.is_ascii_digit())).unwrap_or_default();
     let numbers: Vec<&str> =
@@ -319,7 +321,8 @@ fn deb822_archive(stanza: &str, codename: &str) -> Option<Archive> {
     if !enabled || !has("types", "deb") || !has("suites", codename) || !has("components", "main") {
         return None;
     }
-    // A key that stands in the stanza itself cannot be named by a one-line source: the machine's trusted keys must do then.
+    // A key that stands in the stanza itself cannot be named by a one-line source: the machine's trusted keys must do
+    // then.
     let signed_by = words("signed-by").into_iter().next().filter(|key| key.starts_with('/'));
     Some(Archive { uri: words("uris").into_iter().next()?, components: words("components"), signed_by })
 }

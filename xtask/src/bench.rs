@@ -1,11 +1,13 @@
-//! `cargo xtask bench`: what is measured. `nested` compares with QEMU in one L1, with the same guest, disk and options, in alternating runs;
-//! host operations are counted by L1's kernel, the same way for both, as differences of runs with and without the read.
+//! `cargo xtask bench`: what is measured. `nested` compares with QEMU in one L1, with the same guest, disk and options,
+//! in alternating runs; host operations are counted by L1's kernel, the same way for both, as differences of runs with
+//! and without the read.
 
 use crate::cache::{Cache, progress, target};
 use crate::crate_benches::{self, Criterion};
 use crate::demo::READS;
 use crate::l1;
-use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine};
+use crate::l1::Host;
+use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Job, Kernel, Limit, Machine};
 use crate::programs;
 use crate::table::{self, grouped};
 use crate::topology::Topology;
@@ -22,7 +24,8 @@ use std::time::Duration;
 const MEASURE: &str = include_str!("../../resources/l1/measure.sh");
 const SCRIPT: &str = include_str!("../../resources/l1/bench.sh");
 const VMMS: [&str; 2] = ["causeway", "qemu"];
-/// The columns of a `run` line. Settled: memory that boot left in descending order is taken out of the way first (`resources/guest/reads.sh`).
+/// The columns of a `run` line. Settled: memory that boot left in descending order is taken out of the way first
+/// (`resources/guest/reads.sh`).
 const TIMES: [(&str, &str); 6] = [
     ("init", "start to guest's init"),
     ("buffered-unsettled", "64 MiB buffered, memory as boot left it"),

@@ -1,11 +1,13 @@
 //! The nested cases: shell scripts in `tests/nested`, each with its needs in the comment at its head.
 //!
-//! `# host: new`, `# memory: 8G`, `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`, `# kernel: own`, `# limit: SECONDS`,
-//! `# needs: CONFIG_NAME` and `# long` stand on lines of their own. Files that end in `lib.sh` are what the cases share.
+//! `# host: new`, `# memory: 8G`, `# topology: bridge`, `# append: more of L1's kernel command line`, `# cpu: MODEL`,
+//! `# kernel: own`, `# limit: SECONDS`, `# needs: CONFIG_NAME` and `# long` stand on lines of their own. Files that end
+//! in `lib.sh` are what the cases share.
 
 use crate::cache::workspace;
+use crate::l1::Host;
 use crate::l1::Images;
-use crate::nested::{DEFAULT_CPU, DEFAULT_MEMORY, Files, Host, Kernel, Machine};
+use crate::nested::{DEFAULT_CPU, DEFAULT_MEMORY, Files, Kernel, Machine};
 use crate::topology::Topology;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;

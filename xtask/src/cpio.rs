@@ -1,4 +1,5 @@
-//! The `newc` cpio format: initramfs images for L1 and its guests, the disk that carries QEMU into L1, and what comes back from it.
+//! The `newc` cpio format: initramfs images for L1 and its guests, the disk that carries QEMU into L1, and what comes
+//! back from it.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{Read, Write};
@@ -83,7 +84,8 @@ impl<W: Write> Archive<W> {
     }
 }
 
-/// Unpacks files and folders below `into`. Names that would leave it are refused; other kinds of entries are passed over.
+/// Unpacks files and folders below `into`. Names that would leave it are refused; other kinds of entries are passed
+/// over.
 pub fn extract(mut from: impl Read, into: &Path) -> Result<usize> {
     let mut files = 0;
     loop {

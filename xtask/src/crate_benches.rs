@@ -1,5 +1,5 @@
-//! The crates' criterion benchmarks: their medians and, where valgrind is installed, how many instructions an operation takes. Times differ
-//! with the machine and what else it does; instructions hardly do.
+//! The crates' criterion benchmarks: their medians and, where valgrind is installed, how many instructions an operation
+//! takes. Times differ with the machine and what else it does; instructions hardly do.
 
 use crate::cache::{progress, target};
 use crate::crate_tests::cargo;
@@ -96,8 +96,8 @@ fn estimates(folder: &Path, newer_than: SystemTime, found: &mut Vec<Criterion>) 
     Ok(())
 }
 
-/// Counts what this program says it can count (`PROGRAM count` names it): an operation's instructions are the difference of two runs, one with
-/// twice as many, since each makes its tables first.
+/// Counts what this program says it can count (`PROGRAM count` names it): an operation's instructions are the
+/// difference of two runs, one with twice as many, since each makes its tables first.
 fn count(program: &Path, benches: &mut [Criterion]) -> Result<()> {
     let result = Command::new(program).arg("count").stdin(Stdio::null()).output()?;
     let names = String::from_utf8_lossy(&result.stdout).into_owned();

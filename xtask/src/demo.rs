@@ -1,15 +1,17 @@
-//! `cargo xtask demo`: a guest reads 64 MiB from an NVMe disk that is assigned to it behind our VT-d, and a table says how that went. It boots
-//! twice: how many host operations a read takes depends on the order of the guest's free pages.
+//! `cargo xtask demo`: a guest reads 64 MiB from an NVMe disk that is assigned to it behind our VT-d, and a table says
+//! how that went. It boots twice: how many host operations a read takes depends on the order of the guest's free pages.
+
+mod host_device;
 
 use crate::cache::{Cache, progress};
-use crate::host_device::HostDevice;
-use crate::l1::{self, Images};
-use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Host, Job, Kernel, Limit, Machine};
+use crate::l1::{self, Host, Images};
+use crate::nested::{self, DEFAULT_CPU, DEFAULT_MEMORY, End, Job, Kernel, Limit, Machine};
 use crate::programs::{self, Program};
 use crate::table::{self, grouped};
 use crate::topology::Topology;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use host_device::HostDevice;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,7 +20,8 @@ use std::time::Duration;
 const MEASURE: &str = include_str!("../../resources/l1/measure.sh");
 const SCRIPT: &str = include_str!("../../resources/l1/demo.sh");
 pub const READS: &str = include_str!("../../resources/guest/reads.sh");
-/// The read of each guest, and what it is called: any guest's memory is as its boot left it; put in order, mappings can be joined.
+/// The read of each guest, and what it is called: any guest's memory is as its boot left it; put in order, mappings can
+/// be joined.
 pub const GUESTS: [(&str, &str); 2] =
     [("buffered-unsettled", "memory as boot left it"), ("buffered", "memory settled")];
 

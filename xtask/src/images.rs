@@ -1,5 +1,5 @@
-//! The suite of guest-side test images, by `causeway test`, on this machine's own KVM: once with an edu inside the virtual machine, once with one that
-//! another process emulates, behind the bridge.
+//! The suite of guest-side test images, by `causeway test`, on this machine's own KVM: once with an edu inside the
+//! virtual machine, once with one that another process emulates, behind the bridge.
 
 use crate::cache::progress;
 use crate::crate_tests::{cargo, outputs, verdicts};

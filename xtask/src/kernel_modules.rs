@@ -1,6 +1,7 @@
 //! The modules that L1 and its guests need, taken out of an unpacked kernel package.
 //!
-//! A package that was never configured has no `modules.dep`: dependencies are read from the modules themselves (`.modinfo`).
+//! A package that was never configured has no `modules.dep`: dependencies are read from the modules themselves
+//! (`.modinfo`).
 
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,7 +15,8 @@ pub struct ModuleTree {
 
 /// Modules in load order, decompressed.
 pub struct Selection {
-    /// Path below `lib/modules/<release>/` (without a compression suffix), content, what it needs (names), what it is also called.
+    /// Path below `lib/modules/<release>/` (without a compression suffix), content, what it needs (names), what it is
+    /// also called.
     pub modules: Vec<Module>,
 }
 
@@ -47,8 +49,8 @@ impl ModuleTree {
         Ok(Self { folder: folder.to_owned(), files })
     }
 
-    /// The modules named, and all that they need, each before its users. A name that is not a module of this kernel is left out:
-    /// it is built in, or the kernel lacks it, which shows where it is used.
+    /// The modules named, and all that they need, each before its users. A name that is not a module of this kernel is
+    /// left out: it is built in, or the kernel lacks it, which shows where it is used.
     pub fn select(&self, names: &[&str]) -> Result<Selection> {
         let mut loaded: BTreeMap<String, Module> = BTreeMap::new();
         let mut order = Vec::new();

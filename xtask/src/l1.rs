@@ -4,9 +4,9 @@ use crate::apt::{Apt, Pinned};
 use crate::cache::{Cache, hex, progress, recipe};
 use crate::cpio::Archive;
 use crate::kernel_modules::{Module, ModuleTree, Selection};
-use crate::nested::Host;
 use crate::stored_kernel;
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,6 +14,15 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+
+/// Which QEMU and kernel L1 is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Host {
+    /// This machine's release: QEMU 10.0 or newer
+    Default,
+    /// Debian's newest backports: QEMU 11 or newer and a kernel as new
+    New,
+}
 
 /// TCG of older ones aborts in nested guests, and their vIOMMU is 39 bits wide.
 const OLDEST_QEMU: u32 = 10;
@@ -30,7 +39,8 @@ pub const SLICES: usize = (DISK_BYTES - SLICES_FROM) / SLICE_BYTES;
 /// Of the whole and of a slice, what such a checksum is about: some of these disks are slow.
 const CHECKED_SLICE_BYTES: usize = 1 << 20;
 
-/// Loaded before the script: what a host with KVM and VFIO has. Nothing is bound, so no driver of an assigned function is among them.
+/// Loaded before the script: what a host with KVM and VFIO has. Nothing is bound, so no driver of an assigned function
+/// is among them.
 const L1_BOOT_MODULES: &[&str] = &["kvm-amd", "vfio-pci", "vfio_iommu_type1", "virtio_blk"];
 pub const L1_MODULES: &[&str] = &[
     "kvm",
@@ -324,7 +334,8 @@ pub fn prepare(outer: &Cache, host: Host) -> Result<Images> {
     Ok(images)
 }
 
-/// Unpacks QEMU, busybox and a kernel; gives what identifies them. A tree that stands is used as it is: the network is not asked again.
+/// Unpacks QEMU, busybox and a kernel; gives what identifies them. A tree that stands is used as it is: the network is
+/// not asked again.
 fn unpack(cache: &Cache, tree: &Path, host: Host) -> Result<String> {
     let kind = recipe(&["packages 1", include_str!("apt.rs")]);
     if cache.is_fresh("tree", &kind) {

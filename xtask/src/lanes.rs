@@ -1,10 +1,11 @@
-//! Runs the nested cases in several L1s at a time. A lane is a thread that boots one L1 after the other; each L1 is given its cases one by
-//! one, over a port of its own, and tells between marks how they ended.
+//! Runs the nested cases in several L1s at a time. A lane is a thread that boots one L1 after the other; each L1 is
+//! given its cases one by one, over a port of its own, and tells between marks how they ended.
 
 use crate::cache::Cache;
 use crate::cases::{self, Case};
+use crate::l1::Host;
 use crate::l1::Images;
-use crate::nested::{self, End, Host, Job, Kernel, Limit, Machine};
+use crate::nested::{self, End, Job, Kernel, Limit, Machine};
 use crate::own_kernel;
 use crate::pool::{Pool, Work};
 use crate::programs::Program;

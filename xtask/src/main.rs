@@ -6,11 +6,11 @@ mod behaviours;
 mod bench;
 mod cache;
 mod cases;
+mod children;
 mod cpio;
 mod crate_benches;
 mod crate_tests;
 mod demo;
-mod host_device;
 mod images;
 mod kernel_modules;
 mod l1;
@@ -50,7 +50,8 @@ enum Task {
     Nested(nested::NestedArgs),
     /// Builds the kernel with iommufd and the IOMMU's debugfs, which `nested --own-kernel` and some cases run on
     ///
-    /// Needs packages of this system, which it installs as root and names otherwise, and 8 GB meanwhile. What is built stays in the cache.
+    /// Needs packages of this system, which it installs as root and names otherwise, and 8 GB meanwhile. What is built
+    /// stays in the cache.
     OwnKernel(own_kernel::OwnKernelArgs),
     /// Measures: the crates' criterion benchmarks, and `nested`, a guest under Causeway and under QEMU
     ///
@@ -60,7 +61,8 @@ enum Task {
     ///
     /// Writes docs/mutations.md. The exit status is 0 if everything that is not equivalent was noticed, else 1.
     Mutate(mutate::MutateArgs),
-    /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in tests/images/differences.txt
+    /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in
+    /// tests/images/differences.txt
     Oracle(oracle::OracleArgs),
     /// Runs every check and test; the last line is `N passed, N failed, N skipped`
     Test(test::TestArgs),

@@ -1,4 +1,5 @@
-//! QEMU's monitor: wakes a processor that sleeps over an interrupt, and tells what the processor of a QEMU that does not end is doing.
+//! QEMU's monitor: wakes a processor that sleeps over an interrupt, and tells what the processor of a QEMU that does
+//! not end is doing.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -16,7 +17,8 @@ const PROMPT: &str = "(qemu) ";
 const LOOKS: usize = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 
-/// How often one looks whether interrupts wait at the processor, and after how many looks at the same ones they are taken for lost.
+/// How often one looks whether interrupts wait at the processor, and after how many looks at the same ones they are
+/// taken for lost.
 const BETWEEN_WATCHES: Duration = Duration::from_secs(1);
 const WATCHES: u32 = 5;
 /// An interrupt of L1's serial console, which has no other effect.
@@ -51,9 +53,9 @@ impl Monitor {
         Ok(Self::new(ours, name))
     }
 
-    /// To be called again and again. QEMU 10.0's SVM clears bits of the processor's interrupt requests without a lock, at each entry to
-    /// a guest and each exit, and may so undo one that comes at that moment (docs/nested-bench.md): then it waits at the local
-    /// APIC for ever, unless another one comes. So another one comes.
+    /// To be called again and again. QEMU 10.0's SVM clears bits of the processor's interrupt requests without a lock,
+    /// at each entry to a guest and each exit, and may so undo one that comes at that moment (docs/nested-bench.md):
+    /// then it waits at the local APIC for ever, unless another one comes. So another one comes.
     ///
     /// # Errors
     /// The monitor does not answer.
@@ -147,7 +149,8 @@ mod tests {
     use super::*;
     use std::sync::{Arc, Mutex};
 
-    /// A monitor that greets, repeats each question, and answers it with the next answer; then it is silent, but there. And its questions.
+    /// A monitor that greets, repeats each question, and answers it with the next answer; then it is silent, but there.
+    /// And its questions.
     fn answering(answers: Vec<String>) -> (Monitor, Arc<Mutex<Vec<String>>>) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(1))).unwrap();

@@ -1,8 +1,8 @@
 //! `cargo xtask mutate`: breaks the code on purpose, one named mutation at a time, and says which tests notice.
 //!
-//! The mutations of a crate are listed in `tests/mutations/CRATE.toml`. Each is put into a copy of the tree, and the crate's own tests are run
-//! there; with `--images` those of `causeway test` too. What no test sees is a missing test, or equivalent to the right code, which the list
-//! then says with a reason.
+//! The mutations of a crate are listed in `tests/mutations/CRATE.toml`. Each is put into a copy of the tree, and the
+//! crate's own tests are run there; with `--images` those of `causeway test` too. What no test sees is a missing test,
+//! or equivalent to the right code, which the list then says with a reason.
 
 mod lane;
 mod list;
@@ -60,7 +60,8 @@ impl Outcome {
     }
 }
 
-/// The exit status is 0 if everything that is not equivalent was killed, else 1: also if one does not build. The last line has the counts.
+/// The exit status is 0 if everything that is not equivalent was killed, else 1: also if one does not build. The last
+/// line has the counts.
 pub fn command(args: &MutateArgs) -> Result<u8> {
     let mut mutations = list::load()?;
     for name in &args.crates {

@@ -1,14 +1,15 @@
 //! One run of L1: a Linux host with KVM and VFIO inside QEMU's TCG, which runs one script and powers off.
 
 use crate::cache::{Cache, progress};
+use crate::children::end_with_this_process;
 use crate::cpio::{self, Archive};
-use crate::l1::{self, Images};
+use crate::l1::{self, Host, Images};
 use crate::monitor::Monitor;
 use crate::own_kernel;
 use crate::programs::{self, Program};
 use crate::topology::{Topology, drive, option};
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -29,15 +30,6 @@ const NORMAL_BOOT: Duration = Duration::from_secs(5);
 const LARGEST_SCALE: u32 = 6;
 pub const TIME_LIMIT: u8 = 124;
 pub const BENCH_FAILURE: u8 = 125;
-
-/// Which QEMU and kernel L1 is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Host {
-    /// This machine's release: QEMU 10.0 or newer
-    Default,
-    /// Debian's newest backports: QEMU 11 or newer and a kernel as new
-    New,
-}
 
 /// How much memory L1 has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -176,7 +168,8 @@ pub struct Report {
     pub processor: String,
 }
 
-/// Time limits are given for a machine on which L1 boots in 5 s. At least L1's own `BOOT_SCALE`, which counts from its kernel's start.
+/// Time limits are given for a machine on which L1 boots in 5 s. At least L1's own `BOOT_SCALE`, which counts from its
+/// kernel's start.
 pub fn scale(boot: Duration) -> u32 {
     (1..LARGEST_SCALE).find(|scale| boot <= NORMAL_BOOT * *scale).unwrap_or(LARGEST_SCALE)
 }
@@ -509,8 +502,8 @@ fn qemu(images: &Images, job: &Job, folder: &RunFolder, console: &Path) -> Resul
     Ok(command)
 }
 
-/// The frequency of this machine's time stamp counter, measured. L1 must know it well: TCG's SVM has no TSC scaling, and with an error
-/// above 250 ppm KVM in L1 loses the timers of its guests.
+/// The frequency of this machine's time stamp counter, measured. L1 must know it well: TCG's SVM has no TSC scaling,
+/// and with an error above 250 ppm KVM in L1 loses the timers of its guests.
 fn tsc_khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
     *KHZ.get_or_init(|| {
@@ -536,23 +529,12 @@ fn now_and_ticks() -> (Instant, u64) {
 /// The command has this one too, under the same number.
 fn inherit(command: &mut Command, fd: BorrowedFd) {
     let fd = fd.as_raw_fd();
-    // SAFETY: fcntl is async-signal-safe; F_SETFD changes one flag of the new process's own table. The descriptor is open until it was
-    // forked, as `Job` borrows it.
+    // SAFETY: fcntl is async-signal-safe; F_SETFD changes one flag of the new process's own table. The descriptor is
+    // open until it was forked, as `Job` borrows it.
     unsafe {
         command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
             -1 => Err(std::io::Error::last_os_error()),
             _ => Ok(()),
-        });
-    }
-}
-
-/// A run that is killed leaves no QEMU and no compiler behind: they get `signal`.
-pub fn end_with_this_process(command: &mut Command, signal: libc::c_int) {
-    // SAFETY: prctl is async-signal-safe and PR_SET_PDEATHSIG touches nothing but the calling process.
-    unsafe {
-        command.pre_exec(move || match libc::prctl(libc::PR_SET_PDEATHSIG, signal) {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
         });
     }
 }

@@ -1,10 +1,10 @@
-//! `cargo xtask oracle`: the same test images under QEMU's intel-iommu and edu, emulated (TCG), as a second opinion. Every test whose
-//! result differs from ours is in `tests/images/differences.txt`, with who is right.
+//! `cargo xtask oracle`: the same test images under QEMU's intel-iommu and edu, emulated (TCG), as a second opinion.
+//! Every test whose result differs from ours is in `tests/images/differences.txt`, with who is right.
 
 use crate::cache::{Cache, progress, target};
 use crate::crate_tests::cargo;
+use crate::l1::Host;
 use crate::l1::{self, Qemu};
-use crate::nested::Host;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result, ensure};
 use clap::Args;

@@ -1,13 +1,15 @@
-//! `cargo xtask own-kernel`: the kernel that no distribution has, with iommufd, VFIO's character devices and the IOMMU's debugfs, built
-//! from the distribution's source package and `resources/kernel/fragment`.
+//! `cargo xtask own-kernel`: the kernel that no distribution has, with iommufd, VFIO's character devices and the
+//! IOMMU's debugfs, built from the distribution's source package and `resources/kernel/fragment`.
 //!
-//! It is built in a folder that is removed at the end; what stays is the image, its configuration and its modules, a few megabytes.
+//! It is built in a folder that is removed at the end; what stays is the image, its configuration and its modules, a
+//! few megabytes.
 
 use crate::cache::{Cache, progress, recipe};
+use crate::children::end_with_this_process;
 use crate::cpio::Archive;
 use crate::kernel_modules::ModuleTree;
+use crate::l1::Host;
 use crate::l1::{self, Images, OwnImages};
-use crate::nested::{Host, end_with_this_process};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::fs::{self, File};
@@ -19,7 +21,8 @@ use std::time::{Duration, Instant};
 
 /// The whole configuration: what is not named there is off.
 const FRAGMENT: &str = include_str!("../../resources/kernel/fragment");
-/// What differs for the newer host's kernel: options that follow [`FRAGMENT`], and `# CONFIG_NAME is not set` for those that it no longer has.
+/// What differs for the newer host's kernel: options that follow [`FRAGMENT`], and `# CONFIG_NAME is not set` for those
+/// that it no longer has.
 const FRAGMENT_NEW: &str = include_str!("../../resources/kernel/fragment-new");
 /// Of the folder that stays; to be changed with [`collect`].
 const LAYOUT: &str = "1";
@@ -107,7 +110,8 @@ pub fn built(images: &Images) -> Result<Option<OwnKernel>> {
     Ok(fresh.then(|| OwnKernel { folder: cache.path("own-kernel") }))
 }
 
-/// Everything that the result depends on, but for the compiler and the lines here: it takes too long to be made again for each of them.
+/// Everything that the result depends on, but for the compiler and the lines here: it takes too long to be made again
+/// for each of them.
 fn stamp(images: &Images) -> String {
     let fragment = fragment(images.host);
     let mut parts = vec![images.kernel_package.as_str(), fragment.as_str(), LAYOUT];
@@ -354,7 +358,8 @@ fn collect(out: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What an L1 with this kernel has besides: the modules, the kernel for guests, and its modules in the guests' initramfs.
+/// What an L1 with this kernel has besides: the modules, the kernel for guests, and its modules in the guests'
+/// initramfs.
 pub fn images(images: &Images, kernel: &OwnKernel) -> Result<OwnImages> {
     let cache = &images.cache;
     let made = cache.path("own.cpio");

@@ -1,8 +1,9 @@
-//! Which L1 runs which case. Several L1s stand side by side, and each asks for its next case when it is done with one, so that none is idle
-//! while another has cases left.
+//! Which L1 runs which case. Several L1s stand side by side, and each asks for its next case when it is done with one,
+//! so that none is idle while another has cases left.
 
 use crate::cases::Case;
-use crate::nested::{Host, Kernel, Machine};
+use crate::l1::Host;
+use crate::nested::{Kernel, Machine};
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -69,7 +70,8 @@ impl Pool {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next work of a lane; waits where all that is left needs a kernel which another lane makes ready. None: there is no more.
+    /// The next work of a lane; waits where all that is left needs a kernel which another lane makes ready. None: there
+    /// is no more.
     pub fn work(&self) -> Option<Work> {
         let mut groups = self.groups();
         loop {
@@ -171,7 +173,8 @@ mod tests {
             _ => None,
         })
         .collect();
-        // Nobody has taken a case yet: a third one of the first kind, for its third case, and no second one where there is one case.
+        // Nobody has taken a case yet: a third one of the first kind, for its third case, and no second one where there
+        // is one case.
         let flat = machine("");
         assert_eq!(work, [machine(PORTS), flat.clone(), machine("# topology: slot\n"), flat.clone(), flat]);
     }

@@ -1,6 +1,7 @@
-//! A guest's kernel without its compression, which in the nested bench each guest would undo beneath two emulations; here it is done
-//! once. What results is still a bzImage: the distribution's setup header, then the kernel as it unpacks itself, each part at its place,
-//! and at the 64-bit entry point a jump to it. It has no other entry point, cannot be relocated, and its addresses are not randomized.
+//! A guest's kernel without its compression, which in the nested bench each guest would undo beneath two emulations;
+//! here it is done once. What results is still a bzImage: the distribution's setup header, then the kernel as it
+//! unpacks itself, each part at its place, and at the 64-bit entry point a jump to it. It has no other entry point,
+//! cannot be relocated, and its addresses are not randomized.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::io::Read;

@@ -25,7 +25,8 @@ pub enum Topology {
 
 const EDU: &str = "edu,dma_mask=0xffffffffffffffff";
 const NVME: &str = "nvme,drive=nvme,serial=causeway";
-/// As many queue pairs and vectors as MSI-X can have. The other id tells them from the rest, in L1 as well as in guests.
+/// As many queue pairs and vectors as MSI-X can have. The other id tells them from the rest, in L1 as well as in
+/// guests.
 const NVME_MANY: &str = "nvme,max_ioqpairs=1024,msix_qsize=2048,use-intel-id=on";
 /// Two virtual functions, whose queues and vectors its driver takes from the four and the two that are flexible.
 const NVME_SRIOV: &str = "nvme,serial=sriov,subsys=subsystem,max_ioqpairs=6,msix_qsize=6,\
@@ -55,8 +56,8 @@ impl Topology {
     /// What is added to L1's model of processor.
     pub fn cpu(self) -> &'static str {
         match self {
-            // Firmware then leaves all BARs below 4 GiB. Of the 64-bit BARs of igb's virtual functions, QEMU 10.0 takes the lower half for the
-            // whole address: above 4 GiB nothing is there.
+            // Firmware then leaves all BARs below 4 GiB. Of the 64-bit BARs of igb's virtual functions, QEMU 10.0 takes
+            // the lower half for the whole address: above 4 GiB nothing is there.
             Self::Zoo => ",phys-bits=36",
             Self::Flat | Self::Ports | Self::Bridge | Self::Slot | Self::Large => "",
         }
@@ -164,7 +165,8 @@ fn zoo(command: &mut Command) {
 
 /// A root port with native hot-plug for each name.
 fn root_ports(command: &mut Command, names: &[&str]) {
-    // Where ACPI is to plug and unplug, QEMU's ports never say that their link is up, and Linux takes each reset of their buses for failed.
+    // Where ACPI is to plug and unplug, QEMU's ports never say that their link is up, and Linux takes each reset of
+    // their buses for failed.
     command.args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
     for (index, name) in names.iter().enumerate() {
         let more = if index == 0 { ",multifunction=on" } else { "" };

@@ -251,8 +251,8 @@ fn twin(capabilities: &Capabilities, fds: Vec<OwnedFd>) -> Result<Option<UnixStr
     Ok(Some(UnixStream::from(fd)))
 }
 
-/// A file that becomes readable when the process at the other end exits. `None` where that cannot be told, for instance because it is
-/// this process.
+/// A file that becomes readable when the process at the other end exits. `None` where that cannot be told, for instance
+/// because it is this process.
 fn pidfd_of_peer(stream: &UnixStream) -> Option<OwnedFd> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;

@@ -95,7 +95,8 @@ impl UserFunction {
         self.regions.get(region.index() as usize)?.file.clone()
     }
 
-    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody answers.
+    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
+    /// answers.
     pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
         if let Err(e) = self.try_read(region, offset, data) {
             debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.name());
@@ -224,8 +225,8 @@ fn region(connection: &Connection, index: u32) -> Result<Region, ConnectError> {
     Ok(Region { info, file })
 }
 
-/// The areas of the capability that lists them; without one `Some(None)`; `None` when the capabilities are not there, or not whole. Offsets count
-/// from the start of the structure.
+/// The areas of the capability that lists them; without one `Some(None)`; `None` when the capabilities are not there,
+/// or not whole. Offsets count from the start of the structure.
 fn sparse_areas(payload: &[u8], first: u32) -> Option<Option<Vec<(u64, u64)>>> {
     let u32_at = |at: usize| Some(u32::from_ne_bytes(payload.get(at..at.checked_add(4)?)?.try_into().ok()?));
     let u64_at = |at: usize| Some(u64::from_ne_bytes(payload.get(at..at.checked_add(8)?)?.try_into().ok()?));

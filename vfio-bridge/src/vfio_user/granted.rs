@@ -1,5 +1,5 @@
-//! What a function may reach, by file: the mappings that one side told the other of. Both sides keep this book: the server to carry out DMA, the
-//! client to hold requests by message to it.
+//! What a function may reach, by file: the mappings that one side told the other of. Both sides keep this book: the
+//! server to carry out DMA, the client to hold requests by message to it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,9 +10,11 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vtd::{Iova, Perm};
 
-/// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a lock.
+/// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a
+/// lock.
 pub trait Requests: Send + Sync {
-    /// The function asked for `iova`, and has no mapping that allows it: the unit, whose tables say why, records the fault.
+    /// The function asked for `iova`, and has no mapping that allows it: the unit, whose tables say why, records the
+    /// fault.
     fn blocked(&self, iova: Iova, write: bool);
     /// The function wrote four aligned bytes into the interrupt window: a message, like any function's.
     fn message(&self, address: u64, data: u32);
@@ -61,8 +63,8 @@ impl Granted {
         true
     }
 
-    /// Takes back everything in `first..=last`; waits for accesses that are under way. `None`, and nothing is taken back, when a mapping lies
-    /// only partly inside.
+    /// Takes back everything in `first..=last`; waits for accesses that are under way. `None`, and nothing is taken
+    /// back, when a mapping lies only partly inside.
     pub fn remove(&self, first: u64, last: u64) -> Option<Vec<Range<u64>>> {
         let mut grants = self.exclusive();
         let reaches_in = grants.range(..first).next_back().is_some_and(|(_, grant)| grant.last >= first);

@@ -1,5 +1,5 @@
-//! The backend: what is mapped for functions that other processes emulate. Each function is alone in its group and has a container
-//! of its own.
+//! The backend: what is mapped for functions that other processes emulate. Each function is alone in its group and has
+//! a container of its own.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,7 +18,8 @@ use super::granted::Grant;
 use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::guest_map::HostMem;
-use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, PAGE_SIZE, UnmapRange};
+use crate::guest_map::PAGE_SIZE;
+use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
 use crate::limits::{IovaRange, Limits};
 
 /// Calls that are under way at a time.
@@ -104,8 +105,9 @@ fn end_map(connection: &Connection, map: &Map<'_>, call: Call) -> Result<(), Map
 /// Takes back what was granted, and says why.
 fn not_mapped(connection: &Connection, map: &Map<'_>, error: &CallError) -> MapRefused {
     connection.granted().remove(map.iova, map.iova + (map.mem.size() - 1));
-    // What a process's errno means is its own affair. A full table is the exception; so are no more mappings of its own (ENOMEM of mmap: Linux
-    // lets a process have 65,530, fewer than the protocol promises), which is what ends it in servers on libvfio-user.
+    // What a process's errno means is its own affair. A full table is the exception; so are no more mappings of its own
+    // (ENOMEM of mmap: Linux lets a process have 65,530, fewer than the protocol promises), which is what ends it in
+    // servers on libvfio-user.
     let full = matches!(*error, CallError::Refused(libc::ENOSPC | libc::ENOMEM));
     MapRefused::from_errno(if full { libc::ENOSPC } else { libc::EIO })
 }

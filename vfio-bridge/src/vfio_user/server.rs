@@ -1,8 +1,8 @@
 //! The other end: serves a function that this process emulates to a client, ours or any other.
 //!
-//! The function's DMA goes by the file that the client sent with each mapping, for as long as the mapping is there. What is not mapped it
-//! asks the client for by message, over the second socket, if the client wants one: so a client with a remapping unit hears of
-//! DMA that is blocked, and of messages written into the interrupt window.
+//! The function's DMA goes by the file that the client sent with each mapping, for as long as the mapping is there.
+//! What is not mapped it asks the client for by message, over the second socket, if the client wants one: so a client
+//! with a remapping unit hears of DMA that is blocked, and of messages written into the interrupt window.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,7 +30,7 @@ use super::wire::{
     command, parse_version, version_payload,
 };
 use crate::function::{IrqKind, RegionKind};
-use crate::host::PAGE_SIZE;
+use crate::guest_map::PAGE_SIZE;
 
 /// A function that this process emulates. Called from the thread that serves it.
 pub trait Served {
@@ -124,8 +124,8 @@ impl ClientMemory {
         Ok(())
     }
 
-    /// What is asked for in one message from `done` bytes behind `iova` on: its address and length. It ends at the end of a page, and is no
-    /// longer than what the client takes.
+    /// What is asked for in one message from `done` bytes behind `iova` on: its address and length. It ends at the end
+    /// of a page, and is no longer than what the client takes.
     fn in_message(&self, iova: Iova, done: usize, len: usize) -> Result<(u64, usize), DmaRefused> {
         let at = iova.0.checked_add(done as u64).ok_or(DmaRefused(iova))?;
         let transfer = locked(&self.twin).as_ref().map_or(PAGE_SIZE, |twin| twin.transfer.max(1));
@@ -178,7 +178,8 @@ impl ClientMemory {
         Ok(file)
     }
 
-    /// Takes back whole mappings, as VFIO does: the range may have holes, and nothing at all. The reply says how many bytes were mapped there.
+    /// Takes back whole mappings, as VFIO does: the range may have holes, and nothing at all. The reply says how many
+    /// bytes were mapped there.
     fn unmap(&self, message: &Message) -> Result<Vec<u8>, i32> {
         let (unmap, _) = message.parse::<DmaUnmap>().map_err(|_| libc::EINVAL)?;
         let last = match (unmap.flags, unmap.address, unmap.size) {
@@ -200,8 +201,8 @@ impl ClientMemory {
     }
 }
 
-/// Serves `function` to the client at the other end of `stream`, until it closes the connection. `memory` is what the function's DMA goes
-/// by; afterwards it is empty, and the function signals nobody.
+/// Serves `function` to the client at the other end of `stream`, until it closes the connection. `memory` is what the
+/// function's DMA goes by; afterwards it is empty, and the function signals nobody.
 pub fn serve(stream: &UnixStream, function: &dyn Served, memory: &ClientMemory) -> Result<(), ServeError> {
     let result = Session { stream, function, memory, mappings: 0 }.run();
     memory.clear();
@@ -242,7 +243,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Answers what the client proposes: the smaller minor version of both, and what this side can as far as the client can it too.
+    /// Answers what the client proposes: the smaller minor version of both, and what this side can as far as the client
+    /// can it too.
     fn agree(&mut self, first: &Message) -> Result<(), ServeError> {
         let proposed = (first.header.command == command::VERSION).then(|| parse_version(&first.payload)).flatten();
         let Some((version, wanted)) = proposed.filter(|(version, _)| version.major == VERSION.major) else {
@@ -305,7 +307,8 @@ impl Session<'_> {
                     };
                 let count = self.function.irq_count(kind);
                 if count == 0 && kind == IrqKind::Error {
-                    // As the kernel's VFIO does it for functions that report no errors: QEMU's client warns of one with none.
+                    // As the kernel's VFIO does it for functions that report no errors: QEMU's client warns of one with
+                    // none.
                     return Err(libc::EINVAL);
                 }
                 let info = IrqInfo { argsz: size_of::<IrqInfo>() as u32, flags, index: ask.index, count };

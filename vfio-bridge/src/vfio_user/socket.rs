@@ -43,7 +43,8 @@ pub fn invalid(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-/// Connects to whoever listens at `path`. `TimedOut` where nobody takes the connection in time: one whose queue is full lets others wait for ever.
+/// Connects to whoever listens at `path`. `TimedOut` where nobody takes the connection in time: one whose queue is full
+/// lets others wait for ever.
 pub fn connect(path: &Path, deadline: Duration) -> io::Result<UnixStream> {
     let mut address = libc::sockaddr_un { sun_family: libc::AF_UNIX as libc::sa_family_t, sun_path: [0; 108] };
     let path = path.as_os_str().as_bytes();

@@ -70,9 +70,10 @@ pub struct Version {
 /// The highest version that is spoken here, and with it all smaller minor ones.
 pub const VERSION: Version = Version { major: 0, minor: 1 };
 
-/// Mappings that a server of ours holds at most, and what a client of ours proposes: as many as a guest can ask for without being
-/// unreasonable. What is agreed on is the smaller number of both sides, since clients may know of a limit of their own: QEMU's
-/// gives up a server that says more than it proposed, which is the specification's default of 65,535.
+/// Mappings that a server of ours holds at most, and what a client of ours proposes: as many as a guest can ask for
+/// without being unreasonable. What is agreed on is the smaller number of both sides, since clients may know of a limit
+/// of their own: QEMU's gives up a server that says more than it proposed, which is the specification's default of
+/// 65,535.
 pub const MAX_DMA_MAPS: u64 = 1 << 20;
 
 /// Readable by the device.
@@ -96,8 +97,8 @@ pub struct DmaMap {
     pub size: u64,
 }
 
-/// Flag of DMA_UNMAP: everything goes; address and size are 0. It is VFIO's (`VFIO_DMA_UNMAP_FLAG_ALL`); the protocol's specification does not
-/// name it, and QEMU's client sends it when a device leaves an address space.
+/// Flag of DMA_UNMAP: everything goes; address and size are 0. It is VFIO's (`VFIO_DMA_UNMAP_FLAG_ALL`); the protocol's
+/// specification does not name it, and QEMU's client sends it when a device leaves an address space.
 pub const DMA_UNMAP_ALL: u32 = 1 << 1;
 
 /// Of DMA_UNMAP, both ways.
@@ -108,7 +109,8 @@ pub struct DmaUnmap {
     pub argsz: u32,
     /// 0, or [`DMA_UNMAP_ALL`].
     pub flags: u32,
-    /// First IOVA. The specification wants it to be that of one mapping, exactly; clients name ranges, as VFIO lets them.
+    /// First IOVA. The specification wants it to be that of one mapping, exactly; clients name ranges, as VFIO lets
+    /// them.
     pub address: u64,
     /// Bytes of the range; in the reply those that were mapped there.
     pub size: u64,

@@ -480,11 +480,13 @@ fn rule3_unmaps_come_before_maps_and_a_remap_follows_its_cut_at_once() {
     let log = Arc::clone(&seen);
     world.model.set_hook(move |served, _| log.lock().expect("whole").push(matches!(served.op, HostOp::Map(_))));
     world.done(&space, &[unmap(KIB4, 2 * KIB4 - 1), unmap(GIB, GIB + KIB4 - 1), map(2 * GIB, 0, KIB4)]);
-    // Unmap of the whole extent and of the cut one are neighbours, so one operation; then its two remainders; then the new one.
+    // Unmap of the whole extent and of the cut one are neighbours, so one operation; then its two remainders; then the
+    // new one.
     assert_eq!(*seen.lock().expect("whole"), [false, true, true, true]);
 }
 
-/// The operations of the model since the last look, as `+first..=last` and `-first..=last` in pages; a map that was refused has a `!`.
+/// The operations of the model since the last look, as `+first..=last` and `-first..=last` in pages; a map that was
+/// refused has a `!`.
 fn operations(world: &World) -> Vec<String> {
     let said = |first: u64, last: u64| format!("{}..={}", first / KIB4, last / KIB4);
     let operation = |served: &Served| match (served.op, served.result) {
@@ -615,7 +617,8 @@ fn b11_what_finds_no_room_before_the_unmaps_is_mapped_after_them_and_not_refused
     assert_eq!((stats.host_maps, stats.host_unmaps), world.model.counts());
     assert_eq!(stats.refused_maps, RefusedMaps::default(), "what came in the end was not refused");
 
-    // What is not there in the end is refused, once. It is the last one, though it would have found room before the unmaps.
+    // What is not there in the end is refused, once. It is the last one, though it would have found room before the
+    // unmaps.
     let kernel = Kernel { memlock: Some(MIB2), ..Kernel::new(48) };
     let world = World::new(kernel, ram, &[(1, 1)]);
     world.attach(1, &paged(1, 48), &[mapping(GIB, 0, KIB4)]).expect("attached");

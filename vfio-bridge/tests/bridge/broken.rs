@@ -8,7 +8,8 @@ use crate::world::*;
 
 const RAM: Ram = Ram { low: 16 << 20, high: 16 << 20 };
 
-/// Two functions in a group, and one alone in the same space, into which three pages apart are mapped; the group's host refuses unmaps.
+/// Two functions in a group, and one alone in the same space, into which three pages apart are mapped; the group's host
+/// refuses unmaps.
 fn broken() -> (World, SpaceKey) {
     let world = World::new(Kernel::new(48), RAM, &[(1, 1), (2, 1), (3, 2)]);
     let space = paged(1, 48);

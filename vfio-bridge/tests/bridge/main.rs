@@ -1,4 +1,5 @@
-//! The bridge over the model of a host: behaviours B-3 to B-13 and C-1 to C-3, and the properties of design rules 3 and 4.
+//! The bridge over the model of a host: behaviours B-3 to B-13 and C-1 to C-3, and the properties of design rules 3 and
+//! 4.
 
 mod audit;
 mod behaviours;

@@ -1,7 +1,8 @@
-//! Random sequences of what a unit may say, against the model. After each call the host holds exactly what the spaces grant; after
-//! **every** host operation in between it holds no more than was granted before or is granted after, and everything that is granted
-//! both before and after is there, but for extents that had to be cut (design rules 3 and 4). When a group moves from one space to
-//! another, what both have is there all the time, but for the operations that replace it (`check_switch`).
+//! Random sequences of what a unit may say, against the model. After each call the host holds exactly what the spaces
+//! grant; after **every** host operation in between it holds no more than was granted before or is granted after, and
+//! everything that is granted both before and after is there, but for extents that had to be cut (design rules 3 and
+//! 4). When a group moves from one space to another, what both have is there all the time, but for the operations that
+//! replace it (`check_switch`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -249,7 +250,8 @@ pub struct Run {
     told: Vec<(usize, u64, u64)>,
     /// The running call was one switch of a group.
     switched: bool,
-    /// The running call was a group's way into a space of others, which was refused: it took the first steps, and went all the way back.
+    /// The running call was a group's way into a space of others, which was refused: it took the first steps, and went
+    /// all the way back.
     turned_back: bool,
 }
 
@@ -346,8 +348,8 @@ impl Run {
                 };
                 let splits = self.world.stats(device).splits - splits_before[group];
                 if self.turned_back {
-                    // On the way there an extent may have been cut of which a part was to stay, and was away for a moment: that the
-                    // other end was not reached, and all of it went, does not make it undone.
+                    // On the way there an extent may have been cut of which a part was to stay, and was away for a
+                    // moment: that the other end was not reached, and all of it went, does not make it undone.
                     let cuts = partly(&|page| before[group].get(&page) == wish[group].get(&page));
                     prop_assert!(splits <= cuts, "{splits} splits of group {} in {step:x?}, at most {cuts}", group + 1);
                 } else {

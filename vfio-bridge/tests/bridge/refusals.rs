@@ -1,5 +1,5 @@
-//! What the host refuses, seen from the guest (B-11): the unit, the bridge and the model together. The unit's own part is tested
-//! there, the bridge's in `behaviours.rs`.
+//! What the host refuses, seen from the guest (B-11): the unit, the bridge and the model together. The unit's own part
+//! is tested there, the bridge's in `behaviours.rs`.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, Once};

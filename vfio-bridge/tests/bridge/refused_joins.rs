@@ -1,10 +1,12 @@
-//! Joins of a space of others that are refused when an extent was cut for them already. Found at random; here they are done each time.
+//! Joins of a space of others that are refused when an extent was cut for them already. Found at random; here they are
+//! done each time.
 
 use vtd::Perm::ReadWrite;
 
 use crate::property::{Host, Run, Step};
 
-/// A host that takes `entries` mappings; the steps, of which the last is the join of device 3; how many extents it cuts.
+/// A host that takes `entries` mappings; the steps, of which the last is the join of device 3; how many extents it
+/// cuts.
 fn turned_back(entries: usize, steps: &[Step], splits: u64) {
     let mut run = Run::new(&Host { width: 39, old: false, entries, memlock: None });
     let (join, before) = steps.split_last().expect("steps");

@@ -1,11 +1,11 @@
-//! The unit, the bridge and the model together: random edits of the guest's tables, and random invalidations through the
-//! queue. The oracle is a walk of the tables that is written here, with the specification's bit numbers.
+//! The unit, the bridge and the model together: random edits of the guest's tables, and random invalidations through
+//! the queue. The oracle is a walk of the tables that is written here, with the specification's bit numbers.
 //!
 //! - Wherever an invalidation has completed, the host holds what the tables say.
 //! - After every host operation it holds no more than the guest granted at some moment since the last complete re-sync.
 //! - What the guest left alone all that time is there after every host operation, unless an extent had to be cut.
-//! - When the guest turns translation on or off, what a device reaches before and after is there all the time, but for the operations
-//!   that replace it (`check_switch`).
+//! - When the guest turns translation on or off, what a device reaches before and after is there all the time, but for
+//!   the operations that replace it (`check_switch`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -359,8 +359,8 @@ impl Machine {
         self.check_books()
     }
 
-    /// Each function that has a group for itself was switched once since its group held what `before` says. Others pass through being
-    /// blocked: their functions move one by one.
+    /// Each function that has a group for itself was switched once since its group held what `before` says. Others pass
+    /// through being blocked: their functions move one by one.
     fn check_switches(&self, before: &BTreeMap<u32, Contents>) -> Result<(), TestCaseError> {
         let seen = self.seen.lock().expect("whole");
         for (group, before) in before.iter().filter(|(group, _)| self.members(**group).count() == 1) {

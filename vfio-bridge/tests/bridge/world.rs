@@ -76,14 +76,15 @@ pub fn pages_of(contents: &Contents) -> Pages {
     pages
 }
 
-/// Looks at a switch after each of its operations: `before` is what the container held, `ops` are the operations, each with what it held
-/// afterwards. For hosts that refuse nothing, and up to 64 pieces under one new mapping. Says what a device would have noticed:
+/// Looks at a switch after each of its operations: `before` is what the container held, `ops` are the operations, each
+/// with what it held afterwards. For hosts that refuse nothing, and up to 64 pieces under one new mapping. Says what a
+/// device would have noticed:
 ///
 /// - what is neither old nor new is reachable;
 /// - what is new is not there yet when the first old translation goes, although nothing was in its way;
 /// - a translation that is in both spaces goes, and its extent had not to be cut; or a new one goes;
-/// - an IOVA that both spaces have is without translation for longer than the operations of its own run: an unmap, and maps in
-///   the range of that; or extents share a run that no new mapping spans.
+/// - an IOVA that both spaces have is without translation for longer than the operations of its own run: an unmap, and
+///   maps in the range of that; or extents share a run that no new mapping spans.
 pub fn check_switch(before: &Contents, ops: &[(HostOp, Contents)]) -> Result<(), String> {
     let Some((_, after)) = ops.last() else {
         return Ok(());

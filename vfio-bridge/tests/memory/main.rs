@@ -1,5 +1,5 @@
-//! What a hostile guest does again and again, or as much of as it can, costs the bridge a bounded amount of memory, time and log (rule 5).
-//! Every allocation of the test's thread is counted, and so is every line that it logs.
+//! What a hostile guest does again and again, or as much of as it can, costs the bridge a bounded amount of memory,
+//! time and log (rule 5). Every allocation of the test's thread is counted, and so is every line that it logs.
 
 #[path = "../bridge/world.rs"]
 // The tests of behaviours use the rest of it.
@@ -48,7 +48,8 @@ struct Cost {
     lines: u64,
 }
 
-/// Does `round` `rounds` times, and as often again, and no memory may be left of the second half: less than a byte for each round.
+/// Does `round` `rounds` times, and as often again, and no memory may be left of the second half: less than a byte for
+/// each round.
 fn flat(rounds: u64, round: impl FnMut(u64)) -> Cost {
     // Only the first of the tests that do this succeeds.
     let _ = log::set_logger(&Count);

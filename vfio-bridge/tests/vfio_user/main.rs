@@ -1,5 +1,5 @@
-//! vfio-user: both ends of ours against each other, each against the other side of another implementation, and against processes that
-//! misbehave.
+//! vfio-user: both ends of ours against each other, each against the other side of another implementation, and against
+//! processes that misbehave.
 
 mod both_ends;
 mod messages;

@@ -187,7 +187,8 @@ fn a_full_process_is_a_limit() {
     rig.unmap(0, 0xfff).unwrap();
     rig.map(0x9000, 0, 0x1000, Perm::Read).unwrap();
 
-    // It says so: its table is full, or it has as many mappings of its own as it may have, which is what ends libvfio-user.
+    // It says so: its table is full, or it has as many mappings of its own as it may have, which is what ends
+    // libvfio-user.
     for errno in [28, 12] {
         let stream = server(move |id, command, _| (command == 2).then(|| message(id, 2, REPLY | ERROR, errno, &[])));
         let rig = Rig::connect(stream, PATIENT).unwrap();
@@ -197,8 +198,8 @@ fn a_full_process_is_a_limit() {
     }
 }
 
-/// A server whose region 2 (of 16 MiB) lists every other page as mappable: more than a client asks for at first. It says so, and gives the list
-/// when all of it is asked for, or as much of it as `given`, or (0) none.
+/// A server whose region 2 (of 16 MiB) lists every other page as mappable: more than a client asks for at first. It
+/// says so, and gives the list when all of it is asked for, or as much of it as `given`, or (0) none.
 fn server_with_long_list(pages: u32, given: u32) -> UnixStream {
     let (client, mut server) = UnixStream::pair().unwrap();
     std::thread::spawn(move || {

@@ -1,4 +1,5 @@
-//! What both sides agree on at the start, and what clients of VFIO's habits ask of our server, byte by byte: the client of QEMU 11.1, for one.
+//! What both sides agree on at the start, and what clients of VFIO's habits ask of our server, byte by byte: the client
+//! of QEMU 11.1, for one.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -157,8 +158,8 @@ fn f5_a_client_masks_the_legacy_line_as_the_interrupts_flags_say() {
         set(words).unwrap_err();
     }
     assert_eq!(serving.device.take(), []);
-    // What the kernel says of each kind: the line can be masked and masks itself, the vectors of the others are set all at once.
-    // A function that reports no errors has no such kind.
+    // What the kernel says of each kind: the line can be masked and masks itself, the vectors of the others are set all
+    // at once. A function that reports no errors has no such kind.
     let mut flags = |index| {
         client.write_all(&message(5, 7, 0, 0, &words(&[16, 0, index, 0]))).unwrap();
         answer(&mut client).map(|info| u32::from_ne_bytes(info[4..8].try_into().unwrap()))
@@ -221,7 +222,8 @@ fn our_client_takes_each_version_that_it_proposed_and_no_higher_one() {
 
 #[test]
 fn a_kind_of_interrupt_that_the_server_refuses_has_no_vectors() {
-    // Five kinds, of which the message-signalled ones are there: two vectors and, which cannot signal an eventfd, three.
+    // Five kinds, of which the message-signalled ones are there: two vectors and, which cannot signal an eventfd,
+    // three.
     let stream = server(|id, command, payload| match command {
         4 => Some(message(id, 4, REPLY, 0, &words(&[16, 3, 9, 5]))),
         7 if payload[8] == 1 => Some(message(id, 7, REPLY, 0, &words(&[16, 1, 1, 2]))),

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dmar::{Scope, UnitDescription};
+use crate::acpi::dmar::{Scope, UnitDescription};
 use std::collections::BTreeMap;
 
 fn u32_at(table: &[u8], offset: usize) -> u32 {

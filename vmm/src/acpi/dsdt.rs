@@ -12,7 +12,7 @@ use devices::rtc::Rtc;
 use devices::serial::SerialPort;
 
 use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::layout::{self, Window};
+use crate::boot::layout::{self, Window};
 
 /// The interrupt of every pin of every device of bus 0.
 fn interrupt_routing() -> PackageBuilder {

@@ -1,5 +1,8 @@
 //! The ACPI tables: RSDP, XSDT, FADT with its FACS, MADT, MCFG, DSDT and, with a unit, DMAR.
 
+pub mod dmar;
+mod dsdt;
+
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -16,10 +19,10 @@ use vm_memory::{Bytes, GuestAddress};
 use zerocopy::byteorder::{LE, U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::dmar::{self, Remapping};
-use crate::layout::{self, Window};
-use crate::memory::Ram;
-use crate::{boot, dsdt};
+use crate::boot;
+use crate::boot::layout::{self, Window};
+use crate::kvm::memory::Ram;
+use dmar::Remapping;
 
 /// Who made the tables.
 pub const OEM_ID: [u8; 6] = *b"CAUSWY";

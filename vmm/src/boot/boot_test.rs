@@ -1,5 +1,5 @@
 use super::*;
-use crate::memory;
+use crate::kvm::memory;
 use std::io::Write;
 use vmm_sys_util::tempfile::TempFile;
 

@@ -10,8 +10,7 @@ use devices::ioapic::IoApic;
 use devices::pc_testdev::{TestLines, TestMemory, TestPorts};
 
 use crate::boot::memory_map;
-use crate::cli::RunArgs;
-use crate::control::{Control, Stop};
+use crate::machine::control::{Control, Stop};
 
 /// These devices.
 pub struct ImageDevices {
@@ -27,18 +26,19 @@ impl ImageDevices {
         mmio: &Bus,
         ioapic: &Arc<IoApic>,
         control: &Arc<Control>,
-        args: &RunArgs,
+        ram: u64,
+        cpus: u8,
     ) -> Result<Self, Overlap> {
         let control = control.clone();
         let exit = DebugExit::new(Box::new(move |value| control.request(Stop::DebugExit(value))));
         ports.insert(DebugExit::FIRST, DebugExit::LAST, Arc::new(exit))?;
         let mut map = Vec::new();
-        for (addr, len, kind) in memory_map(args.memory) {
+        for (addr, len, kind) in memory_map(ram) {
             map.extend_from_slice(&addr.to_le_bytes());
             map.extend_from_slice(&len.to_le_bytes());
             map.extend_from_slice(&kind.to_le_bytes());
         }
-        let fw_cfg = FwCfg::new(args.memory, args.cpus.into(), &[("etc/e820", map)]);
+        let fw_cfg = FwCfg::new(ram, cpus.into(), &[("etc/e820", map)]);
         ports.insert(FwCfg::FIRST, FwCfg::LAST, Arc::new(fw_cfg))?;
         let tests = Self {
             ports: Arc::new(TestPorts::new()),

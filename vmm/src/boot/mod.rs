@@ -1,5 +1,9 @@
 //! Loads a Linux bzImage and enters it by the 64-bit boot protocol (Documentation/arch/x86/boot.rst of the kernel).
 
+pub mod firmware;
+pub mod image;
+pub mod layout;
+
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -11,9 +15,8 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use crate::image::Image;
-use crate::layout;
-use crate::memory::Ram;
+use crate::boot::image::Image;
+use crate::kvm::memory::Ram;
 
 /// Usable memory, in a memory map.
 pub const E820_RAM: u32 = 1;
@@ -93,7 +96,7 @@ pub enum Error {
     },
     /// The bare-metal image.
     #[error(transparent)]
-    Image(#[from] crate::image::Error),
+    Image(#[from] image::Error),
     /// Guest memory could not be written.
     #[error("{what} could not be written to guest memory: {reason}")]
     Write {
@@ -171,7 +174,8 @@ pub fn open(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
         None => Ok(()),
         Some(kind) => Err(Error::NotAFile { what, path: path.to_owned(), kind }),
     };
-    // Before it is opened: that has effects on devices. Should something else be there a moment later, opening it does not wait.
+    // Before it is opened: that has effects on devices. Should something else be there a moment later, opening it does
+    // not wait.
     check(fs::metadata(path).map_err(read)?.file_type())?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(read)?;
     let metadata = file.metadata().map_err(read)?;

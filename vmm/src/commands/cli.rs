@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
-use crate::device::DeviceArgs;
-use crate::options::{self, DeviceOption, IommuOption, VtdOption};
-use crate::suite::TestArgs;
+use crate::commands::device::DeviceArgs;
+use crate::commands::options;
+use crate::commands::test::TestArgs;
+use crate::config::{DeviceOption, IommuOption, MachineConfig};
 
 /// `causeway`.
 #[derive(Parser, Debug)]
@@ -96,18 +97,17 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// The unit's options, `None` under `--iommu none`.
-    pub fn vtd(&self) -> Option<&VtdOption> {
-        match &self.iommu {
-            IommuOption::None => None,
-            IommuOption::Vtd(vtd) => Some(vtd),
-        }
+    /// The machine that it describes.
+    pub fn machine(&self) -> MachineConfig {
+        let Self { memory, cpus, iommu, devices, .. } = self;
+        MachineConfig { memory: *memory, cpus: *cpus, iommu: iommu.clone(), devices: devices.clone() }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::VtdOption;
 
     fn parse(args: &[&str]) -> Result<RunArgs, clap::Error> {
         Cli::try_parse_from(["causeway", "run"].iter().chain(args)).map(|cli| match cli.command {
@@ -126,7 +126,7 @@ mod tests {
     fn defaults() {
         let run = parse(&["--kernel", "k"]).unwrap();
         assert_eq!((run.memory, run.cpus, run.cmdline.as_deref()), (512 << 20, 1, None));
-        assert_eq!(run.vtd(), Some(&VtdOption::default()));
+        assert_eq!(run.machine().vtd(), Some(&VtdOption::default()));
         assert!(!run.no_reboot && run.devices.is_empty() && run.timeout.is_none());
     }
 

@@ -1,7 +1,9 @@
-//! `causeway device`: an emulated device in a process of its own, for virtual machines of other processes, by vfio-user.
+//! `causeway device`: an emulated device in a process of its own, for virtual machines of other processes, by
+//! vfio-user.
 //!
-//! The model is the one that `causeway run --device edu` has inside; here its DMA goes by the memory that the client maps for it, and its
-//! interrupts by the client's eventfds, as those of a function of the host do through the kernel's VFIO.
+//! The model is the one that `causeway run --device edu` has inside; here its DMA goes by the memory that the client
+//! maps for it, and its interrupts by the client's eventfds, as those of a function of the host do through the kernel's
+//! VFIO.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -24,8 +26,8 @@ use vfio_bridge::{IrqKind, RegionKind};
 use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use vtd::{Iova, Msi, Requester, SourceId};
 
-use crate::options;
-use crate::run::{ERROR, REFUSED};
+use crate::commands::options;
+use crate::exit::{ERROR, REFUSED};
 use crate::signals::{self, Signals, Woken};
 
 /// `causeway device`.
@@ -146,8 +148,8 @@ struct ServedEdu {
     edu: Arc<Edu>,
     memory: Arc<ClientMemory>,
     lines: Arc<Lines>,
-    /// What the client wrote as the message of the MSI capability. As with the kernel's VFIO it is the client's alone: clients pass their
-    /// guest's writes on, and the device's message stays the eventfd.
+    /// What the client wrote as the message of the MSI capability. As with the kernel's VFIO it is the client's alone:
+    /// clients pass their guest's writes on, and the device's message stays the eventfd.
     message: Mutex<[u8; MESSAGE_MASK.len()]>,
 }
 
@@ -259,7 +261,8 @@ impl Served for ServedEdu {
 }
 
 impl ServedEdu {
-    /// In the device's own capability, as the kernel does it for a real one: what the guest writes there stays with the client.
+    /// In the device's own capability, as the kernel does it for a real one: what the guest writes there stays with the
+    /// client.
     fn enable_msi(&self, on: bool) {
         self.edu.config_write(self.edu.msi_capability() + 2, &[on.into()]);
     }

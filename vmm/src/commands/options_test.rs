@@ -1,3 +1,5 @@
+use vfio_bridge::Bdf;
+
 use super::*;
 
 fn error<T: std::str::FromStr<Err = BadOption>>(text: &str) -> String {

@@ -14,30 +14,25 @@ use vfio_bridge::Trace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::Audit;
 
+use crate::assign;
+use crate::boot::image::Image;
 use crate::boot::{self, Kernel, Payload};
-use crate::cli::RunArgs;
+use crate::commands::cli::RunArgs;
+use crate::commands::options;
+use crate::config::{MachineConfig, Slot};
 use crate::console::Console;
-use crate::control::{Control, Stop};
-use crate::events::{BlockedInterrupts, FunctionEvents, Outside};
-use crate::image::Image;
+use crate::exit::{CRASHED, ERROR, REFUSED, TIME_LIMIT, USAGE};
+use crate::kvm::vm;
+use crate::machine::audit;
+use crate::machine::control::{Control, Stop};
+use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside};
+use crate::machine::stats::{self, Exit, Stats};
 use crate::machine::{Machine, Parts};
 use crate::messages::{Messages, say};
-use crate::options::Slot;
+use crate::open_files;
 use crate::output::Output;
 use crate::signals::{self, Guard, Signals};
-use crate::stats::{self, Exit, Stats};
-use crate::{assign, audit, open_files, options, terminal, vm};
-
-/// Exit code of a usage error.
-pub const USAGE: u8 = 2;
-/// Exit code of a refused start.
-pub const REFUSED: u8 = 4;
-/// Exit code of an error of the host or of ours.
-pub const ERROR: u8 = 6;
-/// Exit code of a crashed guest.
-pub const CRASHED: u8 = 8;
-/// Exit code of the time limit.
-pub const TIME_LIMIT: u8 = 10;
+use crate::terminal;
 
 /// The command line of a kernel that is given none.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -83,6 +78,7 @@ fn trace(args: &RunArgs) -> anyhow::Result<Option<Arc<Trace>>> {
 
 struct Run<'a> {
     args: &'a RunArgs,
+    config: MachineConfig,
     names: Vec<String>,
     slots: Vec<Slot>,
     trace: Option<Arc<Trace>>,
@@ -104,7 +100,7 @@ pub fn run(args: &RunArgs) -> ExitCode {
         let signals = Arc::new(Signals::block().map_err(|e| refused(e.into()))?);
         // A pipe as a file to write waits for its reader.
         let guard = Guard::start(signals.clone(), |_, _| {}).map_err(|e| refused(e.into()))?;
-        let messages = Arc::new(Messages::start(args).map_err(usage)?);
+        let messages = Arc::new(Messages::start(args.log.as_deref(), args.verbose).map_err(usage)?);
         let trace = trace(args).map_err(usage)?;
         if let Some(file) = &args.stats {
             stats::check(file)
@@ -115,7 +111,7 @@ pub fn run(args: &RunArgs) -> ExitCode {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        Ok(Run { args, names, slots, trace, start, control, signals, messages })
+        Ok(Run { args, config: args.machine(), names, slots, trace, start, control, signals, messages })
     };
     let run = match run() {
         Ok(run) => run,
@@ -152,13 +148,14 @@ impl Run<'_> {
             messages.finish(signals);
         })?;
         let payload = self.payload()?;
-        let checked = assign::check(&args.devices, args.vtd(), args.memory)?;
-        let kvm = vm::open().map_err(remedy)?;
+        let config = &self.config;
+        let checked = assign::check(&config.devices, config.vtd(), config.memory)?;
+        let kvm = vm::open().map_err(vm::remedy)?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let output = Output::start("output", io::stdout().as_fd())?;
         let trace = self.trace.clone();
         let parts = Parts {
-            args,
+            config,
             names: &self.names,
             slots: &self.slots,
             payload,
@@ -218,8 +215,8 @@ impl Run<'_> {
         Ok(stop)
     }
 
-    /// Says why the guest stopped, behind its last output: what waits for a reader is given some time. Gives back why the
-    /// program ends.
+    /// Says why the guest stopped, behind its last output: what waits for a reader is given some time. Gives back why
+    /// the program ends.
     fn give_out(&self, output: &Output, stop: Stop) -> Stop {
         let mut signal = output.finish(LAST_OUTPUT, &self.signals);
         explain(&stop);
@@ -300,18 +297,5 @@ impl Run<'_> {
         let wall_ms = self.start.elapsed().as_millis() as u64;
         let stats = Stats { exit, wall_ms, audit: audit.into(), ..machine.stats() };
         stats.write(file).map_err(|e| format!("the statistics could not be written to {}: {e}", file.display()))
-    }
-}
-
-/// Adds to an error of KVM what the user can do.
-pub fn remedy(error: vm::Error) -> anyhow::Error {
-    match &error {
-        vm::Error::Open(e) if e.kind() == io::ErrorKind::NotFound => anyhow::anyhow!(
-            "{error}; turn virtualization on in the firmware and load the module: modprobe kvm-intel or modprobe kvm-amd"
-        ),
-        vm::Error::Open(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-            anyhow::anyhow!("{error}; give it to this user: usermod -aG kvm $USER, then log in again")
-        }
-        _ => error.into(),
     }
 }

@@ -1,19 +1,20 @@
-//! Messages into the guest: the GSI routing table, irqfds, and single messages, each remapped by the unit of its requester.
+//! Messages into the guest: the GSI routing table, irqfds, and single messages, each remapped by the unit of its
+//! requester.
 //!
-//! GSIs 0 to 23 are the IOAPIC's pins. KVM delivers nothing by them (our IOAPIC sends messages itself), but it looks at their
-//! routes to know which vectors are level-triggered and have to exit at their end of interrupt. GSIs from 24 on are vectors of
-//! functions: an eventfd that KVM turns into the remapped message by itself.
+//! GSIs 0 to 23 are the IOAPIC's pins. KVM delivers nothing by them (our IOAPIC sends messages itself), but it looks at
+//! their routes to know which vectors are level-triggered and have to exit at their end of interrupt. GSIs from 24 on
+//! are vectors of functions: an eventfd that KVM turns into the remapped message by itself.
 //!
 //! ```text
 //!  masked  nobody has the eventfd; signals stay counted
 //!  Kvm     the unit remapped the message: KVM has the eventfd and the route
-//!  Served  the unit blocks the message: we have the eventfd, and ask the unit when it fires, so that the fault is recorded
-//!          then and not before (A-9)
+//!  Served  the unit blocks the message: we have the eventfd, and ask the unit when it fires, so that the fault is
+//!          recorded then and not before (A-9)
 //! ```
 //!
 //! One lock is held from the look-up in the guest's table until the route or the message is KVM's, and by the unit's
-//! invalidation of entries, which therefore ends after everything that was looked up before it. The lock comes after the queue
-//! of the unit and before its registers.
+//! invalidation of entries, which therefore ends after everything that was looked up before it. The lock comes after
+//! the queue of the unit and before its registers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -29,8 +30,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use vtd::{EntriesChanged, Msi, MsiSink, RemapError, RemapListener, Requester, SourceId, Unit};
 
-use crate::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
-use crate::memory::Ram;
+use crate::boot::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
+use crate::kvm::memory::Ram;
 use crate::open_files;
 
 /// Trigger mode of the data of a message: level.
@@ -232,8 +233,8 @@ impl KvmInterrupts {
         }))
     }
 
-    /// From now on every message goes through `remapper`; nothing is delivered once that is gone. To be called once, before
-    /// there is any vector.
+    /// From now on every message goes through `remapper`; nothing is delivered once that is gone. To be called once,
+    /// before there is any vector.
     pub fn remap_by(&self, remapper: Weak<dyn Remapper>) {
         if self.remapper.set(remapper).is_err() {
             log::error!("a second unit was to remap the same interrupts");
@@ -384,8 +385,8 @@ impl KvmInterrupts {
             Path::Served => watch(ControlOperation::Add),
         };
         if taken == Path::Kvm {
-            // What was counted before KVM has delivered just now, but it leaves the count. It would fire again, as a fault
-            // perhaps, when the eventfd is handed over next. What comes from now on KVM takes away itself.
+            // What was counted before KVM has delivered just now, but it leaves the count. It would fire again, as a
+            // fault perhaps, when the eventfd is handed over next. What comes from now on KVM takes away itself.
             let _ = vector.trigger.read();
         }
         if let Err(e) = left.and(entered) {

@@ -7,7 +7,7 @@ use allocation_counter::measure;
 use vtd::RemapFault;
 use vtd::spec::fault::InterruptFaultReason;
 
-use crate::vm;
+use crate::kvm::vm;
 
 /// What a function sends, in the remappable format: entry 3.
 const SENT: Msi = Msi { address: 0xfee0_0070, data: 0 };

@@ -1,5 +1,6 @@
-//! Guest RAM: a shared memfd where the host gives huge pages to shared memory or where another process gets it, else anonymous memory, which
-//! gets them nearly everywhere. Start-up pays for each page of it once: pinned for a device, or faulted in by the guest.
+//! Guest RAM: a shared memfd where the host gives huge pages to shared memory or where another process gets it, else
+//! anonymous memory, which gets them nearly everywhere. Start-up pays for each page of it once: pinned for a device, or
+//! faulted in by the guest.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::layout;
+use crate::boot::layout;
 
 /// Guest RAM, without a dirty bitmap.
 pub type Ram = GuestMemoryMmap<()>;
@@ -60,8 +61,8 @@ fn shares_huge_pages(setting: &str) -> bool {
     ["[always]", "[within_size]", "[advise]", "[force]"].iter().any(|choice| setting.contains(choice))
 }
 
-/// Makes `size` bytes of RAM (a multiple of 4096), laid out as [`layout::ram_regions`] says. Nothing is touched yet. With `for_processes`
-/// it is a file in any case: other processes get it.
+/// Makes `size` bytes of RAM (a multiple of 4096), laid out as [`layout::ram_regions`] says. Nothing is touched yet.
+/// With `for_processes` it is a file in any case: other processes get it.
 pub fn create(size: u64, for_processes: bool) -> Result<Arc<Ram>, Error> {
     let shared =
         for_processes || fs::read_to_string(SHARED_HUGE_PAGES).is_ok_and(|setting| shares_huge_pages(&setting));

@@ -114,7 +114,7 @@ impl MemorySlots for KvmSlots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm;
+    use crate::kvm::vm;
 
     #[test]
     fn a_slot_can_be_used_again_at_once_when_its_window_left() {

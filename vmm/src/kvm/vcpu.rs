@@ -13,10 +13,12 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::boot::layout;
 use crate::boot::{CODE, CODE_32, DATA, GDT_ENTRIES, Mode, Segment, Start};
-use crate::control::{Control, Stop, Turn};
-use crate::vm::{Error, call};
-use crate::{control, cpuid, layout};
+use crate::kvm::cpuid;
+use crate::kvm::vm::{Error, call};
+use crate::machine::control;
+use crate::machine::control::{Control, Stop, Turn};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -27,7 +29,8 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// KVM had to emulate an instruction, and could not (`KVM_INTERNAL_ERROR_EMULATION`).
 const ERROR_EMULATION: u32 = 1;
-/// An exception or an interrupt needs memory where there is none (`KVM_INTERNAL_ERROR_SIMUL_EX`, `KVM_INTERNAL_ERROR_DELIVERY_EV`).
+/// An exception or an interrupt needs memory where there is none (`KVM_INTERNAL_ERROR_SIMUL_EX`,
+/// `KVM_INTERNAL_ERROR_DELIVERY_EV`).
 const ERRORS_OF_EVENTS: [u32; 2] = [2, 3];
 
 const CR0_PE_PG: u64 = 1 | 1 << 31;
@@ -179,8 +182,8 @@ thread_local! {
 extern "C" fn kicked(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
     let page = RUN_PAGE.get();
     if !page.is_null() {
-        // SAFETY: the page belongs to the vCPU of this very thread, which clears RUN_PAGE before it lets go of it. The kernel
-        // reads this byte at the entry into the guest, so a kick that comes just before the entry is not lost.
+        // SAFETY: the page belongs to the vCPU of this very thread, which clears RUN_PAGE before it lets go of it. The
+        // kernel reads this byte at the entry into the guest, so a kick that comes just before the entry is not lost.
         unsafe { (&raw mut (*page).immediate_exit).write_volatile(1) };
     }
 }
@@ -217,7 +220,8 @@ struct State {
 }
 
 impl State {
-    /// The state in which the guest starts: the boot processor at the kernel's entry, the others waiting for INIT and SIPI.
+    /// The state in which the guest starts: the boot processor at the kernel's entry, the others waiting for INIT and
+    /// SIPI.
     fn set(&self, fd: &VcpuFd, restore: bool) -> Result<(), kvm_ioctls::Error> {
         if restore {
             self.power_on.restore(fd)?;
@@ -321,14 +325,14 @@ fn enter(fd: &mut VcpuFd, index: u8, control: &Control, buses: &Buses) -> Option
 fn port_access(fd: &mut VcpuFd, at: *mut u8, len: usize, access: impl FnMut(&mut [u8])) {
     // SAFETY: the last exit was KVM_EXIT_IO, so this is the member in use.
     let size = usize::from(unsafe { fd.get_kvm_run().__bindgen_anon_1.io }.size).max(1);
-    // SAFETY: `at` and `len` are the data of that exit in the vCPU's shared page, which only this thread uses until it enters
-    // the guest again; no other reference to it is alive.
+    // SAFETY: `at` and `len` are the data of that exit in the vCPU's shared page, which only this thread uses until it
+    // enters the guest again; no other reference to it is alive.
     let data = unsafe { std::slice::from_raw_parts_mut(at, len) };
     data.chunks_exact_mut(size).for_each(access);
 }
 
-/// Why KVM gave up: the guest went where there is nothing to execute, which a processor would end by exceptions without end; or KVM lacks
-/// something.
+/// Why KVM gave up: the guest went where there is nothing to execute, which a processor would end by exceptions without
+/// end; or KVM lacks something.
 fn internal_error(fd: &mut VcpuFd, index: u8, ram: u64) -> Stop {
     // SAFETY: the last exit was KVM_EXIT_INTERNAL_ERROR, so this is the member in use.
     let error = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal }.suberror;

@@ -10,8 +10,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::layout;
-use crate::memory::Ram;
+use crate::boot::layout;
+use crate::kvm::memory::Ram;
 
 /// Why there is no virtual machine.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +81,8 @@ pub fn create(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
     let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     split.args[0] = u64::from(layout::IOAPIC_PINS);
     vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
-    // Messages with destinations of 32 bits, as the unit remaps them, and none of them a broadcast by its lowest 8 bits.
+    // Messages with destinations of 32 bits, as the unit remaps them, and none of them a broadcast by its lowest 8
+    // bits.
     let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     if vm.check_extension_raw(KVM_CAP_X2APIC_API.into()) as u32 & flags != flags {
         return Err(Error::Missing("APIC ids of 32 bits (x2APIC API)"));
@@ -109,4 +110,17 @@ pub fn add_ram(vm: &VmFd, ram: &Ram) -> Result<u32, Error> {
         slot += 1;
     }
     Ok(slot)
+}
+
+/// Adds to an error of KVM what the user can do.
+pub fn remedy(error: Error) -> anyhow::Error {
+    match &error {
+        Error::Open(e) if e.kind() == io::ErrorKind::NotFound => anyhow::anyhow!(
+            "{error}; turn virtualization on in the firmware and load the module: modprobe kvm-intel or modprobe kvm-amd"
+        ),
+        Error::Open(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow::anyhow!("{error}; give it to this user: usermod -aG kvm $USER, then log in again")
+        }
+        _ => error.into(),
+    }
 }

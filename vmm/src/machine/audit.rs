@@ -2,7 +2,7 @@
 
 use vtd::Audit;
 
-use crate::stats;
+use crate::machine::stats;
 
 /// Says what an audit found: a line, and a line for each difference.
 pub fn say(audit: &Audit) {

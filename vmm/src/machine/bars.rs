@@ -6,7 +6,7 @@ use devices::pci::PciRoot;
 use devices::pci::config::{BAR0, COMMAND, COMMAND_MEMORY};
 use vtd::SourceId;
 
-use crate::layout::{self, Window};
+use crate::boot::layout::{self, Window};
 
 /// The smallest piece that a BAR is given: a page, so that two functions share none.
 const PAGE: u64 = 0x1000;

@@ -1,8 +1,9 @@
 //! How the virtual CPUs are stopped, reset and started again, and why the machine stops.
 //!
-//! A vCPU thread asks [`Control::turn`] before each entry into the guest. The main thread changes what is wanted, kicks the
-//! threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so with
-//! [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has dealt with it.
+//! A vCPU thread asks [`Control::turn`] before each entry into the guest. The main thread changes what is wanted, kicks
+//! the threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so
+//! with [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has
+//! dealt with it.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -205,8 +206,8 @@ impl Control {
 
     /// Stops for good, from any thread, also a vCPU's own: when it returns, no vCPU runs guest code again.
     ///
-    /// It waits until every vCPU has left the guest, and not until all are parked: the caller may hold what another vCPU needs to
-    /// finish its access, such as the queue of a unit.
+    /// It waits until every vCPU has left the guest, and not until all are parked: the caller may hold what another
+    /// vCPU needs to finish its access, such as the queue of a unit.
     pub fn halt(&self, stop: Stop) {
         self.request(stop);
         self.kick();

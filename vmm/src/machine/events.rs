@@ -1,4 +1,5 @@
-//! What reaches the main thread from outside: the end of the time limit, events of functions, and [signals](crate::signals).
+//! What reaches the main thread from outside: the end of the time limit, events of functions, and
+//! [signals](crate::signals).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,8 +12,8 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::control::{Control, Stop};
-use crate::irq::KvmInterrupts;
+use crate::kvm::irq::KvmInterrupts;
+use crate::machine::control::{Control, Stop};
 use crate::signals::{Signal, Signals};
 use crate::terminal;
 

@@ -11,8 +11,8 @@ use devices::rtc::Rtc;
 use devices::timers::{Alarm, HostClock, Timed, Timers};
 use devices::{Bus, BusDevice};
 
-use crate::control::Control;
-use crate::machine::Error;
+use super::Error;
+use crate::machine::control::Control;
 
 /// These devices, and the thread that makes their interrupts.
 pub struct Legacy {

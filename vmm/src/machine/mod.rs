@@ -1,5 +1,12 @@
 //! The machine: everything wired together, and started anew.
 
+pub mod audit;
+mod bars;
+pub mod control;
+pub mod events;
+mod legacy;
+pub mod stats;
+
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
@@ -18,22 +25,26 @@ use vfio_bridge::{Bdf, Bridge, GroupId, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
+use crate::acpi;
+use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
 use crate::assign::{self, Assigned, Checked, Function, UserRequests};
-use crate::bars::{self, NoPlace};
+use crate::boot::firmware::ImageDevices;
+use crate::boot::layout;
 use crate::boot::{Payload, Start};
-use crate::cli::RunArgs;
-use crate::control::{Control, Stop};
-use crate::dmar::{Remapping, Scope, UnitDescription};
-use crate::firmware::ImageDevices;
-use crate::irq::{self, KvmInterrupts, Remapper};
-use crate::legacy::Legacy;
-use crate::memory::Ram;
-use crate::options::{DeviceKind, DeviceOption, Slot};
+use crate::config::{DeviceKind, DeviceOption, MachineConfig, Slot};
+use crate::kvm::cpuid;
+use crate::kvm::irq::{self, KvmInterrupts, Remapper};
+use crate::kvm::memory;
+use crate::kvm::memory::Ram;
+use crate::kvm::slots::KvmSlots;
+use crate::kvm::vcpu::{self, Buses};
+use crate::kvm::vm;
+use crate::machine::control::{Control, Stop};
+use crate::machine::legacy::Legacy;
+use crate::open_files;
 use crate::output::OutputWriter;
-use crate::slots::KvmSlots;
-use crate::stats::{self, Device, Stats};
-use crate::vcpu::{self, Buses};
-use crate::{acpi, cpuid, layout, memory, open_files, vm};
+use bars::NoPlace;
+use stats::{Device, Stats};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -179,8 +190,8 @@ impl Platform {
 
 /// What a machine is made from: all of it checked.
 pub struct Parts<'a> {
-    /// The command line.
-    pub args: &'a RunArgs,
+    /// What the user described.
+    pub config: &'a MachineConfig,
     /// The devices' ids, in the order of the command line.
     pub names: &'a [String],
     /// Their slots, in the same order.
@@ -202,16 +213,16 @@ pub struct Parts<'a> {
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { args, names, slots: places, payload, checked, control, output, drained, trace } = parts;
+        let Parts { config: wanted, names, slots: places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
         let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
-        let ram = memory::create(args.memory, for_processes)?;
+        let ram = memory::create(wanted.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
 
-        let assigned = assign::open(&vm, &ram, args.memory, checked, &control, trace.as_ref())?;
-        let width = assign::unit_width(args.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
-        assign::report(&assigned.limits, args.memory);
+        let assigned = assign::open(&vm, &ram, wanted.memory, checked, &control, trace.as_ref())?;
+        let width = assign::unit_width(wanted.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
+        assign::report(&assigned.limits, wanted.memory);
         assign::report_functions(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
@@ -219,7 +230,7 @@ impl Machine {
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output, drained)?;
 
-        let unit = match args.vtd() {
+        let unit = match wanted.vtd() {
             None => None,
             Some(option) => {
                 let mut config = UnitConfig::new(UnitId(0), width);
@@ -250,17 +261,18 @@ impl Machine {
             ram: &ram,
             assigned: Vec::new(),
         };
-        let placed = plug.devices(&args.devices, names, places, assigned)?;
+        let placed = plug.devices(&wanted.devices, names, places, assigned)?;
         let assigned = plug.assigned;
-        // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and quiet now.
+        // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
+        // quiet now.
         platform.root.reset();
         let no_place = |source: NoPlace| {
             let device = placed.iter().find(|device| device.requester.sid == source.bar.sid);
             Error::NoPlace { id: device.map_or_else(|| source.bar.sid.to_string(), |device| device.id.clone()), source }
         };
-        let pci64 = bars::window(&bars::all(&platform.root), args.memory, physical_bits).map_err(no_place)?;
+        let pci64 = bars::window(&bars::all(&platform.root), wanted.memory, physical_bits).map_err(no_place)?;
         let tables = Tables {
-            cpus: args.cpus,
+            cpus: wanted.cpus,
             pci64,
             remapping: unit.as_ref().map(|unit| Remapping {
                 width: physical_bits,
@@ -270,17 +282,24 @@ impl Machine {
         };
 
         if let Payload::Image(_) = &payload {
-            platform.tests = Some(ImageDevices::add(&platform.pio, &platform.mmio, &platform.ioapic, &control, args)?);
+            platform.tests = Some(ImageDevices::add(
+                &platform.pio,
+                &platform.mmio,
+                &platform.ioapic,
+                &control,
+                wanted.memory,
+                wanted.cpus,
+            )?);
         }
         vcpu::register_kick()?;
         let buses = Buses {
             pio: platform.pio.clone(),
             mmio: platform.mmio.clone(),
             ioapic: platform.ioapic.clone(),
-            ram: args.memory,
+            ram: wanted.memory,
         };
         let vcpus =
-            (0..args.cpus).map(|index| vcpu::create(kvm, &vm, index, args.cpus)).collect::<Result<Vec<_>, _>>()?;
+            (0..wanted.cpus).map(|index| vcpu::create(kvm, &vm, index, wanted.cpus)).collect::<Result<Vec<_>, _>>()?;
         let mut machine = Self {
             threads: Vec::new(),
             control,
@@ -294,7 +313,7 @@ impl Machine {
             bridge,
             tables,
             ram,
-            ram_size: args.memory,
+            ram_size: wanted.memory,
             resets: 0,
         };
         machine.load()?;
@@ -405,7 +424,8 @@ impl Machine {
     pub fn stop(&mut self) {
         self.halt();
         self.platform.root.reset();
-        // The host's lines are given up while all functions are open: one that cannot be reset and is closed may raise its own.
+        // The host's lines are given up while all functions are open: one that cannot be reset and is closed may raise
+        // its own.
         self.platform.root.quiesce();
     }
 

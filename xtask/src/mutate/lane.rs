@@ -2,8 +2,8 @@
 
 use super::list::Mutation;
 use crate::cache::workspace;
+use crate::children::end_with_this_process;
 use crate::crate_tests::{self, verdicts};
-use crate::nested::end_with_this_process;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;

@@ -1,5 +1,5 @@
-//! Reads ELF files: the segments, the entry point and the PVH note. Only what a boot loader needs; everything checked, because
-//! the file is whatever somebody gave us.
+//! Reads ELF files: the segments, the entry point and the PVH note. Only what a boot loader needs; everything checked,
+//! because the file is whatever somebody gave us.
 
 use std::ops::Range;
 

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
-use crate::memory;
+use crate::kvm::memory;
 
 const RAM: u64 = 64 << 20;
 const ENTRY: u32 = 0x10_0040;

@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::boot::layout;
 use crate::boot::{self, GDT_ENTRIES, Mode, Start, memory_map, write_error};
-use crate::layout;
-use crate::memory::Ram;
+use crate::kvm::memory::Ram;
 pub use elf::section;
 
 /// Why an image cannot be booted. Found before anything runs.

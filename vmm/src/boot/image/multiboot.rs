@@ -3,7 +3,7 @@
 use super::elf::number;
 use super::{Segment, StartInfo};
 use crate::boot::E820_RAM;
-use crate::layout;
+use crate::boot::layout;
 
 /// What EAX holds at the entry point.
 pub const LOADER_MAGIC: u64 = 0x2bad_b002;

@@ -3,7 +3,7 @@
 use linux_loader::loader::start_info::XEN_HVM_START_MAGIC_VALUE;
 
 use super::StartInfo;
-use crate::layout;
+use crate::boot::layout;
 
 const INFO: u64 = layout::BOOT_PARAMS;
 const MODULES: u64 = INFO + 0x100;

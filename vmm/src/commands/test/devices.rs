@@ -1,7 +1,7 @@
 //! The devices that the tests drive.
 
 use super::list::Test;
-use crate::options::{DeviceKind, DeviceOption, Slot};
+use crate::config::{DeviceKind, DeviceOption, Slot};
 
 /// What every machine of a run has.
 #[derive(PartialEq, Eq, Debug)]
@@ -37,8 +37,8 @@ impl Devices {
 
     /// The devices of a machine for `test`.
     ///
-    /// The image is told which functions are assigned (`assigned=DD.F`), and of which the host hears what their DMA does wrong
-    /// (`unrecorded=DD.F`). Beside such there is an emulated edu, whose faults the guest's unit records.
+    /// The image is told which functions are assigned (`assigned=DD.F`), and of which the host hears what their DMA
+    /// does wrong (`unrecorded=DD.F`). Beside such there is an emulated edu, whose faults the guest's unit records.
     pub fn of(&self, test: &Test) -> Placed {
         let by_processes = self.by_processes && test.allows_assigned();
         let mut all = self.wanted.clone();

@@ -1,7 +1,7 @@
 //! The list of tests in an image's file.
 
-use crate::image::section;
-use crate::options::{DeviceKind, DeviceOption, IommuOption};
+use crate::boot::image::section;
+use crate::config::{DeviceKind, DeviceOption, IommuOption};
 
 /// A test of an image.
 #[derive(Clone, PartialEq, Eq, Debug)]

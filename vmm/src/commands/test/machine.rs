@@ -112,8 +112,8 @@ impl Drop for Processes {
     }
 }
 
-/// This program again, with nothing to read and its output to `out`. It is killed when the thread that starts it ends, and gets `sockets` under
-/// the numbers that they have here.
+/// This program again, with nothing to read and its output to `out`. It is killed when the thread that starts it ends,
+/// and gets `sockets` under the numbers that they have here.
 fn ourselves(out: &PipeWriter, sockets: &[&UnixStream]) -> io::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out.try_clone()?);

@@ -19,10 +19,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use regex::Regex;
 
+use crate::commands::options;
+use crate::config::DeviceOption;
+use crate::exit::{CRASHED, ERROR, REFUSED, USAGE};
+use crate::kvm::vm;
 use crate::messages::{say, tell};
-use crate::options::{self, DeviceOption};
-use crate::run::{CRASHED, ERROR, REFUSED, USAGE, remedy};
-use crate::vm;
 use devices::Devices;
 use list::Test;
 
@@ -137,7 +138,7 @@ impl<'a> Runner<'a> {
             self.tests.iter().for_each(|test| tell(format_args!("{}", test.name)));
             return Ok(true);
         }
-        vm::open().map_err(remedy).map_err(|e| {
+        vm::open().map_err(vm::remedy).map_err(|e| {
             let nested =
                 "the nested bench has a KVM of its own: cargo xtask nested --script FILE, with `causeway test` in it";
             Stopped { code: REFUSED, message: format!("{e}; {nested}") }

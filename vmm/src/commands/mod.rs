@@ -1,0 +1,29 @@
+//! The command line, and what each command does.
+
+pub mod cli;
+mod device;
+pub mod options;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use crate::exit::ERROR;
+use cli::{Cli, Command};
+
+/// Does what the command line says. Gives back the exit code.
+pub fn main() -> ExitCode {
+    if std::env::args_os().len() <= 1 {
+        return match Cli::command().print_help() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(ERROR),
+        };
+    }
+    match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Device(args) => device::run(&args),
+    }
+}

@@ -1,0 +1,160 @@
+//! What a machine is made from, as plain data. The command line is turned into it in [`crate::commands`].
+
+use std::fmt;
+use std::path::PathBuf;
+
+use vfio_bridge::Bdf;
+
+/// A machine as the user described it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MachineConfig {
+    /// Guest memory in bytes, a multiple of 4096.
+    pub memory: u64,
+    /// Virtual CPUs, 1 to 254.
+    pub cpus: u8,
+    /// The IOMMU that the guest sees.
+    pub iommu: IommuOption,
+    /// The devices, in the order in which they were given.
+    pub devices: Vec<DeviceOption>,
+}
+
+impl MachineConfig {
+    /// The unit's options, `None` without one.
+    pub fn vtd(&self) -> Option<&VtdOption> {
+        match &self.iommu {
+            IommuOption::None => None,
+            IommuOption::Vtd(vtd) => Some(vtd),
+        }
+    }
+}
+
+/// `--iommu`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum IommuOption {
+    /// No unit.
+    None,
+    /// An emulated VT-d unit.
+    Vtd(VtdOption),
+}
+
+/// The keys of `--iommu vtd`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VtdOption {
+    /// Guest address width in bits: 39, 48 or 57. `None`: the widest that the host can map, up to 48.
+    pub aw_bits: Option<u8>,
+    /// Caching Mode.
+    pub caching_mode: bool,
+    /// Whether pass-through translation is offered.
+    pub pass_through: bool,
+    /// Whether interrupt remapping is offered.
+    pub interrupt_remapping: bool,
+    /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
+    pub extended_interrupt_mode: bool,
+    /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
+    pub ioapic_check: bool,
+}
+
+impl Default for VtdOption {
+    fn default() -> Self {
+        Self {
+            aw_bits: None,
+            caching_mode: true,
+            pass_through: true,
+            interrupt_remapping: true,
+            extended_interrupt_mode: true,
+            ioapic_check: true,
+        }
+    }
+}
+
+/// A slot on bus 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Slot {
+    /// Device number, 1 to 0x1e.
+    pub device: u8,
+    /// Function number, 0 to 7.
+    pub function: u8,
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}.{:x}", self.device, self.function)
+    }
+}
+
+/// `--device`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceOption {
+    /// `id=`, or given when all options are known.
+    pub id: Option<String>,
+    /// `addr=`; the lowest free slot otherwise.
+    pub addr: Option<Slot>,
+    /// Which device.
+    pub kind: DeviceKind,
+}
+
+/// Which device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DeviceKind {
+    /// A function of the host.
+    Vfio {
+        /// Its address there.
+        host: Bdf,
+    },
+    /// A function that another process emulates.
+    VfioUser {
+        /// Where that is.
+        socket: UserSocket,
+    },
+    /// The educational device of QEMU, emulated in this process.
+    Edu,
+}
+
+/// Where the process that emulates a function is.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum UserSocket {
+    /// It listens here.
+    Path(PathBuf),
+    /// It is at the other end of this descriptor, which this process was started with.
+    Fd(i32),
+}
+
+impl UserSocket {
+    /// The file to look at.
+    pub fn path(&self) -> PathBuf {
+        match self {
+            Self::Path(path) => path.clone(),
+            Self::Fd(fd) => format!("/proc/self/fd/{fd}").into(),
+        }
+    }
+}
+
+impl fmt::Display for UserSocket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Fd(fd) => write!(f, "descriptor {fd}"),
+        }
+    }
+}
+
+impl DeviceKind {
+    /// As statistics and default ids name it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Vfio { .. } => "vfio",
+            Self::VfioUser { .. } => "vfio-user",
+            Self::Edu => "edu",
+        }
+    }
+
+    /// What it is outside, which two devices cannot share: the host's function, or the socket.
+    pub fn outside(&self) -> Option<String> {
+        match self {
+            Self::Vfio { host } => Some(format!("host={host}")),
+            Self::VfioUser { socket: UserSocket::Path(path) } => Some(format!("socket={}", path.display())),
+            Self::VfioUser { socket: UserSocket::Fd(fd) } => Some(format!("fd={fd}")),
+            Self::Edu => None,
+        }
+    }
+}

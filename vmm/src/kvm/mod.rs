@@ -1,0 +1,8 @@
+//! What there is of KVM: the virtual machine with its memory and slots, its vCPUs, its interrupts.
+
+pub mod cpuid;
+pub mod irq;
+pub mod memory;
+pub mod slots;
+pub mod vcpu;
+pub mod vm;

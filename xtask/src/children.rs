@@ -1,0 +1,15 @@
+//! Processes that this one starts.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// A run that is killed leaves no QEMU and no compiler behind: they get `signal`.
+pub fn end_with_this_process(command: &mut Command, signal: libc::c_int) {
+    // SAFETY: prctl is async-signal-safe and PR_SET_PDEATHSIG touches nothing but the calling process.
+    unsafe {
+        command.pre_exec(move || match libc::prctl(libc::PR_SET_PDEATHSIG, signal) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+}
