@@ -24,6 +24,8 @@ mod pool;
 mod programs;
 mod report;
 mod stored_kernel;
+#[cfg(test)]
+mod structure;
 mod table;
 mod test;
 mod topology;

@@ -2,8 +2,9 @@
 //! the guest, or stays counted while the vector is masked.
 //!
 //! ```text
-//!  not taken  the guest never unmasked it since it enabled the kind: no eventfd, no route, no interrupt of the host. The
-//!             host has it masked, so what the device wants to send is in its own pending bits, and comes when it is taken
+//!  not taken  the guest never unmasked it since it enabled the kind: no eventfd, no route, no interrupt of the host.
+//!             The host has it masked, so what the device wants to send is in its own pending bits, and comes when it
+//!             is taken
 //!  taken      from the first unmasking until the kind is disabled; masked, its signals are counted
 //! ```
 //!

@@ -9,6 +9,7 @@ mod property;
 mod refusals;
 mod refused_joins;
 mod steps;
+mod switches;
 mod trace;
 mod with_unit;
 mod world;
