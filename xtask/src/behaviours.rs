@@ -1,9 +1,9 @@
 //! docs/behaviours.md against the tree: each id has its row, and what a row names is there.
 
 use crate::cache::workspace;
+use crate::rust_files::rust_files;
 use regex::Regex;
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::LazyLock;
 
 /// Whose tests and comments have ids: what the document calls them, and their folders.
@@ -21,27 +21,11 @@ const COLUMNS: usize = 6;
 /// How the names of tests begin.
 static ID_OF_TEST: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^([a-g]|rule)([0-9]+)_").unwrap());
 
-/// The texts of all Rust files in `folder` and below it.
-fn sources(folder: &Path) -> Vec<String> {
-    let mut texts = Vec::new();
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            if path.file_name().is_some_and(|name| name != "target") {
-                texts.extend(sources(&path));
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            texts.push(std::fs::read_to_string(&path).unwrap());
-        }
-    }
-    texts
-}
-
 /// The names of all functions in the Rust files of `folder`.
 fn functions(folder: &str) -> BTreeSet<String> {
     let function = Regex::new(r"\bfn ([a-z0-9_]+)").unwrap();
     let mut names = BTreeSet::new();
-    for text in sources(&workspace().join(folder)) {
+    for (_, text) in rust_files(&workspace().join(folder)) {
         for found in function.captures_iter(&text) {
             names.insert(found[1].to_owned());
         }
@@ -89,7 +73,7 @@ fn every_id_of_a_test_is_in_the_document_of_behaviours() {
     let mut used = BTreeSet::new();
     for (_, folder) in CRATES {
         used.extend(functions(folder).iter().filter_map(|name| id_of(name)));
-        for text in sources(&workspace().join(folder)) {
+        for (_, text) in rust_files(&workspace().join(folder)) {
             for (_, comment) in text.lines().filter_map(|line| line.split_once("//")) {
                 used.extend(in_comment.find_iter(comment).map(|id| id.as_str().to_owned()));
             }

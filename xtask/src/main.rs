@@ -23,6 +23,8 @@ mod own_kernel;
 mod pool;
 mod programs;
 mod report;
+#[cfg(test)]
+mod rust_files;
 mod stored_kernel;
 #[cfg(test)]
 mod structure;

@@ -2,9 +2,10 @@
 //! wide.
 
 use crate::cache::workspace;
+use crate::rust_files::rust_files;
 use regex::Regex;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Where modules are.
 const CRATES: [&str; 5] = ["vtd/src", "vfio-bridge/src", "devices/src", "vmm/src", "xtask/src"];
@@ -12,23 +13,6 @@ const CRATES: [&str; 5] = ["vtd/src", "vfio-bridge/src", "devices/src", "vmm/src
 const FOLDERS: [&str; 6] = ["vtd", "vfio-bridge", "devices", "vmm", "xtask", "tests"];
 const MOST_LINES: usize = 600;
 const MOST_COLUMNS: usize = 120;
-
-/// The Rust files in `folder` and below it, with their texts.
-fn files(folder: &Path) -> Vec<(PathBuf, String)> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            if path.file_name().is_some_and(|name| name != "target") {
-                found.extend(files(&path));
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let text = std::fs::read_to_string(&path).unwrap();
-            found.push((path, text));
-        }
-    }
-    found
-}
 
 /// The module of a file: `a::b` of `a/b.rs` and of `a/b/mod.rs`, and the empty name of the crate's root.
 fn module_of(file: &Path) -> String {
@@ -133,7 +117,7 @@ fn sources(texts: &[(&str, &str)]) -> Vec<(String, String)> {
 fn no_module_uses_itself_in_a_circle() {
     for folder in CRATES {
         let root = workspace().join(folder);
-        let sources: Vec<(String, String)> = files(&root)
+        let sources: Vec<(String, String)> = rust_files(&root)
             .into_iter()
             .map(|(path, text)| (module_of(path.strip_prefix(&root).unwrap()), text))
             .filter(|(module, _)| !is_test(module))
@@ -162,7 +146,7 @@ fn circles_are_found() {
 fn no_file_is_too_long_and_no_comment_beyond_the_margin() {
     let mut wrong = Vec::new();
     for folder in FOLDERS {
-        for (path, text) in files(&workspace().join(folder)) {
+        for (path, text) in rust_files(&workspace().join(folder)) {
             let path = path.display();
             let lines = text.lines().count();
             if lines > MOST_LINES {
