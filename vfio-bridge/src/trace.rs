@@ -13,10 +13,10 @@ use vtd::{
     Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey, SpaceListener,
 };
 
-use crate::guest_map::{GuestMap, HostMem};
+use crate::bridge::guest_map::{GuestMap, HostMem};
+use crate::bridge::ledger::{Extent, Ledger};
+use crate::bridge::limits::Limits;
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
-use crate::ledger::{Extent, Ledger};
-use crate::limits::Limits;
 
 /// Where the lines go, through a buffer.
 pub struct Trace {

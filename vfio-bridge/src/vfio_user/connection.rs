@@ -20,7 +20,7 @@ use super::wire::{
     Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, MAX_DMA_MAPS, TwinSocket, VERSION, command,
     parse_version, version_payload,
 };
-use crate::limits::INTERRUPT_WINDOW;
+use crate::bridge::limits::INTERRUPT_WINDOW;
 
 /// How long a process may take to answer a call, before it is cut off.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);

@@ -17,10 +17,10 @@ use super::function::UserFunction;
 use super::granted::Grant;
 use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
-use crate::guest_map::HostMem;
-use crate::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::HostMem;
+use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::limits::{IovaRange, Limits};
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
-use crate::limits::{IovaRange, Limits};
 
 /// Calls that are under way at a time.
 const CALLS_AT_ONCE: usize = 64;

@@ -29,8 +29,8 @@ use super::wire::{
     FLAG_NO_REPLY, Header, IrqInfo, IrqSet, MAX_DMA_MAPS, RegionAccess, RegionInfo, TwinSocket, VERSION, Version,
     command, parse_version, version_payload,
 };
+use crate::bridge::guest_map::PAGE_SIZE;
 use crate::function::{IrqKind, RegionKind};
-use crate::guest_map::PAGE_SIZE;
 
 /// A function that this process emulates. Called from the thread that serves it.
 pub trait Served {

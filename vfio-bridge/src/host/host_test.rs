@@ -1,6 +1,6 @@
 use super::*;
-use crate::guest_map::{GuestMap, Region};
-use crate::model::{Kernel, Model};
+use crate::bridge::guest_map::{GuestMap, Region};
+use crate::host::model::{Kernel, Model};
 
 #[test]
 fn each_group_has_its_host() {

@@ -1,7 +1,7 @@
 use vtd::RefusalCause;
 
 use super::*;
-use crate::guest_map::{GuestMap, Region};
+use crate::bridge::guest_map::{GuestMap, Region};
 
 const G: GroupId = GroupId(1);
 const C: ContainerId = ContainerId(1);

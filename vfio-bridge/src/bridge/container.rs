@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use log::{error, trace, warn};
 use vtd::{Mapping, RefusalCause};
 
-use crate::guest_map::GuestMap;
-use crate::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::GuestMap;
+use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::ledger::{Extent, Ledger, Run, Switch, subtract};
+use crate::bridge::limits::{IovaRange, Limits, without_interrupt_window};
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused};
-use crate::ledger::{Extent, Ledger, Run, Switch, subtract};
-use crate::limits::{IovaRange, Limits, without_interrupt_window};
 use crate::stats::{Counters, cause_index};
 
 /// A range that is not mapped although it was asked for.

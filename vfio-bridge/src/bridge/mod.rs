@@ -13,8 +13,12 @@
 //! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read
 //! without it.
 
-#[path = "audit.rs"]
 mod audit;
+mod container;
+pub(crate) mod group;
+pub(crate) mod guest_map;
+pub mod ledger;
+pub(crate) mod limits;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -22,12 +26,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use log::{error, warn};
 use vtd::{Applied, AttachRefused, MapOp, Mapping, Pasid, Refusal, Requester, SpaceKey, SpaceListener};
 
-use crate::container::{Container, Lost};
-use crate::group::Group;
-use crate::guest_map::GuestMap;
+use self::container::{Container, Lost};
+use self::group::Group;
+use self::guest_map::GuestMap;
+use self::ledger::{Extent, union_of};
+use self::limits::IovaRange;
 use crate::host::{GroupId, HostIommu};
-use crate::ledger::{Extent, union_of};
-use crate::limits::IovaRange;
 use crate::stats::{Counters, DeviceStats};
 
 /// Maps of a batch that are resolved before the host is asked: a batch can be as long as a shadow.

@@ -3,13 +3,16 @@
 //! A backend knows containers, and which container a group is in; the bridge keeps the ledger of each. Permissions,
 //! addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
+pub mod model;
+pub(crate) mod type1;
+
 use std::io;
 use std::sync::Arc;
 
 use vtd::{Perm, RefusalCause};
 
-use crate::guest_map::HostMem;
-use crate::limits::Limits;
+use crate::bridge::guest_map::HostMem;
+use crate::bridge::limits::Limits;
 
 /// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that
 /// another process emulates is alone in its group, which the kernel knows nothing of.

@@ -8,8 +8,8 @@ use vtd::audit::disagreements;
 use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
 
 use super::Bridge;
-use crate::ledger::{Extent, subtract};
-use crate::limits::{IovaRange, without_interrupt_window};
+use crate::bridge::ledger::{Extent, subtract};
+use crate::bridge::limits::{IovaRange, without_interrupt_window};
 use crate::trace::Trace;
 
 impl Bridge {

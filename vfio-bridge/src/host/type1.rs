@@ -20,12 +20,12 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref
 use vmm_sys_util::ioctl_io_nr;
 use vtd::Perm;
 
-use crate::function::HostFunction;
-use crate::guest_map::HostMem;
+use crate::bridge::guest_map::HostMem;
+use crate::bridge::limits::{IovaRange, Limits, Memlock};
+use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
+use crate::function::reset::GroupFiles;
+use crate::function::vfio::HostFunction;
 use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
-use crate::limits::{IovaRange, Limits, Memlock};
-use crate::open::{Bdf, CheckedFunction, HostPaths, OpenError};
-use crate::reset::GroupFiles;
 
 ioctl_io_nr!(CHECK_EXTENSION, VFIO_TYPE.into(), VFIO_BASE + 1);
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);

@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::bridge::limits::Memlock;
 use crate::host::GroupId;
-use crate::limits::Memlock;
 
 /// The address of a PCI function on the host: `[DDDD:]BB:DD.F`, hexadecimal.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -332,5 +332,5 @@ pub fn check_memlock(memlock: Memlock, ram: u64, groups: u64) -> Result<(), Open
 }
 
 #[cfg(test)]
-#[path = "open_test.rs"]
-mod open_test;
+#[path = "check_test.rs"]
+mod check_test;

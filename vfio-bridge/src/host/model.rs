@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vtd::Perm;
 
-use crate::guest_map::HostMem;
-use crate::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::HostMem;
+use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::limits::{INTERRUPT_WINDOW, IovaRange, Limits};
 use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
-use crate::limits::{INTERRUPT_WINDOW, IovaRange, Limits};
 
 /// What kind of host it is.
 #[derive(Clone, Debug)]

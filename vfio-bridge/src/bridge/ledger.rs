@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use vtd::Perm;
 
+use crate::bridge::limits::IovaRange;
 use crate::host::UnmapRange;
-use crate::limits::IovaRange;
 
 /// One host mapping: `first..=last` leads to host memory at `hva`, guest-physical `gpa`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

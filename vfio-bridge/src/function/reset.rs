@@ -19,8 +19,8 @@ use vfio_ioctls::VfioContainer;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
+use crate::function::check::{Bdf, HostPaths};
 use crate::host::GroupId;
-use crate::open::{Bdf, HostPaths};
 
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
 ioctl_io_nr!(VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
