@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vtd::{
-    Applied, AttachRefused, Iova, MapOp, Mapping, Msi, MsiSink, Pasid, Requester, SourceId, SpaceKey, SpaceListener,
+    Applied, AttachRefused, Iova, MapOp, Mapping, Msi, MsiSink, Requester, SourceId, SpaceKey, SpaceListener, Stream,
     Unit, UnitConfig, UnitId,
 };
 
@@ -12,16 +12,10 @@ use super::{DirectMemory, DmaFailed, DmaTarget};
 struct Nobody;
 
 impl SpaceListener for Nobody {
-    fn attach(
-        &self,
-        _: Requester,
-        _: Option<Pasid>,
-        _: &SpaceKey,
-        _: &mut dyn Iterator<Item = Mapping>,
-    ) -> Result<(), AttachRefused> {
+    fn attach(&self, _: Stream, _: &SpaceKey, _: &mut dyn Iterator<Item = Mapping>) -> Result<(), AttachRefused> {
         Ok(())
     }
-    fn detach(&self, _: Requester, _: Option<Pasid>) {}
+    fn detach(&self, _: Stream) {}
     fn apply(&self, _: &SpaceKey, _: &[MapOp]) -> Applied {
         Applied::default()
     }

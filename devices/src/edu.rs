@@ -13,7 +13,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{Iova, Msi, Requester};
 
 use crate::BusDevice;
@@ -388,8 +388,7 @@ fn in_buffer(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
 /// What a write of `data` to `to` is for the bus, if it is a message.
 fn message_of(to: Iova, data: &[u8]) -> Option<Msi> {
     let data = u32::from_le_bytes(data.try_into().ok()?);
-    ((INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&to.0) && to.0.is_multiple_of(4))
-        .then_some(Msi { address: to.0, data })
+    (INTERRUPT_WINDOW.contains(to.0) && to.0.is_multiple_of(4)).then_some(Msi { address: to.0, data })
 }
 
 /// Modulo 2^32: from 34 on it is 0, which saves a guest's 2^32 multiplications.

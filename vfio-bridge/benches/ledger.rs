@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vfio_bridge::{
-    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, IovaRange, Limits, MapRefused, Quarantine, Region,
-    UnmapRange,
+    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, Limits, MapRefused, Quarantine, Region, UnmapRange,
 };
 use vtd::{
-    DomainId, Gpa, Iova, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId, SpaceKey, SpaceListener, Stage, UnitId,
+    DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId, SpaceKey, SpaceListener,
+    Tables, UnitId,
 };
 
 struct Never;
@@ -53,9 +53,7 @@ impl HostIommu for Null {
 
 const SPACE: SpaceKey = SpaceKey::Paged(PagedSpace {
     unit: UnitId(0),
-    root: Gpa(0x1000),
-    width: 48,
-    stage: Stage::Second,
+    tables: Tables::Second { root: Gpa(0x1000), width: 48 },
     domain: DomainId(1),
 });
 const REQUESTER: Requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
@@ -73,7 +71,7 @@ fn bridge(held: u64) -> Bridge {
         len: 4096,
         perm: Perm::ReadWrite,
     };
-    bridge.attach(REQUESTER, None, &SPACE, &mut (0..held).map(live)).expect("attached");
+    bridge.attach(REQUESTER.into(), &SPACE, &mut (0..held).map(live)).expect("attached");
     bridge
 }
 
@@ -84,7 +82,7 @@ fn maps(count: u64) -> Vec<MapOp> {
 }
 
 fn unmaps(count: u64) -> Vec<MapOp> {
-    (0..count).map(|n| MapOp::Unmap { first: Iova(n * STRIDE), last: Iova(n * STRIDE + 4095) }).collect()
+    (0..count).map(|n| MapOp::Unmap(IovaRange::new(n * STRIDE, n * STRIDE + 4095))).collect()
 }
 
 fn apply(c: &mut Criterion) {

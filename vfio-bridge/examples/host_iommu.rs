@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_bridge::{
-    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, INTERRUPT_WINDOW, IovaRange, Limits, MapRefused,
-    PAGE_SIZE, Quarantine, UnmapRange,
+    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, Limits, MapRefused, PAGE_SIZE, Quarantine, UnmapRange,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{
-    DomainId, Gpa, Iova, MapOp, Mapping, PagedSpace, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener,
-    Stage, UnitId,
+    DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, RefusalCause, Requester, SourceId, SpaceKey,
+    SpaceListener, Tables, UnitId,
 };
 
 // ---- The host: one container, a table in memory. A real one asks its IOMMU where this one inserts and removes.
@@ -122,18 +122,16 @@ fn main() {
     assert!(table.len() == 0, "nothing before the unit says so");
 
     // Untranslated: all guest memory at its own addresses. The bridge knows it, nothing has to be listed.
-    bridge.attach(NIC, None, &SpaceKey::Identity, &mut std::iter::empty()).expect("attached");
+    bridge.attach(NIC.into(), &SpaceKey::Identity, &mut std::iter::empty()).expect("attached");
     assert_eq!(table.translate(5 * PAGE_SIZE), Some((hva(5), Perm::ReadWrite)));
 
     // A page table of the guest with one page in it: the rest of memory goes.
     let space = SpaceKey::Paged(PagedSpace {
         unit: UnitId(0),
-        root: Gpa(PAGE_SIZE),
-        width: 48,
-        stage: Stage::Second,
+        tables: Tables::Second { root: Gpa(PAGE_SIZE), width: 48 },
         domain: DomainId(1),
     });
-    bridge.attach(NIC, None, &space, &mut [mapping(0x10_0000, 9, Perm::Read)].into_iter()).expect("attached");
+    bridge.attach(NIC.into(), &space, &mut [mapping(0x10_0000, 9, Perm::Read)].into_iter()).expect("attached");
     assert_eq!(table.translate(0x10_0000), Some((hva(9), Perm::Read)));
     assert_eq!(table.len(), 1);
 
@@ -141,12 +139,12 @@ fn main() {
     let pages = [0x20_0000, 0x30_0000, 0x40_0000].map(|iova| MapOp::Map(mapping(iova, 10, Perm::ReadWrite)));
     let refused = bridge.apply(&space, &pages).refused;
     println!("refused: {refused:?}");
-    let refused: Vec<_> = refused.iter().map(|refusal| (refusal.first, refusal.cause)).collect();
-    assert_eq!(refused, [(Iova(0x40_0000), RefusalCause::Limit)]);
+    let refused: Vec<_> = refused.iter().map(|refusal| (refusal.range.first, refusal.cause)).collect();
+    assert_eq!(refused, [(0x40_0000, RefusalCause::Limit)]);
     assert_eq!(table.len(), ENTRIES);
 
     // The ledger says what the host holds, so an unmap of what is not there asks the host nothing.
-    let unmap = |first, last| bridge.apply(&space, &[MapOp::Unmap { first: Iova(first), last: Iova(last) }]).refused;
+    let unmap = |first, last| bridge.apply(&space, &[MapOp::Unmap(IovaRange::new(first, last))]).refused;
     assert!(unmap(0x1000_0000, u64::MAX).is_empty());
     assert!(unmap(0x10_0000, 0x2f_ffff).is_empty());
     assert_eq!((table.translate(0x20_0000), table.translate(0x30_0000)), (None, Some((hva(10), Perm::ReadWrite))));

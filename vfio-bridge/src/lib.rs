@@ -15,7 +15,7 @@ pub mod vfio_user;
 pub use bridge::group::Group;
 pub use bridge::guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, PAGE_SIZE, Piece, Region};
 pub use bridge::ledger;
-pub use bridge::limits::{INTERRUPT_WINDOW, IovaRange, Limits, Memlock};
+pub use bridge::limits::{Limits, Memlock};
 pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};

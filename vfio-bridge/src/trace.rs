@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vtd::{
-    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey, SpaceListener,
+    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener, Stream,
 };
 
 use crate::bridge::guest_map::{GuestMap, HostMem};
@@ -94,6 +94,17 @@ impl<T: fmt::Display> fmt::Display for Word<T> {
     }
 }
 
+/// `device=0000:00:05.0`, and the PASID if there is one.
+struct Device(Stream);
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Stream { requester, pasid } = self.0;
+        write!(f, "device={requester}")?;
+        pasid.map_or(Ok(()), |Pasid(pasid)| write!(f, " pasid={pasid:#x}"))
+    }
+}
+
 fn cause(cause: RefusalCause) -> &'static str {
     match cause {
         RefusalCause::Limit => "limit",
@@ -117,35 +128,34 @@ impl TracedListener {
     }
 
     fn refused(&self, space: &SpaceKey, refused: &[Refusal]) {
-        for Refusal { first, last, cause: why, requester } in refused {
-            let why = cause(*why);
-            self.trace
-                .line(format_args!("notify refused space={space} device={requester} iova={first}-{last} cause={why}"));
+        for Refusal { range, cause: why, stream } in refused {
+            let (device, why) = (Device(*stream), cause(*why));
+            self.trace.line(format_args!("notify refused space={space} {device} iova={range} cause={why}"));
         }
     }
 
     fn map(&self, op: &str, space: &SpaceKey, mapping: &Mapping) {
-        let Mapping { iova, gpa, perm, .. } = mapping;
-        self.trace.line(format_args!("notify {op} space={space} iova={iova}-{} gpa={gpa} perm={perm}", mapping.last()));
+        let (range, Mapping { gpa, perm, .. }) = (mapping.range(), mapping);
+        self.trace.line(format_args!("notify {op} space={space} iova={range} gpa={gpa} perm={perm}"));
     }
 }
 
 impl SpaceListener for TracedListener {
     fn attach(
         &self,
-        requester: Requester,
-        pasid: Option<Pasid>,
+        stream: Stream,
         space: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused> {
-        self.trace.line(format_args!("notify attach device={requester} space={space}"));
+        let device = Device(stream);
+        self.trace.line(format_args!("notify attach {device} space={space}"));
         let mut live = live.inspect(|mapping| self.map("replay", space, mapping));
-        let result = self.inner.attach(requester, pasid, space, &mut live);
+        let result = self.inner.attach(stream, space, &mut live);
         match &result {
-            Ok(()) => self.trace.line(format_args!("notify attached device={requester} space={space} result=ok")),
+            Ok(()) => self.trace.line(format_args!("notify attached {device} space={space} result=ok")),
             Err(refused) => {
                 let word = Word(refused);
-                self.trace.line(format_args!("notify attached device={requester} space={space} result={word}"));
+                self.trace.line(format_args!("notify attached {device} space={space} result={word}"));
                 if let AttachRefused::Partial(pieces) | AttachRefused::Shared(pieces) = refused {
                     self.refused(space, pieces);
                 }
@@ -154,17 +164,15 @@ impl SpaceListener for TracedListener {
         result
     }
 
-    fn detach(&self, requester: Requester, pasid: Option<Pasid>) {
-        self.trace.line(format_args!("notify detach device={requester}"));
-        self.inner.detach(requester, pasid);
+    fn detach(&self, stream: Stream) {
+        self.trace.line(format_args!("notify detach {}", Device(stream)));
+        self.inner.detach(stream);
     }
 
     fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {
         for op in ops {
             match op {
-                MapOp::Unmap { first, last } => {
-                    self.trace.line(format_args!("notify unmap space={space} iova={first}-{last}"));
-                }
+                MapOp::Unmap(range) => self.trace.line(format_args!("notify unmap space={space} iova={range}")),
                 MapOp::Map(mapping) => self.map("map", space, mapping),
             }
         }

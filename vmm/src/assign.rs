@@ -451,7 +451,7 @@ impl Quarantine for Breaker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vfio_bridge::IovaRange;
+    use vtd::IovaRange;
 
     fn host(group: u32, bits: u32) -> (GroupId, Limits) {
         let last = u64::MAX >> (64 - bits);

@@ -6,9 +6,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
 use vtd::spec::registers::offset;
-use vtd::{
-    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Requester, SpaceKey, SpaceListener, Unit, UnitConfig, UnitId,
-};
+use vtd::{Applied, AttachRefused, MapOp, Mapping, Perm, SpaceKey, SpaceListener, Stream, Unit, UnitConfig, UnitId};
 
 #[path = "../tests/unit/rig.rs"]
 mod rig;
@@ -19,16 +17,10 @@ use runner::Runner;
 struct Deaf;
 
 impl SpaceListener for Deaf {
-    fn attach(
-        &self,
-        _: Requester,
-        _: Option<Pasid>,
-        _: &SpaceKey,
-        _: &mut dyn Iterator<Item = Mapping>,
-    ) -> Result<(), AttachRefused> {
+    fn attach(&self, _: Stream, _: &SpaceKey, _: &mut dyn Iterator<Item = Mapping>) -> Result<(), AttachRefused> {
         Ok(())
     }
-    fn detach(&self, _: Requester, _: Option<Pasid>) {}
+    fn detach(&self, _: Stream) {}
     fn apply(&self, _: &SpaceKey, _: &[MapOp]) -> Applied {
         Applied::default()
     }

@@ -12,8 +12,8 @@ use vtd::spec::registers::{FaultStatus, Global, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow};
 use vtd::spec::second_stage::SecondStageEntry;
 use vtd::{
-    Applied, AttachRefused, DmaError, Gpa, Iova, MapOp, Mapping, Msi, MsiSink, Pasid, Perm, Requester, SourceId,
-    SpaceKey, SpaceListener, Unit, UnitConfig, UnitId,
+    Applied, AttachRefused, DmaError, Gpa, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink, Perm, Requester, SourceId,
+    SpaceKey, SpaceListener, Stream, Unit, UnitConfig, UnitId,
 };
 
 type Memory = GuestMemoryMmap<()>;
@@ -25,29 +25,28 @@ const MEMORY: u64 = 1 << 20;
 
 /// By function: the space that it is in, and what is mapped there.
 #[derive(Default)]
-struct Reach(Mutex<BTreeMap<Requester, (SpaceKey, Vec<Mapping>)>>);
+struct Reach(Mutex<BTreeMap<Stream, (SpaceKey, Vec<Mapping>)>>);
 
 impl SpaceListener for Reach {
     fn attach(
         &self,
-        requester: Requester,
-        _: Option<Pasid>,
+        stream: Stream,
         space: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused> {
-        println!("attach {requester} to {space}");
+        println!("attach {stream} to {space}");
         let mut mappings: Vec<Mapping> = live.collect();
         if *space == SpaceKey::Identity {
             // The unit does not list guest memory: whoever built the unit knows it.
             mappings.push(Mapping { iova: Iova(0), gpa: Gpa(0), len: MEMORY, perm: Perm::ReadWrite });
         }
-        self.0.lock().unwrap().insert(requester, (*space, mappings));
+        self.0.lock().unwrap().insert(stream, (*space, mappings));
         Ok(())
     }
 
-    fn detach(&self, requester: Requester, _: Option<Pasid>) {
-        println!("detach {requester}");
-        self.0.lock().unwrap().remove(&requester);
+    fn detach(&self, stream: Stream) {
+        println!("detach {stream}");
+        self.0.lock().unwrap().remove(&stream);
     }
 
     fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {
@@ -56,9 +55,7 @@ impl SpaceListener for Reach {
             for (_, mappings) in self.0.lock().unwrap().values_mut().filter(|(at, _)| at == space) {
                 match *op {
                     MapOp::Map(mapping) => mappings.push(mapping),
-                    MapOp::Unmap { first, last } => {
-                        *mappings = mappings.iter().flat_map(|m| outside(m, first.0, last.0)).collect()
-                    }
+                    MapOp::Unmap(range) => *mappings = mappings.iter().flat_map(|m| outside(m, range)).collect(),
                 }
             }
         }
@@ -66,20 +63,23 @@ impl SpaceListener for Reach {
     }
 }
 
-/// What a mapping has outside `first..=last`: an unmap may end within one.
-fn outside(m: &Mapping, first: u64, last: u64) -> impl Iterator<Item = Mapping> {
-    let below = Mapping { len: first.saturating_sub(m.iova.0).min(m.len), ..*m };
-    let len = m.last().0.saturating_sub(last).min(m.len);
-    let skip = m.len - len;
-    let above = Mapping { iova: Iova(m.iova.0 + skip), gpa: Gpa(m.gpa.0 + skip), len, ..*m };
-    [below, above].into_iter().filter(|part| part.len > 0)
+/// What a mapping has outside `range`: an unmap may end within one.
+fn outside(m: &Mapping, range: IovaRange) -> impl Iterator<Item = Mapping> {
+    let (iova, gpa, perm) = (m.iova.0, m.gpa.0, m.perm);
+    let kept = m.range().without([range]).into_iter();
+    kept.map(move |IovaRange { first, last }| Mapping {
+        iova: Iova(first),
+        gpa: Gpa(gpa + (first - iova)),
+        len: last - first + 1,
+        perm,
+    })
 }
 
 impl Reach {
     /// Where the function gets with `iova`, for this example.
     fn of(&self, requester: Requester, iova: u64) -> Option<Gpa> {
         let functions = self.0.lock().unwrap();
-        let hit = functions.get(&requester)?.1.iter().find(|m| m.iova.0 <= iova && iova <= m.last().0)?;
+        let hit = functions.get(&requester.into())?.1.iter().find(|m| m.iova.0 <= iova && iova <= m.last().0)?;
         Some(Gpa(hit.gpa.0 + (iova - hit.iova.0)))
     }
 }
@@ -253,8 +253,8 @@ mod tests {
     #[test]
     fn b8_an_unmap_within_a_mapping_keeps_the_rest() {
         let reach = Reach::default();
-        reach.attach(ASSIGNED, None, &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
-        let unmap = MapOp::Unmap { first: Iova(0x2000), last: Iova(0x2fff) };
+        reach.attach(ASSIGNED.into(), &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
+        let unmap = MapOp::Unmap(IovaRange::new(0x2000, 0x2fff));
         assert!(reach.apply(&SpaceKey::Identity, &[unmap]).refused.is_empty());
         let at = [0, 0x1fff, 0x2000, 0x2fff, 0x3000, MEMORY - 1, MEMORY].map(|iova| reach.of(ASSIGNED, iova));
         let same = |iova| Some(Gpa(iova));

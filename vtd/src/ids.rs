@@ -68,6 +68,31 @@ pub struct DomainId(pub u16);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Pasid(pub u32);
 
+/// What is attached to a space: the requests of a function that carry one PASID, or those that carry none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Stream {
+    /// Who makes the requests.
+    pub requester: Requester,
+    /// The PASID that they carry, `None`: requests without PASID.
+    pub pasid: Option<Pasid>,
+}
+
+/// Requests without PASID.
+impl From<Requester> for Stream {
+    fn from(requester: Requester) -> Self {
+        Self { requester, pasid: None }
+    }
+}
+
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pasid {
+            None => self.requester.fmt(f),
+            Some(Pasid(pasid)) => write!(f, "{} with PASID {pasid:#x}", self.requester),
+        }
+    }
+}
+
 /// Which unit of the machine, counted from 0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct UnitId(pub u16);

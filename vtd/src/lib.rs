@@ -34,6 +34,7 @@ pub mod listener;
 mod memory;
 pub mod msi;
 mod queue;
+mod range;
 mod registers;
 #[cfg(test)]
 #[path = "../tests/unit/rig.rs"]
@@ -52,12 +53,13 @@ pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
 pub use dma::{DmaError, DmaSession, Endpoint};
 pub use faults::{Access, Fault};
-pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, UnitId};
+pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
 pub use msi::{Msi, MsiSink};
+pub use range::IovaRange;
 pub use registers::state::{EventRegisters, FaultRecord, State};
 pub use shadow::SpaceView;
-pub use space::{PagedSpace, Perm, SpaceKey, Stage};
+pub use space::{PagedSpace, Perm, SpaceKey, Tables};
 pub use stats::{DescriptorStats, UnitStats};
 pub use tables::interrupt::{EntriesChanged, RemapError, RemapFault, RemapListener, interrupt_index};
 pub use unit::Unit;

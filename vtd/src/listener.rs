@@ -1,7 +1,8 @@
 //! The seam between the unit and whatever makes its translations real: map operations, and the listener that the unit
 //! notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
 
-use crate::ids::{Gpa, Iova, Pasid, Requester};
+use crate::ids::{Gpa, Iova, Requester, Stream};
+use crate::range::IovaRange;
 use crate::space::{Perm, SpaceKey};
 
 /// A run of IOVAs that leads to a run of guest-physical addresses. `len` is in bytes, a multiple of 4096, not 0, and
@@ -23,19 +24,19 @@ impl Mapping {
     pub const fn last(&self) -> Iova {
         Iova(self.iova.0 + (self.len - 1))
     }
+
+    /// Its IOVAs.
+    pub const fn range(&self) -> IovaRange {
+        IovaRange::new(self.iova.0, self.last().0)
+    }
 }
 
-/// One change of a space. Ranges are inclusive: 2^64 has no size.
+/// One change of a space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MapOp {
-    /// Nothing between `first` and `last`, both inclusive, is reachable any more. The range may be larger than what
-    /// is mapped (up to the whole of 2^64) and never cuts a mapping that stays, except as behaviour B-8 allows.
-    Unmap {
-        /// First IOVA.
-        first: Iova,
-        /// Last IOVA, inclusive.
-        last: Iova,
-    },
+    /// Nothing in the range is reachable any more. It may be larger than what is mapped (up to the whole of 2^64) and
+    /// never cuts a mapping that stays, except as behaviour B-8 allows.
+    Unmap(IovaRange),
     /// A new mapping; nothing was mapped in its range.
     Map(Mapping),
 }
@@ -52,14 +53,12 @@ pub struct Applied {
 /// A mapping, or a piece of one, that the host refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Refusal {
-    /// First IOVA that is not mapped.
-    pub first: Iova,
-    /// Last IOVA that is not mapped, inclusive.
-    pub last: Iova,
+    /// The IOVAs that are not mapped.
+    pub range: IovaRange,
     /// Why.
     pub cause: RefusalCause,
-    /// One member of the space for which it was refused (the one the guest's fault record names).
-    pub requester: Requester,
+    /// One of those in the space for which it was refused (the one the guest's fault record names).
+    pub stream: Stream,
 }
 
 /// Why a host refused a mapping.
@@ -115,20 +114,19 @@ pub enum AttachRefused {
 /// The unit calls it in order, never twice at once for one space, with no lock held that a listener could want.
 /// When a call returns, what was unmapped can no longer be reached by any device.
 pub trait SpaceListener: Send + Sync {
-    /// `requester` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
+    /// `stream` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
     /// in ascending order, with the boundaries that it was mapped with (B-5, B-7); it is empty for
     /// [`SpaceKey::Identity`] (the listener knows guest RAM itself) and [`SpaceKey::Blocked`]. A mapping that the
     /// device has before and after is not touched.
     fn attach(
         &self,
-        requester: Requester,
-        pasid: Option<Pasid>,
+        stream: Stream,
         space: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused>;
 
-    /// `requester` is no longer behind the unit; nothing of it stays mapped.
-    fn detach(&self, requester: Requester, pasid: Option<Pasid>);
+    /// `stream` is no longer behind the unit; nothing of it stays mapped.
+    fn detach(&self, stream: Stream);
 
     /// The mappings of `space` change. Unmaps come before maps.
     fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied;

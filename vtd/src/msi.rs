@@ -1,6 +1,6 @@
 //! Messages: what a device writes to interrupt, and who delivers those of the unit itself.
 
-use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use crate::spec::INTERRUPT_WINDOW;
 
 /// A message-signalled interrupt: what a device writes, and where.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -17,7 +17,7 @@ impl Msi {
     pub(crate) const fn is_interrupt(&self) -> bool {
         const DESTINATION: u64 = 0xffff_ff00 << 32;
         let address = self.address & !DESTINATION;
-        address >= INTERRUPT_FIRST && address <= INTERRUPT_LAST
+        INTERRUPT_WINDOW.contains(address)
     }
 }
 

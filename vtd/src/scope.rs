@@ -2,6 +2,7 @@
 
 use crate::config::MAX_ADDRESS_MASK;
 use crate::ids::{DomainId, SourceId};
+use crate::range::IovaRange;
 use crate::spec::invalidation::granularity;
 
 /// Which cached translations an invalidation reaches.
@@ -11,8 +12,8 @@ pub(crate) enum Scope {
     Everything,
     /// Those of one domain.
     Domain(DomainId),
-    /// Those of one domain in a range of addresses, inclusive.
-    Pages(DomainId, u64, u64),
+    /// Those of one domain in a range of addresses.
+    Pages(DomainId, IovaRange),
 }
 
 /// Which requesters a context-cache invalidation reaches.
@@ -51,7 +52,7 @@ pub(crate) fn iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8
         granularity::SELECTIVE if address_mask <= MAX_ADDRESS_MASK => {
             let size = 4096u64 << address_mask;
             let first = (page << 12) & !(size - 1);
-            Some(Scope::Pages(domain, first, first + (size - 1)))
+            Some(Scope::Pages(domain, IovaRange::new(first, first + (size - 1))))
         }
         _ => None,
     }

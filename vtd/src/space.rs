@@ -3,11 +3,12 @@
 use std::fmt;
 
 use crate::ids::{DomainId, Gpa, UnitId};
+use crate::spec::second_stage::levels;
 
 /// What an endpoint is attached to.
 ///
-/// Two entries that differ in unit, root pointer, width, stage or domain id never share a space: a guest may give
-/// one domain id two roots. An invalidation of a domain id reaches every space that has it.
+/// Two entries that differ in unit, tables or domain id never share a space: a guest may give one domain id two roots.
+/// An invalidation of a domain id reaches every space that has it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum SpaceKey {
     /// Untranslated: all guest RAM at its guest-physical addresses. Belongs to the virtual machine, not to a unit.
@@ -23,23 +24,30 @@ pub enum SpaceKey {
 pub struct PagedSpace {
     /// The unit whose tables name it.
     pub unit: UnitId,
-    /// Guest-physical address of the root of the page table.
-    pub root: Gpa,
-    /// Guest address width in bits: 39, 48 or 57.
-    pub width: u8,
-    /// Which stage the table is.
-    pub stage: Stage,
+    /// The page tables.
+    pub tables: Tables,
     /// The domain id that tags its cached translations.
     pub domain: DomainId,
 }
 
-/// Which kind of page table a space has.
+/// The page tables of a space.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Stage {
-    /// First-stage tables (scalable mode; VT-d specification, section 3.6).
-    First,
-    /// Second-stage tables (legacy and scalable mode; section 3.7).
-    Second,
+pub enum Tables {
+    /// Second-stage tables (VT-d specification, section 3.7).
+    Second {
+        /// Guest-physical address of the root.
+        root: Gpa,
+        /// Guest address width in bits: 39, 48 or 57.
+        width: u8,
+    },
+}
+
+impl Tables {
+    /// Levels of the tables.
+    pub(crate) const fn levels(self) -> u8 {
+        let Self::Second { width, .. } = self;
+        levels(width)
+    }
 }
 
 impl fmt::Display for SpaceKey {
@@ -52,12 +60,11 @@ impl fmt::Display for SpaceKey {
     }
 }
 
-/// `unit0/domain1/root0x1000/48bit`, and `/first` for a first stage: one word.
+/// `unit0/domain1/root0x1000/48bit`: one word.
 impl fmt::Display for PagedSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { unit, root, width, stage, domain } = self;
-        let stage = if *stage == Stage::First { "/first" } else { "" };
-        write!(f, "unit{}/domain{}/root{root}/{width}bit{stage}", unit.0, domain.0)
+        let Self { unit, tables: Tables::Second { root, width }, domain } = self;
+        write!(f, "unit{}/domain{}/root{root}/{width}bit", unit.0, domain.0)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::ids::{Requester, SourceId};
 use crate::listener::{AttachRefused, Mapping, SpaceListener};
 use crate::msi::{Msi, MsiSink};
 use crate::queue;
+use crate::range::IovaRange;
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
 use crate::scope::{context_scope_of, iotlb_scope_of};
@@ -233,9 +234,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     pub fn walk(&self, space: &PagedSpace) -> Option<Vec<Mapping>> {
         let entries_left = self.core.config.bounds.table_entries;
         let mut found = Found { entries_left, ..Found::default() };
-        let everywhere = (0, u64::MAX);
         let (memory, config) = (&self.core.memory, &self.core.config);
-        walk_range(memory, config, space, everywhere, Merge::Range, &mut found).ok()?;
+        walk_range(memory, config, space, IovaRange::ALL, Merge::Range, &mut found).ok()?;
         Some(found.runs)
     }
 

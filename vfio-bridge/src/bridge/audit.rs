@@ -5,11 +5,11 @@
 //! device read it, too) do so below it; nothing else is allowed to differ.
 
 use vtd::audit::disagreements;
-use vtd::{Audit, Difference, Gpa, Iova, Mapping, Requester, SpaceKey};
+use vtd::{Audit, Difference, Gpa, Iova, IovaRange, Mapping, Requester, SpaceKey};
 
 use super::Bridge;
-use crate::bridge::ledger::{Extent, subtract};
-use crate::bridge::limits::{IovaRange, without_interrupt_window};
+use crate::bridge::ledger::Extent;
+use crate::bridge::limits::without_interrupt_window;
 use crate::trace::Trace;
 
 impl Bridge {
@@ -71,7 +71,7 @@ impl Bridge {
         // What the host translates to is the address in this process; the guest-physical one is only its name.
         for extent in ledger.extents() {
             if self.guest.host_mem(extent.gpa, extent.size()).map(|mem| mem.hva()) != Some(extent.hva) {
-                let range = IovaRange { first: extent.first, last: extent.last };
+                let range = extent.range();
                 let text = format!(
                     "{requester}: {range}: the host leads to {:#x}, which is not {:#x}",
                     extent.hva, extent.gpa
@@ -83,13 +83,12 @@ impl Bridge {
 }
 
 fn outside_interrupt_window(mapping: Mapping) -> impl Iterator<Item = Mapping> {
-    let range = IovaRange { first: mapping.iova.0, last: mapping.last().0 };
-    without_interrupt_window(range).map(move |range| part(&mapping, range))
+    without_interrupt_window(mapping.range()).into_iter().map(move |range| part(&mapping, range))
 }
 
 /// What `holes` (ascending, disjoint) leave of `mapping`.
 fn without(mapping: Mapping, holes: &[IovaRange]) -> impl Iterator<Item = Mapping> {
-    let ranges = subtract(mapping.iova.0, mapping.last().0, holes.iter().copied());
+    let ranges = mapping.range().without(holes.iter().copied());
     ranges.into_iter().map(move |range| part(&mapping, range))
 }
 

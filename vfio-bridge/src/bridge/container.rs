@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{error, trace, warn};
-use vtd::{Mapping, RefusalCause};
+use vtd::{IovaRange, Mapping, RefusalCause};
 
 use crate::bridge::guest_map::GuestMap;
 use crate::bridge::guest_map::PAGE_SIZE;
-use crate::bridge::ledger::{Extent, Ledger, Run, Switch, subtract};
-use crate::bridge::limits::{IovaRange, Limits, without_interrupt_window};
+use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
+use crate::bridge::limits::{Limits, without_interrupt_window};
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused};
 use crate::stats::{Counters, cause_index};
 
@@ -131,7 +131,7 @@ impl Container {
             }
             // Not from the start each time: a guest can make both as long as its shadow.
             let from = except.partition_point(|range| range.last < extent.first);
-            for wish in subtract(extent.first, extent.last, except[from..].iter().copied()) {
+            for wish in extent.range().without(except[from..].iter().copied()) {
                 // What is there and leads elsewhere is a broken promise of the caller, and is refused.
                 let plan = self.ledger.missing(&extent.part(wish.first, wish.last));
                 for range in plan.conflicts {

@@ -6,9 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use vtd::Perm;
+use vtd::{IovaRange, Perm};
 
-use crate::bridge::limits::IovaRange;
 use crate::host::UnmapRange;
 
 /// One host mapping: `first..=last` leads to host memory at `hva`, guest-physical `gpa`.
@@ -35,11 +34,6 @@ impl Extent {
     /// Its IOVAs.
     pub fn range(&self) -> IovaRange {
         IovaRange { first: self.first, last: self.last }
-    }
-
-    /// What it covers of `other`, which overlaps it.
-    fn clipped(&self, other: &Self) -> IovaRange {
-        IovaRange { first: self.first.max(other.first), last: self.last.min(other.last) }
     }
 
     /// The part of it in `first..=last`, which must be inside: both addresses advance with the left edge (B-6).
@@ -135,42 +129,6 @@ pub struct Ledger {
     bytes: u64,
 }
 
-/// Sorts `ranges` and joins those that overlap or touch.
-pub fn union_of(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
-    ranges.sort_unstable();
-    let mut union: Vec<IovaRange> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match union.last_mut() {
-            Some(open) if range.first <= open.last.saturating_add(1) => open.last = open.last.max(range.last),
-            _ => union.push(range),
-        }
-    }
-    union
-}
-
-/// The parts of `first..=last` that are in none of `holes` (ascending, disjoint).
-pub fn subtract(first: u64, last: u64, holes: impl Iterator<Item = IovaRange>) -> Vec<IovaRange> {
-    let mut parts = Vec::with_capacity(1);
-    let mut at = first;
-    for hole in holes {
-        if hole.last < at {
-            continue;
-        }
-        if hole.first > last {
-            break;
-        }
-        if hole.first > at {
-            parts.push(IovaRange { first: at, last: hole.first - 1 });
-        }
-        if hole.last >= last {
-            return parts;
-        }
-        at = hole.last + 1;
-    }
-    parts.push(IovaRange { first: at, last });
-    parts
-}
-
 /// Cuts `missing` (ascending, disjoint) where `gone` is in the way: what can be mapped before anything goes, and what
 /// must take the place of something, both in ascending order. At most `spare` more pieces come of it than `missing`
 /// has.
@@ -182,8 +140,8 @@ fn cut_around(missing: &[Extent], gone: &[(Extent, Vec<Extent>)], mut spare: usi
             from += 1;
         }
         let under = gone[from..].iter().map(|(old, _)| old).take_while(|old| old.first <= new.last);
-        let in_the_way = union_of(under.map(|old| old.clipped(new)).collect());
-        let holes = subtract(new.first, new.last, in_the_way.iter().copied());
+        let in_the_way = IovaRange::union_of(under.filter_map(|old| old.range().intersection(new.range())).collect());
+        let holes = new.range().without(in_the_way.iter().copied());
         let more = (in_the_way.len() + holes.len()).saturating_sub(1);
         if in_the_way.len() > CUT_AROUND || more > spare {
             replacing.push(*new);
@@ -248,7 +206,7 @@ impl Ledger {
                 if done > 0 && extent.first <= gone[done - 1].0.first {
                     continue;
                 }
-                let kept = subtract(extent.first, extent.last, ranges[i..].iter().copied());
+                let kept = extent.range().without(ranges[i..].iter().copied());
                 gone.push((*extent, kept.into_iter().map(|r| extent.part(r.first, r.last)).collect()));
                 done += 1;
             }
@@ -285,7 +243,7 @@ impl Ledger {
             while present.get(from).is_some_and(|p| p.last < wish.first) {
                 from += 1;
             }
-            let parts = subtract(wish.first, wish.last, present[from..].iter().copied());
+            let parts = wish.range().without(present[from..].iter().copied());
             missing.extend(parts.into_iter().map(|r| wish.part(r.first, r.last)));
         }
 
@@ -352,7 +310,7 @@ impl Ledger {
             }
             holes.push(range);
         }
-        let parts = subtract(extent.first, extent.last, holes.into_iter());
+        let parts = extent.range().without(holes);
         missing.maps = parts.into_iter().map(|r| extent.part(r.first, r.last)).collect();
         missing
     }

@@ -2,24 +2,8 @@
 
 use std::fs;
 
-/// The interrupt window, 0xfee00000 to 0xfeefffff: a write there is an interrupt and is never translated (VT-d
-/// specification, section 3.14). No host maps it.
-pub const INTERRUPT_WINDOW: IovaRange = IovaRange { first: 0xfee0_0000, last: 0xfeef_ffff };
-
-/// A range of IOVAs, both ends inclusive.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct IovaRange {
-    /// First IOVA.
-    pub first: u64,
-    /// Last IOVA.
-    pub last: u64,
-}
-
-impl std::fmt::Display for IovaRange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:#x}-{:#x}", self.first, self.last)
-    }
-}
+use vtd::IovaRange;
+use vtd::spec::INTERRUPT_WINDOW;
 
 /// What the host allows in one container. The default is nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -72,14 +56,9 @@ impl Limits {
     }
 }
 
-/// What remains of `range` outside the interrupt window: none, one or two ranges.
-pub(crate) fn without_interrupt_window(range: IovaRange) -> impl Iterator<Item = IovaRange> {
-    let window = INTERRUPT_WINDOW;
-    let left =
-        (range.first < window.first).then(|| IovaRange { first: range.first, last: range.last.min(window.first - 1) });
-    let right =
-        (range.last > window.last).then(|| IovaRange { first: range.first.max(window.last + 1), last: range.last });
-    left.into_iter().chain(right)
+/// What remains of `range` outside the interrupt window, which no host maps: none, one or two ranges.
+pub(crate) fn without_interrupt_window(range: IovaRange) -> Vec<IovaRange> {
+    range.without([INTERRUPT_WINDOW])
 }
 
 /// What this process may lock in memory.

@@ -24,13 +24,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use log::{error, warn};
-use vtd::{Applied, AttachRefused, MapOp, Mapping, Pasid, Refusal, Requester, SpaceKey, SpaceListener};
+use vtd::{
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Refusal, Requester, SpaceKey, SpaceListener, Stream,
+};
 
 use self::container::{Container, Lost};
 use self::group::Group;
 use self::guest_map::GuestMap;
-use self::ledger::{Extent, union_of};
-use self::limits::IovaRange;
+use self::ledger::Extent;
 use crate::host::{GroupId, HostIommu};
 use crate::stats::{Counters, DeviceStats};
 
@@ -227,7 +228,7 @@ impl Bridge {
             container.switch(&self.guest, &target, whole, lost);
         }
         let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
-        entry.refused = union_of(of_identity.map(|lost| lost.range).collect());
+        entry.refused = IovaRange::union_of(of_identity.map(|lost| lost.range).collect());
         entry.space = space;
     }
 
@@ -254,7 +255,7 @@ impl Bridge {
         let mut refused = Vec::with_capacity(lost.len());
         while !lost.is_empty() {
             refused.extend(lost.iter().map(|l| refusal(l, by)));
-            let ranges = union_of(lost.iter().map(|l| l.range).collect());
+            let ranges = IovaRange::union_of(lost.iter().map(|l| l.range).collect());
             lost = Vec::new();
             if let SpaceKey::Paged(_) = space {
                 for (_, entry) in state.following(space) {
@@ -283,18 +284,17 @@ fn contains(ranges: &[IovaRange], inner: IovaRange) -> bool {
 }
 
 fn refusal(lost: &Lost, requester: Requester) -> Refusal {
-    let IovaRange { first, last } = lost.range;
-    Refusal { first: vtd::Iova(first), last: vtd::Iova(last), cause: lost.cause, requester }
+    Refusal { range: lost.range, cause: lost.cause, stream: requester.into() }
 }
 
 impl SpaceListener for Bridge {
     fn attach(
         &self,
-        requester: Requester,
-        pasid: Option<Pasid>,
+        stream: Stream,
         space: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused> {
+        let Stream { requester, pasid } = stream;
         let host = |reason: String| AttachRefused::Host { requester, reason };
         if let Some(Pasid(pasid)) = pasid {
             return Err(host(format!("PASID {pasid:#x} cannot be attached")));
@@ -328,7 +328,7 @@ impl SpaceListener for Bridge {
         }
     }
 
-    fn detach(&self, requester: Requester, pasid: Option<Pasid>) {
+    fn detach(&self, Stream { requester, pasid }: Stream) {
         if pasid.is_some() {
             return;
         }
@@ -352,8 +352,8 @@ impl SpaceListener for Bridge {
         let mut state = self.state();
         let mut refused = Vec::new();
         // The unit sends unmaps before maps, so this is one turn; any other order is served as it stands.
-        for batch in ops.chunk_by(|a, b| !(matches!(a, MapOp::Map(_)) && matches!(b, MapOp::Unmap { .. }))) {
-            let maps = batch.partition_point(|op| matches!(op, MapOp::Unmap { .. }));
+        for batch in ops.chunk_by(|a, b| !(matches!(a, MapOp::Map(_)) && matches!(b, MapOp::Unmap(_)))) {
+            let maps = batch.partition_point(|op| matches!(op, MapOp::Unmap(_)));
             let (unmaps, maps) = batch.split_at(maps);
             self.apply_unmaps(&mut state, space, unmaps, &mut refused);
             self.apply_maps(&mut state, space, maps, &mut refused);
@@ -368,10 +368,10 @@ impl SpaceListener for Bridge {
 impl Bridge {
     fn apply_unmaps(&self, state: &mut State, space: &SpaceKey, ops: &[MapOp], refused: &mut Vec<Refusal>) {
         let ranges = ops.iter().filter_map(|op| match op {
-            MapOp::Unmap { first, last } if first <= last => Some(IovaRange { first: first.0, last: last.0 }),
+            MapOp::Unmap(range) if range.first <= range.last => Some(*range),
             _ => None,
         });
-        let ranges = union_of(ranges.collect());
+        let ranges = IovaRange::union_of(ranges.collect());
         if ranges.is_empty() {
             return;
         }
@@ -402,7 +402,7 @@ impl Bridge {
             }
             // What an earlier group lost is lost already.
             lost.retain(|l| !contains(&except, l.range));
-            except = union_of(except.into_iter().chain(lost.iter().map(|l| l.range)).collect());
+            except = IovaRange::union_of(except.into_iter().chain(lost.iter().map(|l| l.range)).collect());
             losses.extend(entry.first_member().map(|by| (by, lost)));
         }
         for (by, lost) in losses {

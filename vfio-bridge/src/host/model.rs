@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vtd::Perm;
+use vtd::spec::INTERRUPT_WINDOW;
+use vtd::{IovaRange, Perm};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
-use crate::bridge::limits::{INTERRUPT_WINDOW, IovaRange, Limits};
+use crate::bridge::limits::Limits;
 use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
 
 /// What kind of host it is.

@@ -18,10 +18,10 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
-use vtd::Perm;
+use vtd::{IovaRange, Perm};
 
 use crate::bridge::guest_map::HostMem;
-use crate::bridge::limits::{IovaRange, Limits, Memlock};
+use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
 use crate::function::reset::GroupFiles;
 use crate::function::vfio::HostFunction;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use log::{debug, error, warn};
 use vtd::Iova;
+use vtd::spec::INTERRUPT_WINDOW;
 use zerocopy::IntoBytes;
 
 use super::granted::{Granted, Missing, Requests};
@@ -20,7 +21,6 @@ use super::wire::{
     Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, MAX_DMA_MAPS, TwinSocket, VERSION, command,
     parse_version, version_payload,
 };
-use crate::bridge::limits::INTERRUPT_WINDOW;
 
 /// How long a process may take to answer a call, before it is cut off.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -240,7 +240,7 @@ impl Drop for Connection {
 
 /// What a write of `data` to `address` is for the bus, if it is a message.
 fn interrupt_message(address: u64, data: &[u8]) -> Option<u32> {
-    let inside = (INTERRUPT_WINDOW.first..=INTERRUPT_WINDOW.last).contains(&address) && address.is_multiple_of(4);
+    let inside = INTERRUPT_WINDOW.contains(address) && address.is_multiple_of(4);
     Some(u32::from_le_bytes(data.try_into().ok().filter(|_| inside)?))
 }
 

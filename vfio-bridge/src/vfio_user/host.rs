@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use vtd::Perm;
+use vtd::{IovaRange, Perm};
 use zerocopy::IntoBytes;
 
 use super::connection::{CALL_DEADLINE, Call, CallError, ConnectError, Connection};
@@ -19,7 +19,7 @@ use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
-use crate::bridge::limits::{IovaRange, Limits};
+use crate::bridge::limits::Limits;
 use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
 
 /// Calls that are under way at a time.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use vfio_bridge::model::{HostOp, Kernel, Model};
 use vfio_bridge::{Bridge, GroupId, Trace, TracedHost, TracedListener};
-use vtd::{AttachRefused, Audit, Iova, Mapping, Perm, SpaceKey, SpaceListener};
+use vtd::{AttachRefused, Audit, Mapping, Perm, SpaceKey, SpaceListener};
 
 use crate::world::{GIB, KIB4, MIB2, Ram, Stopped, World, map, mapping, paged, requester, unmap};
 
@@ -147,12 +147,12 @@ fn b16_each_notification_and_host_operation_is_a_line() {
     let listener = TracedListener::new(bridge.clone(), trace.clone());
     let space = paged(3, 48);
 
-    listener.attach(requester(1), None, &space, &mut [mapping(0, KIB4, KIB4)].into_iter()).expect("attached");
+    listener.attach(requester(1).into(), &space, &mut [mapping(0, KIB4, KIB4)].into_iter()).expect("attached");
     let applied = listener.apply(&space, &[map(MIB2, 0, KIB4)]);
-    assert_eq!(applied.refused[0].first, Iova(MIB2));
+    assert_eq!(applied.refused[0].range.first, MIB2);
     bridge.trace_ledgers(&trace);
     listener.apply(&space, &[unmap(0, 0xffff)]);
-    listener.detach(requester(1), None);
+    listener.detach(requester(1).into());
 
     assert_eq!(text.lines(), [""; 0], "buffered");
     trace.flush();

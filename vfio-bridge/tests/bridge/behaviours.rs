@@ -1,6 +1,6 @@
 use vfio_bridge::model::{HostOp, Kernel};
 use vfio_bridge::{GroupId, RegisterError, UnmapRange};
-use vtd::{AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener};
+use vtd::{AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener, Stream};
 
 use crate::world::*;
 
@@ -99,12 +99,12 @@ fn b6_a_run_over_a_hole_of_the_hosts_ranges_loses_only_the_hole() {
     assert_eq!(world.model.translate(GroupId(1), 0xc_0000), Some((LOW_HVA + MIB2 + 0xc_0000, Perm::ReadWrite)));
 }
 
-fn range(first: u64, last: u64) -> vfio_bridge::IovaRange {
-    vfio_bridge::IovaRange { first, last }
+fn range(first: u64, last: u64) -> vtd::IovaRange {
+    vtd::IovaRange { first, last }
 }
 
 pub fn refusal(first: u64, last: u64, cause: RefusalCause) -> Refusal {
-    Refusal { first: vtd::Iova(first), last: vtd::Iova(last), cause, requester: requester(1) }
+    Refusal { range: range(first, last), cause, stream: requester(1).into() }
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn b11_each_cause_is_counted_and_the_rest_goes_on() {
             map(3 * GIB + 2 * KIB4, 0, KIB4),
         ],
     );
-    let causes: Vec<_> = applied.refused.iter().map(|r| (r.first.0, r.cause)).collect();
+    let causes: Vec<_> = applied.refused.iter().map(|r| (r.range.first, r.cause)).collect();
     assert_eq!(
         causes,
         [
@@ -263,7 +263,7 @@ fn b11_what_one_group_cannot_have_no_group_of_the_space_keeps() {
     let applied = world.apply(&space, &[map(0, 0, KIB4), map(GIB, 0, KIB4)]);
     assert_eq!(
         applied.refused,
-        [Refusal { requester: requester(2), ..refusal(GIB, GIB + 4095, RefusalCause::Memlock) }]
+        [Refusal { stream: requester(2).into(), ..refusal(GIB, GIB + 4095, RefusalCause::Memlock) }]
     );
     for group in [1, 2] {
         assert_eq!(world.model.translate(GroupId(group), GIB), None);
@@ -283,7 +283,7 @@ fn b11_c2_a_group_that_cannot_have_all_of_a_shared_space_stays_out_and_the_other
     assert_eq!(
         refused,
         AttachRefused::Shared(vec![Refusal {
-            requester: requester(2),
+            stream: requester(2).into(),
             ..refusal(GIB, GIB + KIB4 - 1, RefusalCause::Limit)
         }])
     );
@@ -432,9 +432,13 @@ fn c2_the_space_of_a_group_can_be_asked_and_a_second_registration_is_busy() {
 fn c2_a_pasid_is_refused_and_changes_nothing() {
     let (world, space) = World::one(Kernel::new(48), 48);
     world.done(&space, &[map(0, 0, KIB4)]);
-    let attached = world.bridge.attach(requester(1), Some(Pasid(1)), &SpaceKey::Identity, &mut std::iter::empty());
+    let attached = world.bridge.attach(
+        Stream { pasid: Some(Pasid(1)), requester: requester(1) },
+        &SpaceKey::Identity,
+        &mut std::iter::empty(),
+    );
     assert!(matches!(attached, Err(AttachRefused::Host { .. })));
-    world.bridge.detach(requester(1), Some(Pasid(1)));
+    world.bridge.detach(Stream { pasid: Some(Pasid(1)), requester: requester(1) });
     assert_eq!(world.shape(), [(0, KIB4)]);
 }
 
@@ -462,9 +466,9 @@ fn c3_a_function_that_left_has_no_say() {
     let live = [mapping(0, 0, KIB4)];
     world.attach(1, &space, &live).expect("attached");
     world.attach(2, &space, &live).expect("attached");
-    world.bridge.detach(requester(2), None);
+    world.bridge.detach(requester(2).into());
     assert_eq!(world.shape(), [(0, KIB4)], "the other one stays");
-    world.bridge.detach(requester(1), None);
+    world.bridge.detach(requester(1).into());
     assert!(world.contents().is_empty(), "nobody is left");
     world.attach(1, &space, &live).expect("attached");
     assert_eq!(world.shape(), [(0, KIB4)]);

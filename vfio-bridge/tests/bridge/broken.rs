@@ -2,7 +2,7 @@
 
 use vfio_bridge::UnmapRange;
 use vfio_bridge::model::{HostOp, Kernel};
-use vtd::{AttachRefused, SpaceKey, SpaceListener};
+use vtd::{AttachRefused, SpaceKey, SpaceListener, Stream};
 
 use crate::world::*;
 
@@ -123,17 +123,21 @@ fn c2_a_function_without_a_say_leaves_its_group_to_the_others() {
         world.attach(device, &SpaceKey::Identity, &[]).expect("attached");
     }
     world.model.served();
-    world.bridge.detach(requester(1), None);
+    world.bridge.detach(requester(1).into());
     assert_eq!(world.model.served(), [], "the space is the same");
     assert_eq!(world.bridge.space_of(requester(2)), Some(SpaceKey::Identity));
-    world.bridge.detach(requester(2), None);
+    world.bridge.detach(requester(2).into());
     assert_eq!((world.contents().len(), world.bridge.space_of(requester(2))), (0, Some(SpaceKey::Blocked)));
     // Detaching a PASID, or a function that is not there, is nothing.
     world.attach(1, &SpaceKey::Identity, &[]).expect("attached");
-    world.bridge.detach(requester(1), Some(vtd::Pasid(3)));
-    world.bridge.detach(requester(9), None);
+    world.bridge.detach(Stream { pasid: Some(vtd::Pasid(3)), requester: requester(1) });
+    world.bridge.detach(requester(9).into());
     assert_eq!(world.contents().len(), 2);
-    host_refuses(world.bridge.attach(requester(1), Some(vtd::Pasid(3)), &SpaceKey::Blocked, &mut std::iter::empty()));
+    host_refuses(world.bridge.attach(
+        Stream { pasid: Some(vtd::Pasid(3)), requester: requester(1) },
+        &SpaceKey::Blocked,
+        &mut std::iter::empty(),
+    ));
     let unknown = world.attach(9, &SpaceKey::Identity, &[]);
     assert!(matches!(unknown, Err(AttachRefused::UnknownRequester(r)) if r == requester(9)), "{unknown:?}");
     assert_eq!(world.contents().len(), 2);

@@ -50,7 +50,7 @@ fn b11_a_function_that_leaves_a_host_that_does_not_let_go_is_stopped() {
     let (world, space) = World::one(Kernel::new(48), 48);
     world.done(&space, &[map(0, 0, KIB4)]);
     refuses_unmaps_of(&world, 1);
-    world.bridge.detach(requester(1), None);
+    world.bridge.detach(requester(1).into());
     assert_eq!(stopped(&world), [requester(1)]);
 }
 
@@ -111,7 +111,8 @@ fn b11_what_no_group_can_have_is_refused_once() {
         map(GIB, hole + MIB2, KIB4),
         map(GIB + KIB4, MIB2, KIB4),
     ];
-    let refused: Vec<_> = world.apply(&space, &ops).refused.iter().map(|r| (r.first.0, r.last.0, r.cause)).collect();
+    let refused: Vec<_> =
+        world.apply(&space, &ops).refused.iter().map(|r| (r.range.first, r.range.last, r.cause)).collect();
     let target = |first: u64, pages: u64| (first, first + pages * KIB4 - 1, RefusalCause::Target);
     assert_eq!(refused, [target(KIB4, 1), target(MIB2, 2), target(GIB, 1)]);
     for group in 1..=3 {
@@ -131,7 +132,7 @@ fn b11_what_one_group_lost_the_next_ones_are_not_asked_for() {
     let at = [0, KIB4, 2 * KIB4, MIB2 - KIB4, MIB2, MIB2 + KIB4, GIB, 2 * GIB];
     let refused = world.apply(&space, &at.map(|iova| map(iova, 0, KIB4))).refused;
     assert_eq!(
-        refused.iter().map(|r| (r.first.0, r.requester)).collect::<Vec<_>>(),
+        refused.iter().map(|r| (r.range.first, r.stream.requester)).collect::<Vec<_>>(),
         lost.map(|iova| (iova, requester(1)))
     );
     let asked = |group: u32| -> Vec<u64> {
@@ -199,7 +200,10 @@ fn rule4_a_mapping_that_comes_twice_at_once_is_made_once() {
     assert_eq!(world.shape(), [(0, KIB4), (KIB4, KIB4), (2 * KIB4, 2 * KIB4), (MIB2, KIB4)]);
     // Another target in the same turn is a conflict.
     let refused = world.apply(&space, &[map(GIB, 0, 2 * KIB4), map(GIB + KIB4, 0, KIB4)]).refused;
-    assert_eq!(refused.iter().map(|r| (r.first.0, r.cause)).collect::<Vec<_>>(), [(GIB + KIB4, RefusalCause::Other)]);
+    assert_eq!(
+        refused.iter().map(|r| (r.range.first, r.cause)).collect::<Vec<_>>(),
+        [(GIB + KIB4, RefusalCause::Other)]
+    );
     assert_eq!(world.model.translate(GroupId(1), GIB + KIB4), None, "what is refused, no group has");
     assert!(world.model.translate(GroupId(1), GIB).is_some());
 }

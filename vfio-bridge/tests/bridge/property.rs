@@ -205,7 +205,7 @@ impl Unit {
 
     fn forget_refused(&mut self, space: usize, refused: &[Refusal]) {
         for refusal in refused {
-            self.forget(space, refusal.first.0, refusal.last.0);
+            self.forget(space, refusal.range.first, refusal.range.last);
         }
     }
 
@@ -372,13 +372,14 @@ impl Run {
 
     /// What a switch lost for want of room finds none when it is over: nothing is lost to what made room later.
     fn check_room(&self, refused: &[Refusal]) -> Result<(), TestCaseError> {
-        let group = |refusal: &Refusal| FUNCTIONS.iter().find(|(device, _)| requester(*device) == refusal.requester);
+        let group =
+            |refusal: &Refusal| FUNCTIONS.iter().find(|(device, _)| requester(*device) == refusal.stream.requester);
         let pinned: u64 =
             GROUPS.iter().flat_map(|g| self.world.model.contents(*g).into_values()).map(|held| held.len).sum();
         for refusal in refused {
             let (_, group) = group(refusal).expect("one of ours");
             let held = self.world.model.contents(GroupId(*group)).len();
-            let len = refusal.last.0 - refusal.first.0 + 1;
+            let len = refusal.range.last - refusal.range.first + 1;
             match refusal.cause {
                 vtd::RefusalCause::Limit => prop_assert!(held >= self.host.entries, "{refusal:x?} with {held} held"),
                 vtd::RefusalCause::Memlock => {
@@ -466,7 +467,7 @@ impl Run {
                 }
                 self.switched = true;
                 let wish = self.wish();
-                self.world.bridge.detach(requester(FUNCTIONS[*device].0), None);
+                self.world.bridge.detach(requester(FUNCTIONS[*device].0).into());
                 self.note_identity(group);
                 (wish, Vec::new())
             }
@@ -480,7 +481,7 @@ impl Run {
     fn apply(&mut self, space: usize, ops: &[MapOp]) -> ([Pages; 2], Vec<Refusal>) {
         let wish = self.wish();
         self.told.extend(ops.iter().filter_map(|op| match op {
-            MapOp::Unmap { first, last } => Some((space, first.0, last.0)),
+            MapOp::Unmap(range) => Some((space, range.first, range.last)),
             MapOp::Map(_) => None,
         }));
         let refused = self.world.bridge.apply(&self.unit.spaces[space], ops).refused;

@@ -5,10 +5,10 @@ use std::cell::RefCell;
 use std::sync::{Arc, Mutex, Once};
 
 use vfio_bridge::model::{HostOp, Kernel, Model};
-use vfio_bridge::{Bridge, DeviceStats, GroupId, GuestMap, IovaRange, Quarantine};
+use vfio_bridge::{Bridge, DeviceStats, GroupId, GuestMap, Quarantine};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vtd::spec::registers::offset;
-use vtd::{Msi, MsiSink, Requester, SpaceKey, Unit, UnitConfig, UnitId};
+use vtd::{IovaRange, Msi, MsiSink, Requester, SpaceKey, Unit, UnitConfig, UnitId};
 
 use crate::world::{MIB2, requester};
 

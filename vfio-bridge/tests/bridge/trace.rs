@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use vfio_bridge::model::{Kernel, Model};
 use vfio_bridge::{ContainerId, GroupId, HostIommu, Map, Trace, TracedHost, TracedListener, UnmapRange};
 use vtd::{
-    Applied, AttachRefused, Iova, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey,
-    SpaceListener,
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
+    Stream,
 };
 
 use crate::world::*;
@@ -43,22 +43,21 @@ const CAUSES: [RefusalCause; 5] =
 struct Refusing;
 
 fn refusals() -> Vec<Refusal> {
-    let refusal = |cause| Refusal { first: Iova(0), last: Iova(0xfff), cause, requester: requester(1) };
+    let refusal = |cause| Refusal { range: IovaRange::new(0, 0xfff), cause, stream: requester(1).into() };
     CAUSES.map(refusal).to_vec()
 }
 
 impl SpaceListener for Refusing {
     fn attach(
         &self,
-        _: Requester,
-        pasid: Option<Pasid>,
+        stream: Stream,
         _: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused> {
         let pieces = refusals()[..live.count()].to_vec();
-        Err(if pasid.is_some() { AttachRefused::Shared(pieces) } else { AttachRefused::Partial(pieces) })
+        Err(if stream.pasid.is_some() { AttachRefused::Shared(pieces) } else { AttachRefused::Partial(pieces) })
     }
-    fn detach(&self, _: Requester, _: Option<Pasid>) {}
+    fn detach(&self, _: Stream) {}
     fn apply(&self, _: &SpaceKey, _: &[MapOp]) -> Applied {
         Applied { refused: refusals() }
     }
@@ -78,11 +77,13 @@ fn b16_each_refusal_is_a_line_with_its_cause() {
     // Those of an attach, too: in part, and of a group that may not join.
     for pasid in [None, Some(Pasid(1))] {
         let mut live = [mapping(0, 0, KIB4), mapping(MIB2, 0, KIB4)].into_iter();
-        let result = listener.attach(requester(1), pasid, &space, &mut live);
+        let result = listener.attach(Stream { pasid, ..requester(1).into() }, &space, &mut live);
         assert!(matches!(result, Err(AttachRefused::Partial(_) | AttachRefused::Shared(_))));
         let lines = lines(&trace, &text);
         assert_eq!(lines.len(), 6, "{lines:?}");
-        assert!(lines[3].starts_with("notify attached device=0000:00:01.0 space=identity result="), "{lines:?}");
+        let suffix = if pasid.is_some() { " pasid=0x1" } else { "" };
+        let expected_start = format!("notify attached device=0000:00:01.0{suffix} space=identity result=");
+        assert!(lines[3].starts_with(&expected_start), "{lines:?}");
         assert_eq!(lines[4..], expected[..2]);
     }
 }

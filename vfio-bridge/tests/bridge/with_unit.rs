@@ -436,7 +436,8 @@ impl Machine {
         for group in self.group_ids() {
             let keys: BTreeSet<SpaceKey> = self.members(group).map(|d| attached[&requester(d as u8 + 1)]).collect();
             let [SpaceKey::Paged(space)] = Vec::from_iter(keys)[..] else { continue };
-            let root = (0..3).find(|root| Tables::of(*root).root() == space.root.0).expect("one of ours");
+            let vtd::Tables::Second { root, .. } = space.tables;
+            let root = (0..3).find(|n| Tables::of(*n).root() == root.0).expect("one of ours");
             let held = pages_of(&self.model.contents(GroupId(group)));
             let expected = self.walk(root);
             for invalidation in invalidations {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use vfio_bridge::model::{Contents, Held, HostOp, Kernel, Model, Served};
 use vfio_bridge::{Bridge, GroupId, GuestMap, Quarantine, Region, UnmapRange};
 use vtd::{
-    Applied, AttachRefused, DomainId, Gpa, Iova, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId, SpaceKey,
-    SpaceListener, Stage, UnitId,
+    Applied, AttachRefused, DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId,
+    SpaceKey, SpaceListener, Tables, UnitId,
 };
 
 pub const KIB4: u64 = 4096;
@@ -155,9 +155,7 @@ pub fn requester(device: u8) -> Requester {
 pub fn paged(domain: u16, width: u8) -> SpaceKey {
     SpaceKey::Paged(PagedSpace {
         unit: UnitId(0),
-        root: Gpa(0x1000 * u64::from(domain)),
-        width,
-        stage: Stage::Second,
+        tables: Tables::Second { root: Gpa(0x1000 * u64::from(domain)), width },
         domain: DomainId(domain),
     })
 }
@@ -171,7 +169,7 @@ pub fn map(iova: u64, gpa: u64, len: u64) -> MapOp {
 }
 
 pub fn unmap(first: u64, last: u64) -> MapOp {
-    MapOp::Unmap { first: Iova(first), last: Iova(last) }
+    MapOp::Unmap(IovaRange::new(first, last))
 }
 
 impl World {
@@ -196,7 +194,7 @@ impl World {
     }
 
     pub fn attach(&self, device: u8, space: &SpaceKey, live: &[Mapping]) -> Result<(), AttachRefused> {
-        self.bridge.attach(requester(device), None, space, &mut live.iter().copied())
+        self.bridge.attach(requester(device).into(), space, &mut live.iter().copied())
     }
 
     pub fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {

@@ -147,7 +147,7 @@ fn rule5_memory_and_log_are_flat_over_groups_that_never_agree() {
         let _ = world.attach(2, &other, &live);
         let _ = world.attach(1, &other, &live);
         let _ = world.attach(2, &one, &live);
-        world.bridge.detach(requester(1), None);
+        world.bridge.detach(requester(1).into());
         world.model.served();
     });
     assert!(cost.most < 1 << 16, "{} bytes", cost.most);
@@ -180,7 +180,7 @@ fn rule5_memory_of_a_trace_is_flat() {
     bridge.register(requester(1), GroupId(1)).expect("new");
     let listener = TracedListener::new(bridge, trace);
     let space = paged(1, 48);
-    listener.attach(requester(1), None, &space, &mut std::iter::empty()).expect("attached");
+    listener.attach(requester(1).into(), &space, &mut std::iter::empty()).expect("attached");
     let cost = flat(2000, |round| {
         listener.apply(&space, &[unmap(0, u64::MAX), map(round * KIB4, 0, KIB4), map(GIB, 3 * GIB, KIB4)]);
         model.served();

@@ -7,8 +7,8 @@ use vfio_bridge::{
     vfio_user::{DmaRefused, UserEndpoint, VfioUser},
 };
 use vtd::{
-    DomainId, Gpa, Iova, MapOp, Mapping, PagedSpace, Perm, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener,
-    Stage, UnitId,
+    DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, RefusalCause, Requester, SourceId, SpaceKey,
+    SpaceListener, Tables, UnitId,
 };
 
 use super::rig::{Asked, HIGH, Memory, PATIENT, RAM, Rig, event, serving, was_signalled};
@@ -177,7 +177,7 @@ fn the_bridge_keeps_the_process_exactly_where_the_guest_has_it() {
     };
     assert!(read(0).is_err());
 
-    bridge.attach(requester, None, &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
+    bridge.attach(requester.into(), &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
     memory.put(0x7000, 1);
     memory.put(HIGH + 0x1000, 2);
     assert_eq!((read(0x7000), read(HIGH + 0x1000)), (Ok(1), Ok(2)));
@@ -185,27 +185,25 @@ fn the_bridge_keeps_the_process_exactly_where_the_guest_has_it() {
 
     let space = SpaceKey::Paged(PagedSpace {
         unit: UnitId(0),
-        root: Gpa(0x1000),
-        width: 48,
-        stage: Stage::Second,
+        tables: Tables::Second { root: Gpa(0x1000), width: 48 },
         domain: DomainId(1),
     });
     let mapping = Mapping { iova: Iova(0x5000), gpa: Gpa(0x7000), len: 0x1000, perm: Perm::ReadWrite };
-    bridge.attach(requester, None, &space, &mut [mapping].into_iter()).unwrap();
+    bridge.attach(requester.into(), &space, &mut [mapping].into_iter()).unwrap();
     assert_eq!((read(0x5000), read(0x7000).is_err()), (Ok(1), true));
     let beyond = Mapping { iova: Iova(0x9000), gpa: Gpa(RAM), len: 0x1000, perm: Perm::ReadWrite };
     let ops = [
-        MapOp::Unmap { first: Iova(0x5000), last: Iova(0x5fff) },
+        MapOp::Unmap(IovaRange::new(0x5000, 0x5fff)),
         MapOp::Map(Mapping { iova: Iova(0x6000), ..mapping }),
         MapOp::Map(beyond),
     ];
     let refused = bridge.apply(&space, &ops).refused;
     assert_eq!(
-        refused.iter().map(|refusal| (refusal.first, refusal.cause)).collect::<Vec<_>>(),
-        [(Iova(0x9000), RefusalCause::Target)]
+        refused.iter().map(|refusal| (refusal.range.first, refusal.cause)).collect::<Vec<_>>(),
+        [(0x9000, RefusalCause::Target)]
     );
     assert_eq!((read(0x6000), read(0x5000).is_err()), (Ok(1), true));
-    bridge.detach(requester, None);
+    bridge.detach(requester.into());
     assert!(read(0x6000).is_err());
 }
 

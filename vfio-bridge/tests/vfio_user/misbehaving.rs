@@ -120,9 +120,9 @@ fn d3_the_machine_is_stopped_before_the_guest_is_told_of_an_unmap_that_was_not_a
     let bridge = Bridge::new(host, memory.map.clone(), stubborn.clone());
     let requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
     bridge.register(requester, function.group()).unwrap();
-    bridge.attach(requester, None, &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
+    bridge.attach(requester.into(), &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
     assert!(!stubborn.machine.load(Ordering::Relaxed));
-    assert!(bridge.attach(requester, None, &SpaceKey::Blocked, &mut std::iter::empty()).is_err());
+    assert!(bridge.attach(requester.into(), &SpaceKey::Blocked, &mut std::iter::empty()).is_err());
     assert_eq!(*stubborn.functions.lock().unwrap(), [requester]);
     assert!(stubborn.machine.load(Ordering::Relaxed));
 }

@@ -23,7 +23,7 @@ use devices::pci::config::CONFIG_SIZE;
 use devices::pci::{Decoder, PciFunction};
 use vfio_bridge::vfio_user::{ClientMemory, Served, serve};
 use vfio_bridge::{IrqKind, RegionKind};
-use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{Iova, Msi, Requester, SourceId};
 
 use crate::commands::options;
@@ -354,7 +354,7 @@ impl Interrupts for Lines {
     }
 
     fn signal(&self, _: Requester, msi: Msi) {
-        if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address) {
+        if INTERRUPT_WINDOW.contains(msi.address) {
             // Written by DMA: the client, whose unit remaps it, is asked.
             let written = self.memory.write(Iova(msi.address), &msi.data.to_le_bytes());
             return written.unwrap_or_else(|e| log::debug!("a message was not taken: {e}"));

@@ -27,7 +27,7 @@ use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kv
 use kvm_ioctls::VmFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vtd::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
+use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{EntriesChanged, Msi, MsiSink, RemapError, RemapListener, Requester, SourceId, Unit};
 
 use crate::boot::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
@@ -284,7 +284,7 @@ impl KvmInterrupts {
         ask: impl FnOnce(&dyn Remapper) -> Result<Msi, RemapError>,
     ) -> Result<Option<Msi>, RemapError> {
         match self.remapper.get() {
-            None if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address) => Ok(Some(msi)),
+            None if INTERRUPT_WINDOW.contains(msi.address) => Ok(Some(msi)),
             None => Err(RemapError::NotAnInterrupt(msi.address)),
             Some(remapper) => remapper.upgrade().map(|remapper| ask(&*remapper)).transpose(),
         }

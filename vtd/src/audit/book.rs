@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::compare::Piece;
 use crate::ids::Requester;
 use crate::listener::Refusal;
+use crate::range::IovaRange;
 use crate::scope::Scope;
 use crate::space::{PagedSpace, SpaceKey};
 
@@ -37,9 +38,9 @@ pub(crate) struct Book {
     pub(crate) pieces: BTreeMap<(PagedSpace, u64), Remembered>,
     pub(crate) functions: BTreeMap<Requester, RememberedFunction>,
     /// What the invalidations of this drain cover of `pieces`.
-    pub(crate) looks: Vec<(PagedSpace, u64, u64)>,
+    pub(crate) looks: Vec<(PagedSpace, IovaRange)>,
     /// What was refused in this drain.
-    pub(crate) refused: Vec<(PagedSpace, u64, u64)>,
+    pub(crate) refused: Vec<(PagedSpace, IovaRange)>,
     /// Functions that are not where their tables say, because that was refused.
     pub(crate) kept_out: BTreeSet<Requester>,
 }
@@ -59,13 +60,13 @@ impl Book {
         }
         for scope in scopes {
             let reached = |space: &PagedSpace| match *scope {
-                Scope::Everything => Some((0, u64::MAX)),
-                Scope::Domain(domain) => (space.domain == domain).then_some((0, u64::MAX)),
-                Scope::Pages(domain, first, last) => (space.domain == domain).then_some((first, last)),
+                Scope::Everything => Some(IovaRange::ALL),
+                Scope::Domain(domain) => (space.domain == domain).then_some(IovaRange::ALL),
+                Scope::Pages(domain, range) => (space.domain == domain).then_some(range),
             };
             for ((space, _), remembered) in self.pieces.iter().filter(|((space, _), _)| !done(space)) {
-                let part = reached(space).and_then(|(first, last)| remembered.piece.within(first, last));
-                self.looks.extend(part.map(|part| (*space, part.first.0, part.last.0)));
+                let part = reached(space).and_then(|range| remembered.piece.within(range));
+                self.looks.extend(part.map(|part| (*space, part.range)));
             }
             if self.looks.len() > LOOKS {
                 return self.forget();
@@ -88,7 +89,7 @@ impl Book {
     /// The listener refused these.
     pub(crate) fn refused(&mut self, space: PagedSpace, refused: &[Refusal]) {
         if !self.looks.is_empty() {
-            self.refused.extend(refused.iter().map(|refusal| (space, refusal.first.0, refusal.last.0)));
+            self.refused.extend(refused.iter().map(|refusal| (space, refusal.range)));
         }
     }
 
@@ -103,22 +104,23 @@ impl Book {
 
     pub(crate) fn remember(&mut self, space: PagedSpace, piece: Piece, overdue: bool) {
         if self.pieces.len() < REMEMBERED {
-            self.pieces.insert((space, piece.first.0), Remembered { piece, overdue });
+            self.pieces.insert((space, piece.range.first), Remembered { piece, overdue });
         }
     }
 
-    /// Takes out what is remembered of `first` to `last`; what lies beside it stays.
-    pub(crate) fn take(&mut self, space: PagedSpace, first: u64, last: u64) -> Vec<Piece> {
-        let overlapping = |(_, remembered): &(&(PagedSpace, u64), &Remembered)| remembered.piece.last.0 >= first;
+    /// Takes out what is remembered of `range`; what lies beside it stays.
+    pub(crate) fn take(&mut self, space: PagedSpace, range: IovaRange) -> Vec<Piece> {
+        let IovaRange { first, last } = range;
+        let overlapping = |(_, remembered): &(&(PagedSpace, u64), &Remembered)| remembered.piece.range.last >= first;
         let hit: Vec<Remembered> =
             self.pieces.range((space, 0)..=(space, last)).rev().take_while(overlapping).map(|(_, r)| *r).collect();
         let mut taken = Vec::with_capacity(hit.len());
         for Remembered { piece, overdue } in hit {
-            self.pieces.remove(&(space, piece.first.0));
-            let before = first.checked_sub(1).and_then(|end| piece.within(0, end));
-            let after = last.checked_add(1).and_then(|start| piece.within(start, u64::MAX));
+            self.pieces.remove(&(space, piece.range.first));
+            let before = first.checked_sub(1).and_then(|end| piece.within(IovaRange::new(0, end)));
+            let after = last.checked_add(1).and_then(|start| piece.within(IovaRange::new(start, u64::MAX)));
             before.into_iter().chain(after).for_each(|part| self.remember(space, part, overdue));
-            taken.extend(piece.within(first, last));
+            taken.extend(piece.within(range));
         }
         taken
     }
@@ -127,18 +129,19 @@ impl Book {
     pub(crate) fn overdue(&self, space: PagedSpace, piece: &Piece) -> (Vec<Piece>, bool) {
         let mut overdue = Vec::new();
         let mut covered = 0;
-        let overlapping = |remembered: &&Remembered| remembered.piece.last >= piece.first;
-        let candidates = self.pieces.range((space, 0)..=(space, piece.last.0)).rev().map(|(_, remembered)| remembered);
+        let overlapping = |remembered: &&Remembered| remembered.piece.range.last >= piece.range.first;
+        let candidates =
+            self.pieces.range((space, 0)..=(space, piece.range.last)).rev().map(|(_, remembered)| remembered);
         for remembered in candidates.take_while(overlapping).filter(|remembered| remembered.overdue) {
-            let part = piece.within(remembered.piece.first.0, remembered.piece.last.0);
+            let part = piece.within(remembered.piece.range);
             if let Some(part) = part
-                && remembered.piece.within(part.first.0, part.last.0) == Some(part)
+                && remembered.piece.within(part.range) == Some(part)
             {
-                covered += part.last.0 - part.first.0 + 1;
+                covered += part.range.last - part.range.first + 1;
                 overdue.push(part);
             }
         }
         overdue.reverse();
-        (overdue, covered <= piece.last.0 - piece.first.0)
+        (overdue, covered <= piece.range.last - piece.range.first)
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::ids::{Gpa, Iova};
 use crate::listener::Mapping;
+use crate::range::IovaRange;
 use crate::space::Perm;
 
 /// Where a book says that a run of IOVAs leads.
@@ -19,13 +20,11 @@ impl Target {
     }
 }
 
-/// A run of IOVAs, inclusive, about which each of two books says one thing: where it leads, or that it is not mapped.
+/// A run of IOVAs about which each of two books says one thing: where it leads, or that it is not mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Piece {
-    /// First IOVA.
-    pub first: Iova,
-    /// Last IOVA.
-    pub last: Iova,
+    /// The IOVAs.
+    pub range: IovaRange,
     /// What the first book says.
     pub left: Option<Target>,
     /// What the second book says.
@@ -38,25 +37,23 @@ impl Piece {
         self.left == self.right
     }
 
-    /// The part of it within `first` to `last`, if there is one.
-    pub(crate) fn within(&self, first: u64, last: u64) -> Option<Self> {
-        let (from, to) = (self.first.0.max(first), self.last.0.min(last));
-        (from <= to).then(|| {
-            let skipped = from - self.first.0;
-            let side = |target: Option<Target>| target.map(|target| target.after(skipped));
-            Self { first: Iova(from), last: Iova(to), left: side(self.left), right: side(self.right) }
-        })
+    /// The part of it within `range`, if there is one.
+    pub(crate) fn within(&self, range: IovaRange) -> Option<Self> {
+        let range = self.range.intersection(range)?;
+        let skipped = range.first - self.range.first;
+        let side = |target: Option<Target>| target.map(|target| target.after(skipped));
+        Some(Self { range, left: side(self.left), right: side(self.right) })
     }
 
     /// Makes `next` part of it, when it goes on where this ends.
     fn join(&mut self, next: &Self) -> bool {
-        let len = next.first.0.wrapping_sub(self.first.0);
+        let len = next.range.first.wrapping_sub(self.range.first);
         let goes_on = |from: Option<Target>, to: Option<Target>| from.map(|from| from.after(len)) == to;
-        let joins = self.last.0.checked_add(1) == Some(next.first.0)
+        let joins = self.range.last.checked_add(1) == Some(next.range.first)
             && goes_on(self.left, next.left)
             && goes_on(self.right, next.right);
         if joins {
-            self.last = next.last;
+            self.range.last = next.range.last;
         }
         joins
     }
@@ -78,7 +75,7 @@ pub fn compare(
         let ends = l.iter().chain(&r).map(|mapping| mapping.last().0);
         let begins = left.iter().chain(&right).filter(|mapping| mapping.iova > first).map(|mapping| mapping.iova.0 - 1);
         let Some(last) = ends.chain(begins).min() else { return };
-        each(Piece { first, last: Iova(last), left: l.and_then(target), right: r.and_then(target) });
+        each(Piece { range: IovaRange::new(first.0, last), left: l.and_then(target), right: r.and_then(target) });
         if let Some(mapping) = l {
             left = rest(mapping, last).or_else(|| lefts.next());
         }

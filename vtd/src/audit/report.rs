@@ -38,17 +38,14 @@ impl fmt::Display for Difference {
             None => "nothing".to_owned(),
         };
         match self {
-            Self::Shadow(space, Piece { first, last, left, right }) => write!(
-                f,
-                "{space}: {first}-{last}: the guest's tables say {}, the shadow says {}",
-                says(left),
-                says(right)
-            ),
+            Self::Shadow(space, Piece { range, left, right }) => {
+                write!(f, "{space}: {range}: the guest's tables say {}, the shadow says {}", says(left), says(right))
+            }
             Self::Attachment { requester, tables, attached } => {
                 write!(f, "{requester}: the guest's tables say {tables}, it is attached to {attached}")
             }
-            Self::Host(requester, Piece { first, last, left, right }) => {
-                write!(f, "{requester}: {first}-{last}: granted is {}, the host holds {}", says(left), says(right))
+            Self::Host(requester, Piece { range, left, right }) => {
+                write!(f, "{requester}: {range}: granted is {}, the host holds {}", says(left), says(right))
             }
             Self::Other(text) => f.write_str(text),
         }

@@ -16,8 +16,8 @@ use crate::faults::{Access, Fault};
 use crate::ids::{Gpa, Iova, Requester};
 use crate::source_ids::Source;
 use crate::space::Perm;
+use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
-use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 use crate::tables::context::{Resolved, Unresolved, resolve};
 use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Translated, permits};
 use crate::unit::Unit;
@@ -132,7 +132,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// The slow way. The cache's epoch is sampled before the first table read.
     fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         // Untranslated requests to this range are interrupts, also with translation off. Section 3.14.
-        if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&iova.0) {
+        if INTERRUPT_WINDOW.contains(iova.0) {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();

@@ -35,6 +35,7 @@
 //! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `a_walk_of_a_large_leaf_..` |
 
 use crate::ids::{DomainId, Gpa};
+use crate::range::IovaRange;
 use crate::scope::Scope;
 use crate::space::Perm;
 use crate::sync::{
@@ -283,7 +284,7 @@ impl Iotlb {
         match scope {
             Scope::Everything => self.forget(),
             Scope::Domain(domain) if reaches(domain) => self.forget(),
-            Scope::Pages(domain, first, last) if reaches(domain) => {
+            Scope::Pages(domain, IovaRange { first, last }) if reaches(domain) => {
                 let (first, last) = (first >> 12, last >> 12);
                 if last - first >= MAX_PAGES_BY_SLOT || self.large.load(Ordering::Relaxed) {
                     self.forget();

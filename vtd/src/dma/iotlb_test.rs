@@ -2,6 +2,7 @@
 
 use crate::dma::iotlb::Iotlb;
 use crate::ids::{DomainId, Gpa};
+use crate::range::IovaRange;
 use crate::scope::Scope;
 use crate::space::Perm;
 use crate::sync::{DIRECTORY_SETS, PAGE_SETS, SESSIONS};
@@ -47,7 +48,7 @@ fn rule6_each_permission_and_address_comes_back() {
 #[test]
 fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
     // Also when the invalidation had nothing of its domain to empty: the walk may be about to find just that.
-    let pages = Scope::Pages(DOMAIN, 0x5000, 0x5fff);
+    let pages = Scope::Pages(DOMAIN, IovaRange::new(0x5000, 0x5fff));
     for scope in [Scope::Everything, Scope::Domain(DOMAIN), pages, Scope::Domain(DomainId(2))] {
         let iotlb = Iotlb::default();
         let sampled = iotlb.sample();
@@ -64,7 +65,7 @@ fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
 
 #[test]
 fn rule6_each_invalidation_reaches_what_it_must() {
-    let pages = |domain, first, last| Scope::Pages(domain, first, last);
+    let pages = |domain, first, last| Scope::Pages(domain, IovaRange::new(first, last));
     for (scope, left) in [
         (Scope::Everything, [false; 3]),
         (Scope::Domain(DOMAIN), [false; 3]),
@@ -96,13 +97,13 @@ fn rule6_each_invalidation_reaches_what_it_must() {
 fn rule6_a_part_of_a_large_leaf_reaches_all_of_it() {
     let iotlb = full();
     iotlb.note_large();
-    iotlb.invalidate(Scope::Pages(DomainId(2), 0x8000, 0x8fff));
+    iotlb.invalidate(Scope::Pages(DomainId(2), IovaRange::new(0x8000, 0x8fff)));
     assert_eq!(there(&iotlb), [true; 3]);
-    iotlb.invalidate(Scope::Pages(DOMAIN, 0x8000, 0x8fff));
+    iotlb.invalidate(Scope::Pages(DOMAIN, IovaRange::new(0x8000, 0x8fff)));
     assert_eq!(there(&iotlb), [false; 3]);
     // From then on nothing large is there.
     insert(&iotlb, Some(DOMAIN), 5);
-    iotlb.invalidate(Scope::Pages(DOMAIN, 0x8000, 0x8fff));
+    iotlb.invalidate(Scope::Pages(DOMAIN, IovaRange::new(0x8000, 0x8fff)));
     assert_eq!(iotlb.get(5), Some(TARGET));
 }
 
@@ -147,7 +148,7 @@ fn rule6_two_pages_of_one_set_do_not_push_each_other_out() {
     insert(&iotlb, Some(DOMAIN), page(3));
     assert_eq!(cached(&iotlb), [2, 3]);
     // An invalidation of one leaves the other, and its place is the one that is taken next.
-    iotlb.invalidate(Scope::Pages(DOMAIN, page(2) << 12, (page(2) << 12) + 0xfff));
+    iotlb.invalidate(Scope::Pages(DOMAIN, IovaRange::new(page(2) << 12, (page(2) << 12) + 0xfff)));
     assert_eq!(cached(&iotlb), [3]);
     insert(&iotlb, Some(DOMAIN), page(0));
     assert_eq!(cached(&iotlb), [0, 3]);

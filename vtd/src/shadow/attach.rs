@@ -30,7 +30,7 @@ impl Spaces {
             SpaceKey::Paged(space) => self.spaces.get(&(space.domain, space)).and_then(Space::shadow),
             SpaceKey::Identity | SpaceKey::Blocked => None,
         };
-        let result = core.listener.attach(requester, None, &key, &mut live.unwrap_or(&nothing).iter());
+        let result = core.listener.attach(requester.into(), &key, &mut live.unwrap_or(&nothing).iter());
         let attached = match &result {
             Ok(()) | Err(AttachRefused::Partial(_)) => key,
             Err(_) => SpaceKey::Blocked,
@@ -163,8 +163,9 @@ pub(super) fn report<M: GuestMemoryBackend>(
 ) {
     core.counters.maps_refused.add(refused.len() as u64);
     for refusal in refused {
-        if reported.insert((refusal.requester, refusal.cause)) {
-            core.signal(core.record(&refused_fault(core, refusal.requester, refusal.first)));
+        let requester = refusal.stream.requester;
+        if reported.insert((requester, refusal.cause)) {
+            core.signal(core.record(&refused_fault(core, requester, Iova(refusal.range.first))));
         }
     }
 }

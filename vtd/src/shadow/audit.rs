@@ -11,6 +11,7 @@ use crate::audit::book::{Book, RememberedFunction};
 use crate::audit::{Audit, AuditHost, Difference, compare, disagreements};
 use crate::core::Core;
 use crate::ids::Requester;
+use crate::range::IovaRange;
 use crate::scope::ContextScope;
 use crate::space::{PagedSpace, SpaceKey};
 use crate::tables::second_stage::{Found, Merge, walk_range};
@@ -46,7 +47,7 @@ impl Spaces {
         let mut found = Found::default();
         for (space, shadow) in self.open_shadows() {
             found.entries_left = core.config.bounds.table_entries;
-            let walked = walk_range(&core.memory, &core.config, &space, (0, u64::MAX), Merge::Range, &mut found);
+            let walked = walk_range(&core.memory, &core.config, &space, IovaRange::ALL, Merge::Range, &mut found);
             if walked.is_err() {
                 // More than the bounds allow: the invalidation that says so will block the space.
                 audit.pending += 1;
@@ -57,7 +58,7 @@ impl Spaces {
                 let mut rest = Book::default();
                 rest.remember(space, piece, false);
                 for part in &overdue {
-                    rest.take(space, part.first.0, part.last.0);
+                    rest.take(space, part.range);
                     audit.differ(Difference::Shadow(space, *part));
                     book.remember(space, *part, true);
                 }
@@ -98,25 +99,23 @@ impl Spaces {
         let mut found = Found { entries_left: core.config.bounds.table_entries, ..Found::default() };
         let looks = std::mem::take(&mut self.book.looks);
         let refused = std::mem::take(&mut self.book.refused);
-        for (space, first, last) in looks {
-            let taken = self.book.take(space, first, last);
+        for (space, range) in looks {
+            let taken = self.book.take(space, range);
             let memory = &core.memory;
-            if walk_range(memory, &core.config, &space, (first, last), Merge::Range, &mut found).is_err() {
+            if walk_range(memory, &core.config, &space, range, Merge::Range, &mut found).is_err() {
                 return self.book.forget();
             }
             let mut overdue = Vec::new();
-            let Some(shadow) = self.open_shadow(space, (first, last)) else { continue };
+            let Some(shadow) = self.open_shadow(space, range) else { continue };
             compare(found.runs.iter().copied(), shadow, |now| {
-                let Some(now) = now.within(first, last).filter(|now| !now.agrees()) else { return };
+                let Some(now) = now.within(range).filter(|now| !now.agrees()) else { return };
                 // Still what it was?
-                let then = taken.iter().filter_map(|piece| piece.within(now.first.0, now.last.0));
-                overdue.extend(then.filter(|then| now.within(then.first.0, then.last.0) == Some(*then)));
+                let then = taken.iter().filter_map(|piece| piece.within(now.range));
+                overdue.extend(then.filter(|then| now.within(then.range) == Some(*then)));
             });
             overdue.retain(|piece| {
-                let hit = |refused: &&(PagedSpace, u64, u64)| {
-                    refused.0 == space && piece.within(refused.1, refused.2).is_some()
-                };
-                refused.iter().find(hit).is_none()
+                let hit = |refused: &(PagedSpace, IovaRange)| refused.0 == space && piece.within(refused.1).is_some();
+                !refused.iter().any(hit)
             });
             overdue.into_iter().for_each(|piece| self.book.remember(space, piece, true));
         }

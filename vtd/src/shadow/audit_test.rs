@@ -2,10 +2,11 @@
 
 use crate::audit::book::{Book, LOOKS, REMEMBERED, RememberedFunction};
 use crate::audit::{Audit, Difference, Piece, Target, compare, disagreements};
+use crate::range::IovaRange;
 use crate::rig::{NVME, Rig, context_device, iotlb_domain, iotlb_pages, mapping};
 use crate::scope::Scope;
-use crate::space::PagedSpace;
-use crate::{DomainId, Gpa, Iova, Mapping, Perm, SpaceKey};
+use crate::space::{PagedSpace, Tables};
+use crate::{DomainId, Gpa, Mapping, Perm, SpaceKey};
 
 const RW: Perm = Perm::ReadWrite;
 
@@ -16,7 +17,7 @@ fn audit(rig: &Rig) -> Audit {
 
 fn piece(first: u64, last: u64, left: Option<u64>, right: Option<u64>) -> Piece {
     let target = |gpa: Option<u64>| gpa.map(|gpa| Target { gpa: Gpa(gpa), perm: RW });
-    Piece { first: Iova(first), last: Iova(last), left: target(left), right: target(right) }
+    Piece { range: IovaRange::new(first, last), left: target(left), right: target(right) }
 }
 
 #[test]
@@ -97,9 +98,9 @@ fn a_mapping_that_invalidations_do_not_bring_is_a_difference() {
     rig.pages(root, 0x10_0000, 0x80_0000, 4);
     assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 2)]));
     // As if the unit had lost it; and the invalidation of the first page finds that the shadow is wrong about it.
-    rig.unit.spaces().falsify(0x10_1000, 0x10_2fff);
+    rig.unit.spaces().falsify(IovaRange::new(0x10_1000, 0x10_2fff));
     assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
-    rig.unit.spaces().book.covers(&[Scope::Pages(DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
+    rig.unit.spaces().book.covers(&[Scope::Pages(DomainId(1), IovaRange::new(0x10_1000, 0x10_1fff))], |_| false);
     rig.unit.spaces().look_again(&rig.unit.core);
     let found = audit(&rig);
     assert_eq!(found.pending, 1, "0x102000 was not covered");
@@ -207,11 +208,11 @@ fn what_the_listener_does_not_hold_as_it_was_told_is_a_difference_at_once() {
 #[test]
 fn a_part_of_a_piece_leads_where_the_piece_does() {
     let whole = piece(0x1000, 0x4fff, Some(0x9000), None);
-    assert_eq!(whole.within(0, u64::MAX), Some(whole));
-    assert_eq!(whole.within(0x2000, 0x2fff), Some(piece(0x2000, 0x2fff, Some(0xa000), None)));
-    assert_eq!(whole.within(0x4fff, 0x8000), Some(piece(0x4fff, 0x4fff, Some(0xcfff), None)));
-    assert_eq!(whole.within(0, 0x1000), Some(piece(0x1000, 0x1000, Some(0x9000), None)));
-    assert_eq!((whole.within(0, 0xfff), whole.within(0x5000, u64::MAX)), (None, None));
+    assert_eq!(whole.within(IovaRange::ALL), Some(whole));
+    assert_eq!(whole.within(IovaRange::new(0x2000, 0x2fff)), Some(piece(0x2000, 0x2fff, Some(0xa000), None)));
+    assert_eq!(whole.within(IovaRange::new(0x4fff, 0x8000)), Some(piece(0x4fff, 0x4fff, Some(0xcfff), None)));
+    assert_eq!(whole.within(IovaRange::new(0, 0x1000)), Some(piece(0x1000, 0x1000, Some(0x9000), None)));
+    assert_eq!((whole.within(IovaRange::new(0, 0xfff)), whole.within(IovaRange::new(0x5000, u64::MAX))), (None, None));
 }
 
 #[test]
@@ -219,7 +220,7 @@ fn pieces_are_joined_only_if_both_books_go_on_in_them() {
     let joined = |left: &[Mapping], right: &[Mapping]| {
         disagreements(left.iter().copied(), right.iter().copied(), &mut 0)
             .iter()
-            .map(|piece| (piece.first.0, piece.last.0))
+            .map(|piece| (piece.range.first, piece.range.last))
             .collect::<Vec<_>>()
     };
     let page = |iova, gpa| mapping(iova, gpa, 0x1000, RW);
@@ -244,7 +245,7 @@ fn pieces_are_joined_only_if_both_books_go_on_in_them() {
 
 fn space(domain: u16) -> PagedSpace {
     let unit = crate::UnitId(0);
-    PagedSpace { unit, root: Gpa(0x1000), width: 39, stage: crate::Stage::Second, domain: DomainId(domain) }
+    PagedSpace { unit, tables: Tables::Second { root: Gpa(0x1000), width: 39 }, domain: DomainId(domain) }
 }
 
 /// A book with what is remembered of spaces 1 and 2.
@@ -261,7 +262,7 @@ fn an_invalidation_covers_its_domain_and_its_addresses() {
     let looks = |scopes: &[Scope], done: Option<u16>| {
         let mut book = book();
         book.covers(scopes, |space| Some(space.domain.0) == done);
-        book.looks.iter().map(|(space, first, last)| (space.domain.0, *first, *last)).collect::<Vec<_>>()
+        book.looks.iter().map(|(space, range)| (space.domain.0, range.first, range.last)).collect::<Vec<_>>()
     };
     let (one, other) = (DomainId(1), DomainId(2));
     let of_one = [(1, 0x1000, 0x4fff), (1, 0x8000, 0x8fff)];
@@ -272,9 +273,18 @@ fn an_invalidation_covers_its_domain_and_its_addresses() {
     assert_eq!(looks(&[Scope::Domain(one)], None), of_one);
     assert_eq!(looks(&[Scope::Domain(one)], Some(1)), []);
     assert_eq!(looks(&[Scope::Domain(DomainId(3))], None), []);
-    assert_eq!(looks(&[Scope::Pages(one, 0x2000, 0x2fff)], None), [(1, 0x2000, 0x2fff)]);
-    assert_eq!(looks(&[Scope::Pages(one, 0x5000, 0x7fff), Scope::Pages(other, 0x2000, u64::MAX)], None), []);
-    assert_eq!(looks(&[Scope::Pages(one, 0x4fff, 0x8000)], None), [(1, 0x4fff, 0x4fff), (1, 0x8000, 0x8000)]);
+    assert_eq!(looks(&[Scope::Pages(one, IovaRange::new(0x2000, 0x2fff))], None), [(1, 0x2000, 0x2fff)]);
+    assert_eq!(
+        looks(
+            &[Scope::Pages(one, IovaRange::new(0x5000, 0x7fff)), Scope::Pages(other, IovaRange::new(0x2000, u64::MAX))],
+            None
+        ),
+        []
+    );
+    assert_eq!(
+        looks(&[Scope::Pages(one, IovaRange::new(0x4fff, 0x8000))], None),
+        [(1, 0x4fff, 0x4fff), (1, 0x8000, 0x8000)]
+    );
     // Once, in the order of the addresses, however often and in whatever order they are named.
     assert_eq!(looks(&[Scope::Domain(other), Scope::Domain(one), Scope::Domain(other)], None), all);
     assert_eq!(looks(&[Scope::Domain(one), Scope::Everything, Scope::Domain(other)], None), all);
@@ -292,7 +302,7 @@ fn a_book_that_grows_without_end_is_forgotten() {
     book.covers(&scopes(LOOKS), |_| false);
     assert_eq!((book.looks.len(), book.pieces.len()), (2, 3));
     book.looks.clear();
-    book.refused.push((space(1), 0, 1));
+    book.refused.push((space(1), IovaRange::new(0, 1)));
     book.covers(&scopes(LOOKS + 2), |_| false);
     assert!(book.looks.is_empty() && book.pieces.is_empty() && book.functions.is_empty() && book.refused.is_empty());
     for page in 0..2 * REMEMBERED as u64 {
@@ -304,14 +314,14 @@ fn a_book_that_grows_without_end_is_forgotten() {
 #[test]
 fn what_is_taken_out_of_a_book_leaves_what_lies_beside_it() {
     let mut book = book();
-    assert_eq!(book.take(space(1), 0x2000, 0x2fff), [piece(0x2000, 0x2fff, Some(0xa000), None)]);
+    assert_eq!(book.take(space(1), IovaRange::new(0x2000, 0x2fff)), [piece(0x2000, 0x2fff, Some(0xa000), None)]);
     let left = |book: &Book| {
         book.pieces
             .iter()
             .map(|((space, at), remembered)| {
-                let Piece { first, last, left, .. } = remembered.piece;
-                assert_eq!(*at, first.0);
-                (space.domain.0, first.0, last.0, left.map(|target| target.gpa.0), remembered.overdue)
+                let Piece { range: IovaRange { first, last }, left, .. } = remembered.piece;
+                assert_eq!(*at, first);
+                (space.domain.0, first, last, left.map(|target| target.gpa.0), remembered.overdue)
             })
             .collect::<Vec<_>>()
     };
@@ -322,13 +332,16 @@ fn what_is_taken_out_of_a_book_leaves_what_lies_beside_it() {
         (2, 0x1000, 0x1fff, None, false),
     ];
     assert_eq!(left(&book), beside);
-    assert_eq!((book.take(space(1), 0x2000, 0x2fff), book.take(space(3), 0, u64::MAX)), (vec![], vec![]));
+    assert_eq!(
+        (book.take(space(1), IovaRange::new(0x2000, 0x2fff)), book.take(space(3), IovaRange::ALL)),
+        (vec![], vec![])
+    );
     assert_eq!(left(&book), beside);
     // The last byte of one and the first of another.
-    assert_eq!(book.take(space(1), 0x4fff, 0x8000).len(), 2);
+    assert_eq!(book.take(space(1), IovaRange::new(0x4fff, 0x8000)).len(), 2);
     let ends = left(&book).iter().map(|(_, first, last, ..)| (*first, *last)).collect::<Vec<_>>();
     assert_eq!(ends, [(0x1000, 0x1fff), (0x3000, 0x4ffe), (0x8001, 0x8fff), (0x1000, 0x1fff)]);
-    assert_eq!(book.take(space(1), 0, u64::MAX).len(), 3);
+    assert_eq!(book.take(space(1), IovaRange::ALL).len(), 3);
     assert_eq!(book.pieces.len(), 1);
 }
 
@@ -336,7 +349,7 @@ fn what_is_taken_out_of_a_book_leaves_what_lies_beside_it() {
 fn what_is_overdue_is_so_for_as_long_as_it_is_the_same() {
     let mut book = Book::default();
     let now = piece(0x1000, 0x4fff, Some(0x9000), None);
-    let part = |first, last| now.within(first, last).expect("in it");
+    let part = |first, last| now.within(IovaRange::new(first, last)).expect("in it");
     assert_eq!(book.overdue(space(1), &now), (vec![], true));
     book.remember(space(1), part(0x3000, 0x3fff), true);
     book.remember(space(1), part(0x1000, 0x1fff), true);
@@ -357,7 +370,7 @@ fn lost() -> (Rig, u64) {
     let (mut rig, root) = Rig::with_nvme();
     rig.pages(root, 0x10_0000, 0x80_0000, 4);
     assert!(rig.submit(&[iotlb_pages(1, 0x10_0000, 2)]));
-    rig.unit.spaces().falsify(0x10_1000, 0x10_1fff);
+    rig.unit.spaces().falsify(IovaRange::new(0x10_1000, 0x10_1fff));
     assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
     (rig, root)
 }
@@ -365,7 +378,7 @@ fn lost() -> (Rig, u64) {
 /// An invalidation covers the page, and does not bring it; `meanwhile` comes between.
 fn cover(rig: &Rig, meanwhile: impl FnOnce(&mut Book)) {
     let mut spaces = rig.unit.spaces();
-    spaces.book.covers(&[Scope::Pages(DomainId(1), 0x10_1000, 0x10_1fff)], |_| false);
+    spaces.book.covers(&[Scope::Pages(DomainId(1), IovaRange::new(0x10_1000, 0x10_1fff))], |_| false);
     meanwhile(&mut spaces.book);
     spaces.look_again(&rig.unit.core);
 }
@@ -385,10 +398,9 @@ fn a_piece_that_changed_meanwhile_is_no_difference_when_it_is_as_before() {
 #[test]
 fn a_refusal_of_another_place_or_space_excuses_nothing() {
     let refusal = |first: u64| crate::Refusal {
-        first: Iova(first),
-        last: Iova(first + 0xfff),
+        range: IovaRange::new(first, first + 0xfff),
         cause: crate::RefusalCause::Limit,
-        requester: NVME,
+        stream: NVME.into(),
     };
     let (rig, _) = lost();
     let SpaceKey::Paged(own) = rig.unit.attachments()[0].1 else { panic!("translated") };

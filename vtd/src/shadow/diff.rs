@@ -7,6 +7,7 @@
 use super::extents::{Extent, Extents};
 use crate::ids::{Gpa, Iova};
 use crate::listener::{MapOp, Mapping};
+use crate::range::IovaRange;
 
 /// What a listener was told about one space.
 #[derive(Default, Debug)]
@@ -17,11 +18,11 @@ pub(crate) struct Shadow {
 /// The changes of one batch. Unmaps are given before maps, whatever order they were found in.
 #[derive(Default, Debug)]
 pub(crate) struct Changes {
-    /// Inclusive ranges, ascending within one re-sync.
-    pub(crate) unmaps: Vec<(u64, u64)>,
+    /// Ascending within one re-sync.
+    pub(crate) unmaps: Vec<IovaRange>,
     pub(crate) maps: Vec<Mapping>,
-    // First and last IOVA of all maps.
-    mapped: Option<(u64, u64)>,
+    // From the first IOVA of all maps to their last.
+    mapped: Option<IovaRange>,
 }
 
 impl Changes {
@@ -37,7 +38,7 @@ impl Changes {
 
     /// The batch for the listener, appended to `ops`.
     pub(crate) fn to_ops(&self, ops: &mut Vec<MapOp>) {
-        ops.extend(self.unmaps.iter().map(|&(first, last)| MapOp::Unmap { first: Iova(first), last: Iova(last) }));
+        ops.extend(self.unmaps.iter().map(|&range| MapOp::Unmap(range)));
         ops.extend(self.maps.iter().map(|&mapping| MapOp::Map(mapping)));
     }
 }
@@ -74,9 +75,9 @@ impl Shadow {
         self.extents.iter().map(|extent| Mapping::from(*extent))
     }
 
-    /// The parts of the extents in `first` to `last` (inclusive), in ascending order.
-    pub(crate) fn part(&self, (first, last): (u64, u64)) -> impl Iterator<Item = Mapping> + '_ {
-        self.within(first, last).map(Mapping::from)
+    /// The parts of the extents in `range`, in ascending order.
+    pub(crate) fn part(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
+        self.within(range).map(Mapping::from)
     }
 
     /// Where the extent begins that crosses the edge before `first`; `first` if there is none.
@@ -89,16 +90,16 @@ impl Shadow {
         self.extents.from(last).next().filter(|extent| extent.first <= last).map_or(last, |extent| extent.last)
     }
 
-    /// Compares what was told of `first` to `last` (inclusive) with `runs`, which lie within it, ascending and
-    /// disjoint; adds to `changes` what makes the listener agree, and takes it into the shadow. Nothing is done, and
+    /// Compares what was told of `range` with `runs`, which lie within it, ascending and disjoint; adds to `changes`
+    /// what makes the listener agree, and takes it into the shadow. Nothing is done, and
     /// `false` is returned, when `changes` may hold a map that would have to go again: then the batch must be given
     /// first.
-    pub(crate) fn sync(&mut self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) -> bool {
+    pub(crate) fn sync(&mut self, range: IovaRange, runs: &[Mapping], changes: &mut Changes) -> bool {
         let (unmaps_before, maps_before) = (changes.unmaps.len(), changes.maps.len());
-        self.diff((first, last), runs, changes);
+        self.diff(range, runs, changes);
         // By the span of the maps: looking at each of them would let a guest make one drain quadratic.
-        let conflict = changes.mapped.is_some_and(|(mapped_first, mapped_last)| {
-            changes.unmaps[unmaps_before..].iter().any(|&(first, last)| first <= mapped_last && last >= mapped_first)
+        let conflict = changes.mapped.is_some_and(|mapped| {
+            changes.unmaps[unmaps_before..].iter().any(|unmap| unmap.intersection(mapped).is_some())
         });
         if conflict {
             changes.unmaps.truncate(unmaps_before);
@@ -108,29 +109,29 @@ impl Shadow {
         let (unmaps, maps) = (&changes.unmaps[unmaps_before..], &changes.maps[maps_before..]);
         // One page that leads elsewhere, most often: in place.
         let in_place = match (unmaps, maps) {
-            ([gone], [new]) if *gone == (new.iova.0, new.last().0) => self.extents.replace(new.into()),
+            ([gone], [new]) if *gone == new.range() => self.extents.replace(new.into()),
             _ => false,
         };
         if !in_place {
-            unmaps.iter().for_each(|&(first, last)| self.extents.remove(first, last));
+            unmaps.iter().for_each(|range| self.extents.remove(range.first, range.last));
             maps.iter().for_each(|map| self.extents.insert(map.into()));
         }
         for map in maps {
-            let (first, last) = changes.mapped.unwrap_or((map.iova.0, 0));
-            changes.mapped = Some((first.min(map.iova.0), last.max(map.last().0)));
+            let all = changes.mapped.get_or_insert(map.range());
+            *all = IovaRange::new(all.first.min(map.iova.0), all.last.max(map.last().0));
         }
         join_neighbours(&mut changes.unmaps, unmaps_before);
         true
     }
 
-    fn diff(&self, (first, last): (u64, u64), runs: &[Mapping], changes: &mut Changes) {
+    fn diff(&self, range: IovaRange, runs: &[Mapping], changes: &mut Changes) {
         let unmaps_from = changes.unmaps.len();
         // Unmaps are joined over gaps as long as nothing lies between them that stays.
         let mut stays_since_unmap = true;
         let mut unmap = |first: u64, last: u64, stays: &mut bool| match changes.unmaps[unmaps_from..].last_mut() {
-            Some(previous) if !*stays => previous.1 = last,
+            Some(previous) if !*stays => previous.last = last,
             _ => {
-                changes.unmaps.push((first, last));
+                changes.unmaps.push(IovaRange::new(first, last));
                 *stays = false;
             }
         };
@@ -147,7 +148,7 @@ impl Shadow {
             }
         };
 
-        let mut old_pieces = self.within(first, last);
+        let mut old_pieces = self.within(range);
         let mut old = old_pieces.next();
         let mut run = 0;
         let mut new = runs.first().map(Extent::from);
@@ -191,26 +192,26 @@ impl Shadow {
         }
     }
 
-    /// The parts of the extents that lie within `first` to `last`, ascending.
-    fn within(&self, first: u64, last: u64) -> impl Iterator<Item = Extent> + '_ {
+    /// The parts of the extents that lie within the range, ascending.
+    fn within(&self, IovaRange { first, last }: IovaRange) -> impl Iterator<Item = Extent> + '_ {
         let reached = self.extents.from(first).take_while(move |extent| extent.first <= last);
         reached.map(move |extent| extent.within(first, last))
     }
 
-    /// Takes `first` to `last` (inclusive) out; extents that reach beyond it keep what is beyond.
-    pub(crate) fn remove(&mut self, first: u64, last: u64) {
-        self.extents.remove(first, last);
+    /// Takes `range` out; extents that reach beyond it keep what is beyond.
+    pub(crate) fn remove(&mut self, range: IovaRange) {
+        self.extents.remove(range.first, range.last);
     }
 }
 
 /// Joins the first range at `from` with the one before it, if they touch: ranges of several invalidations of one drain.
-fn join_neighbours(unmaps: &mut Vec<(u64, u64)>, from: usize) {
+fn join_neighbours(unmaps: &mut Vec<IovaRange>, from: usize) {
     if from == 0 || from >= unmaps.len() {
         return;
     }
     let (previous, next) = (unmaps[from - 1], unmaps[from]);
-    if previous.1.checked_add(1) == Some(next.0) {
-        unmaps[from - 1].1 = next.1;
+    if previous.last.checked_add(1) == Some(next.first) {
+        unmaps[from - 1].last = next.last;
         unmaps.remove(from);
     }
 }

@@ -13,15 +13,15 @@ fn mapping(first: u64, gpa: u64, len: u64) -> Mapping {
 #[test]
 fn a_map_that_would_have_to_go_again_ends_the_batch() {
     let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
-    assert!(shadow.sync((0, 0xffff), &[mapping(0x1000, 0x9000, 0x2000)], &mut changes));
+    assert!(shadow.sync(IovaRange::new(0, 0xffff), &[mapping(0x1000, 0x9000, 0x2000)], &mut changes));
     let told = changes.maps.clone();
     // A second range of the same batch finds the page gone: nothing is done before the batch was given.
-    assert!(!shadow.sync((0x2000, 0x2fff), &[], &mut changes));
+    assert!(!shadow.sync(IovaRange::new(0x2000, 0x2fff), &[], &mut changes));
     assert_eq!((&changes.maps, changes.unmaps.len()), (&told, 0));
     assert_eq!(shadow.iter().collect::<Vec<_>>(), told);
     changes.clear();
-    assert!(shadow.sync((0x2000, 0x2fff), &[], &mut changes));
-    assert_eq!(changes.unmaps, [(0x2000, 0x2fff)]);
+    assert!(shadow.sync(IovaRange::new(0x2000, 0x2fff), &[], &mut changes));
+    assert_eq!(changes.unmaps, [IovaRange::new(0x2000, 0x2fff)]);
     assert_eq!(shadow.iter().collect::<Vec<_>>(), [mapping(0x1000, 0x9000, 0x1000)]);
 }
 
@@ -29,10 +29,10 @@ fn a_map_that_would_have_to_go_again_ends_the_batch() {
 fn b7_unmaps_are_joined_over_gaps_but_never_over_what_stays() {
     let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
     let runs = [0x1000, 0x3000, 0x5000, 0x7000].map(|first| mapping(first, first, 0x1000));
-    assert!(shadow.sync((0, 0xffff), &runs, &mut changes));
+    assert!(shadow.sync(IovaRange::new(0, 0xffff), &runs, &mut changes));
     changes.clear();
-    assert!(shadow.sync((0, 0xffff), &runs[2..3], &mut changes));
-    assert_eq!(changes.unmaps, [(0x1000, 0x3fff), (0x7000, 0x7fff)]);
+    assert!(shadow.sync(IovaRange::new(0, 0xffff), &runs[2..3], &mut changes));
+    assert_eq!(changes.unmaps, [IovaRange::new(0x1000, 0x3fff), IovaRange::new(0x7000, 0x7fff)]);
     assert!(changes.maps.is_empty());
 }
 
@@ -40,19 +40,19 @@ fn b7_unmaps_are_joined_over_gaps_but_never_over_what_stays() {
 fn the_last_page_of_the_address_space() {
     let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
     let last = mapping(u64::MAX - 0xfff, 0x1000, 0x1000);
-    assert!(shadow.sync((0, u64::MAX), &[last], &mut changes));
+    assert!(shadow.sync(IovaRange::ALL, &[last], &mut changes));
     changes.clear();
-    assert!(shadow.sync((0, u64::MAX), &[last], &mut changes));
+    assert!(shadow.sync(IovaRange::ALL, &[last], &mut changes));
     assert!(changes.is_empty());
-    assert!(shadow.sync((u64::MAX, u64::MAX), &[], &mut changes));
-    assert_eq!(changes.unmaps, [(u64::MAX, u64::MAX)]);
+    assert!(shadow.sync(IovaRange::new(u64::MAX, u64::MAX), &[], &mut changes));
+    assert_eq!(changes.unmaps, [IovaRange::new(u64::MAX, u64::MAX)]);
 }
 
 #[test]
 fn b8_edges_and_parts_are_of_the_extents_that_a_range_cuts() {
     let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
     let extents = [mapping(0x1000, 0x9000, 0x3000), mapping(0x6000, 0x9000, 0x2000)];
-    assert!(shadow.sync((0, 0xffff), &extents, &mut changes));
+    assert!(shadow.sync(IovaRange::new(0, 0xffff), &extents, &mut changes));
     assert_eq!(
         [0, 0x1000, 0x2000, 0x4000, 0x6000, 0x7000].map(|first| shadow.edge_before(first)),
         [0, 0x1000, 0x1000, 0x4000, 0x6000, 0x6000]
@@ -61,7 +61,7 @@ fn b8_edges_and_parts_are_of_the_extents_that_a_range_cuts() {
         [0xfff, 0x1fff, 0x3fff, 0x4fff, 0x6fff, 0x7fff, 0x8fff].map(|last| shadow.edge_behind(last)),
         [0xfff, 0x3fff, 0x3fff, 0x4fff, 0x7fff, 0x7fff, 0x8fff]
     );
-    let parts: Vec<Mapping> = shadow.part((0x2000, 0x6fff)).collect();
+    let parts: Vec<Mapping> = shadow.part(IovaRange::new(0x2000, 0x6fff)).collect();
     assert_eq!(parts, [mapping(0x2000, 0xa000, 0x2000), mapping(0x6000, 0x9000, 0x1000)]);
 }
 
@@ -70,14 +70,14 @@ fn what_is_replaced_takes_nothing_else_with_it_and_leaves_nothing() {
     let (mut shadow, mut changes) = (Shadow::default(), Changes::default());
     let before = [mapping(0x1000, 0x9000, 0x1000), mapping(0x2000, 0x20000, 0x1000), mapping(0x3000, 0x9000, 0x1000)];
     let elsewhere = mapping(0x2000, 0x30000, 0x1000);
-    assert!(shadow.sync((0, 0xffff), &before, &mut changes));
+    assert!(shadow.sync(IovaRange::new(0, 0xffff), &before, &mut changes));
     changes.clear();
     // The page before it goes as well, in one unmap.
-    assert!(shadow.sync((0x1000, 0x2fff), &[elsewhere], &mut changes));
-    assert_eq!((&changes.unmaps[..], &changes.maps[..]), (&[(0x1000, 0x2fff)][..], &[elsewhere][..]));
+    assert!(shadow.sync(IovaRange::new(0x1000, 0x2fff), &[elsewhere], &mut changes));
+    assert_eq!((&changes.unmaps[..], &changes.maps[..]), (&[IovaRange::new(0x1000, 0x2fff)][..], &[elsewhere][..]));
     assert_eq!(shadow.iter().collect::<Vec<_>>(), [elsewhere, before[2]]);
     changes.clear();
-    assert!(shadow.sync((0x2000, 0x2fff), &[before[1]], &mut changes));
+    assert!(shadow.sync(IovaRange::new(0x2000, 0x2fff), &[before[1]], &mut changes));
     assert_eq!(shadow.iter().collect::<Vec<_>>(), before[1..]);
 }
 
@@ -123,11 +123,11 @@ proptest! {
         let mut told: Pages = vec![None; PAGES];
         for (next, cuts) in worlds {
             let mut changes = Changes::default();
-            prop_assert!(shadow.sync((0, u64::MAX), &runs(&next, &cuts), &mut changes));
+            prop_assert!(shadow.sync(IovaRange::ALL, &runs(&next, &cuts), &mut changes));
             let before = told.clone();
-            for &(first, last) in &changes.unmaps {
+            for range in &changes.unmaps {
                 for (index, page) in told.iter_mut().enumerate() {
-                    if (first..=last).contains(&(index as u64 * 4096)) {
+                    if range.contains(index as u64 * 4096) {
                         prop_assert!(page.is_none() || *page != next[index], "page {} stays", index);
                         *page = None;
                     }

@@ -123,9 +123,9 @@ impl Spaces {
     fn compare<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scopes: &mut [Scope], whole: &BTreeSet<PagedSpace>) {
         // In ascending order, so that neighbours are found and a space's ranges stand together.
         scopes.sort_unstable_by_key(|scope| match *scope {
-            Scope::Everything => (0, DomainId(0), 0, 0),
-            Scope::Domain(domain) => (1, domain, 0, 0),
-            Scope::Pages(domain, first, last) => (2, domain, first, last),
+            Scope::Everything => (0, DomainId(0), None),
+            Scope::Domain(domain) => (1, domain, None),
+            Scope::Pages(domain, range) => (2, domain, Some(range)),
         });
         let everything = scopes.first() == Some(&Scope::Everything);
         let domains = scopes.iter().filter_map(|scope| match scope {
@@ -145,7 +145,7 @@ impl Spaces {
                 let before = |scope: &Scope| !matches!(scope, Scope::Pages(other, ..) if *other >= domain);
                 let from = scopes.partition_point(before);
                 let ranges = scopes[from..].iter().map_while(|scope| match *scope {
-                    Scope::Pages(other, first, last) if other == domain => Some((first, last)),
+                    Scope::Pages(other, range) if other == domain => Some(range),
                     _ => None,
                 });
                 self.scratch.ranges.clear();

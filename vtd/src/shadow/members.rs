@@ -82,7 +82,7 @@ impl Spaces {
     /// A function leaves.
     pub(crate) fn remove_requester<M: GuestMemoryBackend>(&mut self, core: &Core<M>, requester: Requester) {
         if let Some(member) = self.members.remove(&requester) {
-            core.listener.detach(requester, None);
+            core.listener.detach(requester.into());
             self.freed += u64::from(member.attached != SpaceKey::Blocked);
             self.leave(requester, member.attached);
             self.reported.retain(|(reported, _)| *reported != requester);

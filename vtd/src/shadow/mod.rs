@@ -22,6 +22,7 @@ use crate::audit::book::Book;
 use crate::dma::iotlb::Iotlb;
 use crate::ids::{DomainId, Requester, SourceId};
 use crate::listener::{Mapping, RefusalCause};
+use crate::range::IovaRange;
 use crate::space::{PagedSpace, SpaceKey};
 
 use diff::Shadow;
@@ -99,11 +100,11 @@ impl Spaces {
         self.spaces.values().filter_map(|space| Some((space.key, space.shadow()?.iter())))
     }
 
-    /// The part of a space's shadow in `range` (inclusive), unless a bound has blocked the space.
+    /// The part of a space's shadow in `range`, unless a bound has blocked the space.
     pub(crate) fn open_shadow(
         &self,
         space: PagedSpace,
-        range: (u64, u64),
+        range: IovaRange,
     ) -> Option<impl Iterator<Item = Mapping> + '_> {
         let shadow = self.spaces.get(&(space.domain, space))?.shadow()?;
         Some(shadow.part(range))
@@ -111,8 +112,8 @@ impl Spaces {
 
     /// A shadow that says something else than its listener was told: what an audit is there to find.
     #[cfg(test)]
-    pub(crate) fn falsify(&mut self, first: u64, last: u64) {
-        self.spaces.values_mut().for_each(|space| space.falsify(first, last));
+    pub(crate) fn falsify(&mut self, range: IovaRange) {
+        self.spaces.values_mut().for_each(|space| space.falsify(range));
     }
 
     /// What the listener was told about the space that `key` names; nothing unless it is a paged one.

@@ -11,13 +11,11 @@ use vm_memory::GuestMemoryBackend;
 
 use super::diff::{Changes, Shadow};
 use crate::core::Core;
-use crate::ids::{Iova, Requester};
+use crate::ids::Requester;
 use crate::listener::{MapOp, Refusal};
+use crate::range::IovaRange;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::spec::second_stage::levels;
 use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range};
-
-const EVERYWHERE: (u64, u64) = (0, u64::MAX);
 
 /// Storage that is used again and again.
 #[derive(Default)]
@@ -28,7 +26,7 @@ pub(crate) struct Scratch {
     changes: Changes,
     ops: Vec<MapOp>,
     /// The ranges that are to be compared, each of one page-selective invalidation.
-    pub(crate) ranges: Vec<(u64, u64)>,
+    pub(crate) ranges: Vec<IovaRange>,
     /// What the listener refused.
     pub(crate) refused: Vec<Refusal>,
     /// Re-syncs since the last large one.
@@ -91,15 +89,15 @@ impl Space {
     /// The listener does not have these.
     pub(crate) fn lose(&mut self, refused: &[Refusal]) {
         if let State::Open(shadow) = &mut self.state {
-            refused.iter().for_each(|refusal| shadow.remove(refusal.first.0, refusal.last.0));
+            refused.iter().for_each(|refusal| shadow.remove(refusal.range));
         }
     }
 
     /// A shadow that says something else than its listener was told: what an audit is there to find.
     #[cfg(test)]
-    pub(crate) fn falsify(&mut self, first: u64, last: u64) {
+    pub(crate) fn falsify(&mut self, range: IovaRange) {
         if let State::Open(shadow) = &mut self.state {
-            shadow.remove(first, last);
+            shadow.remove(range);
         }
     }
 
@@ -165,7 +163,7 @@ impl Space {
         scratch.changes.clear();
         if !self.members.is_empty() {
             scratch.ops.clear();
-            scratch.ops.push(MapOp::Unmap { first: Iova(0), last: Iova(u64::MAX) });
+            scratch.ops.push(MapOp::Unmap(IovaRange::ALL));
             apply(core, self.key, scratch);
         }
     }
@@ -195,12 +193,12 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         let Scratch { found, changes, .. } = &mut *self.scratch;
         changes.clear();
         found.entries_left = self.core.config.bounds.table_entries;
-        walk(self.core, &self.key, EVERYWHERE, Merge::Aligned, found)?;
+        walk(self.core, &self.key, IovaRange::ALL, Merge::Aligned, found)?;
         if found.runs.is_empty() && !self.shadow.is_empty() {
             self.shadow.clear();
-            changes.unmaps.push(EVERYWHERE);
+            changes.unmaps.push(IovaRange::ALL);
         } else {
-            self.shadow.sync(EVERYWHERE, &found.runs, changes);
+            self.shadow.sync(IovaRange::ALL, &found.runs, changes);
         }
         self.finish()
     }
@@ -216,7 +214,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         Ok(Ranges::Compared)
     }
 
-    fn range(&mut self, range: (u64, u64)) -> Result<Ranges, Exhausted> {
+    fn range(&mut self, range: IovaRange) -> Result<Ranges, Exhausted> {
         let Scratch { found, beside, .. } = &mut *self.scratch;
         let whole_budget = found.entries_left == self.core.config.bounds.table_entries;
         let mut walked = walk(self.core, &self.key, range, Merge::Range, found);
@@ -234,7 +232,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         if walked.is_err() {
             return Ok(Ranges::Unaffordable);
         }
-        let spoken_of = (found.first, found.last);
+        let spoken_of = found.range;
         if !self.shadow.sync(spoken_of, &self.scratch.found.runs, &mut self.scratch.changes) {
             // The guest changed its mind within one drain: what was found before is given first.
             self.give();
@@ -265,7 +263,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
             let lost = self.scratch.refused.len();
             apply(self.core, self.key, self.scratch);
             for refusal in &self.scratch.refused[lost..] {
-                self.shadow.remove(refusal.first.0, refusal.last.0);
+                self.shadow.remove(refusal.range);
             }
         }
         self.scratch.changes.clear();
@@ -274,7 +272,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
 
 /// Gives `scratch.ops` to the listener; what it refuses is added to `scratch.refused`.
 fn apply<M>(core: &Core<M>, space: PagedSpace, scratch: &mut Scratch) {
-    let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap { .. })).count() as u64;
+    let unmaps = scratch.ops.iter().filter(|op| matches!(op, MapOp::Unmap(_))).count() as u64;
     core.counters.unmap_ops.add(unmaps);
     core.counters.map_ops.add(scratch.ops.len() as u64 - unmaps);
     let applied = core.listener.apply(&SpaceKey::Paged(space), &scratch.ops);
@@ -284,7 +282,7 @@ fn apply<M>(core: &Core<M>, space: PagedSpace, scratch: &mut Scratch) {
 fn walk<M: GuestMemoryBackend>(
     core: &Core<M>,
     space: &PagedSpace,
-    range: (u64, u64),
+    range: IovaRange,
     merge: Merge,
     found: &mut Found,
 ) -> Result<(), Exhausted> {
@@ -306,21 +304,21 @@ fn gone_beyond<M: GuestMemoryBackend>(
     shadow: &Shadow,
     found: &Found,
     beside: &mut Found,
-) -> Option<(u64, u64)> {
-    let (first, last) = (found.first, found.last);
+) -> Option<IovaRange> {
+    let IovaRange { first, last } = found.range;
     let first_is_here = found.runs.first().is_some_and(|run| run.iova.0 <= first);
     let last_is_here = found.runs.last().is_some_and(|run| run.last().0 >= last);
     let from = if first_is_here { first } else { shadow.edge_before(first) };
     let to = if last_is_here { last } else { shadow.edge_behind(last) };
     let mut is_gone = |at: u64| {
         // No more than the entries on the way to one leaf.
-        beside.entries_left = u64::from(levels(space.width));
-        walk(core, space, (at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
+        beside.entries_left = u64::from(space.tables.levels());
+        walk(core, space, IovaRange::new(at, at), Merge::Range, beside).is_ok() && beside.runs.is_empty()
     };
     let left = from < first && is_gone(first - 1);
     let right = to > last && is_gone(last + 1);
     let (from, to) = (if left { from } else { first }, if right { to } else { last });
     // More than its leaves and the tables above them: a walk that is cut short would block the space.
     let most_entries = ((to - from) >> 11) + 64;
-    ((left || right) && most_entries <= found.entries_left).then_some((from, to))
+    ((left || right) && most_entries <= found.entries_left).then_some(IovaRange::new(from, to))
 }

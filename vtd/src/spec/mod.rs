@@ -10,7 +10,7 @@ pub mod registers;
 pub mod root_context;
 pub mod second_stage;
 
-/// First address of the interrupt address range (section 3.14).
-pub const INTERRUPT_FIRST: u64 = 0xfee0_0000;
-/// Last address of the interrupt address range, inclusive.
-pub const INTERRUPT_LAST: u64 = 0xfeef_ffff;
+use crate::range::IovaRange;
+
+/// The interrupt address range: a write there is an interrupt and is never translated (section 3.14).
+pub const INTERRUPT_WINDOW: IovaRange = IovaRange::new(0xfee0_0000, 0xfeef_ffff);

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryBackend;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, SourceId};
 use crate::memory::read_pair;
-use crate::space::{PagedSpace, Stage};
+use crate::space::{PagedSpace, Tables};
 use crate::spec::fault::FaultReason;
 use crate::spec::registers::RootTableAddress;
 use crate::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow, TranslationType};
@@ -59,7 +59,8 @@ impl Resolved {
             Self::Off => packed,
             Self::PassThrough { domain, .. } => packed.with_pass_through(true).with_domain(domain.0),
             Self::Paged { space, .. } => {
-                packed.with_width(space.width).with_domain(space.domain.0).with_root_page(space.root.0 >> 12)
+                let Tables::Second { root, width } = space.tables;
+                packed.with_width(width).with_domain(space.domain.0).with_root_page(root.0 >> 12)
             }
         }
         .into_bits()
@@ -74,7 +75,7 @@ impl Resolved {
             0 => Self::Off,
             width => {
                 let root = Gpa(packed.root_page() << 12);
-                let space = PagedSpace { unit: config.id, root, width, stage: Stage::Second, domain };
+                let space = PagedSpace { unit: config.id, tables: Tables::Second { root, width }, domain };
                 Self::Paged { space, fault_processing_disable }
             }
         }
@@ -159,7 +160,7 @@ pub(crate) fn resolve<M: GuestMemoryBackend>(
             Ok(Resolved::PassThrough { domain, fault_processing_disable })
         }
         Some(TranslationType::Untranslated) => {
-            let space = PagedSpace { unit: config.id, root: Gpa(root), width, stage: Stage::Second, domain };
+            let space = PagedSpace { unit: config.id, tables: Tables::Second { root: Gpa(root), width }, domain };
             Ok(Resolved::Paged { space, fault_processing_disable })
         }
         // Neither a device-TLB nor, then, pass-through is offered; 11 is reserved.

@@ -18,13 +18,13 @@ use vm_memory::GuestMemoryBackend;
 use crate::ids::{Gpa, Requester};
 use crate::memory::Words;
 use crate::msi::Msi;
+use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::InterruptFaultReason;
 use crate::spec::irte::{
     CompatibilityAddress, CompatibilityData, DeliveryMode, Irte, IrteHigh, IrteLow, RemappableAddress, RemappableData,
     SourceValidation,
 };
 use crate::spec::registers::InterruptTableAddress;
-use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 
 /// How often an entry is read at most, when the guest changes it meanwhile.
 const READS: usize = 8;
@@ -122,7 +122,7 @@ pub fn interrupt_index(msi: Msi) -> Option<u32> {
 
 /// Bits 31:0 of the address, if it is in the interrupt address range.
 fn in_range(msi: Msi) -> Option<u32> {
-    (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&msi.address).then_some(msi.address as u32)
+    INTERRUPT_WINDOW.contains(msi.address).then_some(msi.address as u32)
 }
 
 /// Who sends a message.

@@ -9,10 +9,11 @@ use crate::faults::Access;
 use crate::ids::{Gpa, Iova};
 use crate::listener::Mapping;
 use crate::memory::Words;
-use crate::space::{PagedSpace, Perm};
+use crate::range::IovaRange;
+use crate::space::{PagedSpace, Perm, Tables};
+use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
 use crate::spec::second_stage::{LEVEL_BITS, PAGE_SIZE, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
-use crate::spec::{INTERRUPT_FIRST, INTERRUPT_LAST};
 
 /// Naturally aligned span within which a whole-space re-sync merges leaves (B-7).
 const MERGE_SPAN: u64 = 2 << 20;
@@ -100,11 +101,12 @@ impl Directory {
         iova: Iova,
         access: Access,
     ) -> Result<Self, FaultReason> {
-        if iova.0 >> space.width != 0 {
+        let Tables::Second { root, width } = space.tables;
+        if iova.0 >> width != 0 {
             return Err(FaultReason::AddressBeyondWidth);
         }
-        let mut found = Self { base: space.root, large: false, read: true, write: true };
-        for level in (2..=levels(space.width)).rev() {
+        let mut found = Self { base: root, large: false, read: true, write: true };
+        for level in (2..=levels(width)).rev() {
             match found.step(memory, config, level, iova, access)? {
                 Entry::Table(table) => found.base = table,
                 Entry::Leaf(leaf) => {
@@ -134,7 +136,7 @@ impl Directory {
         };
         let perm = Perm::from_bits(self.read, self.write).ok_or(denied(access))?;
         permits(perm, access)?;
-        if (INTERRUPT_FIRST..=INTERRUPT_LAST).contains(&page.0) {
+        if INTERRUPT_WINDOW.contains(page.0) {
             return Err(FaultReason::OutputInInterruptRange);
         }
         Ok(Translated { page, perm })
@@ -204,21 +206,26 @@ pub(crate) enum Merge {
 pub(crate) struct Exhausted;
 
 /// What a walk of a range found.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(crate) struct Found {
     /// Translations, ascending and disjoint.
     pub(crate) runs: Vec<Mapping>,
-    /// First address that the walk speaks of: everything from here to `last` that is in no run is not mapped.
-    pub(crate) first: u64,
-    /// Last address that it speaks of, inclusive.
-    pub(crate) last: u64,
+    /// What the walk speaks of: whatever of it is in no run is not mapped.
+    pub(crate) range: IovaRange,
     /// Leaves seen.
     pub(crate) leaves: u64,
     /// Table entries that may still be visited.
     pub(crate) entries_left: u64,
 }
 
-/// Walks `first` to `last` (inclusive) of `space`, into `found`, whose storage is reused.
+/// Nothing, about everything.
+impl Default for Found {
+    fn default() -> Self {
+        Self { runs: Vec::new(), range: IovaRange::ALL, leaves: 0, entries_left: 0 }
+    }
+}
+
+/// Walks `range` of `space`, into `found`, whose storage is reused.
 ///
 /// The range that the walk speaks of grows to the whole span of an entry above level 1 at which the walk ended: a
 /// cleared directory entry takes away all that it covered (B-1). A table that cannot be read, and an entry with a
@@ -227,31 +234,32 @@ pub(crate) fn walk_range<M: GuestMemoryBackend>(
     memory: &M,
     config: &UnitConfig,
     space: &PagedSpace,
-    (first, last): (u64, u64),
+    range: IovaRange,
     merge: Merge,
     found: &mut Found,
 ) -> Result<(), Exhausted> {
     found.runs.clear();
-    (found.first, found.last, found.leaves) = (first, last, 0);
-    let top = (1u64 << space.width) - 1;
-    if first > top {
+    (found.range, found.leaves) = (range, 0);
+    let Tables::Second { root, width } = space.tables;
+    let top = (1u64 << width) - 1;
+    if range.first > top {
         return Ok(());
     }
     let mut walker = Walker {
         memory,
         reserved: Reserved { host_address_width: config.host_address_width },
-        range: (first, last.min(top)),
+        range: IovaRange::new(range.first, range.last.min(top)),
         merge,
         runs_allowed: config.bounds.shadow_entries,
         found,
     };
-    walker.table(space.root, levels(space.width), 0, (true, true))
+    walker.table(root, levels(width), 0, (true, true))
 }
 
 struct Walker<'a, M> {
     memory: &'a M,
     reserved: Reserved,
-    range: (u64, u64),
+    range: IovaRange,
     merge: Merge,
     runs_allowed: usize,
     found: &'a mut Found,
@@ -261,8 +269,8 @@ impl<M: GuestMemoryBackend> Walker<'_, M> {
     fn table(&mut self, table: Gpa, level: u8, base: u64, (read, write): (bool, bool)) -> Result<(), Exhausted> {
         let span = entry_span(level);
         let table_last = base + (span * TABLE_ENTRIES - 1);
-        let from = (self.range.0.max(base) - base) / span;
-        let to = (self.range.1.min(table_last) - base) / span;
+        let from = (self.range.first.max(base) - base) / span;
+        let to = (self.range.last.min(table_last) - base) / span;
         let count = to - from + 1;
         self.found.entries_left = self.found.entries_left.checked_sub(count).ok_or(Exhausted)?;
         let Some(words) = Words::at(self.memory, Gpa(table.0 + from * 8), count as usize) else {
@@ -290,14 +298,14 @@ impl<M: GuestMemoryBackend> Walker<'_, M> {
     }
 
     fn speaks_of(&mut self, first: u64, last: u64) {
-        self.found.first = self.found.first.min(first);
-        self.found.last = self.found.last.max(last);
+        let spoken_of = &mut self.found.range;
+        *spoken_of = IovaRange::new(spoken_of.first.min(first), spoken_of.last.max(last));
     }
 
     /// Adds a leaf, without what lies in the interrupt range or leads there (A-12, B-6).
     fn leaf(&mut self, leaf: Mapping) -> Result<(), Exhausted> {
-        let window = (INTERRUPT_FIRST, INTERRUPT_LAST);
-        let touches = |first: u64| first <= window.1 && first + (leaf.len - 1) >= window.0;
+        let window = INTERRUPT_WINDOW;
+        let touches = |first: u64| first <= window.last && first + (leaf.len - 1) >= window.first;
         if !touches(leaf.iova.0) && !touches(leaf.gpa.0) {
             return self.run(leaf);
         }
@@ -332,12 +340,12 @@ impl<M: GuestMemoryBackend> Walker<'_, M> {
 
 /// The parts of `mapping` before and after `window`, by the address that `address` picks. The physical address of the
 /// part after it advances with its IOVA.
-fn outside(mapping: Mapping, window: (u64, u64), address: fn(&Mapping) -> u64) -> impl Iterator<Item = Mapping> {
+fn outside(mapping: Mapping, window: IovaRange, address: fn(&Mapping) -> u64) -> impl Iterator<Item = Mapping> {
     let first = address(&mapping);
     let last = first + (mapping.len - 1);
-    let before = (first < window.0).then(|| Mapping { len: mapping.len.min(window.0 - first), ..mapping });
-    let after = (last > window.1).then(|| {
-        let skipped = (window.1 + 1).saturating_sub(first);
+    let before = (first < window.first).then(|| Mapping { len: mapping.len.min(window.first - first), ..mapping });
+    let after = (last > window.last).then(|| {
+        let skipped = (window.last + 1).saturating_sub(first);
         let moved = |from: u64| from + skipped;
         Mapping {
             iova: Iova(moved(mapping.iova.0)),
@@ -347,6 +355,6 @@ fn outside(mapping: Mapping, window: (u64, u64), address: fn(&Mapping) -> u64) -
         }
     });
     // A mapping on one side of the window is both "before" or "after" as a whole, never twice.
-    let (before, after) = if last < window.0 { (Some(mapping), None) } else { (before, after) };
+    let (before, after) = if last < window.first { (Some(mapping), None) } else { (before, after) };
     before.into_iter().chain(after)
 }

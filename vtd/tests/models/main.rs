@@ -12,6 +12,9 @@ mod ids {
 }
 #[path = "../../src/dma/iotlb.rs"]
 mod iotlb;
+mod range {
+    pub(crate) use vtd::IovaRange;
+}
 #[path = "../../src/scope.rs"]
 mod scope;
 mod space {
@@ -50,11 +53,11 @@ use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use scope::Scope;
-use vtd::{DomainId, Gpa, Perm};
+use vtd::{DomainId, Gpa, IovaRange, Perm};
 
 const DOMAIN: DomainId = DomainId(1);
 const PAGE: u64 = 5;
-const ONE_PAGE: Scope = Scope::Pages(DOMAIN, PAGE << 12, (PAGE << 12) + 0xfff);
+const ONE_PAGE: Scope = Scope::Pages(DOMAIN, IovaRange::new(PAGE << 12, (PAGE << 12) + 0xfff));
 
 /// Tries every order with at most `preemptions` of them, which is what finds faults soonest, and ends them.
 fn model(preemptions: usize, run: impl Fn() + Sync + Send + 'static) {
@@ -242,7 +245,7 @@ fn rule6_a_walk_of_a_large_leaf_is_reached_by_an_invalidation_of_any_part_of_it(
             }
         });
         world.iotlb.invalidate(Scope::Everything);
-        world.take_away(Scope::Pages(DOMAIN, 0x6000, 0x6fff));
+        world.take_away(Scope::Pages(DOMAIN, IovaRange::new(0x6000, 0x6fff)));
         walker.join().unwrap();
         assert_eq!(world.iotlb.get(PAGE), None);
     });

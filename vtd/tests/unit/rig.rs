@@ -13,8 +13,8 @@ use vtd::spec::registers::{Global, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow};
 use vtd::spec::second_stage::{SecondStageEntry, entry_span, levels};
 use vtd::{
-    Applied, AttachRefused, DomainId, Gpa, Iova, MapOp, Mapping, Msi, MsiSink, PagedSpace, Pasid, Perm, Refusal,
-    RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stage, Unit, UnitConfig, UnitId,
+    Applied, AttachRefused, DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm, Refusal,
+    RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stream, Tables, Unit, UnitConfig, UnitId,
 };
 
 pub type Memory = GuestMemoryMmap<()>;
@@ -46,7 +46,7 @@ pub fn map(iova: u64, gpa: u64, len: u64) -> MapOp {
 }
 
 pub fn unmap(first: u64, last: u64) -> MapOp {
-    MapOp::Unmap { first: Iova(first), last: Iova(last) }
+    MapOp::Unmap(IovaRange::new(first, last))
 }
 
 /// What a listener was told.
@@ -144,8 +144,7 @@ pub fn joined(mappings: impl IntoIterator<Item = Mapping>) -> Vec<Mapping> {
 impl SpaceListener for Listener {
     fn attach(
         &self,
-        requester: Requester,
-        _: Option<Pasid>,
+        Stream { requester, .. }: Stream,
         space: &SpaceKey,
         live: &mut dyn Iterator<Item = Mapping>,
     ) -> Result<(), AttachRefused> {
@@ -161,8 +160,8 @@ impl SpaceListener for Listener {
         if told.crowded.contains(&requester) && matches!(space, SpaceKey::Paged(_)) {
             told.attached.insert(requester, SpaceKey::Blocked);
             told.forget_unused();
-            let (first, last, cause) = (Iova(0x4000), Iova(0x4fff), RefusalCause::Memlock);
-            return Err(AttachRefused::Shared(vec![Refusal { first, last, cause, requester }]));
+            let (range, cause) = (IovaRange::new(0x4000, 0x4fff), RefusalCause::Memlock);
+            return Err(AttachRefused::Shared(vec![Refusal { range, cause, stream: requester.into() }]));
         }
         let had_members = told.attached.values().any(|other| other == space);
         if had_members && told.attached.get(&requester) != Some(space) {
@@ -173,7 +172,7 @@ impl SpaceListener for Listener {
         let refused: Vec<Refusal> = live
             .iter()
             .filter(|m| told.refuse.contains(&m.iova.0))
-            .map(|m| Refusal { first: m.iova, last: m.last(), cause: cause_at(m.iova), requester })
+            .map(|m| Refusal { range: m.range(), cause: cause_at(m.iova), stream: requester.into() })
             .collect();
         let kept = live.iter().filter(|m| !told.refuse.contains(&m.iova.0)).map(|m| (m.iova.0, *m)).collect();
         told.spaces.insert(*space, kept);
@@ -181,7 +180,7 @@ impl SpaceListener for Listener {
         if refused.is_empty() { Ok(()) } else { Err(AttachRefused::Partial(refused)) }
     }
 
-    fn detach(&self, requester: Requester, _: Option<Pasid>) {
+    fn detach(&self, Stream { requester, .. }: Stream) {
         let mut told = self.0.lock().unwrap();
         told.events.push(Event::Detach(requester));
         told.attached.remove(&requester);
@@ -199,10 +198,10 @@ impl SpaceListener for Listener {
         let mut maps_began = false;
         for op in ops {
             match *op {
-                MapOp::Unmap { first, last } => {
+                MapOp::Unmap(IovaRange { first, last }) => {
                     assert!(!maps_began, "an unmap after a map: {ops:?}");
                     assert!(first <= last);
-                    Told::unmap(mapped, first.0, last.0);
+                    Told::unmap(mapped, first, last);
                 }
                 MapOp::Map(m) => {
                     maps_began = true;
@@ -211,7 +210,7 @@ impl SpaceListener for Listener {
                     assert!(below.is_none_or(|(_, b)| b.last() < m.iova), "{m:?} is mapped already: {below:?}");
                     if refuse.contains(&m.iova.0) {
                         let cause = cause_at(m.iova);
-                        refused.push(Refusal { first: m.iova, last: m.last(), cause, requester: member });
+                        refused.push(Refusal { range: m.range(), cause, stream: member.into() });
                     } else {
                         mapped.insert(m.iova.0, m);
                     }
@@ -368,9 +367,7 @@ impl Rig {
         self.set_context(requester, low, high);
         SpaceKey::Paged(PagedSpace {
             unit: UnitId(0),
-            root: Gpa(root),
-            width,
-            stage: Stage::Second,
+            tables: Tables::Second { root: Gpa(root), width },
             domain: DomainId(domain),
         })
     }
