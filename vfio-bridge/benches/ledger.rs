@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vfio_bridge::{
-    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, Limits, MapRefused, Quarantine, Region, UnmapRange,
+    Bridge, GroupId, GuestMap, HostIommu, HostMem, HostSpaceId, Limits, MapRefused, Placement, Quarantine, Region,
+    UnmapRange,
 };
 use vtd::{
     DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId, SpaceKey, SpaceListener,
@@ -30,20 +31,20 @@ const STRIDE: u64 = 8192;
 struct Null;
 
 impl HostIommu for Null {
-    fn name(&self, _: ContainerId) -> &'static str {
+    fn name(&self) -> &'static str {
         "null"
     }
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        Some(ContainerId(group.0))
+    fn placement(&self, _: GroupId) -> Option<Placement> {
+        Some(Placement::PerGroup(HostSpaceId(1)))
     }
-    fn limits(&self, _: ContainerId) -> Limits {
+    fn limits(&self, _: HostSpaceId) -> Limits {
         let all = IovaRange { first: 0, last: (1 << 48) - 1 };
         Limits { iova_ranges: vec![all], page_sizes: 4096, entries: 1 << 20, memlock: None, unmap_all: false }
     }
-    fn map(&self, _: ContainerId, _: u64, _: HostMem<'_>, _: Perm) -> Result<(), MapRefused> {
+    fn map(&self, _: HostSpaceId, _: u64, _: HostMem<'_>, _: Perm) -> Result<(), MapRefused> {
         Ok(())
     }
-    fn unmap(&self, _: ContainerId, range: UnmapRange) -> std::io::Result<u64> {
+    fn unmap(&self, _: HostSpaceId, range: UnmapRange) -> std::io::Result<u64> {
         match range {
             UnmapRange::Span { first, last } => Ok(((last - first) / STRIDE + 1) * 4096),
             UnmapRange::All => unreachable!("it is not offered"),
@@ -63,7 +64,7 @@ fn bridge(held: u64) -> Bridge {
     // SAFETY: nobody uses the address.
     let ram = unsafe { Region::ram(0, 1 << 32, 1 << 45, None) }.expect("whole pages");
     let guest = GuestMap::new(vec![ram]).expect("one region");
-    let bridge = Bridge::new(Arc::new(Null), guest, Arc::new(Never));
+    let bridge = Bridge::new(vec![Arc::new(Null)], guest, Arc::new(Never));
     bridge.register(REQUESTER, GroupId(1)).expect("new");
     let live = |page: u64| Mapping {
         iova: Iova((1 << 32) + page * STRIDE),

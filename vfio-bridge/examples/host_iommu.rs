@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vfio_bridge::{
-    Bridge, ContainerId, GroupId, GuestMap, HostIommu, HostMem, Limits, MapRefused, PAGE_SIZE, Quarantine, UnmapRange,
+    Bridge, GroupId, GuestMap, HostIommu, HostMem, HostSpaceId, Limits, MapRefused, PAGE_SIZE, Placement, Quarantine,
+    UnmapRange,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vtd::spec::INTERRUPT_WINDOW;
@@ -32,22 +33,22 @@ const GROUP: GroupId = GroupId(7);
 const ENTRIES: usize = 3;
 
 impl HostIommu for Table {
-    fn name(&self, _: ContainerId) -> &'static str {
+    fn name(&self) -> &'static str {
         "table"
     }
 
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        (group == GROUP).then_some(ContainerId(group.0))
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        (group == GROUP).then_some(Placement::PerGroup(HostSpaceId(1)))
     }
 
-    fn limits(&self, _: ContainerId) -> Limits {
+    fn limits(&self, _: HostSpaceId) -> Limits {
         let below = IovaRange { first: 0, last: INTERRUPT_WINDOW.first - 1 };
         let above = IovaRange { first: INTERRUPT_WINDOW.last + 1, last: (1 << 48) - 1 };
         let (iova_ranges, page_sizes, entries) = (vec![below, above], PAGE_SIZE, ENTRIES as u64);
         Limits { iova_ranges, page_sizes, entries, memlock: None, unmap_all: true }
     }
 
-    fn map(&self, _: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+    fn map(&self, _: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let mut held = self.held.lock().unwrap();
         if held.len() == ENTRIES {
             return Err(MapRefused { cause: RefusalCause::Limit, source: io::ErrorKind::StorageFull.into() });
@@ -57,7 +58,7 @@ impl HostIommu for Table {
         Ok(())
     }
 
-    fn unmap(&self, _: ContainerId, range: UnmapRange) -> io::Result<u64> {
+    fn unmap(&self, _: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         if self.stuck.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -117,7 +118,7 @@ fn main() {
     let hva = |page: u64| memory.get_host_address(GuestAddress(page * PAGE_SIZE)).expect("guest memory").addr() as u64;
     let guest = GuestMap::of_memory(Arc::new(memory.clone())).expect("whole pages");
     let (table, stopped) = (Arc::new(Table::default()), Arc::new(Stopped::default()));
-    let bridge = Bridge::new(table.clone(), guest, stopped.clone());
+    let bridge = Bridge::new(vec![table.clone()], guest, stopped.clone());
     bridge.register(NIC, GROUP).expect("the group is open");
     assert!(table.len() == 0, "nothing before the unit says so");
 

@@ -1,6 +1,6 @@
 //! From IOMMU notifications to what the host IOMMU holds.
 //!
-//! [`Bridge`] implements [`vtd::SpaceListener`]. Per container of the host it keeps a [`ledger`], which records exactly
+//! [`Bridge`] implements [`vtd::SpaceListener`]. Per space of the host it keeps a [`ledger`], which records exactly
 //! what the kernel was handed, and issues the fewest host operations that make a change true. Backends implement
 //! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`vfio_user`] are functions that other processes emulate, [`model`]
 //! is an in-memory host for tests.
@@ -23,7 +23,7 @@ pub use function::vfio::HostFunction;
 pub use function::{IrqKind, RegionInfo, RegionKind};
 pub use host::model;
 pub use host::type1::Type1;
-pub use host::{ContainerId, GroupId, HostIommu, Hosts, Map, MapRefused, UnmapRange};
+pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 pub use stats::{DeviceStats, RefusedMaps};
 pub use trace::{Trace, TracedHost, TracedListener};
 pub use vfio_ioctls::VfioDeviceFd;

@@ -97,9 +97,12 @@ impl Counters {
         self.host_time_ns.fetch_add(nanos(time), Relaxed);
         self.unmapped_bytes.fetch_add(unmapped.unwrap_or(0), Relaxed);
     }
-    pub fn live(&self, extents: u64, bytes: u64) {
-        self.live_extents.store(extents, Relaxed);
-        self.live_bytes.store(bytes, Relaxed);
+    /// A host space that held `before` (extents, bytes) holds `now`.
+    pub fn held(&self, before: (u64, u64), now: (u64, u64)) {
+        // Wrapping, as the counters are.
+        let (extents, bytes) = (now.0.wrapping_sub(before.0), now.1.wrapping_sub(before.1));
+        let extents = self.live_extents.fetch_add(extents, Relaxed).wrapping_add(extents);
+        self.live_bytes.fetch_add(bytes, Relaxed);
         self.peak_extents.fetch_max(extents, Relaxed);
     }
     pub fn refused(&self, cause: RefusalCause) {
@@ -154,8 +157,9 @@ mod tests {
         counters.host_map(ns(4), Some(20));
         counters.host_unmap(ns(8), Some(7));
         counters.host_unmap(ns(16), None);
-        counters.live(9, 90);
-        counters.live(4, 40);
+        counters.held((0, 0), (7, 70));
+        counters.held((0, 0), (2, 20));
+        counters.held((7, 70), (2, 20));
         let causes = [
             RefusalCause::Limit,
             RefusalCause::Memlock,

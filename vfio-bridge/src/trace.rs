@@ -16,7 +16,7 @@ use vtd::{
 use crate::bridge::guest_map::{GuestMap, HostMem};
 use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::Limits;
-use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
+use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 
 /// Where the lines go, through a buffer.
 pub struct Trace {
@@ -58,9 +58,8 @@ impl Trace {
         }
     }
 
-    /// What the ledger of `container` holds.
-    pub(crate) fn ledger(&self, container: ContainerId, ledger: &Ledger) {
-        let ContainerId(container) = container;
+    /// What the ledger of `space` holds.
+    pub(crate) fn ledger(&self, HostSpaceId(container): HostSpaceId, ledger: &Ledger) {
         let (extents, bytes) = (ledger.len(), ledger.bytes());
         self.line(format_args!("host ledger container={container} extents={extents} bytes={bytes:#x}"));
         for Extent { first, last, gpa, hva, perm } in ledger.extents() {
@@ -196,9 +195,9 @@ impl TracedHost {
         Self { inner, trace }
     }
 
-    fn mapped(&self, container: ContainerId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
+    fn mapped(&self, space: HostSpaceId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
         let Map { iova, mem, perm } = map;
-        let (last, gpa, container, ns) = (iova + (mem.size() - 1), mem.gpa(), container.0, time.as_nanos());
+        let (last, gpa, container, ns) = (iova + (mem.size() - 1), mem.gpa(), space.0, time.as_nanos());
         let said: &dyn fmt::Display = match result {
             Ok(()) => &"ok",
             Err(refused) => &Word(&refused.source),
@@ -210,46 +209,97 @@ impl TracedHost {
 }
 
 impl HostIommu for TracedHost {
-    fn name(&self, container: ContainerId) -> &'static str {
-        self.inner.name(container)
+    fn name(&self) -> &'static str {
+        self.inner.name()
     }
 
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        self.inner.container(group)
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        let placement = self.inner.placement(group);
+        if let Some(Placement::PerGroup(HostSpaceId(container))) = placement {
+            self.trace.line(format_args!("host attach container={container} group={group} ns=0 result=ok"));
+        }
+        placement
     }
 
-    fn limits(&self, container: ContainerId) -> Limits {
-        self.inner.limits(container)
+    fn limits(&self, space: HostSpaceId) -> Limits {
+        self.inner.limits(space)
     }
 
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+    fn create(&self) -> io::Result<HostSpaceId> {
         let start = Instant::now();
-        let result = self.inner.map(container, iova, mem, perm);
-        self.mapped(container, &Map { iova, mem, perm }, start.elapsed(), &result);
+        let created = self.inner.create();
+        let ns = start.elapsed().as_nanos();
+        let (container, said): (u32, &dyn fmt::Display) = match &created {
+            Ok(space) => (space.0, &"ok"),
+            Err(e) => (0, &Word(e)),
+        };
+        self.trace.line(format_args!("host create container={container} ns={ns} result={said}"));
+        created
+    }
+
+    fn destroy(&self, space: HostSpaceId) {
+        let start = Instant::now();
+        self.inner.destroy(space);
+        let ns = start.elapsed().as_nanos();
+        self.trace.line(format_args!("host destroy container={} ns={ns} result=ok", space.0));
+    }
+
+    fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        let start = Instant::now();
+        let attached = self.inner.attach(group, space);
+        let ns = start.elapsed().as_nanos();
+        let said: &dyn fmt::Display = match &attached {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host attach container={} group={group} ns={ns} result={said}", space.0));
+        attached
+    }
+
+    fn detach(&self, group: GroupId) -> io::Result<()> {
+        let start = Instant::now();
+        let detached = self.inner.detach(group);
+        let ns = start.elapsed().as_nanos();
+        let said: &dyn fmt::Display = match &detached {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host detach group={group} ns={ns} result={said}"));
+        detached
+    }
+
+    fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
+        self.inner.remedy(space, cause)
+    }
+
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let start = Instant::now();
+        let result = self.inner.map(space, iova, mem, perm);
+        self.mapped(space, &Map { iova, mem, perm }, start.elapsed(), &result);
         result
     }
 
-    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+    fn map_all(&self, space: HostSpaceId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
         let mut start = Instant::now();
         let mut asked = maps.iter();
-        self.inner.map_all(container, maps, &mut |result| {
+        self.inner.map_all(space, maps, &mut |result| {
             let end = Instant::now();
             if let Some(map) = asked.next() {
-                self.mapped(container, map, end - std::mem::replace(&mut start, end), &result);
+                self.mapped(space, map, end - std::mem::replace(&mut start, end), &result);
             }
             done(result);
         });
     }
 
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         let start = Instant::now();
-        let result = self.inner.unmap(container, range);
+        let result = self.inner.unmap(space, range);
         let ns = start.elapsed().as_nanos();
         let (first, last) = match range {
             UnmapRange::Span { first, last } => (first, last),
             UnmapRange::All => (0, u64::MAX),
         };
-        let container = container.0;
+        let container = space.0;
         let (said, bytes): (&dyn fmt::Display, u64) = match &result {
             Ok(bytes) => (&"ok", *bytes),
             Err(e) => (&Word(e), 0),

@@ -11,7 +11,7 @@ use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_bridge::vfio_user::{ConnectError, Requests, UserEndpoint, UserFunction, VfioUser};
 use vfio_bridge::{
-    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Hosts, Limits,
+    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Limits,
     Memlock, OpenError, Quarantine, RegisterError, Trace, TracedHost, Type1, VfioDeviceFd, check_memlock,
 };
 use vtd::{Access, AttachRefused, Endpoint, Iova, Msi, Requester};
@@ -335,15 +335,15 @@ pub fn open(
     }
     let breaker = Arc::new(Breaker { functions: Mutex::default(), control: control.clone() });
     let guest = GuestMap::of_memory(ram.clone())?;
-    let hosts = Arc::new(Hosts::new(vec![type1, user]));
-    let host: Arc<dyn HostIommu> = match trace {
-        Some(trace) => {
-            trace.memory(&guest);
-            Arc::new(TracedHost::new(hosts, trace.clone()))
-        }
-        None => hosts,
+    if let Some(trace) = trace {
+        trace.memory(&guest);
+    }
+    let hosts: [Arc<dyn HostIommu>; 2] = [type1, user];
+    let traced = |host| match trace {
+        Some(trace) => Arc::new(TracedHost::new(host, trace.clone())),
+        None => host,
     };
-    let bridge = Arc::new(Bridge::new(host, guest, breaker.clone()));
+    let bridge = Arc::new(Bridge::new(hosts.map(traced).into(), guest, breaker.clone()));
     Ok(Assigned { bridge, functions, limits, breaker })
 }
 

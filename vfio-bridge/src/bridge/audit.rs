@@ -1,22 +1,30 @@
-//! The bridge's part of an audit: what the ledger of a function's container holds, against what the function was
+//! The bridge's part of an audit: what the ledger of a function's host space holds, against what the function was
 //! granted. Translations are compared, not shapes; both books are read in one moment, because the unit waits.
 //!
 //! The ledger records what the host was asked for. Hosts that widen a write-only mapping (Linux up to 6.12 lets the
 //! device read it, too) do so below it; nothing else is allowed to differ.
 
+use std::collections::BTreeSet;
+
 use vtd::audit::disagreements;
 use vtd::{Audit, Difference, Gpa, Iova, IovaRange, Mapping, Requester, SpaceKey};
 
-use super::Bridge;
-use crate::bridge::ledger::Extent;
+use super::{Bridge, lock};
+use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::without_interrupt_window;
 use crate::trace::Trace;
 
 impl Bridge {
-    /// Writes into `trace` what the ledger of each container holds at this moment.
+    /// Writes into `trace` what the ledger of each host space holds at this moment.
     pub fn trace_ledgers(&self, trace: &Trace) {
-        for entry in self.state().groups.values() {
-            trace.ledger(entry.container.id(), entry.container.ledger());
+        let groups: Vec<_> = self.directory().groups.values().cloned().collect();
+        let mut said = BTreeSet::new();
+        for placed in groups {
+            let Some(held) = lock(&placed).held().cloned() else { continue };
+            let state = held.lock();
+            if said.insert(state.space.id()) {
+                trace.ledger(state.space.id(), state.space.ledger());
+            }
         }
     }
 
@@ -33,31 +41,35 @@ impl Bridge {
         granted: &mut dyn Iterator<Item = Mapping>,
         audit: &mut Audit,
     ) {
-        let state = self.state();
-        let entry = state.requesters.get(&requester).and_then(|id| state.groups.get(id));
-        let Some(entry) = entry else {
+        let Some(placed) = self.group_of(requester) else {
             return audit.differ(Difference::Other(format!("{requester} is not a device that the bridge knows")));
         };
-        let ledger = entry.container.ledger();
-        if let Some(why) = entry.container.broken() {
+        let placed = lock(&placed);
+        let state = placed.held().map(|held| held.lock());
+        let nothing = Ledger::default();
+        let ledger = state.as_ref().map_or(&nothing, |state| state.space.ledger());
+        let refused = state.as_ref().map_or(&[][..], |state| &state.refused);
+        let broken = state.as_ref().and_then(|state| state.space.broken()).or(placed.stopped.as_deref());
+        if let Some(why) = broken {
             let text = format!(
                 "{requester}: it was stopped, and the host may still hold {} of its mappings: {why}",
                 ledger.len()
             );
             return audit.differ(Difference::Other(text));
         }
-        if entry.group.wanted(requester) != Some(*space) {
-            let wanted = entry.group.wanted(requester).unwrap_or(SpaceKey::Blocked);
+        if placed.group.wanted(requester) != Some(*space) {
+            let wanted = placed.group.wanted(requester).unwrap_or(SpaceKey::Blocked);
             let text = format!("{requester}: the unit attached it to {space}, the bridge has it in {wanted}");
             audit.differ(Difference::Other(text));
         }
+        let guest = self.guest.load();
         let expected: Vec<Mapping> = match space {
-            _ if entry.group.agreed() != *space => Vec::new(),
+            _ if placed.group.agreed() != *space => Vec::new(),
             SpaceKey::Blocked => Vec::new(),
             SpaceKey::Identity => {
-                audit.pending += entry.refused.len() as u64;
-                let inside = |mapping| without(mapping, &entry.refused);
-                self.identity().flat_map(outside_interrupt_window).flat_map(inside).collect()
+                audit.pending += refused.len() as u64;
+                let inside = |mapping| without(mapping, refused);
+                guest.identity().flat_map(outside_interrupt_window).flat_map(inside).collect()
             }
             SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
         };
@@ -70,7 +82,7 @@ impl Bridge {
         }
         // What the host translates to is the address in this process; the guest-physical one is only its name.
         for extent in ledger.extents() {
-            if self.guest.host_mem(extent.gpa, extent.size()).map(|mem| mem.hva()) != Some(extent.hva) {
+            if guest.host_mem(extent.gpa, extent.size()).map(|mem| mem.hva()) != Some(extent.hva) {
                 let range = extent.range();
                 let text = format!(
                     "{requester}: {range}: the host leads to {:#x}, which is not {:#x}",

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vtd::{Gpa, Iova, Mapping, Perm};
 
 /// Size of the smallest page that every part of the bridge works in.
 pub const PAGE_SIZE: u64 = 4096;
@@ -176,6 +177,16 @@ impl GuestMap {
     /// All regions, in ascending order.
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// All of it at its guest-physical addresses: what the identity space has.
+    pub(crate) fn identity(&self) -> impl Iterator<Item = Mapping> {
+        self.regions.iter().map(|region| Mapping {
+            iova: Iova(region.gpa),
+            gpa: Gpa(region.gpa),
+            len: region.len,
+            perm: Perm::ReadWrite,
+        })
     }
 
     /// Bytes of RAM.

@@ -1,37 +1,41 @@
 //! The bridge: hears what changes in the spaces of the units, and makes the host hold exactly that.
 //!
 //! ```text
-//!   requester ──► group ──► container ──► ledger ──► host operations
+//!   requester ──► group ──► host space ──► ledger ──► host operations
 //!                   │ agreed space (C-3)     ▲
-//!   space  ─────────┘ fans out to the containers of its groups
+//!   space  ─────────┘ fans out to the host spaces of its groups
 //! ```
 //!
 //! A mapping of a paged space is real for all of its groups or for none: the unit forgets a mapping that is refused, so
-//! it must not stay in the container of a group whose host took it. For the same reason a group that joins a space of
+//! it must not stay in the host space of a group whose host took it. For the same reason a group that joins a space of
 //! others joins it with all of its mappings or not at all: then it is blocked, and the others are not touched.
 //!
-//! Locks: one, around what the containers hold. It is not held while functions are quarantined. Statistics are read
-//! without it.
+//! Locks, in this order: a group, from the beginning of its move to its end; a host space, around what it holds and
+//! around the host's calls for it; the directory, which says who is where, for a few instructions. So a change of one
+//! space waits for no host call of another. None is held while functions are quarantined. Statistics are read without
+//! the first two.
 
 mod audit;
-mod container;
 pub(crate) mod group;
 pub(crate) mod guest_map;
+mod host_space;
 pub mod ledger;
 pub(crate) mod limits;
+mod placement;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use log::{error, warn};
+use arc_swap::ArcSwap;
+use log::error;
 use vtd::{
     Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Refusal, Requester, SpaceKey, SpaceListener, Stream,
 };
 
-use self::container::{Container, Lost};
-use self::group::Group;
 use self::guest_map::GuestMap;
+use self::host_space::Lost;
 use self::ledger::Extent;
+use self::placement::{Held, PlacedGroup};
 use crate::host::{GroupId, HostIommu};
 use crate::stats::{Counters, DeviceStats};
 
@@ -55,215 +59,175 @@ pub enum RegisterError {
     /// The requester is registered already, with this group.
     #[error("{0} is registered already, with host group {1}")]
     Busy(Requester, GroupId),
-    /// The backend has no container for the group.
+    /// No host has the group open.
     #[error("host group {0} is not open")]
     NotOpen(GroupId),
-}
-
-/// A group of this virtual machine.
-struct Entry {
-    group: Group,
-    container: Container,
-    /// The space that the container holds.
-    space: SpaceKey,
-    /// What the host refused of the identity space that it is in: ascending, disjoint. (What is refused of a paged one
-    /// its unit forgets.)
-    refused: Vec<IovaRange>,
-    /// Its functions were stopped, or are about to be.
-    quarantined: bool,
-    /// It was said that it is blocked until an attach: a guest could make that happen again and again.
-    told: bool,
-}
-
-impl Entry {
-    fn first_member(&self) -> Option<Requester> {
-        self.group.members().next()
-    }
-
-    fn follows(&self, space: &SpaceKey) -> bool {
-        self.space == *space && !self.quarantined && self.container.broken().is_none()
-    }
-}
-
-#[derive(Default)]
-struct State {
-    groups: BTreeMap<GroupId, Entry>,
-    requesters: BTreeMap<Requester, GroupId>,
 }
 
 /// Functions to stop, and why.
 type Broken = Vec<(Vec<Requester>, String)>;
 
-impl State {
-    fn following(&mut self, space: &SpaceKey) -> impl Iterator<Item = (GroupId, &mut Entry)> {
-        self.groups.iter_mut().filter(|(_, e)| e.follows(space)).map(|(id, e)| (*id, e))
-    }
-
-    /// Groups whose container broke and whose functions nobody stopped yet.
-    fn newly_broken(&mut self) -> Broken {
-        let mut broken = Vec::new();
-        for entry in self.groups.values_mut().filter(|e| !e.quarantined) {
-            if let Some(why) = entry.container.broken() {
-                broken.push((entry.group.members().collect(), why.to_owned()));
-                entry.quarantined = true;
-            }
-        }
-        broken
-    }
+/// Who is where.
+#[derive(Default)]
+struct Directory {
+    requesters: BTreeMap<Requester, GroupId>,
+    groups: BTreeMap<GroupId, Arc<Mutex<PlacedGroup>>>,
+    /// The host spaces that hold a space of the guest.
+    following: BTreeMap<SpaceKey, Arc<[Arc<Held>]>>,
+    /// By function, with the name of its backend.
+    counters: BTreeMap<Requester, (&'static str, Arc<Counters>)>,
 }
 
 /// The listener that makes the host hold what the units say.
 pub struct Bridge {
-    host: Arc<dyn HostIommu>,
-    guest: GuestMap,
+    hosts: Vec<Arc<dyn HostIommu>>,
+    guest: ArcSwap<GuestMap>,
     quarantine: Arc<dyn Quarantine>,
-    state: Mutex<State>,
-    /// By function, with the name of its backend.
-    counters: RwLock<BTreeMap<Requester, (&'static str, Arc<Counters>)>>,
+    directory: RwLock<Directory>,
 }
 
 impl Bridge {
-    /// A bridge from `host` to the memory in `guest`. No function is behind it until [`Bridge::register`].
-    pub fn new(host: Arc<dyn HostIommu>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
-        Self { host, guest, quarantine, state: Mutex::default(), counters: RwLock::default() }
+    /// A bridge from `hosts`, no group of which is in two, to the memory in `guest`. No function is behind it until
+    /// [`Bridge::register`].
+    pub fn new(hosts: Vec<Arc<dyn HostIommu>>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
+        Self { hosts, guest: ArcSwap::from_pointee(guest), quarantine, directory: RwLock::default() }
     }
 
     /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and
     /// neither does its group (C-3).
     pub fn register(&self, requester: Requester, group: GroupId) -> Result<(), RegisterError> {
-        let container = self.host.container(group).ok_or(RegisterError::NotOpen(group))?;
-        let backend = self.host.name(container);
-        let mut state = self.state();
-        if let Some(other) = state.requesters.get(&requester) {
-            return Err(RegisterError::Busy(requester, *other));
-        }
-        let entry = state.groups.entry(group).or_insert_with(|| Entry {
-            group: Group::default(),
-            container: Container::new(container, group, Arc::clone(&self.host)),
-            space: SpaceKey::Blocked,
-            refused: Vec::new(),
-            quarantined: false,
-            told: false,
+        let open = self.hosts.iter().find_map(|host| Some((host, host.placement(group)?)));
+        let (host, placement) = open.ok_or(RegisterError::NotOpen(group))?;
+        let groups = self.directory().groups.clone();
+        // The host is asked what it allows without the directory.
+        let placed = groups.get(&group).cloned().unwrap_or_else(|| {
+            let counters = groups.values().find_map(|placed| lock(placed).counters_of(host));
+            Arc::new(Mutex::new(PlacedGroup::new(group, Arc::clone(host), placement, counters)))
         });
-        entry.group.add(requester);
-        let counters = Arc::clone(entry.container.counters());
-        self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
-        state.requesters.insert(requester, group);
-        let broken = state.newly_broken();
-        drop(state);
-        self.counters.write().unwrap_or_else(PoisonError::into_inner).insert(requester, (backend, counters));
+        let placed = {
+            let mut directory = self.directory_mut();
+            if let Some(other) = directory.requesters.get(&requester) {
+                return Err(RegisterError::Busy(requester, *other));
+            }
+            directory.requesters.insert(requester, group);
+            Arc::clone(directory.groups.entry(group).or_insert(placed))
+        };
+        let mut placed = lock(&placed);
+        placed.add(requester);
+        let counters = (host.name(), Arc::clone(placed.counters()));
+        self.directory_mut().counters.insert(requester, counters);
+        let mut broken = Broken::new();
+        self.block(&mut placed, &mut broken);
+        drop(placed);
         self.stop(&broken);
         Ok(())
     }
 
     /// The name of `requester`'s backend, as statistics show it; `None` when it is not registered.
     pub fn backend(&self, requester: Requester) -> Option<&'static str> {
-        self.counters.read().unwrap_or_else(PoisonError::into_inner).get(&requester).map(|(backend, _)| *backend)
+        self.directory().counters.get(&requester).map(|(backend, _)| *backend)
     }
 
     /// Counters of `requester`, `None` when it is not registered. Never waits for a host operation.
     pub fn stats(&self, requester: Requester) -> Option<DeviceStats> {
-        let counters = self.counters.read().unwrap_or_else(PoisonError::into_inner);
-        counters.get(&requester).map(|(_, counters)| counters.snapshot())
+        self.directory().counters.get(&requester).map(|(_, counters)| counters.snapshot())
     }
 
     /// The space that `requester`'s group is in (C-2): [`SpaceKey::Blocked`] while its members disagree.
     pub fn space_of(&self, requester: Requester) -> Option<SpaceKey> {
-        let state = self.state();
-        state.requesters.get(&requester).and_then(|id| state.groups.get(id)).map(|e| e.space)
+        self.group_of(requester).map(|placed| lock(&placed).space)
     }
 
     /// What the host holds for `requester`'s group according to the ledger, in ascending order.
     pub fn holds(&self, requester: Requester) -> Vec<Extent> {
-        let state = self.state();
-        let entry = state.requesters.get(&requester).and_then(|id| state.groups.get(id));
-        entry.map_or_else(Vec::new, |e| e.container.ledger().extents().copied().collect())
+        let placed = self.group_of(requester);
+        let held = placed.and_then(|placed| lock(&placed).held().cloned());
+        held.map_or_else(Vec::new, |held| held.lock().space.ledger().extents().copied().collect())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn directory(&self) -> RwLockReadGuard<'_, Directory> {
+        self.directory.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the container of `entry` hold the space that its members agree on. `live` is what is mapped in `offered`.
-    /// With `whole` it ends at the first mapping that is refused: the caller has no use for the rest.
-    fn settle(
+    fn directory_mut(&self) -> RwLockWriteGuard<'_, Directory> {
+        self.directory.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn group_of(&self, requester: Requester) -> Option<Arc<Mutex<PlacedGroup>>> {
+        let directory = self.directory();
+        directory.requesters.get(&requester).and_then(|group| directory.groups.get(group)).cloned()
+    }
+
+    /// The host spaces that hold `space`.
+    fn following(&self, space: &SpaceKey) -> Arc<[Arc<Held>]> {
+        self.directory().following.get(space).cloned().unwrap_or_default()
+    }
+
+    /// `held` held `before`, and holds `now`.
+    fn follow(&self, held: &Arc<Held>, before: SpaceKey, now: SpaceKey) {
+        let mut directory = self.directory_mut();
+        let without = |list: Option<&Arc<[Arc<Held>]>>| -> Vec<Arc<Held>> {
+            list.into_iter().flat_map(|list| list.iter()).filter(|other| !Arc::ptr_eq(other, held)).cloned().collect()
+        };
+        let rest = without(directory.following.get(&before));
+        if rest.is_empty() {
+            directory.following.remove(&before);
+        } else {
+            directory.following.insert(before, rest.into());
+        }
+        if now != SpaceKey::Blocked {
+            let mut list = without(directory.following.get(&now));
+            list.push(Arc::clone(held));
+            directory.following.insert(now, list.into());
+        }
+    }
+
+    /// A group reaches nothing, unless its members agree on something that is known without a unit.
+    fn block(&self, placed: &mut PlacedGroup, broken: &mut Broken) {
+        let nothing = &mut std::iter::empty();
+        if let Err(why) = self.settle(placed, &SpaceKey::Blocked, nothing, false, &mut Vec::new(), broken) {
+            error!("{why}");
+        }
+    }
+
+    /// Takes what one host space lost away from the others that hold the same, and says what became of it.
+    fn level(
         &self,
-        entry: &mut Entry,
-        offered: &SpaceKey,
-        live: &mut dyn Iterator<Item = Mapping>,
-        whole: bool,
-        lost: &mut Vec<Lost>,
-    ) {
-        let mut space = entry.group.agreed();
-        if entry.quarantined || entry.container.broken().is_some() {
-            space = SpaceKey::Blocked;
-        }
-        if let SpaceKey::Paged(_) = space
-            && space != *offered
-        {
-            // Its mappings are not known here; the next attach brings them. Until then nothing is reachable.
-            if !std::mem::replace(&mut entry.told, true)
-                && let Some(member) = entry.first_member()
-            {
-                warn!("the group of {member} stays blocked until one of its functions is attached again");
-            }
-            space = SpaceKey::Blocked;
-        }
-        let container = &mut entry.container;
-        let mut target = Vec::new();
-        match space {
-            SpaceKey::Blocked => {}
-            SpaceKey::Identity => {
-                for mapping in self.identity() {
-                    target.extend(container.resolve(&self.guest, &mapping, lost));
-                }
-            }
-            SpaceKey::Paged(_) => {
-                for mapping in live {
-                    target.extend(container.resolve(&self.guest, &mapping, lost));
-                }
-            }
-        }
-        if !whole || lost.is_empty() {
-            container.switch(&self.guest, &target, whole, lost);
-        }
-        let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
-        entry.refused = IovaRange::union_of(of_identity.map(|lost| lost.range).collect());
-        entry.space = space;
-    }
-
-    /// Blocks `requester`, and so its group, after an attach that could not be completed (C-2).
-    fn keep_out(&self, state: &mut State, id: GroupId, requester: Requester) {
-        if let Some(entry) = state.groups.get_mut(&id) {
-            entry.group.set(requester, Some(SpaceKey::Blocked));
-            self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
-        }
-    }
-
-    /// All guest RAM at its guest-physical addresses.
-    fn identity(&self) -> impl Iterator<Item = Mapping> {
-        self.guest.regions().iter().map(|region| Mapping {
-            iova: vtd::Iova(region.gpa()),
-            gpa: vtd::Gpa(region.gpa()),
-            len: region.size(),
-            perm: vtd::Perm::ReadWrite,
-        })
-    }
-
-    /// Takes what one group of a paged space lost away from the others, and says what became of it.
-    fn level(&self, state: &mut State, space: &SpaceKey, by: Requester, mut lost: Vec<Lost>) -> Vec<Refusal> {
-        let mut refused = Vec::with_capacity(lost.len());
-        while !lost.is_empty() {
-            refused.extend(lost.iter().map(|l| refusal(l, by)));
-            let ranges = IovaRange::union_of(lost.iter().map(|l| l.range).collect());
-            lost = Vec::new();
-            if let SpaceKey::Paged(_) = space {
-                for (_, entry) in state.following(space) {
-                    entry.container.unmap(&self.guest, &ranges, &mut lost);
+        held: &[Arc<Held>],
+        space: &SpaceKey,
+        lost: Vec<(Requester, Vec<Lost>)>,
+        broken: &mut Broken,
+    ) -> Vec<Refusal> {
+        let mut refused = Vec::new();
+        for (by, mut lost) in lost {
+            while !lost.is_empty() {
+                refused.extend(lost.iter().map(|l| refusal(l, by)));
+                let ranges = IovaRange::union_of(lost.iter().map(|l| l.range).collect());
+                lost = Vec::new();
+                if let SpaceKey::Paged(_) = space {
+                    self.each(held, space, broken, |state, guest| state.space.unmap(guest, &ranges, &mut lost));
                 }
             }
         }
         refused
+    }
+
+    /// Does something to each of `held` that still holds `space`, one after the other.
+    fn each(
+        &self,
+        held: &[Arc<Held>],
+        space: &SpaceKey,
+        broken: &mut Broken,
+        mut change: impl FnMut(&mut placement::HeldState, &GuestMap),
+    ) {
+        let guest = self.guest.load();
+        for held in held {
+            let mut state = held.lock();
+            if state.follows(space) {
+                change(&mut state, &guest);
+                self.note_broken(held, &mut state, broken);
+            }
+        }
     }
 
     /// Stops the functions of groups whose host did not unmap.
@@ -275,6 +239,64 @@ impl Bridge {
             }
         }
     }
+
+    fn apply_unmaps(
+        &self,
+        held: &[Arc<Held>],
+        space: &SpaceKey,
+        ops: &[MapOp],
+        refused: &mut Vec<Refusal>,
+        broken: &mut Broken,
+    ) {
+        let ranges = ops.iter().filter_map(|op| match op {
+            MapOp::Unmap(range) if range.first <= range.last => Some(*range),
+            _ => None,
+        });
+        let ranges = IovaRange::union_of(ranges.collect());
+        if ranges.is_empty() {
+            return;
+        }
+        let mut losses = Vec::new();
+        self.each(held, space, broken, |state, guest| {
+            let mut lost = Vec::new();
+            state.space.unmap(guest, &ranges, &mut lost);
+            losses.extend(state.first_member().map(|by| (by, lost)));
+        });
+        refused.extend(self.level(held, space, losses, broken));
+    }
+
+    fn apply_maps(
+        &self,
+        held: &[Arc<Held>],
+        space: &SpaceKey,
+        ops: &[MapOp],
+        refused: &mut Vec<Refusal>,
+        broken: &mut Broken,
+    ) {
+        let mut losses: Vec<(Requester, Vec<Lost>)> = Vec::new();
+        let mut except = Vec::new();
+        self.each(held, space, broken, |state, guest| {
+            let mut lost = Vec::new();
+            for ops in ops.chunks(MAPS_AT_ONCE) {
+                let mut extents = Vec::with_capacity(ops.len());
+                for op in ops {
+                    if let MapOp::Map(mapping) = op {
+                        extents.extend(state.space.resolve(guest, mapping, &mut lost));
+                    }
+                }
+                state.space.map(guest, &extents, &except, &mut lost);
+            }
+            // What an earlier one lost is lost already.
+            lost.retain(|l| !contains(&except, l.range));
+            except = IovaRange::union_of(except.drain(..).chain(lost.iter().map(|l| l.range)).collect());
+            losses.extend(state.first_member().map(|by| (by, lost)));
+        });
+        refused.extend(self.level(held, space, losses, broken));
+    }
+}
+
+fn lock(placed: &Mutex<PlacedGroup>) -> MutexGuard<'_, PlacedGroup> {
+    placed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether one of `ranges` (ascending, disjoint) has all of `inner`.
@@ -299,114 +321,62 @@ impl SpaceListener for Bridge {
         if let Some(Pasid(pasid)) = pasid {
             return Err(host(format!("PASID {pasid:#x} cannot be attached")));
         }
-        let mut state = self.state();
-        let id = *state.requesters.get(&requester).ok_or(AttachRefused::UnknownRequester(requester))?;
-        let shared = matches!(space, SpaceKey::Paged(_)) && state.following(space).any(|(other, _)| other != id);
-        let entry = state.groups.get_mut(&id).ok_or(AttachRefused::UnknownRequester(requester))?;
-        entry.group.set(requester, Some(*space));
-        let mut lost = Vec::new();
-        self.settle(entry, space, live, shared, &mut lost);
+        let placed = self.group_of(requester).ok_or(AttachRefused::UnknownRequester(requester))?;
+        let mut placed = lock(&placed);
+        let paged = matches!(space, SpaceKey::Paged(_));
+        let shared = paged && self.following(space).iter().any(|held| placed.has_others(held));
+        placed.group.set(requester, Some(*space));
+        let (mut lost, mut broken) = (Vec::new(), Broken::new());
+        let settled = self.settle(&mut placed, space, live, shared, &mut lost, &mut broken);
         let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
-        if shared && !refused.is_empty() {
+        let stays_out = settled.is_err() || shared && !refused.is_empty();
+        let result = match settled {
+            Err(why) => Err(host(why)),
             // The others keep what they have, so this group cannot be there with less (as Linux: a group joins a
             // container with all of its mappings or not at all).
-            self.keep_out(&mut state, id, requester);
-            let broken = state.newly_broken();
-            drop(state);
-            self.stop(&broken);
-            return Err(AttachRefused::Shared(refused));
+            Ok(()) if shared && !refused.is_empty() => Err(AttachRefused::Shared(refused)),
+            Ok(()) => match &placed.stopped {
+                Some(why) => Err(host(format!("its functions were stopped: {why}"))),
+                None if refused.is_empty() => Ok(()),
+                None => Err(AttachRefused::Partial(refused)),
+            },
+        };
+        if stays_out {
+            // It, and so its group, is blocked after an attach that could not be completed (C-2).
+            placed.group.set(requester, Some(SpaceKey::Blocked));
+            self.block(&mut placed, &mut broken);
         }
-        let broken = state.newly_broken();
-        let stopped = state.groups.get(&id).filter(|e| e.quarantined).and_then(|e| e.container.broken());
-        let stopped = stopped.map(str::to_owned);
-        drop(state);
+        drop(placed);
         self.stop(&broken);
-        match stopped {
-            Some(why) => Err(host(format!("its functions were stopped: {why}"))),
-            None if refused.is_empty() => Ok(()),
-            None => Err(AttachRefused::Partial(refused)),
-        }
+        result
     }
 
     fn detach(&self, Stream { requester, pasid }: Stream) {
         if pasid.is_some() {
             return;
         }
-        let mut state = self.state();
-        let Some(id) = state.requesters.get(&requester).copied() else {
-            return;
-        };
-        if let Some(entry) = state.groups.get_mut(&id) {
-            entry.group.set(requester, None);
-            let offered = entry.space;
-            if entry.group.agreed() != offered {
-                self.settle(entry, &SpaceKey::Blocked, &mut std::iter::empty(), false, &mut Vec::new());
-            }
+        let Some(placed) = self.group_of(requester) else { return };
+        let mut placed = lock(&placed);
+        placed.group.set(requester, None);
+        let mut broken = Broken::new();
+        if placed.group.agreed() != placed.space {
+            self.block(&mut placed, &mut broken);
         }
-        let broken = state.newly_broken();
-        drop(state);
+        drop(placed);
         self.stop(&broken);
     }
 
     fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {
-        let mut state = self.state();
-        let mut refused = Vec::new();
-        // The unit sends unmaps before maps, so this is one turn; any other order is served as it stands.
+        let held = self.following(space);
+        let (mut refused, mut broken) = (Vec::new(), Broken::new());
+        // The unit sends unmaps before maps, so this is one batch; any other order is served as it stands.
         for batch in ops.chunk_by(|a, b| !(matches!(a, MapOp::Map(_)) && matches!(b, MapOp::Unmap(_)))) {
             let maps = batch.partition_point(|op| matches!(op, MapOp::Unmap(_)));
             let (unmaps, maps) = batch.split_at(maps);
-            self.apply_unmaps(&mut state, space, unmaps, &mut refused);
-            self.apply_maps(&mut state, space, maps, &mut refused);
+            self.apply_unmaps(&held, space, unmaps, &mut refused, &mut broken);
+            self.apply_maps(&held, space, maps, &mut refused, &mut broken);
         }
-        let broken = state.newly_broken();
-        drop(state);
         self.stop(&broken);
         Applied { refused }
-    }
-}
-
-impl Bridge {
-    fn apply_unmaps(&self, state: &mut State, space: &SpaceKey, ops: &[MapOp], refused: &mut Vec<Refusal>) {
-        let ranges = ops.iter().filter_map(|op| match op {
-            MapOp::Unmap(range) if range.first <= range.last => Some(*range),
-            _ => None,
-        });
-        let ranges = IovaRange::union_of(ranges.collect());
-        if ranges.is_empty() {
-            return;
-        }
-        let mut losses = Vec::new();
-        for (_, entry) in state.following(space) {
-            let mut lost = Vec::new();
-            entry.container.unmap(&self.guest, &ranges, &mut lost);
-            losses.extend(entry.first_member().map(|by| (by, lost)));
-        }
-        for (by, lost) in losses {
-            refused.extend(self.level(state, space, by, lost));
-        }
-    }
-
-    fn apply_maps(&self, state: &mut State, space: &SpaceKey, ops: &[MapOp], refused: &mut Vec<Refusal>) {
-        let mut losses: Vec<(Requester, Vec<Lost>)> = Vec::new();
-        let mut except = Vec::new();
-        for (_, entry) in state.following(space) {
-            let mut lost = Vec::new();
-            for ops in ops.chunks(MAPS_AT_ONCE) {
-                let mut extents = Vec::with_capacity(ops.len());
-                for op in ops {
-                    if let MapOp::Map(mapping) = op {
-                        extents.extend(entry.container.resolve(&self.guest, mapping, &mut lost));
-                    }
-                }
-                entry.container.map(&self.guest, &extents, &except, &mut lost);
-            }
-            // What an earlier group lost is lost already.
-            lost.retain(|l| !contains(&except, l.range));
-            except = IovaRange::union_of(except.into_iter().chain(lost.iter().map(|l| l.range)).collect());
-            losses.extend(entry.first_member().map(|by| (by, lost)));
-        }
-        for (by, lost) in losses {
-            refused.extend(self.level(state, space, by, lost));
-        }
     }
 }

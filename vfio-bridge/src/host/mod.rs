@@ -1,13 +1,13 @@
 //! What the bridge asks of a host IOMMU: the seam to `type1`, to `vfio_user`, and to the `model` that tests use.
 //!
-//! A backend knows containers, and which container a group is in; the bridge keeps the ledger of each. Permissions,
-//! addresses and ranges are passed on as they are: no backend merges, crops or retries.
+//! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
+//! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 pub mod model;
 pub(crate) mod type1;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use vtd::{Perm, RefusalCause};
 
@@ -34,6 +34,16 @@ impl GroupId {
     }
 }
 
+impl GroupId {
+    /// For messages: `group 7`, or `vfio-user0`.
+    pub(crate) fn label(self) -> String {
+        match self.of_kernel() {
+            Some(_) => format!("group {self}"),
+            None => self.to_string(),
+        }
+    }
+}
+
 impl std::fmt::Display for GroupId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.of_kernel() {
@@ -43,9 +53,28 @@ impl std::fmt::Display for GroupId {
     }
 }
 
-/// One set of host translations: what type1 calls a container.
+/// One set of translations of a host: a container of type1, an IOAS of iommufd. Only its backend knows what the number
+/// means.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct ContainerId(pub u32);
+pub struct HostSpaceId(pub u32);
+
+impl HostSpaceId {
+    /// One that nobody in this process was given before.
+    pub fn next() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// How a group gets into a space of the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Placement {
+    /// It is in this one for as long as it is open: what it reaches changes mapping by mapping.
+    PerGroup(HostSpaceId),
+    /// The host makes spaces and moves groups between them: each space of the guest has one, which is whole before a
+    /// group is attached to it.
+    PerSpace,
+}
 
 /// What one host unmap takes away (B-3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,78 +126,69 @@ pub struct Map<'a> {
     pub perm: Perm,
 }
 
-/// A host IOMMU that holds translations in containers.
+/// A host IOMMU.
 ///
-/// The bridge never calls it twice at once for one container.
+/// The bridge never calls it twice at once for one space or for one group; for several it does.
 pub trait HostIommu: Send + Sync {
-    /// The name that statistics show for `container`, such as `type1`.
-    fn name(&self, container: ContainerId) -> &'static str;
+    /// The name that statistics show, such as `type1`.
+    fn name(&self) -> &'static str;
 
-    /// The container that `group` is in for as long as it is open, `None` for a group that is not open.
-    fn container(&self, group: GroupId) -> Option<ContainerId>;
+    /// How `group` gets into a space, `None` for a group that is not open here. The same for as long as it is open.
+    fn placement(&self, group: GroupId) -> Option<Placement>;
 
-    /// What the host allows in `container`.
-    fn limits(&self, container: ContainerId) -> Limits;
+    /// What the host allows in `space`. Asked once, when the space is new to the bridge.
+    fn limits(&self, space: HostSpaceId) -> Limits;
+
+    /// A new, empty space. Only asked of a host with a [`Placement::PerSpace`].
+    ///
+    /// # Errors
+    /// There is none to be had.
+    fn create(&self) -> io::Result<HostSpaceId> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// `space`, to which no group is attached, goes with all that is mapped in it.
+    fn destroy(&self, space: HostSpaceId) {
+        let _ = space;
+    }
+
+    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has. A group is never
+    /// seen to reach something else in between, but it may reach nothing. Only asked of a host with a
+    /// [`Placement::PerSpace`].
+    ///
+    /// # Errors
+    /// The group is where it was.
+    fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        let _ = (group, space);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`], of a group that is attached.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what the group reaches.
+    fn detach(&self, group: GroupId) -> io::Result<()> {
+        let _ = group;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// One host map: `iova` leads to `mem`, with exactly `perm`. On an error nothing of it is mapped.
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused>;
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused>;
 
     /// Several maps that overlap nowhere, as [`HostIommu::map`] each. `done` hears of each, in their order, when its
     /// result is known. A host that is far away can be asked for many at a time.
-    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
-        maps.iter().for_each(|map| done(self.map(container, map.iova, map.mem, map.perm)));
+    fn map_all(&self, space: HostSpaceId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        maps.iter().for_each(|map| done(self.map(space, map.iova, map.mem, map.perm)));
     }
 
     /// One host unmap. Returns how many bytes the kernel says it took away. When it returns, no device reaches them
     /// any more. On an error nothing may be concluded about what is still mapped.
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64>;
-}
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64>;
 
-/// Several hosts, each with containers of its own.
-#[derive(Default)]
-pub struct Hosts(Vec<Arc<dyn HostIommu>>);
-
-impl Hosts {
-    /// `hosts`, no group of which is in two.
-    pub fn new(hosts: Vec<Arc<dyn HostIommu>>) -> Self {
-        Self(hosts)
-    }
-
-    /// Whose container it is.
-    fn of(&self, container: ContainerId) -> io::Result<&dyn HostIommu> {
-        let group = GroupId(container.0);
-        let host = self.0.iter().find(|host| host.container(group) == Some(container));
-        host.map(Arc::as_ref).ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-}
-
-impl HostIommu for Hosts {
-    fn name(&self, container: ContainerId) -> &'static str {
-        self.of(container).map_or("none", |host| host.name(container))
-    }
-
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        self.0.iter().find_map(|host| host.container(group))
-    }
-
-    fn limits(&self, container: ContainerId) -> Limits {
-        self.of(container).map(|host| host.limits(container)).unwrap_or_default()
-    }
-
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
-        let host = self.of(container).map_err(|_| MapRefused::from_errno(libc::ENODEV))?;
-        host.map(container, iova, mem, perm)
-    }
-
-    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
-        match self.of(container) {
-            Ok(host) => host.map_all(container, maps, done),
-            Err(_) => maps.iter().for_each(|_| done(Err(MapRefused::from_errno(libc::ENODEV)))),
-        }
-    }
-
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
-        self.of(container)?.unmap(container, range)
+    /// What the user can do about a map in `space` that was refused for `cause`: a sentence, or nothing.
+    fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
+        let _ = (space, cause);
+        String::new()
     }
 }
 

@@ -1,5 +1,7 @@
 //! An in-memory host IOMMU that answers as the kernel's type1 does, of old and of new kernels. For tests.
 //!
+//! Its groups are in spaces for life, or are attached to the spaces that it is asked to make ([`Placement`]).
+//!
 //! It keeps the kernel's order of checks, so that an operation that is wrong in two ways fails for the same reason, and
 //! it can fail any operation on request. A hook sees what it holds after **every** operation: that is how tests check
 //! what a device can reach in the middle of a change.
@@ -9,12 +11,13 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vtd::spec::INTERRUPT_WINDOW;
-use vtd::{IovaRange, Perm};
+use vtd::{IovaRange, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::bridge::limits::Limits;
-use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::host::type1::remedy;
+use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
 
 /// What kind of host it is.
 #[derive(Clone, Debug)]
@@ -25,9 +28,9 @@ pub struct Kernel {
     pub checks_wrap: bool,
     /// Where mappings may be.
     pub iova_ranges: Vec<IovaRange>,
-    /// `dma_entry_limit`: mappings a container can hold.
+    /// `dma_entry_limit`: mappings a space can hold.
     pub entries: usize,
-    /// Bytes that may be pinned in all containers together.
+    /// Bytes that may be pinned in all spaces together.
     pub memlock: Option<u64>,
     /// Write-only mappings can be read as well (Linux up to 6.12).
     pub write_implies_read: bool,
@@ -79,7 +82,7 @@ impl Held {
     }
 }
 
-/// What one container holds, by first IOVA.
+/// What one space holds, by first IOVA.
 pub type Contents = BTreeMap<u64, Held>;
 
 /// One host operation.
@@ -89,25 +92,37 @@ pub enum HostOp {
     Map(Held),
     /// An unmap.
     Unmap(UnmapRange),
+    /// A new space.
+    Create,
+    /// A space that goes.
+    Destroy,
+    /// The group reaches what the space has.
+    Attach(GroupId),
+    /// The group reaches nothing; the space is the one that it was attached to.
+    Detach(GroupId),
 }
 
 /// An operation that the model served, and its result: bytes unmapped, or the errno.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Served {
     /// Where.
-    pub container: ContainerId,
+    pub space: HostSpaceId,
     /// What.
     pub op: HostOp,
-    /// Bytes unmapped (0 for a map), or the errno.
+    /// Bytes unmapped (0 for any other), or the errno.
     pub result: Result<u64, i32>,
 }
 
 type Hook = Arc<dyn Fn(&Served, &Contents) + Send + Sync>;
-type Injector = Box<dyn FnMut(ContainerId, &HostOp) -> Option<i32> + Send>;
+type Injector = Box<dyn FnMut(HostSpaceId, &HostOp) -> Option<i32> + Send>;
 
 #[derive(Default)]
 struct State {
-    containers: BTreeMap<ContainerId, Contents>,
+    spaces: BTreeMap<HostSpaceId, Contents>,
+    /// Groups that are open, and the space that each is in.
+    groups: BTreeMap<GroupId, Option<HostSpaceId>>,
+    /// Spaces that were made so far.
+    made: u32,
     pinned: u64,
     served: VecDeque<Served>,
     maps: u64,
@@ -116,9 +131,10 @@ struct State {
     injector: Option<Injector>,
 }
 
-/// The model. Each group has a container of its own, with the group's number.
+/// The model. Its spaces are numbered from 1 on.
 pub struct Model {
     kernel: Kernel,
+    per_space: bool,
     state: Mutex<State>,
 }
 
@@ -126,19 +142,31 @@ pub struct Model {
 const KEPT: usize = 65_536;
 
 impl Model {
-    /// A host of this kind with these groups open.
+    /// A host of this kind with these groups open, each in a space of its own, in this order.
     pub fn new(kernel: Kernel, groups: &[GroupId]) -> Arc<Self> {
-        let containers = groups.iter().map(|g| (ContainerId(g.0), Contents::new())).collect();
-        Arc::new(Self { kernel, state: Mutex::new(State { containers, ..State::default() }) })
+        let mut state = State::default();
+        for group in groups {
+            if !state.groups.contains_key(group) {
+                let space = state.create();
+                state.groups.insert(*group, Some(space));
+            }
+        }
+        Arc::new(Self { kernel, per_space: false, state: Mutex::new(state) })
     }
 
-    /// `hook` sees each operation and what its container holds afterwards. It is called without a lock of the model.
+    /// A host that makes spaces and attaches these groups to them, as iommufd does.
+    pub fn per_space(kernel: Kernel, groups: &[GroupId]) -> Arc<Self> {
+        let groups = groups.iter().map(|group| (*group, None)).collect();
+        Arc::new(Self { kernel, per_space: true, state: Mutex::new(State { groups, ..State::default() }) })
+    }
+
+    /// `hook` sees each operation and what its space holds afterwards. It is called without a lock of the model.
     pub fn set_hook(&self, hook: impl Fn(&Served, &Contents) + Send + Sync + 'static) {
         self.state().hook = Some(Arc::new(hook));
     }
 
     /// From now on an operation for which `injector` gives an errno fails with it and changes nothing.
-    pub fn inject(&self, injector: impl FnMut(ContainerId, &HostOp) -> Option<i32> + Send + 'static) {
+    pub fn inject(&self, injector: impl FnMut(HostSpaceId, &HostOp) -> Option<i32> + Send + 'static) {
         self.state().injector = Some(Box::new(injector));
     }
 
@@ -147,15 +175,33 @@ impl Model {
         self.state().injector = None;
     }
 
-    /// What the container of `group` holds.
+    /// The space that `group` is in.
+    pub fn space_of(&self, group: GroupId) -> Option<HostSpaceId> {
+        self.state().groups.get(&group).copied().flatten()
+    }
+
+    /// The groups that are in `space`.
+    pub fn groups_in(&self, space: HostSpaceId) -> Vec<GroupId> {
+        self.state().groups.iter().filter(|(_, of)| **of == Some(space)).map(|(group, _)| *group).collect()
+    }
+
+    /// How many spaces there are.
+    pub fn spaces(&self) -> usize {
+        self.state().spaces.len()
+    }
+
+    /// What `group` reaches.
     pub fn contents(&self, group: GroupId) -> Contents {
-        self.state().containers.get(&ContainerId(group.0)).cloned().unwrap_or_default()
+        let state = self.state();
+        let space = state.groups.get(&group).copied().flatten();
+        space.and_then(|space| state.spaces.get(&space)).cloned().unwrap_or_default()
     }
 
     /// Where a device of `group` gets with `iova`: host address and permission.
     pub fn translate(&self, group: GroupId, iova: u64) -> Option<(u64, Perm)> {
         let state = self.state();
-        let (_, held) = state.containers.get(&ContainerId(group.0))?.range(..=iova).next_back()?;
+        let space = state.groups.get(&group).copied().flatten()?;
+        let (_, held) = state.spaces.get(&space)?.range(..=iova).next_back()?;
         (iova <= held.last()).then(|| (held.hva + (iova - held.iova), held.perm))
     }
 
@@ -174,25 +220,27 @@ impl Model {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn serve(&self, container: ContainerId, op: HostOp) -> Result<u64, i32> {
+    fn serve(&self, space: HostSpaceId, op: HostOp) -> Result<u64, i32> {
         let mut state = self.state();
         match op {
             HostOp::Map(_) => state.maps += 1,
             HostOp::Unmap(_) => state.unmaps += 1,
+            HostOp::Create | HostOp::Destroy | HostOp::Attach(_) | HostOp::Detach(_) => {}
         }
-        let injected = state.injector.as_mut().and_then(|inject| inject(container, &op));
+        let injected = state.injector.as_mut().and_then(|inject| inject(space, &op));
         let result = match (injected, op) {
             (Some(errno), _) => Err(errno),
-            (None, HostOp::Map(held)) => self.map_dma(&mut state, container, held).map(|()| 0),
-            (None, HostOp::Unmap(range)) => self.unmap_dma(&mut state, container, range),
+            (None, HostOp::Map(held)) => self.map_dma(&mut state, space, held).map(|()| 0),
+            (None, HostOp::Unmap(range)) => self.unmap_dma(&mut state, space, range),
+            (None, op) => state.place(space, op).map(|()| 0),
         };
-        let served = Served { container, op, result };
+        let served = Served { space, op, result };
         if state.served.len() == KEPT {
             state.served.pop_front();
         }
         state.served.push_back(served);
         if let Some(hook) = state.hook.clone() {
-            let contents = state.containers.get(&container).cloned().unwrap_or_default();
+            let contents = state.spaces.get(&space).cloned().unwrap_or_default();
             drop(state);
             hook(&served, &contents);
         }
@@ -200,9 +248,9 @@ impl Model {
     }
 
     /// `vfio_dma_do_map`, check by check.
-    fn map_dma(&self, state: &mut State, container: ContainerId, new: Held) -> Result<(), i32> {
-        let State { containers, pinned, .. } = state;
-        let contents = containers.get_mut(&container).ok_or(libc::EBADF)?;
+    fn map_dma(&self, state: &mut State, space: HostSpaceId, new: Held) -> Result<(), i32> {
+        let State { spaces, pinned, .. } = state;
+        let contents = spaces.get_mut(&space).ok_or(libc::EBADF)?;
         let aligned = [new.iova, new.len, new.hva].iter().all(|n| n.is_multiple_of(PAGE_SIZE));
         let wraps = |start: u64| start.checked_add(new.len.wrapping_sub(1)).is_none();
         if new.len == 0 || !aligned || wraps(new.iova) || wraps(new.hva) {
@@ -229,8 +277,8 @@ impl Model {
     }
 
     /// `vfio_dma_do_unmap`, check by check.
-    fn unmap_dma(&self, state: &mut State, container: ContainerId, range: UnmapRange) -> Result<u64, i32> {
-        let contents = state.containers.get_mut(&container).ok_or(libc::EBADF)?;
+    fn unmap_dma(&self, state: &mut State, space: HostSpaceId, range: UnmapRange) -> Result<u64, i32> {
+        let contents = state.spaces.get_mut(&space).ok_or(libc::EBADF)?;
         let gone: Vec<Held> = match range {
             UnmapRange::All if self.kernel.unmap_all => contents.values().copied().collect(),
             UnmapRange::All => return Err(libc::EINVAL),
@@ -267,17 +315,50 @@ impl Model {
     }
 }
 
+impl State {
+    fn create(&mut self) -> HostSpaceId {
+        self.made += 1;
+        let space = HostSpaceId(self.made);
+        self.spaces.insert(space, Contents::new());
+        space
+    }
+
+    /// Spaces, and who is in which.
+    fn place(&mut self, space: HostSpaceId, op: HostOp) -> Result<(), i32> {
+        match op {
+            HostOp::Destroy => {
+                if self.groups.values().any(|of| *of == Some(space)) {
+                    return Err(libc::EBUSY);
+                }
+                let contents = self.spaces.remove(&space).ok_or(libc::ENOENT)?;
+                self.pinned -= contents.values().map(|held| held.len).sum::<u64>();
+            }
+            HostOp::Attach(group) => {
+                if !self.spaces.contains_key(&space) {
+                    return Err(libc::ENOENT);
+                }
+                *self.groups.get_mut(&group).ok_or(libc::ENODEV)? = Some(space);
+            }
+            HostOp::Detach(group) => {
+                *self.groups.get_mut(&group).ok_or(libc::ENODEV)? = None;
+            }
+            HostOp::Create | HostOp::Map(_) | HostOp::Unmap(_) => {}
+        }
+        Ok(())
+    }
+}
+
 impl HostIommu for Model {
-    fn name(&self, _: ContainerId) -> &'static str {
+    fn name(&self) -> &'static str {
         "model"
     }
 
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        let id = ContainerId(group.0);
-        self.state().containers.contains_key(&id).then_some(id)
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        let place = *self.state().groups.get(&group)?;
+        if self.per_space { Some(Placement::PerSpace) } else { place.map(Placement::PerGroup) }
     }
 
-    fn limits(&self, _: ContainerId) -> Limits {
+    fn limits(&self, _: HostSpaceId) -> Limits {
         Limits {
             iova_ranges: self.kernel.iova_ranges.clone(),
             page_sizes: 0x4020_1000,
@@ -287,13 +368,39 @@ impl HostIommu for Model {
         }
     }
 
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
-        let held = Held { iova, len: mem.size(), hva: mem.hva(), perm };
-        self.serve(container, HostOp::Map(held)).map(|_| ()).map_err(MapRefused::from_errno)
+    fn create(&self) -> io::Result<HostSpaceId> {
+        let space = self.state().create();
+        self.serve(space, HostOp::Create).map(|_| space).map_err(|errno| {
+            self.state().spaces.remove(&space);
+            io::Error::from_raw_os_error(errno)
+        })
     }
 
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
-        self.serve(container, HostOp::Unmap(range)).map_err(io::Error::from_raw_os_error)
+    fn destroy(&self, space: HostSpaceId) {
+        let destroyed = self.serve(space, HostOp::Destroy);
+        assert!(destroyed.is_ok(), "{space:?} is in use, or was never made: {destroyed:?}");
+    }
+
+    fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        self.serve(space, HostOp::Attach(group)).map(drop).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn detach(&self, group: GroupId) -> io::Result<()> {
+        let space = self.space_of(group).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        self.serve(space, HostOp::Detach(group)).map(drop).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        let held = Held { iova, len: mem.size(), hva: mem.hva(), perm };
+        self.serve(space, HostOp::Map(held)).map(|_| ()).map_err(MapRefused::from_errno)
+    }
+
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
+        self.serve(space, HostOp::Unmap(range)).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
+        self.groups_in(space).first().map(|group| remedy(*group, cause)).unwrap_or_default()
     }
 }
 

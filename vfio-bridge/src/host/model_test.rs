@@ -4,7 +4,7 @@ use super::*;
 use crate::bridge::guest_map::{GuestMap, Region};
 
 const G: GroupId = GroupId(1);
-const C: ContainerId = ContainerId(1);
+const C: HostSpaceId = HostSpaceId(1);
 
 fn guest() -> GuestMap {
     // SAFETY: the model never uses the address.

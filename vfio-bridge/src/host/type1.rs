@@ -1,4 +1,4 @@
-//! The kernel's VFIO type1: a container per group, for life.
+//! The kernel's VFIO type1: a container per group, for life ([`Placement::PerGroup`]).
 //!
 //! `VFIO_GROUP_UNSET_CONTAINER` fails while a device of the group is open, so a group never moves: a switch of spaces
 //! is a diff in its container. vfio-ioctls opens containers, groups and devices and tells KVM about them; maps and
@@ -18,14 +18,14 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
-use vtd::{IovaRange, Perm};
+use vtd::{IovaRange, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
 use crate::function::reset::GroupFiles;
 use crate::function::vfio::HostFunction;
-use crate::host::{ContainerId, GroupId, HostIommu, MapRefused, UnmapRange};
+use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
 
 ioctl_io_nr!(CHECK_EXTENSION, VFIO_TYPE.into(), VFIO_BASE + 1);
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
@@ -40,6 +40,7 @@ const DEFAULT_RANGES: [IovaRange; 2] =
     [IovaRange { first: 0, last: 0xfedf_ffff }, IovaRange { first: 0xfef0_0000, last: (1 << 39) - 1 }];
 
 struct Open {
+    space: HostSpaceId,
     container: Arc<VfioContainer>,
     limits: Limits,
     functions: Vec<Bdf>,
@@ -80,7 +81,7 @@ impl Type1 {
             bdf,
             reason: format!("the limits of its container could not be read: {e}"),
         })?;
-        open.insert(group, Open { container, limits, functions: vec![bdf] });
+        open.insert(group, Open { space: HostSpaceId::next(), container, limits, functions: vec![bdf] });
         Ok(host_function)
     }
 
@@ -93,10 +94,14 @@ impl Type1 {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn container_file(&self, id: ContainerId) -> io::Result<Arc<VfioContainer>> {
+    /// The group that has `space`, with what is open of it.
+    fn find<T>(&self, space: HostSpaceId, of: impl FnOnce(GroupId, &Open) -> T) -> Option<T> {
         let open = self.lock();
-        let entry = open.get(&GroupId(id.0)).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-        Ok(Arc::clone(&entry.container))
+        open.iter().find(|(_, open)| open.space == space).map(|(group, open)| of(*group, open))
+    }
+
+    fn container(&self, space: HostSpaceId) -> io::Result<Arc<VfioContainer>> {
+        self.find(space, |_, open| Arc::clone(&open.container)).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
@@ -236,21 +241,21 @@ fn unmap_argument(range: UnmapRange) -> io::Result<vfio_iommu_type1_dma_unmap> {
 }
 
 impl HostIommu for Type1 {
-    fn name(&self, _: ContainerId) -> &'static str {
+    fn name(&self) -> &'static str {
         "type1"
     }
 
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        self.lock().contains_key(&group).then_some(ContainerId(group.0))
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        self.lock().get(&group).map(|open| Placement::PerGroup(open.space))
     }
 
-    fn limits(&self, container: ContainerId) -> Limits {
-        self.limits_of(GroupId(container.0)).unwrap_or_default()
+    fn limits(&self, space: HostSpaceId) -> Limits {
+        self.find(space, |_, open| open.limits.clone()).unwrap_or_default()
     }
 
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
-        let file = self.container_file(container).map_err(refused)?;
+        let file = self.container(space).map_err(refused)?;
         let map = map_argument(iova, mem.hva(), mem.size(), perm);
         // SAFETY: `map` is what the call takes. The memory is the guest's alone and has no Rust references into it:
         // that is the promise of whoever made the `GuestMap` that `mem` is from. The kernel pins its pages, so they
@@ -258,12 +263,31 @@ impl HostIommu for Type1 {
         check(unsafe { ioctl_with_ref(&*file, VFIO_IOMMU_MAP_DMA(), &map) }).map_err(refused)
     }
 
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
-        let file = self.container_file(container)?;
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
+        let file = self.container(space)?;
         let mut unmap = unmap_argument(range)?;
         // SAFETY: `unmap` is what the call takes and writes its answer to.
         check(unsafe { ioctl_with_mut_ref(&*file, VFIO_IOMMU_UNMAP_DMA(), &mut unmap) })?;
         Ok(unmap.size)
+    }
+
+    fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
+        self.find(space, |group, _| remedy(group, cause)).unwrap_or_default()
+    }
+}
+
+/// What the user can do about a map for `group` that was refused for `cause`.
+pub(super) fn remedy(group: GroupId, cause: RefusalCause) -> String {
+    match cause {
+        RefusalCause::Limit => "Raise the limit with `modprobe -r vfio_iommu_type1; modprobe vfio_iommu_type1 \
+                                dma_entry_limit=N`, or let the guest use larger pages"
+            .to_owned(),
+        RefusalCause::Memlock => "Raise the limit with `ulimit -l`, or give the program CAP_IPC_LOCK".to_owned(),
+        RefusalCause::Range => format!(
+            "See /sys/kernel/iommu_groups/{group}/reserved_regions; a smaller aw-bits may keep the guest out of it"
+        ),
+        RefusalCause::Target => String::new(),
+        RefusalCause::Other => "See the host's kernel log".to_owned(),
     }
 }
 

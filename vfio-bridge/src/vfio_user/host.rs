@@ -1,5 +1,5 @@
 //! The backend: what is mapped for functions that other processes emulate. Each function is alone in its group and has
-//! a container of its own.
+//! a space of its own.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use vtd::{IovaRange, Perm};
+use vtd::{IovaRange, Perm, RefusalCause};
 use zerocopy::IntoBytes;
 
 use super::connection::{CALL_DEADLINE, Call, CallError, ConnectError, Connection};
@@ -20,7 +20,7 @@ use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::bridge::limits::Limits;
-use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused, UnmapRange};
+use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 
 /// Calls that are under way at a time.
 const CALLS_AT_ONCE: usize = 64;
@@ -38,7 +38,7 @@ pub enum UserEndpoint {
 #[derive(Default)]
 pub struct VfioUser {
     /// A connection lives as long as its [`UserFunction`].
-    functions: Mutex<BTreeMap<GroupId, Weak<Connection>>>,
+    functions: Mutex<BTreeMap<GroupId, (HostSpaceId, Weak<Connection>)>>,
 }
 
 impl VfioUser {
@@ -62,16 +62,18 @@ impl VfioUser {
         let mut functions = self.functions();
         let group = GroupId::of_user_function(functions.len() as u32);
         let function = UserFunction::new(connection.clone(), group)?;
-        functions.insert(group, Arc::downgrade(&connection));
+        functions.insert(group, (HostSpaceId::next(), Arc::downgrade(&connection)));
         Ok(function)
     }
 
-    fn functions(&self) -> MutexGuard<'_, BTreeMap<GroupId, Weak<Connection>>> {
+    fn functions(&self) -> MutexGuard<'_, BTreeMap<GroupId, (HostSpaceId, Weak<Connection>)>> {
         self.functions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn connection(&self, container: ContainerId) -> io::Result<Arc<Connection>> {
-        let connection = self.functions().get(&GroupId(container.0)).and_then(Weak::upgrade);
+    fn connection(&self, space: HostSpaceId) -> io::Result<Arc<Connection>> {
+        let functions = self.functions();
+        let connection =
+            functions.values().find(|(of, _)| *of == space).and_then(|(_, connection)| connection.upgrade());
         connection.ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
@@ -113,16 +115,16 @@ fn not_mapped(connection: &Connection, map: &Map<'_>, error: &CallError) -> MapR
 }
 
 impl HostIommu for VfioUser {
-    fn name(&self, _: ContainerId) -> &'static str {
+    fn name(&self) -> &'static str {
         "vfio-user"
     }
 
-    fn container(&self, group: GroupId) -> Option<ContainerId> {
-        self.functions().contains_key(&group).then_some(ContainerId(group.0))
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        self.functions().get(&group).map(|(space, _)| Placement::PerGroup(*space))
     }
 
-    fn limits(&self, container: ContainerId) -> Limits {
-        let capabilities = self.connection(container).map(|connection| connection.capabilities().clone());
+    fn limits(&self, space: HostSpaceId) -> Limits {
+        let capabilities = self.connection(space).map(|connection| connection.capabilities().clone());
         let entries = capabilities.as_ref().map_or(0, |capabilities| capabilities.max_dma_maps);
         Limits {
             iova_ranges: vec![IovaRange { first: 0, last: u64::MAX - PAGE_SIZE }],
@@ -134,14 +136,14 @@ impl HostIommu for VfioUser {
         }
     }
 
-    fn map(&self, container: ContainerId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let mut result = Ok(());
-        self.map_all(container, &[Map { iova, mem, perm }], &mut |told| result = told);
+        self.map_all(space, &[Map { iova, mem, perm }], &mut |told| result = told);
         result
     }
 
-    fn map_all(&self, container: ContainerId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
-        let Ok(connection) = self.connection(container) else {
+    fn map_all(&self, space: HostSpaceId, maps: &[Map<'_>], done: &mut dyn FnMut(Result<(), MapRefused>)) {
+        let Ok(connection) = self.connection(space) else {
             return maps.iter().for_each(|_| done(Err(MapRefused::from_errno(libc::ENODEV))));
         };
         for maps in maps.chunks(CALLS_AT_ONCE) {
@@ -153,8 +155,8 @@ impl HostIommu for VfioUser {
     }
 
     /// The protocol wants each mapping named, so this is a message for each, many of them under way at a time.
-    fn unmap(&self, container: ContainerId, range: UnmapRange) -> io::Result<u64> {
-        let connection = self.connection(container)?;
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
+        let connection = self.connection(space)?;
         let (first, last) = match range {
             UnmapRange::Span { first, last } => (first, last),
             UnmapRange::All => (0, u64::MAX),
@@ -181,6 +183,13 @@ impl HostIommu for VfioUser {
             // Whoever is gone holds nothing any more; who is still there was asked and did not let go.
             Some(e) if !connection.is_released() => Err(e.into()),
             _ => Ok(mappings.iter().map(|mapping| mapping.end - mapping.start).sum()),
+        }
+    }
+    fn remedy(&self, _: HostSpaceId, cause: RefusalCause) -> String {
+        match cause {
+            RefusalCause::Limit => "Let its process take more, or let the guest use larger pages".to_owned(),
+            RefusalCause::Other => "See what its process says".to_owned(),
+            RefusalCause::Memlock | RefusalCause::Range | RefusalCause::Target => String::new(),
         }
     }
 }

@@ -142,7 +142,7 @@ fn b16_each_notification_and_host_operation_is_a_line() {
     trace.memory(&ram);
     let hva = |gpa| ram.host_mem(gpa, KIB4).expect("RAM").hva();
     let (low, high, second_page) = (hva(0), hva(4 * GIB), hva(KIB4));
-    let bridge = Arc::new(Bridge::new(host, ram, Arc::new(Stopped::default())));
+    let bridge = Arc::new(Bridge::new(vec![host], ram, Arc::new(Stopped::default())));
     bridge.register(requester(1), GroupId(7)).expect("new");
     let listener = TracedListener::new(bridge.clone(), trace.clone());
     let space = paged(3, 48);
@@ -159,18 +159,19 @@ fn b16_each_notification_and_host_operation_is_a_line() {
     let expected = [
         &format!("host memory gpa=0x0-0x3fffffff hva={low:#x}"),
         &format!("host memory gpa=0x100000000-0x13fffffff hva={high:#x}"),
+        "host attach container=1 group=7 result=ok",
         "notify attach device=0000:00:01.0 space=unit0/domain3/root0x3000/48bit",
         "notify replay space=unit0/domain3/root0x3000/48bit iova=0x0-0xfff gpa=0x1000 perm=rw",
-        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=rw result=ok",
+        "host map container=1 iova=0x0-0xfff gpa=0x1000 perm=rw result=ok",
         "notify attached device=0000:00:01.0 space=unit0/domain3/root0x3000/48bit result=ok",
         "notify map space=unit0/domain3/root0x3000/48bit iova=0x200000-0x200fff gpa=0x0 perm=rw",
-        "host map container=7 iova=0x200000-0x200fff gpa=0x0 perm=rw result=No_space_left_on_device_(os_error_28)",
+        "host map container=1 iova=0x200000-0x200fff gpa=0x0 perm=rw result=No_space_left_on_device_(os_error_28)",
         "notify refused space=unit0/domain3/root0x3000/48bit device=0000:00:01.0 iova=0x200000-0x200fff cause=limit",
         "notify applied space=unit0/domain3/root0x3000/48bit ops=1 refused=1",
-        "host ledger container=7 extents=1 bytes=0x1000",
-        &format!("host extent container=7 iova=0x0-0xfff gpa=0x1000 hva={second_page:#x} perm=rw"),
+        "host ledger container=1 extents=1 bytes=0x1000",
+        &format!("host extent container=1 iova=0x0-0xfff gpa=0x1000 hva={second_page:#x} perm=rw"),
         "notify unmap space=unit0/domain3/root0x3000/48bit iova=0x0-0xffff",
-        "host unmap container=7 iova=0x0-0xffffffffffffffff bytes=0x1000 result=ok",
+        "host unmap container=1 iova=0x0-0xffffffffffffffff bytes=0x1000 result=ok",
         "notify applied space=unit0/domain3/root0x3000/48bit ops=1 refused=0",
         "notify detach device=0000:00:01.0",
     ];

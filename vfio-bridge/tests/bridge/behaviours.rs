@@ -256,8 +256,8 @@ fn b11_what_one_group_cannot_have_no_group_of_the_space_keeps() {
     let space = paged(1, 48);
     world.attach(1, &space, &[]).expect("attached");
     world.attach(2, &space, &[]).expect("attached");
-    world.model.inject(|container, op| match op {
-        HostOp::Map(held) if container.0 == 2 && held.iova == GIB => Some(libc::ENOMEM),
+    world.model.inject(|space, op| match op {
+        HostOp::Map(held) if space.0 == 2 && held.iova == GIB => Some(libc::ENOMEM),
         _ => None,
     });
     let applied = world.apply(&space, &[map(0, 0, KIB4), map(GIB, 0, KIB4)]);
@@ -332,8 +332,8 @@ fn b11_an_unmap_that_took_less_than_the_ledger_says_is_refused() {
     let (world, space) = World::one(Kernel::new(48), 48);
     world.done(&space, &[map(0, 0, MIB2)]);
     // Someone else took the mapping away.
-    use vfio_bridge::{ContainerId, HostIommu};
-    world.model.unmap(ContainerId(1), UnmapRange::All).expect("unmapped");
+    use vfio_bridge::{HostIommu, HostSpaceId};
+    world.model.unmap(HostSpaceId(1), UnmapRange::All).expect("unmapped");
     world.done(&space, &[unmap(0, MIB2 - 1)]);
     assert_eq!(world.stats(1).quarantined, 1);
 }
@@ -355,7 +355,7 @@ fn b11_a_stopped_group_costs_the_others_nothing() {
     world.attach(1, &space, &[]).expect("attached");
     world.attach(2, &space, &[]).expect("attached");
     world.done(&space, &[map(0, 0, KIB4)]);
-    world.model.inject(|container, op| (container.0 == 2 && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
+    world.model.inject(|space, op| (space.0 == 2 && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
     world.done(&space, &[unmap(0, KIB4 - 1), map(GIB, 0, KIB4)]);
     assert_eq!(*world.stopped.functions.lock().expect("whole"), [requester(2)]);
     assert_eq!(world.shape(), [(GIB, KIB4)]);

@@ -17,7 +17,7 @@ fn broken() -> (World, SpaceKey) {
         world.attach(device, &space, &[]).expect("attached");
     }
     world.done(&space, &[map(0, 0, KIB4), map(MIB2, MIB2, KIB4), map(GIB, 0, KIB4)]);
-    world.model.inject(|container, op| (container.0 == 1 && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
+    world.model.inject(|space, op| (space.0 == 1 && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
     world.model.served();
     world.done(&space, &[unmap(0, KIB4 - 1)]);
     assert_eq!(*world.stopped.functions.lock().expect("whole"), [requester(1), requester(2)]);
@@ -44,7 +44,7 @@ fn b11_a_broken_container_gets_no_space_any_more() {
     world.model.stop_injecting();
     host_refuses(world.attach(1, &other, &[mapping(4 * MIB2, 0, KIB4)]));
     host_refuses(world.attach(2, &other, &[mapping(4 * MIB2, 0, KIB4)]));
-    let maps = world.model.served().into_iter().filter(|s| s.container.0 == 1 && matches!(s.op, HostOp::Map(_)));
+    let maps = world.model.served().into_iter().filter(|s| s.space.0 == 1 && matches!(s.op, HostOp::Map(_)));
     assert_eq!(maps.count(), 0);
     assert!(world.contents().len() <= before.len());
     assert_eq!(world.bridge.space_of(requester(1)), Some(SpaceKey::Blocked));
@@ -103,13 +103,13 @@ fn b11_a_host_that_unmaps_less_or_more_than_the_ledger_has_is_not_believed() {
     for foreign in [true, false] {
         let (world, space) = World::one(Kernel::new(48), 48);
         world.done(&space, &[map(0, 0, KIB4), map(2 * KIB4, 0, KIB4)]);
-        let (container, held) = (vfio_bridge::ContainerId(1), RAM.map());
+        let (host_space, held) = (vfio_bridge::HostSpaceId(1), RAM.map());
         let host: &dyn vfio_bridge::HostIommu = &*world.model;
         if foreign {
             let mem = held.host_mem(0, KIB4).expect("RAM");
-            host.map(container, KIB4, mem, vtd::Perm::Read).expect("mapped");
+            host.map(host_space, KIB4, mem, vtd::Perm::Read).expect("mapped");
         } else {
-            host.unmap(container, UnmapRange::Span { first: 0, last: KIB4 - 1 }).expect("unmapped");
+            host.unmap(host_space, UnmapRange::Span { first: 0, last: KIB4 - 1 }).expect("unmapped");
         }
         world.apply(&space, &[unmap(0, 3 * KIB4 - 1)]);
         assert_eq!((world.stats(1).quarantined, world.stats(1).unmaps_refused), (1, 1), "foreign: {foreign}");

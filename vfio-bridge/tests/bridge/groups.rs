@@ -9,9 +9,7 @@ use crate::world::*;
 const RAM: Ram = Ram { low: 16 << 20, high: 16 << 20 };
 
 fn refuses_unmaps_of(world: &World, group: u32) {
-    world
-        .model
-        .inject(move |container, op| (container.0 == group && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
+    world.model.inject(move |space, op| (space.0 == group && matches!(op, HostOp::Unmap(_))).then_some(libc::EIO));
 }
 
 fn stopped(world: &World) -> Vec<vtd::Requester> {
@@ -77,7 +75,7 @@ fn b11_c3_a_function_that_may_not_join_keeps_its_group_out() {
     }
     world.attach(3, &SpaceKey::Identity, &[]).expect("its group disagrees");
     // Function 3 would agree with function 2; the host refuses what it takes to join.
-    world.model.inject(|container, op| (container.0 == 2 && matches!(op, HostOp::Map(_))).then_some(libc::ENOSPC));
+    world.model.inject(|space, op| (space.0 == 2 && matches!(op, HostOp::Map(_))).then_some(libc::ENOSPC));
     assert!(matches!(world.attach(3, &space, &live), Err(AttachRefused::Shared(_))));
     world.model.stop_injecting();
     // The unit has function 3 in no space now. That the other one is attached again changes nothing for it.
@@ -125,8 +123,8 @@ fn b11_what_no_group_can_have_is_refused_once() {
 fn b11_what_one_group_lost_the_next_ones_are_not_asked_for() {
     let (world, space) = sharing(3);
     let lost = [KIB4, MIB2, GIB];
-    world.model.inject(move |container, op| {
-        let refuse = container.0 == 1 && matches!(op, HostOp::Map(held) if lost.contains(&held.iova));
+    world.model.inject(move |space, op| {
+        let refuse = space.0 == 1 && matches!(op, HostOp::Map(held) if lost.contains(&held.iova));
         refuse.then_some(libc::ENOMEM)
     });
     let at = [0, KIB4, 2 * KIB4, MIB2 - KIB4, MIB2, MIB2 + KIB4, GIB, 2 * GIB];
@@ -137,11 +135,11 @@ fn b11_what_one_group_lost_the_next_ones_are_not_asked_for() {
     );
     let asked = |group: u32| -> Vec<u64> {
         let served = world.model.served();
-        let of_group = served.into_iter().filter(|served| served.container.0 == group);
+        let of_group = served.into_iter().filter(|served| served.space.0 == group);
         of_group
             .filter_map(|served| match served.op {
                 HostOp::Map(held) => Some(held.iova),
-                HostOp::Unmap(_) => None,
+                _ => None,
             })
             .collect()
     };
@@ -149,8 +147,8 @@ fn b11_what_one_group_lost_the_next_ones_are_not_asked_for() {
     // A mapping that reaches over what was lost is granted around it, in every group.
     let refused = world.apply(&space, &[unmap(0, u64::MAX), map(0, 0, 4 * KIB4)]).refused;
     assert_eq!(refused, []);
-    world.model.inject(move |container, op| {
-        (container.0 == 1 && matches!(op, HostOp::Map(held) if held.iova == MIB2)).then_some(libc::ENOMEM)
+    world.model.inject(move |space, op| {
+        (space.0 == 1 && matches!(op, HostOp::Map(held) if held.iova == MIB2)).then_some(libc::ENOMEM)
     });
     world.model.served();
     let over = [map(MIB2, 0, KIB4), map(MIB2 + KIB4, KIB4, 3 * KIB4)];

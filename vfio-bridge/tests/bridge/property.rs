@@ -263,7 +263,7 @@ impl Run {
         let seen = Seen::default();
         let log = Arc::clone(&seen);
         world.model.set_hook(move |served, contents| {
-            let group = served.container.0 as usize - 1;
+            let group = served.space.0 as usize - 1;
             log.lock().expect("whole").push((group, *served, contents.clone()));
         });
         let unlimited = host.entries > 1000 && host.memlock.is_none();
@@ -552,9 +552,9 @@ proptest! {
     ) {
         let mut run = Run::new(&Host { width: 48, old: false, entries: 65_535, memlock: None });
         let mut count = 0;
-        run.world.model.inject(move |container, op| {
-            count += u64::from(container.0 == 1 && matches!(op, HostOp::Unmap(_)));
-            (count >= fails && container.0 == 1 && matches!(op, HostOp::Unmap(_))).then_some(libc::EINVAL)
+        run.world.model.inject(move |space, op| {
+            count += u64::from(space.0 == 1 && matches!(op, HostOp::Unmap(_)));
+            (count >= fails && space.0 == 1 && matches!(op, HostOp::Unmap(_))).then_some(libc::EINVAL)
         });
         for step in &steps {
             // Once its functions are stopped, attaching one of them is an error; the other group is not asked.

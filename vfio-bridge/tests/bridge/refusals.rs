@@ -86,7 +86,7 @@ impl Guest {
         let map = GuestMap::of_memory(Arc::new(memory.clone())).expect("whole pages");
         let watch =
             Arc::new(Watch { memory: memory.clone(), stopped: Mutex::default(), machine: Mutex::default(), stubborn });
-        let bridge = Arc::new(Bridge::new(model.clone(), map, watch.clone()));
+        let bridge = Arc::new(Bridge::new(vec![model.clone()], map, watch.clone()));
         let config = UnitConfig::new(UnitId(0), 48);
         let unit = Unit::new(config, memory.clone(), bridge.clone(), Arc::new(Silent)).expect("a unit");
         let guest = Self { memory, unit, bridge, model, watch, tail: 0, status: 0 };

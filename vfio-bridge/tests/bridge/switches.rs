@@ -31,6 +31,7 @@ fn operations(world: &World) -> Vec<String> {
         (HostOp::Map(held), Err(_)) => format!("!{}", said(held.iova, held.last())),
         (HostOp::Unmap(UnmapRange::Span { first, last }), _) => format!("-{}", said(first, last)),
         (HostOp::Unmap(UnmapRange::All), _) => "-all".into(),
+        (other, _) => format!("{other:?}"),
     };
     world.model.served().iter().map(operation).collect()
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use vfio_bridge::model::{Kernel, Model};
-use vfio_bridge::{ContainerId, GroupId, HostIommu, Map, Trace, TracedHost, TracedListener, UnmapRange};
+use vfio_bridge::{GroupId, HostIommu, HostSpaceId, Map, Placement, Trace, TracedHost, TracedListener, UnmapRange};
 use vtd::{
     Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
     Stream,
@@ -93,31 +93,33 @@ fn b16_a_traced_host_is_the_host() {
     let (trace, text) = trace();
     let model = Model::new(Kernel { entries: 3, ..Kernel::new(39) }, &[GroupId(7)]);
     let host = TracedHost::new(model.clone(), trace.clone());
-    let container = ContainerId(7);
+    let space = HostSpaceId(1);
     assert_eq!(
-        (host.name(container), host.container(GroupId(7)), host.container(GroupId(8))),
-        ("model", Some(container), None)
+        (host.name(), host.placement(GroupId(7)), host.placement(GroupId(8))),
+        ("model", Some(Placement::PerGroup(space)), None)
     );
-    assert_eq!(host.limits(container), model.limits(container));
+    assert_eq!(host.limits(space), model.limits(space));
     let ram = Ram { low: MIB2, high: MIB2 }.map();
     let mem = ram.host_mem(KIB4, KIB4).expect("RAM");
-    host.map(container, 0, mem, Perm::Write).expect("mapped");
+    host.map(space, 0, mem, Perm::Write).expect("mapped");
     let maps = [0, MIB2].map(|iova| Map { iova, mem, perm: Perm::Read });
     let mut told = Vec::new();
-    host.map_all(container, &maps, &mut |result| told.push(result.is_ok()));
+    host.map_all(space, &maps, &mut |result| told.push(result.is_ok()));
     assert_eq!(told, [false, true], "the first overlaps");
     assert_eq!(model.contents(GroupId(7)).len(), 2);
-    assert_eq!(host.unmap(container, UnmapRange::Span { first: 0, last: KIB4 - 1 }).expect("unmapped"), KIB4);
-    assert!(host.unmap(container, UnmapRange::Span { first: 0, last: KIB4 }).is_err());
+    assert_eq!(host.unmap(space, UnmapRange::Span { first: 0, last: KIB4 - 1 }).expect("unmapped"), KIB4);
+    assert!(host.unmap(space, UnmapRange::Span { first: 0, last: KIB4 }).is_err());
     let lines = lines(&trace, &text);
     let starts = [
-        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=w ns=",
-        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=r ns=",
-        "host map container=7 iova=0x200000-0x200fff gpa=0x1000 perm=r ns=",
-        "host unmap container=7 iova=0x0-0xfff bytes=0x1000 ns=",
-        "host unmap container=7 iova=0x0-0x1000 bytes=0x0 ns=",
+        "host attach container=1 group=7 ns=",
+        "host map container=1 iova=0x0-0xfff gpa=0x1000 perm=w ns=",
+        "host map container=1 iova=0x0-0xfff gpa=0x1000 perm=r ns=",
+        "host map container=1 iova=0x200000-0x200fff gpa=0x1000 perm=r ns=",
+        "host unmap container=1 iova=0x0-0xfff bytes=0x1000 ns=",
+        "host unmap container=1 iova=0x0-0x1000 bytes=0x0 ns=",
     ];
     let ends = [
+        "result=ok",
         "result=ok",
         "result=File_exists_(os_error_17)",
         "result=ok",

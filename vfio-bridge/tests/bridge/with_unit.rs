@@ -92,13 +92,13 @@ impl Machine {
         let ids: Vec<GroupId> = groups.iter().map(|g| GroupId(*g)).collect();
         let model = Model::new(kernel, &ids);
         let guest = GuestMap::of_memory(Arc::new(memory.clone())).expect("whole pages");
-        let bridge = Arc::new(Bridge::new(model.clone(), guest, Arc::new(Stopped::default())));
+        let bridge = Arc::new(Bridge::new(vec![model.clone()], guest, Arc::new(Stopped::default())));
         let config = UnitConfig::new(UnitId(0), 48);
         let unit = Unit::new(config, memory.clone(), bridge.clone(), Arc::new(Silent)).expect("a unit");
         let seen: Arc<Mutex<Vec<(u32, HostOp, Contents)>>> = Arc::default();
         let log = Arc::clone(&seen);
         model.set_hook(move |served, contents| {
-            log.lock().expect("whole").push((served.container.0, served.op, contents.clone()));
+            log.lock().expect("whole").push((served.space.0, served.op, contents.clone()));
         });
         let mut machine = Self {
             memory,

@@ -108,6 +108,9 @@ pub fn check_switch(before: &Contents, ops: &[(HostOp, Contents)]) -> Result<(),
                     return Err(format!("{page:#x} is without translation while others get theirs: {op:x?}"));
                 }
             }
+            HostOp::Create | HostOp::Destroy | HostOp::Attach(_) | HostOp::Detach(_) => {
+                return Err(format!("a group that is in its space for life has {op:x?}"));
+            }
             HostOp::Unmap(range) => {
                 if let Some(page) = missing {
                     return Err(format!("{page:#x} is without translation while others lose theirs: {op:x?}"));
@@ -178,7 +181,7 @@ impl World {
         let groups: Vec<GroupId> = functions.iter().map(|(_, group)| GroupId(*group)).collect();
         let model = Model::new(kernel, &groups);
         let stopped = Arc::new(Stopped::default());
-        let bridge = Bridge::new(model.clone(), ram.map(), stopped.clone());
+        let bridge = Bridge::new(vec![model.clone()], ram.map(), stopped.clone());
         for (device, group) in functions {
             bridge.register(requester(*device), GroupId(*group)).expect("new");
         }
@@ -223,7 +226,7 @@ impl World {
     pub fn unmaps(&self) -> Vec<UnmapRange> {
         let range = |served: Served| match served.op {
             HostOp::Unmap(range) => Some(range),
-            HostOp::Map(_) => None,
+            _ => None,
         };
         self.model.served().into_iter().filter_map(range).collect()
     }

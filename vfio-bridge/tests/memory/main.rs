@@ -176,7 +176,7 @@ fn rule5_memory_of_a_trace_is_flat() {
     let trace = Trace::new(Box::new(io::sink()));
     let model = Model::new(Kernel::new(48), &[GroupId(1)]);
     let host = Arc::new(TracedHost::new(model.clone(), trace.clone()));
-    let bridge = Arc::new(Bridge::new(host, RAM.map(), Arc::new(Stopped::default())));
+    let bridge = Arc::new(Bridge::new(vec![host], RAM.map(), Arc::new(Stopped::default())));
     bridge.register(requester(1), GroupId(1)).expect("new");
     let listener = TracedListener::new(bridge, trace);
     let space = paged(1, 48);

@@ -115,7 +115,7 @@ fn what_was_unmapped_is_not_reached_any_more() {
     assert!(serving.memory.read(Iova(0x1_0000), &mut data).is_err());
     assert!(serving.memory.read(Iova(0x1_0000 + 99 * 0x2000), &mut data).is_err());
     assert!(serving.memory.read(Iova(0x1_0000 + 100 * 0x2000), &mut data).is_ok());
-    assert_eq!(rig.host.unmap(rig.container(), UnmapRange::All).unwrap(), 100 * 0x1000);
+    assert_eq!(rig.host.unmap(rig.space(), UnmapRange::All).unwrap(), 100 * 0x1000);
     assert!(serving.memory.read(Iova(0x1_0000 + 100 * 0x2000), &mut data).is_err());
     // Twice at one place, only after it is gone.
     rig.map(0x1000, 0, 0x1000, Perm::Read).unwrap();
@@ -167,7 +167,7 @@ fn the_bridge_keeps_the_process_exactly_where_the_guest_has_it() {
     let memory = Memory::new();
     let host = Arc::new(VfioUser::default());
     let function = host.open(UserEndpoint::Connected(stream.into()), "test").unwrap();
-    let bridge = Bridge::new(host, memory.map.clone(), Arc::new(Nobody));
+    let bridge = Bridge::new(vec![host], memory.map.clone(), Arc::new(Nobody));
     let requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
     bridge.register(requester, function.group()).unwrap();
     assert_eq!(bridge.backend(requester), Some("vfio-user"));
@@ -211,6 +211,6 @@ fn the_bridge_keeps_the_process_exactly_where_the_guest_has_it() {
 fn the_process_gets_no_more_mappings_than_it_said_it_takes() {
     let (stream, _serving) = serving();
     let rig = Rig::connect(stream, PATIENT).unwrap();
-    assert_eq!(rig.host.limits(rig.container()).entries, 1 << 20);
-    assert_eq!(rig.host.limits(rig.container()).address_width(), 64);
+    assert_eq!(rig.host.limits(rig.space()).entries, 1 << 20);
+    assert_eq!(rig.host.limits(rig.space()).address_width(), 64);
 }

@@ -117,7 +117,7 @@ fn d3_the_machine_is_stopped_before_the_guest_is_told_of_an_unmap_that_was_not_a
     let host = Arc::new(VfioUser::default());
     let function = host.open_with_deadline(UserEndpoint::Connected(stream.into()), "test", SHORT).unwrap();
     let stubborn = Arc::new(Stubborn::default());
-    let bridge = Bridge::new(host, memory.map.clone(), stubborn.clone());
+    let bridge = Bridge::new(vec![host], memory.map.clone(), stubborn.clone());
     let requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
     bridge.register(requester, function.group()).unwrap();
     bridge.attach(requester.into(), &SpaceKey::Identity, &mut std::iter::empty()).unwrap();
@@ -172,7 +172,7 @@ fn whoever_closes_its_end_holds_nothing_any_more() {
 
 impl Rig {
     fn host_unmap_all(&self) -> u64 {
-        self.host.unmap(self.container(), UnmapRange::All).unwrap()
+        self.host.unmap(self.space(), UnmapRange::All).unwrap()
     }
 }
 

@@ -261,8 +261,8 @@ fn a_server_that_says_nothing_of_itself_is_taken_to_have_the_specifications_defa
         (command == 1).then(|| message(id, 1, REPLY, 0, &[0, 0, 0, 0]))
     });
     let rig = Rig::connect(stream, PATIENT).unwrap();
-    assert_eq!(rig.host.limits(rig.container()).entries, 65_535);
-    assert_eq!(rig.host.limits(rig.container()).page_sizes, 4096);
+    assert_eq!(rig.host.limits(rig.space()).entries, 65_535);
+    assert_eq!(rig.host.limits(rig.space()).page_sizes, 4096);
     rig.map(0, 0, 0x1000, Perm::Read).unwrap();
     rig.function.write(RegionKind::Bar(0), 0, &vec![0; (1 << 20) + 1]).unwrap();
     assert_eq!(*sizes.lock().unwrap(), [1 << 20, 1]);

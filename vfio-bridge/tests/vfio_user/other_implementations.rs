@@ -17,7 +17,7 @@ use vfio_user::{Client, DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBacke
 use vmm_sys_util::tempdir::TempDir;
 use vtd::{Iova, Perm};
 
-use super::rig::{Asked, Device, HIGH, Memory, event, was_signalled};
+use super::rig::{Asked, Device, HIGH, Memory, event, space_of, was_signalled};
 
 type Maps = Vec<(u64, u64, u64, DmaMapFlags, File)>;
 
@@ -106,10 +106,10 @@ fn our_client_with_its_server() {
     function.reset().unwrap();
 
     let memory = Memory::new();
-    let container = host.container(function.group()).unwrap();
+    let space = space_of(&host, function.group());
     let mem = |gpa| memory.map.host_mem(gpa, 0x1000).unwrap();
-    host.map(container, 0x4000, mem(HIGH), Perm::Read).unwrap();
-    host.map(container, 0x6000, mem(0x1000), Perm::ReadWrite).unwrap();
+    host.map(space, 0x4000, mem(HIGH), Perm::Read).unwrap();
+    host.map(space, 0x6000, mem(0x1000), Perm::ReadWrite).unwrap();
     memory.put(HIGH, 0x55);
     {
         let maps = maps.lock().unwrap();
@@ -121,12 +121,12 @@ fn our_client_with_its_server() {
         maps[0].4.read_exact_at(&mut data, maps[0].2).unwrap();
         assert_eq!(u64::from_ne_bytes(data), 0x55);
     }
-    assert_eq!(host.unmap(container, UnmapRange::All).unwrap(), 0x2000);
+    assert_eq!(host.unmap(space, UnmapRange::All).unwrap(), 0x2000);
     assert!(maps.lock().unwrap().is_empty());
     // What it does not know, it refuses to unmap; that is told.
-    host.map(container, 0x4000, mem(0), Perm::Read).unwrap();
+    host.map(space, 0x4000, mem(0), Perm::Read).unwrap();
     maps.lock().unwrap().clear();
-    assert!(host.unmap(container, UnmapRange::All).is_err());
+    assert!(host.unmap(space, UnmapRange::All).is_err());
     drop(function);
     thread.join().unwrap();
 }
@@ -144,9 +144,9 @@ fn its_refusals_reach_us() {
     let function = host.open(UserEndpoint::Path(path), "other").unwrap();
     assert_eq!(function.reset().unwrap_err().kind(), io::ErrorKind::Unsupported);
     let memory = Memory::new();
-    let container = host.container(function.group()).unwrap();
-    host.map(container, 0, memory.map.host_mem(0, 0x1000).unwrap(), Perm::Read).unwrap_err();
-    assert_eq!(host.unmap(container, UnmapRange::All).unwrap(), 0);
+    let space = space_of(&host, function.group());
+    host.map(space, 0, memory.map.host_mem(0, 0x1000).unwrap(), Perm::Read).unwrap_err();
+    assert_eq!(host.unmap(space, UnmapRange::All).unwrap(), 0);
     drop(function);
     thread.join().unwrap();
 }

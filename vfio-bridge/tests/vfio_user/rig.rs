@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vfio_bridge::vfio_user::{ClientMemory, Requests, Served, UserEndpoint, UserFunction, VfioUser, serve};
-use vfio_bridge::{ContainerId, GuestMap, HostIommu, IrqKind, MapRefused, RegionKind, UnmapRange};
+use vfio_bridge::{GroupId, GuestMap, HostIommu, HostSpaceId, IrqKind, MapRefused, Placement, RegionKind, UnmapRange};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::tempfile::TempFile;
 use vtd::{Iova, Perm};
@@ -153,17 +153,17 @@ impl Rig {
         Ok(Self { memory: Memory::new(), function, host, heard })
     }
 
-    pub fn container(&self) -> ContainerId {
-        self.host.container(self.function.group()).unwrap()
+    pub fn space(&self) -> HostSpaceId {
+        space_of(&self.host, self.function.group())
     }
 
     pub fn map(&self, iova: u64, gpa: u64, len: u64, perm: Perm) -> Result<(), MapRefused> {
         let mem = self.memory.map.host_mem(gpa, len).unwrap();
-        self.host.map(self.container(), iova, mem, perm)
+        self.host.map(self.space(), iova, mem, perm)
     }
 
     pub fn unmap(&self, first: u64, last: u64) -> std::io::Result<u64> {
-        self.host.unmap(self.container(), UnmapRange::Span { first, last })
+        self.host.unmap(self.space(), UnmapRange::Span { first, last })
     }
 }
 
@@ -191,4 +191,12 @@ pub fn was_signalled(event: &vmm_sys_util::eventfd::EventFd) -> bool {
 
 pub fn event() -> vmm_sys_util::eventfd::EventFd {
     vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap()
+}
+
+/// The space that `group` is in for life.
+pub fn space_of(host: &dyn HostIommu, group: GroupId) -> HostSpaceId {
+    match host.placement(group) {
+        Some(Placement::PerGroup(space)) => space,
+        other => panic!("{other:?}"),
+    }
 }

@@ -1,4 +1,4 @@
-//! One container of the host: the ledger of what it holds, and the host operations that change it.
+//! One space of the host: the ledger of what it holds, and the host operations that change it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use crate::bridge::guest_map::GuestMap;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
 use crate::bridge::limits::{Limits, without_interrupt_window};
-use crate::host::{ContainerId, GroupId, HostIommu, Map, MapRefused};
+use crate::host::{HostIommu, HostSpaceId, Map, MapRefused};
 use crate::stats::{Counters, cause_index};
 
 /// A range that is not mapped although it was asked for.
@@ -37,50 +37,61 @@ struct Room {
     waiting: Vec<Extent>,
 }
 
-/// The container that a group is in.
-pub(crate) struct Container {
-    id: ContainerId,
-    group: GroupId,
+/// A host space with its ledger.
+pub(crate) struct HostSpace {
+    id: HostSpaceId,
     host: Arc<dyn HostIommu>,
+    /// Whose it is, for messages.
+    owner: String,
     limits: Limits,
     ledger: Ledger,
     counters: Arc<Counters>,
+    /// What the counters have of it: extents and bytes.
+    counted: (u64, u64),
     /// Causes that were logged.
     warned: [bool; 5],
-    /// Why the container is no longer trusted to hold what the ledger says: an unmap was refused.
+    /// Why it is no longer trusted to hold what the ledger says: an unmap was refused.
     broken: Option<String>,
 }
 
-impl Container {
-    pub fn new(id: ContainerId, group: GroupId, host: Arc<dyn HostIommu>) -> Self {
+impl HostSpace {
+    /// An empty one. What is done in it is counted by `counters`.
+    pub fn new(id: HostSpaceId, host: Arc<dyn HostIommu>, owner: String, counters: Arc<Counters>) -> Self {
         let limits = host.limits(id);
-        Self {
-            id,
-            group,
-            host,
-            limits,
-            ledger: Ledger::default(),
-            counters: Arc::default(),
-            warned: [false; 5],
-            broken: None,
-        }
+        let (ledger, warned) = (Ledger::default(), [false; 5]);
+        Self { id, host, owner, limits, ledger, counters, counted: (0, 0), warned, broken: None }
     }
 
-    pub fn id(&self) -> ContainerId {
+    pub fn id(&self) -> HostSpaceId {
         self.id
-    }
-
-    pub fn counters(&self) -> &Arc<Counters> {
-        &self.counters
     }
 
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
-    /// Why the functions of this container are, or must be, stopped.
+    /// Why the functions in it are, or must be, stopped.
     pub fn broken(&self) -> Option<&str> {
         self.broken.as_deref()
+    }
+
+    /// The host could not do what `why` says: who is in it must be stopped.
+    pub fn break_for(&mut self, why: String) {
+        if self.broken.is_none() {
+            error!("{}: {why}", self.owner);
+            self.broken = Some(why);
+        }
+    }
+
+    /// The host gave it up, with all that it held.
+    pub fn gone(&mut self) {
+        self.ledger = Ledger::default();
+        self.count_held();
+    }
+
+    fn count_held(&mut self) {
+        let held = (self.ledger.len() as u64, self.ledger.bytes());
+        self.counters.held(std::mem::replace(&mut self.counted, held), held);
     }
 
     /// What `mapping` is for this host: the extents that can be mapped, in ascending order. What cannot goes to `lost`;
@@ -277,12 +288,12 @@ impl Container {
         let start = Instant::now();
         let result = self.host.unmap(self.id, run.range);
         let time = start.elapsed();
-        trace!("group {}: unmap {:x?}: {result:?}", self.group, run.range);
+        trace!(target: "vfio_bridge::host", "{}: unmap {:x?}: {result:?}", self.owner, run.range);
         let why = match result {
             Ok(bytes) if bytes == expected => {
                 self.counters.host_unmap(time, Some(bytes));
                 self.ledger.remove(&run.extents);
-                self.counters.live(self.ledger.len() as u64, self.ledger.bytes());
+                self.count_held();
                 return true;
             }
             Ok(bytes) => format!("the host unmapped {bytes:#x} bytes of {expected:#x} in {:x?}", run.range),
@@ -290,10 +301,7 @@ impl Container {
         };
         self.counters.host_unmap(time, None);
         self.counters.unmap_refused();
-        if self.broken.is_none() {
-            error!("group {}: {why}", self.group);
-            self.broken = Some(why);
-        }
+        self.break_for(why);
         false
     }
 
@@ -305,7 +313,9 @@ impl Container {
 
     /// One host map. A refusal is not counted yet, the operation is.
     fn try_map(&mut self, guest: &GuestMap, extent: &Extent) -> Result<(), RefusalCause> {
-        let mem = guest.host_mem(extent.gpa, extent.size()).ok_or(RefusalCause::Target)?;
+        let mem = guest.host_mem(extent.gpa, extent.size());
+        // What stays of an extent that was cut may be memory that is not there any more.
+        let mem = mem.filter(|mem| mem.hva() == extent.hva).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
         self.mapped(extent, start.elapsed(), result)
@@ -314,12 +324,12 @@ impl Container {
     /// Books the result of one host map.
     fn mapped(&mut self, extent: &Extent, time: Duration, result: Result<(), MapRefused>) -> Result<(), RefusalCause> {
         let range = extent.range();
-        trace!("group {}: map {range} to {:#x} {:?}: {result:?}", self.group, extent.gpa, extent.perm);
+        trace!(target: "vfio_bridge::host", "{}: map {range} to {:#x} {:?}: {result:?}", self.owner, extent.gpa, extent.perm);
         match result {
             Ok(()) => {
                 self.counters.host_map(time, Some(extent.size()));
                 self.ledger.insert(*extent);
-                self.counters.live(self.ledger.len() as u64, self.ledger.bytes());
+                self.count_held();
                 Ok(())
             }
             Err(refused) => {
@@ -337,35 +347,23 @@ impl Container {
         if std::mem::replace(warned, true) {
             return;
         }
-        let group = self.group;
-        let held = self.ledger.len();
+        let (owner, held, remedy) = (&self.owner, self.ledger.len(), self.host.remedy(self.id, cause));
         match cause {
-            RefusalCause::Limit if group.of_kernel().is_none() => warn!(
-                "{group}: the process takes no more than {held} mappings: the device cannot reach {range}. Let it take more, or let the \
-                 guest use larger pages"
-            ),
             RefusalCause::Limit => warn!(
-                "group {group}: the host holds {held} mappings and takes no more: the device cannot reach {range}. Raise the \
-                 limit with `modprobe -r vfio_iommu_type1; modprobe vfio_iommu_type1 dma_entry_limit=N`, or let the guest \
-                 use larger pages"
+                "{owner}: {held} mappings are held, and the host takes no more: the device cannot reach {range}. {remedy}"
             ),
             RefusalCause::Memlock => warn!(
-                "group {group}: the host lets this process lock no more memory: the device cannot reach {range}. Raise the \
-                 limit with `ulimit -l`, or give the program CAP_IPC_LOCK"
+                "{owner}: the host lets this process lock no more memory: the device cannot reach {range}. {remedy}"
             ),
             RefusalCause::Range => warn!(
-                "group {group}: the host cannot map {range}, which is outside its IOVA ranges: the device cannot reach it. \
-                 See /sys/kernel/iommu_groups/{group}/reserved_regions; a smaller aw-bits may keep the guest out of it"
+                "{owner}: the host cannot map {range}, which is outside its IOVA ranges: the device cannot reach it. {remedy}"
             ),
             RefusalCause::Target => warn!(
-                "group {group}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
+                "{owner}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
             ),
-            RefusalCause::Other if group.of_kernel().is_none() => {
-                warn!("{group}: the process refused to map {range}: the device cannot reach it")
+            RefusalCause::Other => {
+                warn!("{owner}: the host refused to map {range}: the device cannot reach it. {remedy}");
             }
-            RefusalCause::Other => warn!(
-                "group {group}: the host refused to map {range}: the device cannot reach it. See the host's kernel log"
-            ),
         }
     }
 }
