@@ -20,6 +20,8 @@ mod mutate;
 mod nested;
 mod oracle;
 mod own_kernel;
+#[cfg(test)]
+mod packages;
 mod pool;
 mod programs;
 mod report;
