@@ -11,6 +11,8 @@ mod cpio;
 mod crate_benches;
 mod crate_tests;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod images;
 mod kernel_modules;
 mod l1;
