@@ -22,7 +22,7 @@ const COLUMNS: usize = 6;
 static ID_OF_TEST: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^([a-g]|rule)([0-9]+)_").unwrap());
 
 /// The names of all functions in the Rust files of `folder`.
-fn functions(folder: &str) -> BTreeSet<String> {
+pub fn functions(folder: &str) -> BTreeSet<String> {
     let function = Regex::new(r"\bfn ([a-z0-9_]+)").unwrap();
     let mut names = BTreeSet::new();
     for (_, text) in rust_files(&workspace().join(folder)) {

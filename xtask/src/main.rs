@@ -11,6 +11,8 @@ mod cpio;
 mod crate_benches;
 mod crate_tests;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod images;
 mod kernel_modules;
 mod l1;
@@ -20,6 +22,8 @@ mod mutate;
 mod nested;
 mod oracle;
 mod own_kernel;
+#[cfg(test)]
+mod packages;
 mod pool;
 mod programs;
 mod report;

@@ -31,6 +31,9 @@ pub struct MutateArgs {
     /// Prints the mutations and runs nothing
     #[arg(long)]
     list: bool,
+    /// Writes docs/mutations.md anew, of what it has and the lists say, and runs nothing
+    #[arg(long)]
+    page: bool,
     /// How many mutations are run at a time, each in a copy of the tree and with a target folder of its own
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     jobs: Option<u32>,
@@ -63,6 +66,10 @@ impl Outcome {
 /// The exit status is 0 if everything that is not equivalent was killed, else 1: also if one does not build. The last
 /// line has the counts.
 pub fn command(args: &MutateArgs) -> Result<u8> {
+    if args.page {
+        page::update(&[]).context("cannot write docs/mutations.md")?;
+        return Ok(0);
+    }
     let mut mutations = list::load()?;
     for name in &args.crates {
         ensure!(mutations.iter().any(|mutation| mutation.package == *name), "no mutations of {name} are listed");

@@ -66,13 +66,13 @@ impl TestArgs {
 }
 
 /// A check of the whole tree by one command.
-struct Check {
-    name: &'static str,
+pub struct Check {
+    pub name: &'static str,
     arguments: &'static [&'static str],
     environment: Option<(&'static str, &'static str)>,
 }
 
-const CHECKS: &[Check] = &[
+pub const CHECKS: &[Check] = &[
     Check { name: "check::format", arguments: &["fmt", "--all", "--check"], environment: None },
     Check {
         name: "check::clippy",

@@ -97,9 +97,9 @@ fn b13_each_refusal_says_the_cause_and_the_remedy() {
 #[test]
 fn the_readme_binds_a_function_as_the_message_does() {
     let bdf = "0000:03:00.0".parse().expect("an address");
-    let readme = include_str!("../../../README.md");
+    let readme = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
     let commands = bind_commands(&bdf).join("\n");
-    assert!(readme.contains(&format!("```\n{commands}\n")), "README.md lacks:\n{commands}");
+    assert!(readme.contains(&format!("```sh\n{commands}\n")), "README.md lacks:\n{commands}");
 }
 
 #[test]

@@ -105,6 +105,10 @@ impl RunArgs {
 }
 
 #[cfg(test)]
+#[path = "cli_test.rs"]
+mod cli_test;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::VtdOption;
