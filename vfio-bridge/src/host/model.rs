@@ -185,6 +185,13 @@ impl Model {
         self.state().groups.iter().filter(|(_, of)| **of == Some(space)).map(|(group, _)| *group).collect()
     }
 
+    /// What all spaces hold together: mappings, and bytes.
+    pub fn totals(&self) -> (u64, u64) {
+        let state = self.state();
+        let held = || state.spaces.values().flat_map(BTreeMap::values);
+        (held().count() as u64, held().map(|held| held.len).sum())
+    }
+
     /// How many spaces there are.
     pub fn spaces(&self) -> usize {
         self.state().spaces.len()

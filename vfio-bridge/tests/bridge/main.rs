@@ -5,6 +5,7 @@ mod audit;
 mod behaviours;
 mod broken;
 mod groups;
+mod placement;
 mod property;
 mod refusals;
 mod refused_joins;

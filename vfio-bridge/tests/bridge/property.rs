@@ -124,6 +124,8 @@ pub struct Host {
     pub old: bool,
     pub entries: usize,
     pub memlock: Option<u64>,
+    /// It attaches groups to spaces, as iommufd does.
+    pub per_space: bool,
 }
 
 fn host() -> impl Strategy<Value = Host> {
@@ -135,6 +137,7 @@ fn host() -> impl Strategy<Value = Host> {
         old,
         entries,
         memlock,
+        per_space: false,
     })
 }
 
@@ -259,12 +262,18 @@ impl Run {
     pub fn new(host: &Host) -> Self {
         let base = if host.old { Kernel::old(host.width) } else { Kernel::new(host.width) };
         let kernel = Kernel { entries: host.entries, memlock: host.memlock, ..base };
-        let world = World::new(kernel, RAM, &FUNCTIONS);
+        let make = if host.per_space { World::per_space } else { World::new };
+        let world = make(kernel, RAM, &FUNCTIONS);
         let seen = Seen::default();
-        let log = Arc::clone(&seen);
+        let (log, per_space, model) = (Arc::clone(&seen), host.per_space, Arc::downgrade(&world.model));
         world.model.set_hook(move |served, contents| {
-            let group = served.space.0 as usize - 1;
-            log.lock().expect("whole").push((group, *served, contents.clone()));
+            let mut log = log.lock().expect("whole");
+            if per_space {
+                let model = model.upgrade().expect("it calls");
+                log.extend((0..GROUPS.len()).map(|group| (group, *served, model.contents(GROUPS[group]))));
+            } else {
+                log.push((served.space.0 as usize - 1, *served, contents.clone()));
+            }
         });
         let unlimited = host.entries > 1000 && host.memlock.is_none();
         Self {
@@ -299,7 +308,7 @@ impl Run {
         prop_assert!(!self.host_failed);
 
         let seen = std::mem::take(&mut *self.seen.lock().expect("whole"));
-        if self.switched && self.unlimited {
+        if self.switched && self.unlimited && !self.host.per_space {
             for group in [0, 1] {
                 let ops =
                     seen.iter().filter(|(of, ..)| *of == group).map(|(_, served, held)| (served.op, held.clone()));
@@ -336,7 +345,7 @@ impl Run {
                 Some(self.unit.spaces[self.unit.effective[group]])
             );
             self.check_books(group, &held)?;
-            if refused.is_empty() {
+            if refused.is_empty() && !self.host.per_space {
                 let partly = |stays: &dyn Fn(u64) -> bool| {
                     let extents = held_before[group].values();
                     let mixed = extents.filter(|extent| {
@@ -358,7 +367,11 @@ impl Run {
                 }
             }
         }
-        if self.switched {
+        if self.host.per_space {
+            // A space that nobody is in is given back.
+            let used: BTreeSet<usize> = self.unit.effective.into_iter().filter(|space| *space != BLOCKED).collect();
+            prop_assert_eq!(self.world.model.spaces(), used.len());
+        } else if self.switched {
             self.check_room(&refused)?;
         }
         if self.unlimited {
@@ -399,6 +412,13 @@ impl Run {
         let model: Vec<(u64, u64, u64)> = held.values().map(|h| (h.iova, h.len, h.hva)).collect();
         prop_assert_eq!(ledger, model);
         let stats = self.world.stats(device);
+        if self.host.per_space {
+            // All spaces are counted together.
+            let all = self.world.model.totals();
+            prop_assert_eq!((stats.live_extents, stats.live_bytes), all);
+            prop_assert_eq!((stats.host_maps, stats.host_unmaps), self.world.model.counts());
+            return Ok(());
+        }
         prop_assert_eq!(stats.live_extents, held.len() as u64);
         prop_assert_eq!(stats.live_bytes, held.values().map(|h| h.len).sum::<u64>());
         prop_assert_eq!(stats.live_bytes, stats.mapped_bytes_total - stats.unmapped_bytes_total);
@@ -494,6 +514,10 @@ impl Run {
         self.unit.attached[device] = Some(space);
         self.unit.effective[group] = self.unit.agreed(group);
         self.unit.lacks[group].clear();
+        if self.host.per_space && space == IDENTITY {
+            // What was refused there is tried again for all that are in it.
+            self.unit.lacks = Default::default();
+        }
         let wish = self.wish();
         let live: Vec<Mapping> =
             if space < IDENTITY { self.unit.shadows[space].values().copied().collect() } else { Vec::new() };
@@ -520,6 +544,9 @@ impl Run {
             self.unit.forget_refused(space, &refused);
         }
         self.note_identity(group);
+        if self.host.per_space {
+            self.note_identity(1 - group);
+        }
         (wish, refused)
     }
 
@@ -546,11 +573,19 @@ proptest! {
     }
 
     #[test]
+    fn rule3_the_same_of_a_host_that_attaches_groups_to_spaces((host, steps) in scenario()) {
+        let mut run = Run::new(&Host { per_space: true, ..host });
+        for step in &steps {
+            run.step(step)?;
+        }
+    }
+
+    #[test]
     fn b11_an_unmap_that_fails_stops_its_functions_and_nothing_else(
         steps in prop::collection::vec(step(48), 1..20),
         fails in 1u64..12,
     ) {
-        let mut run = Run::new(&Host { width: 48, old: false, entries: 65_535, memlock: None });
+        let mut run = Run::new(&Host { width: 48, old: false, entries: 65_535, memlock: None, per_space: false });
         let mut count = 0;
         run.world.model.inject(move |space, op| {
             count += u64::from(space.0 == 1 && matches!(op, HostOp::Unmap(_)));

@@ -8,7 +8,7 @@ use crate::property::{Host, Run, Step};
 /// A host that takes `entries` mappings; the steps, of which the last is the join of device 3; how many extents it
 /// cuts.
 fn turned_back(entries: usize, steps: &[Step], splits: u64) {
-    let mut run = Run::new(&Host { width: 39, old: false, entries, memlock: None });
+    let mut run = Run::new(&Host { width: 39, old: false, entries, memlock: None, per_space: false });
     let (join, before) = steps.split_last().expect("steps");
     before.iter().for_each(|step| run.step(step).expect("right"));
     let splits_before = run.world.stats(3).splits;

@@ -27,11 +27,15 @@ pub const HIGH_GPA: u64 = 4 * GIB;
 
 impl Ram {
     pub fn map(self) -> GuestMap {
+        GuestMap::new(self.regions()).expect("disjoint")
+    }
+
+    pub fn regions(self) -> Vec<Region> {
         let region = |gpa, len, hva| {
             // SAFETY: the model never uses the address.
             unsafe { Region::ram(gpa, len, hva, None) }.expect("whole pages")
         };
-        GuestMap::new(vec![region(0, self.low, LOW_HVA), region(HIGH_GPA, self.high, HIGH_HVA)]).expect("disjoint")
+        vec![region(0, self.low, LOW_HVA), region(HIGH_GPA, self.high, HIGH_HVA)]
     }
 
     /// Where a guest-physical address is, said without the code under test.
@@ -179,7 +183,16 @@ impl World {
     /// Functions `(device, group)` before a host of kind `kernel`.
     pub fn new(kernel: Kernel, ram: Ram, functions: &[(u8, u32)]) -> Self {
         let groups: Vec<GroupId> = functions.iter().map(|(_, group)| GroupId(*group)).collect();
-        let model = Model::new(kernel, &groups);
+        Self::over(Model::new(kernel, &groups), ram, functions)
+    }
+
+    /// The same over a host that attaches groups to spaces.
+    pub fn per_space(kernel: Kernel, ram: Ram, functions: &[(u8, u32)]) -> Self {
+        let groups: Vec<GroupId> = functions.iter().map(|(_, group)| GroupId(*group)).collect();
+        Self::over(Model::per_space(kernel, &groups), ram, functions)
+    }
+
+    fn over(model: Arc<Model>, ram: Ram, functions: &[(u8, u32)]) -> Self {
         let stopped = Arc::new(Stopped::default());
         let bridge = Bridge::new(vec![model.clone()], ram.map(), stopped.clone());
         for (device, group) in functions {
