@@ -6,13 +6,13 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::{Arc, Mutex, Weak};
 
 use devices::host::Interrupts;
-use devices::vfio_pci::{AssignedHost, VfioPci, VfioPciError};
+use devices::vfio_pci::{VfioPci, VfioPciError};
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use vfio_bridge::vfio_user::{ConnectError, Requests, UserEndpoint, UserFunction, VfioUser};
+use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, UserFunction, VfioUser};
 use vfio_bridge::{
-    Bdf, Bridge, CheckedFunction, GroupId, GuestMap, GuestMapError, HostFunction, HostIommu, HostPaths, Hosts, Limits,
-    Memlock, OpenError, Quarantine, RegisterError, Trace, TracedHost, Type1, VfioDeviceFd, check_memlock,
+    Bridge, CheckedFunction, Function, GroupId, GuestMap, GuestMapError, HostIommu, HostPaths, Hosts, Limits, Memlock,
+    OpenError, Quarantine, RegisterError, Requests, Trace, TracedHost, Type1, VfioDeviceFd, check_memlock,
 };
 use vtd::{Access, AttachRefused, Endpoint, Iova, Msi, Requester};
 
@@ -224,48 +224,6 @@ pub fn unit_width(asked: Option<u8>, hosts: &[(GroupId, Limits)]) -> Result<u8, 
     }
 }
 
-/// An open function.
-pub enum Function {
-    /// Of the host.
-    Vfio(Arc<HostFunction>),
-    /// Of another process.
-    User(Arc<UserFunction>),
-}
-
-impl Function {
-    /// What the device model asks.
-    pub fn host(&self) -> Arc<dyn AssignedHost> {
-        match self {
-            Self::Vfio(function) => function.clone(),
-            Self::User(function) => function.clone(),
-        }
-    }
-
-    /// Its group.
-    pub fn group(&self) -> GroupId {
-        match self {
-            Self::Vfio(function) => function.group(),
-            Self::User(function) => function.group(),
-        }
-    }
-
-    /// Its address on the host, if it has one.
-    pub fn bdf(&self) -> Option<Bdf> {
-        match self {
-            Self::Vfio(function) => Some(function.bdf()),
-            Self::User(_) => None,
-        }
-    }
-
-    /// For messages.
-    pub fn name(&self) -> String {
-        match self {
-            Self::Vfio(function) => function.bdf().to_string(),
-            Self::User(function) => function.name().to_owned(),
-        }
-    }
-}
-
 /// What a function of another process asks for and was not given is its unit's to judge, as every function's.
 pub struct UserRequests {
     /// The way that its requests would take.
@@ -294,7 +252,7 @@ pub struct Assigned {
     /// What the units tell of.
     pub bridge: Arc<Bridge>,
     /// Open functions, in the order they were checked.
-    pub functions: Vec<Function>,
+    pub functions: Vec<Arc<dyn Function>>,
     /// What the host allows, by group.
     pub limits: Vec<(GroupId, Limits)>,
     /// Stops functions.
@@ -319,9 +277,11 @@ pub fn open(
         Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))
     };
     let (type1, user) = (Arc::new(Type1::new(kvm_vfio)), Arc::new(VfioUser::default()));
-    let open = |checked: &Checked| match checked {
-        Checked::Vfio(function) => Ok(Function::Vfio(Arc::new(type1.open(function)?))),
-        Checked::User(socket) => open_user(&user, socket).map(|function| Function::User(Arc::new(function))),
+    let open = |checked: &Checked| -> Result<Arc<dyn Function>, Error> {
+        Ok(match checked {
+            Checked::Vfio(function) => Arc::new(type1.open(function)?),
+            Checked::User(socket) => Arc::new(open_user(&user, socket)?),
+        })
     };
     let functions = checked.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
     let limits: Vec<(GroupId, Limits)> =
@@ -393,21 +353,13 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
 
 /// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest. And
 /// who is trusted.
-pub fn report_functions(functions: &[Function]) {
+pub fn report_functions(functions: &[Arc<dyn Function>]) {
     for function in functions {
-        let name = function.name();
-        let (is_sure, way) = match function {
-            Function::Vfio(function) => {
-                let way = function.reset_way();
-                (way.is_sure(), way.to_string())
-            }
-            Function::User(function) => {
-                log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
-                let way = if function.is_resettable() { "is reset by its process" } else { "cannot be reset" };
-                (function.is_resettable(), way.to_owned())
-            }
-        };
-        if is_sure {
+        let (name, way) = (function.name(), function.reset_way());
+        if function.is_emulated() {
+            log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
+        }
+        if way.is_sure() {
             log::info!("{name} {way}");
         } else {
             log::warn!(

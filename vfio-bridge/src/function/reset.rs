@@ -1,8 +1,8 @@
-//! How a function of the host is reset (F-4).
+//! How a function is reset (F-4).
 //!
-//! `VFIO_DEVICE_RESET` uses the first of the kernel's methods that the function has. Where that is the one by power
-//! state (D3hot and back), the function may keep everything that it was told before: the PCI Power Management
-//! specification lets it say that it resets itself, and some say so that do not. A reset of its bus
+//! One of the host: `VFIO_DEVICE_RESET` uses the first of the kernel's methods that the function has. Where that is the
+//! one by power state (D3hot and back), the function may keep everything that it was told before: the PCI Power
+//! Management specification lets it say that it resets itself, and some say so that do not. A reset of its bus
 //! (`VFIO_DEVICE_PCI_HOT_RESET`) is then the better way, if it reaches no function that is not ours.
 
 use std::collections::BTreeMap;
@@ -45,14 +45,16 @@ pub enum ResetWay {
     Bus(Vec<Bdf>),
     /// `VFIO_DEVICE_RESET` by power state, which the function may survive unchanged.
     PowerState(NoBusReset),
-    /// There is none.
-    None(NoBusReset),
+    /// By the process that emulates it.
+    Process,
+    /// There is none; nor by its bus, where it is on one of the host.
+    None(Option<NoBusReset>),
 }
 
 impl ResetWay {
     /// Whether the function is certainly as after power-on when it was reset in this way.
     pub fn is_sure(&self) -> bool {
-        matches!(self, Self::Function(_) | Self::Bus(_))
+        matches!(self, Self::Function(_) | Self::Bus(_) | Self::Process)
     }
 }
 
@@ -68,7 +70,9 @@ impl fmt::Display for ResetWay {
             Self::PowerState(why) => {
                 write!(f, "is reset by its power state only, which it may survive unchanged ({why})")
             }
-            Self::None(why) => write!(f, "cannot be reset ({why})"),
+            Self::Process => f.write_str("is reset by its process"),
+            Self::None(None) => f.write_str("cannot be reset"),
+            Self::None(Some(why)) => write!(f, "cannot be reset ({why})"),
         }
     }
 }
@@ -111,7 +115,7 @@ fn choose(offered: bool, methods: Option<&str>, bus: impl FnOnce() -> Result<Vec
     match bus() {
         Ok(others) => ResetWay::Bus(others),
         Err(why) if offered => ResetWay::PowerState(why),
-        Err(why) => ResetWay::None(why),
+        Err(why) => ResetWay::None(Some(why)),
     }
 }
 

@@ -18,9 +18,10 @@ fn f4_a_reset_by_power_state_is_the_last_choice() {
     assert_eq!(choose(false, Some("\n"), nobody), ResetWay::Bus(vec![]));
     let not = || Err(NoBusReset::NotPossible);
     assert_eq!(choose(true, Some("pm\n"), not), ResetWay::PowerState(NoBusReset::NotPossible));
-    assert_eq!(choose(false, Some("pm\n"), not), ResetWay::None(NoBusReset::NotPossible));
+    assert_eq!(choose(false, Some("pm\n"), not), ResetWay::None(Some(NoBusReset::NotPossible)));
     assert!(choose(true, Some("pm bus"), nobody).is_sure());
     assert!(!choose(true, Some("pm"), not).is_sure() && !choose(false, None, not).is_sure());
+    assert!(ResetWay::Process.is_sure() && !ResetWay::None(None).is_sure());
 }
 
 #[test]
@@ -96,7 +97,7 @@ fn f4_what_remains_when_a_bus_is_not_reset_is_the_functions_own_reset() {
     assert_eq!(done(&own, ResetScope::Machine, true, true), (vec!["function"], true));
     let power = ResetWay::PowerState(NoBusReset::NotPossible);
     assert_eq!(done(&power, ResetScope::Machine, true, true), (vec!["function"], true));
-    let none = ResetWay::None(NoBusReset::NotPossible);
+    let none = ResetWay::None(Some(NoBusReset::NotPossible));
     assert_eq!(done(&none, ResetScope::Machine, false, true), (vec![], false));
     let refused = reset_by(bdf("00:01.0"), &none, ResetScope::Machine, false, || Ok(()), || Ok(())).expect_err("none");
     assert_eq!(refused.kind(), io::ErrorKind::Unsupported);
@@ -149,7 +150,9 @@ fn f4_each_way_of_a_reset_is_said() {
         (ResetWay::Function("flr".to_owned()), "is reset by itself (flr)"),
         (ResetWay::Function(String::new()), "is reset by itself"),
         (ResetWay::Bus(vec![]), "is reset with its bus"),
-        (ResetWay::None(NoBusReset::NotPossible), "cannot be reset (the host cannot reset its bus)"),
+        (ResetWay::None(Some(NoBusReset::NotPossible)), "cannot be reset (the host cannot reset its bus)"),
+        (ResetWay::None(None), "cannot be reset"),
+        (ResetWay::Process, "is reset by its process"),
     ] {
         assert_eq!(way.to_string(), said);
     }

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{IrqKind, RegionInfo, RegionKind, mappable_pages};
+use super::{Function, IrqKind, RegionInfo, RegionKind, mappable_pages};
 use crate::function::check::{Bdf, CheckedFunction};
 use crate::function::reset::{GroupFiles, ResetScope, ResetWay, Resetter};
 use crate::host::GroupId;
@@ -129,23 +129,34 @@ impl HostFunction {
         let _ = self.write(RegionKind::Config, COMMAND, &held.to_le_bytes());
     }
 
-    /// Its address on the host.
-    pub fn bdf(&self) -> Bdf {
-        self.bdf
+    fn place(&self, region: RegionKind, offset: u64, len: usize) -> Option<u64> {
+        let index = region.index();
+        place(self.device.get_region_offset(index), self.device.get_region_size(index), offset, len)
     }
 
-    /// Its IOMMU group.
-    pub fn group(&self) -> GroupId {
+    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> io::Result<()> {
+        let words = irq_set(kind, flags, start, count, fds);
+        let words = words.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
+        // reads them.
+        irqs_were_set(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+    }
+}
+
+impl Function for HostFunction {
+    fn name(&self) -> String {
+        self.bdf.to_string()
+    }
+
+    fn group(&self) -> GroupId {
         self.group
     }
 
-    /// The device file, to be mapped at [`RegionInfo::file_offset`].
-    pub fn fd(&self) -> &Arc<OwnedFd> {
-        &self.window
+    fn bdf(&self) -> Option<Bdf> {
+        Some(self.bdf)
     }
 
-    /// What VFIO says about `region`.
-    pub fn region(&self, region: RegionKind) -> RegionInfo {
+    fn region(&self, region: RegionKind) -> RegionInfo {
         let index = region.index();
         let flags = self.device.get_region_flags(index);
         let size = self.device.get_region_size(index);
@@ -170,16 +181,13 @@ impl HostFunction {
         }
     }
 
-    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
-    /// answers.
-    pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
         if let Err(e) = read_or_ones(&self.file, self.place(region, offset, data.len()), data) {
             debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.bdf);
         }
     }
 
-    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
-    pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = self.place(region, offset, data.len()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput));
         let result = at.and_then(|at| self.file.write_all_at(data, at));
         if let Err(e) = &result {
@@ -188,58 +196,40 @@ impl HostFunction {
         result
     }
 
-    fn place(&self, region: RegionKind, offset: u64, len: usize) -> Option<u64> {
-        let index = region.index();
-        place(self.device.get_region_offset(index), self.device.get_region_size(index), offset, len)
+    fn file(&self, _: RegionKind) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.window))
     }
 
-    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
-    pub fn irq_count(&self, kind: IrqKind) -> u32 {
+    fn irq_count(&self, kind: IrqKind) -> u32 {
         self.device.get_irq_info(kind.index()).map_or(0, |irq| vectors(irq.flags, irq.count))
     }
 
-    /// Whether enabling one more vector of `kind` means disabling all of them first (F-5).
-    pub fn irq_noresize(&self, kind: IrqKind) -> bool {
+    fn irq_noresize(&self, kind: IrqKind) -> bool {
         self.device.get_irq_info(kind.index()).is_some_and(|irq| irq.flags & VFIO_IRQ_INFO_NORESIZE != 0)
     }
 
-    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first
-    /// call enables the kind.
-    pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let fds: Vec<i32> = triggers.iter().map(|t| t.map_or(-1, AsRawFd::as_raw_fd)).collect();
         self.set(kind, SIGNAL, start, triggers.len(), &fds)
     }
 
-    /// Disables `kind` altogether.
-    pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.set(kind, DISABLE, 0, 0, &[])
     }
 
-    /// Masks the legacy line.
-    pub fn mask_intx(&self) -> io::Result<()> {
+    fn mask_intx(&self) -> io::Result<()> {
         self.set(IrqKind::Intx, MASK, 0, 1, &[])
     }
 
-    /// Unmasks the legacy line; VFIO masks it each time it fires.
-    pub fn unmask_intx(&self) -> io::Result<()> {
+    fn unmask_intx(&self) -> io::Result<()> {
         self.set(IrqKind::Intx, UNMASK, 0, 1, &[])
     }
 
-    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> io::Result<()> {
-        let words = irq_set(kind, flags, start, count, fds);
-        let words = words.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
-        // reads them.
-        irqs_were_set(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
-    }
-
-    /// How [`HostFunction::reset`] resets the function, if it can.
-    pub fn reset_way(&self) -> ResetWay {
+    fn reset_way(&self) -> ResetWay {
         self.resetter.way(&self.file)
     }
 
-    /// Resets the function. Its configuration space is afterwards what it was before.
-    pub fn reset(&self, scope: ResetScope) -> io::Result<()> {
+    fn reset(&self, scope: ResetScope) -> io::Result<()> {
         self.resetter.reset(&self.file, scope)
     }
 }
