@@ -1,7 +1,9 @@
 //! A function of the host, or of another process: what there is of it, and how it is opened, used and reset.
 
 pub(crate) mod check;
+pub(crate) mod group_files;
 pub(crate) mod reset;
+mod sys;
 pub(crate) mod vfio;
 
 use std::io;
