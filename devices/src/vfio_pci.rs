@@ -16,7 +16,6 @@
 mod bars;
 mod capabilities;
 mod command;
-pub mod host;
 mod intx;
 mod msi;
 mod msix;
@@ -25,13 +24,12 @@ mod vectors;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use vfio_bridge::{Function, IrqKind, RegionKind, ResetScope};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::Requester;
 
 use self::bars::{Bars, Trapped};
 use self::command::HostCommand;
-pub use self::host::AssignedHost;
-use self::host::{IrqKind, RegionKind, ResetScope};
 use self::intx::Intx;
 use self::msi::MsiCapability;
 use self::msix::{Layout, Msix};
@@ -49,7 +47,7 @@ pub struct VfioPciWiring {
     /// Its address in the guest.
     pub requester: Requester,
     /// The function of the host.
-    pub host: Arc<dyn AssignedHost>,
+    pub host: Arc<dyn Function>,
     /// Puts its BARs on the MMIO bus.
     pub decoder: Arc<Decoder>,
     /// Puts its BARs into the guest's memory.
@@ -80,7 +78,7 @@ pub enum VfioPciError {
 /// The assigned function.
 pub struct VfioPci {
     requester: Requester,
-    host: Arc<dyn AssignedHost>,
+    host: Arc<dyn Function>,
     decoder: Arc<Decoder>,
     trapped: Arc<Trapped>,
     bars: Bars,
@@ -122,7 +120,7 @@ struct Config {
 
 impl VfioPci {
     /// The interrupt pin of `host`'s function: 1 (INTA) to 4; `None` when it has no legacy interrupt.
-    pub fn pin_of(host: &dyn AssignedHost) -> Option<u8> {
+    pub fn pin_of(host: &dyn Function) -> Option<u8> {
         let mut pin = [0];
         host.read(RegionKind::Config, INTERRUPT_PIN.into(), &mut pin);
         (host.irq_count(IrqKind::Intx) > 0 && (1..=4).contains(&pin[0])).then_some(pin[0])

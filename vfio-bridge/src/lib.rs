@@ -3,7 +3,7 @@
 //! [`Bridge`] implements [`vtd::SpaceListener`]. Per space of the host it keeps a [`ledger`], which records exactly
 //! what the kernel was handed, and issues the fewest host operations that make a change true. Backends implement
 //! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`vfio_user`] are functions that other processes emulate, [`model`]
-//! is an in-memory host for tests.
+//! is an in-memory host for tests. A [`Function`] is what is assigned.
 
 mod bridge;
 mod function;
@@ -20,7 +20,7 @@ pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
-pub use function::{IrqKind, RegionInfo, RegionKind};
+pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::model;
 pub use host::type1::Type1;
 pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};

@@ -8,9 +8,10 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, RwLock};
 
+use vfio_bridge::{Function, RegionInfo, RegionKind};
+
 use super::VfioPciError;
 use super::capabilities::Snapshot;
-use super::host::{AssignedHost, RegionInfo, RegionKind};
 use super::msix::{Layout, Msix};
 use crate::BusDevice;
 use crate::host::{HostWindow, MemorySlots};
@@ -40,7 +41,7 @@ pub struct Bars {
 
 /// The BARs that `host` has, put into `space` for the guest.
 pub fn find(
-    host: &Arc<dyn AssignedHost>,
+    host: &Arc<dyn Function>,
     snapshot: &Snapshot,
     layout: Option<&Layout>,
     trapped: &Arc<Trapped>,
@@ -104,7 +105,7 @@ pub fn windows(region: &RegionInfo, trapped: &[Range<u64>]) -> Vec<(u64, u64)> {
 
 /// What trapped accesses need: shared by all BARs of the function.
 pub struct Trapped {
-    host: Arc<dyn AssignedHost>,
+    host: Arc<dyn Function>,
     /// Whether memory is enabled.
     gate: RwLock<bool>,
     msix: Option<(Layout, Mutex<Msix>)>,
@@ -112,7 +113,7 @@ pub struct Trapped {
 
 impl Trapped {
     /// With the gate closed.
-    pub fn new(host: Arc<dyn AssignedHost>, msix: Option<(Layout, Msix)>) -> Arc<Self> {
+    pub fn new(host: Arc<dyn Function>, msix: Option<(Layout, Msix)>) -> Arc<Self> {
         let msix = msix.map(|(layout, msix)| (layout, Mutex::new(msix)));
         Arc::new(Self { host, gate: RwLock::new(false), msix })
     }

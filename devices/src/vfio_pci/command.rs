@@ -4,15 +4,15 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use vfio_bridge::{Function, RegionKind, ResetScope};
 use vtd::Requester;
 
-use super::host::{AssignedHost, RegionKind, ResetScope};
 use crate::pci::config::{COMMAND, COMMAND_INTX_OFF, COMMAND_MASTER};
 use crate::told::Told;
 
 /// The command register of the host's function. Bus Master never comes back once the function is quarantined.
 pub struct HostCommand {
-    host: Arc<dyn AssignedHost>,
+    host: Arc<dyn Function>,
     state: Mutex<State>,
     told: Told,
 }
@@ -27,7 +27,7 @@ struct State {
 
 impl HostCommand {
     /// Of a function that is not quarantined, and whose legacy interrupt nobody hears. Nothing is enabled.
-    pub fn new(host: Arc<dyn AssignedHost>) -> Self {
+    pub fn new(host: Arc<dyn Function>) -> Self {
         let state = State { value: 0, quarantined: false, holds_line: true };
         let command = Self { host, state: Mutex::new(state), told: Told::default() };
         command.write(0);

@@ -8,16 +8,16 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use vfio_bridge::{Function, IrqKind};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::command::HostCommand;
-use super::host::{AssignedHost, IrqKind};
 use crate::host::IrqLine;
 use crate::told::Told;
 
 /// The line, and what VFIO signals.
 pub struct Intx {
-    host: Arc<dyn AssignedHost>,
+    host: Arc<dyn Function>,
     line: Arc<dyn IrqLine>,
     event: EventFd,
     // Held while the line is set, so that levels arrive in the order of their causes.
@@ -37,7 +37,7 @@ struct State {
 
 impl Intx {
     /// A disabled interrupt.
-    pub fn new(host: Arc<dyn AssignedHost>, line: Arc<dyn IrqLine>) -> io::Result<Self> {
+    pub fn new(host: Arc<dyn Function>, line: Arc<dyn IrqLine>) -> io::Result<Self> {
         Ok(Self { host, line, event: EventFd::new(EFD_NONBLOCK)?, state: Mutex::default(), told: Told::default() })
     }
 

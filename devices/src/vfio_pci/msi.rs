@@ -3,9 +3,9 @@
 //! those two bytes are written, Linux's vfio (6.12) also writes the control register that it keeps itself, in which MSI
 //! is off.
 
+use vfio_bridge::RegionKind;
 use vtd::Msi;
 
-use super::host::RegionKind;
 use super::vectors::Vectors;
 use crate::pci::ConfigSpace;
 use crate::pci::config::CAP_MSI;

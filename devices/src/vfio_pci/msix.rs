@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
+use vfio_bridge::RegionKind;
 use vtd::Msi;
 
-use super::host::RegionKind;
 use super::vectors::Vectors;
 
 /// Control: MSI-X Enable.

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 pub use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+pub use vfio_bridge::{GroupId, RegionInfo, ResetWay};
 pub use vtd::SourceId;
 
-use super::host::RegionInfo;
 use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
@@ -164,7 +164,13 @@ impl FakeHost {
     }
 }
 
-impl AssignedHost for FakeHost {
+impl Function for FakeHost {
+    fn name(&self) -> String {
+        "fake".to_owned()
+    }
+    fn group(&self) -> GroupId {
+        GroupId(0)
+    }
     fn region(&self, region: RegionKind) -> RegionInfo {
         let info =
             |size, mappable| RegionInfo { size, file_offset: FILE_OFFSET, readable: true, writable: true, mappable };
@@ -320,6 +326,9 @@ impl AssignedHost for FakeHost {
         let was = self.masked.swap(0, Ordering::SeqCst);
         self.unmasks.fetch_add(u32::from(was != 1), Ordering::SeqCst);
         Ok(())
+    }
+    fn reset_way(&self) -> ResetWay {
+        ResetWay::Function("flr".to_owned())
     }
     fn reset(&self, scope: ResetScope) -> io::Result<()> {
         self.check(self.command() & COMMAND_MASTER == 0);

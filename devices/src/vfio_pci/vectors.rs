@@ -16,10 +16,10 @@ use std::io;
 use std::mem;
 use std::sync::Arc;
 
+use vfio_bridge::{Function, IrqKind, RegionKind};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Msi, Requester};
 
-use super::host::{AssignedHost, IrqKind, RegionKind};
 use crate::host::{Interrupts, IrqRoute};
 use crate::told::Told;
 
@@ -27,7 +27,7 @@ use crate::told::Told;
 pub struct Vectors {
     kind: IrqKind,
     requester: Requester,
-    host: Arc<dyn AssignedHost>,
+    host: Arc<dyn Function>,
     interrupts: Arc<dyn Interrupts>,
     vectors: Vec<Vector>,
     enabled: bool,
@@ -53,12 +53,7 @@ impl Vector {
 
 impl Vectors {
     /// No vector yet.
-    pub fn new(
-        kind: IrqKind,
-        requester: Requester,
-        host: Arc<dyn AssignedHost>,
-        interrupts: Arc<dyn Interrupts>,
-    ) -> Self {
+    pub fn new(kind: IrqKind, requester: Requester, host: Arc<dyn Function>, interrupts: Arc<dyn Interrupts>) -> Self {
         Self { kind, requester, host, interrupts, vectors: Vec::new(), enabled: false, told: Told::default() }
     }
 

@@ -1,15 +1,91 @@
 //! A function of the host, or of another process: what there is of it, and how it is opened, used and reset.
 
 pub(crate) mod check;
+pub(crate) mod group_files;
 pub(crate) mod reset;
+mod sys;
 pub(crate) mod vfio;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
     VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
 };
 
+use vmm_sys_util::eventfd::EventFd;
+use vtd::Iova;
+
+use self::check::Bdf;
+use self::reset::{ResetScope, ResetWay};
 use crate::bridge::guest_map::PAGE_SIZE;
+use crate::host::GroupId;
+
+/// An assigned function, open. [`crate::HostFunction`] is one of the host, [`crate::vfio_user::UserFunction`] one that
+/// another process emulates.
+pub trait Function: Send + Sync {
+    /// What messages call it.
+    fn name(&self) -> String;
+    /// Its group.
+    fn group(&self) -> GroupId;
+    /// Its address on the host, if it has one.
+    fn bdf(&self) -> Option<Bdf> {
+        None
+    }
+
+    /// What is known of `region`.
+    fn region(&self, region: RegionKind) -> RegionInfo;
+    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
+    /// answers.
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]);
+    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// The file whose parts become windows into `region`, at [`RegionInfo::file_offset`]; without one nothing of it is
+    /// mapped into the guest.
+    fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>>;
+
+    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
+    fn irq_count(&self, kind: IrqKind) -> u32;
+    /// Whether all vectors of `kind` that are ever to be used must be there when it is enabled (F-5). Else each can be
+    /// added alone.
+    fn irq_noresize(&self, kind: IrqKind) -> bool;
+    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first
+    /// call enables the kind. After an error none of these vectors signals anybody.
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()>;
+    /// Disables `kind` altogether.
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()>;
+    /// Masks the legacy line, as the host does when it fires. [`io::ErrorKind::Unsupported`] where it is never masked.
+    fn mask_intx(&self) -> io::Result<()>;
+    /// Unmasks the legacy line, which is masked each time it fires.
+    fn unmask_intx(&self) -> io::Result<()>;
+
+    /// How [`Function::reset`] resets the function, if it can.
+    fn reset_way(&self) -> ResetWay;
+    /// Resets the function, and no other one that is not in `scope`; its configuration space is afterwards what it was
+    /// before. [`io::ErrorKind::Unsupported`] where no way is there.
+    fn reset(&self, scope: ResetScope) -> io::Result<()>;
+
+    /// Whether another process emulates it. No IOMMU stands before such a process: it is given the guest's memory and
+    /// trusted to use only what is mapped.
+    fn is_emulated(&self) -> bool {
+        false
+    }
+    /// From now on `requests` hears of what the function asks for by message and has no mapping for. Only one that is
+    /// emulated sends messages.
+    fn tell(&self, _requests: Arc<dyn Requests>) {}
+}
+
+/// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a
+/// lock.
+pub trait Requests: Send + Sync {
+    /// The function asked for `iova`, and has no mapping that allows it: the unit, whose tables say why, records the
+    /// fault.
+    fn blocked(&self, iova: Iova, write: bool);
+    /// The function wrote four aligned bytes into the interrupt window: a message, like any function's.
+    fn message(&self, address: u64, data: u32);
+}
 
 /// A region of the function.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -38,7 +114,7 @@ impl RegionKind {
     }
 }
 
-/// What VFIO says about a region.
+/// What is known of a region.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct RegionInfo {
     /// Length in bytes; 0 when the function has no such region.

@@ -5,29 +5,23 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use log::debug;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK,
-    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_device_info,
+    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioRegionInfoCap};
+use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ptr};
-use vmm_sys_util::ioctl_io_nr;
 
-use super::{IrqKind, RegionInfo, RegionKind, mappable_pages};
+use super::{Function, IrqKind, RegionInfo, RegionKind, mappable_pages};
 use crate::function::check::{Bdf, CheckedFunction};
-use crate::function::reset::{GroupFiles, ResetScope, ResetWay, Resetter};
+use crate::function::reset::{ResetOwner, ResetScope, ResetWay, Resetter};
+use crate::function::sys;
 use crate::host::GroupId;
-
-ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 7);
-ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
 
 /// Where the `len` bytes at `offset` of a region are in the device file. `None` unless all of them are in the region.
 fn place(file_offset: u64, size: u64, offset: u64, len: usize) -> Option<u64> {
@@ -50,38 +44,13 @@ fn vectors(flags: u32, count: u32) -> u32 {
     if flags & VFIO_IRQ_INFO_EVENTFD != 0 { count } else { 0 }
 }
 
-/// What is asked of the interrupts of a kind: flags of `VFIO_DEVICE_SET_IRQS`.
-const SIGNAL: u32 = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
-const DISABLE: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
-const MASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_MASK;
-const UNMASK: u32 = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK;
-
-/// `struct vfio_irq_set` { argsz, flags, index, start, count } and its payload, all 32-bit words. `None` where a number
-/// does not fit.
-fn irq_set(kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> Option<Vec<u32>> {
-    let argsz = u32::try_from((5 + fds.len()) * size_of::<u32>()).ok()?;
-    let mut words = vec![argsz, flags, kind.index(), start, u32::try_from(count).ok()?];
-    words.extend(fds.iter().map(|fd| fd.cast_unsigned()));
-    Some(words)
-}
-
-/// What the result of `VFIO_DEVICE_SET_IRQS` says.
-fn irqs_were_set(result: i32) -> io::Result<()> {
-    match result {
-        0 => Ok(()),
-        // Nothing is enabled: the host has only this many vectors.
-        1.. => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// The command register, and its bit that keeps the function from raising its line.
 const COMMAND: u64 = 4;
 const COMMAND_INTX_OFF: u16 = 1 << 10;
 
 /// An assigned function: its VFIO device, open.
 pub struct HostFunction {
-    // Dropped before the device, which leaves its group only when no file of it is open.
+    // Dropped before the device, whose group is closed only when no file of it is open.
     file: File,
     window: Arc<OwnedFd>,
     device: VfioDevice,
@@ -97,23 +66,17 @@ impl std::fmt::Debug for HostFunction {
 }
 
 impl HostFunction {
-    pub(crate) fn open(
+    /// The function of `device`, however that was opened. `owner` is who its bus is reset for.
+    pub(crate) fn new(
+        device: VfioDevice,
         checked: &CheckedFunction,
-        container: Arc<VfioContainer>,
-        groups: Arc<GroupFiles>,
-    ) -> Result<Self, vfio_ioctls::VfioError> {
-        let device = VfioDevice::new(checked.path(), container.clone(), false)?;
-        groups.add(checked.group(), &container);
+        owner: Arc<dyn ResetOwner>,
+    ) -> Result<Self, VfioError> {
         // SAFETY: `device` owns the file and outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
-        let duplicate = || fd.try_clone_to_owned().map_err(|_| vfio_ioctls::VfioError::VfioDeviceDupFd);
+        let duplicate = || fd.try_clone_to_owned().map_err(|_| VfioError::VfioDeviceDupFd);
         let (file, window) = (File::from(duplicate()?), Arc::new(duplicate()?));
-        // vfio-ioctls keeps the flags to itself.
-        let mut info = vfio_device_info { argsz: size_of::<vfio_device_info>() as u32, ..Default::default() };
-        // SAFETY: `info` is what the call takes and writes its answer to.
-        let known = unsafe { ioctl_with_mut_ref(&file, VFIO_DEVICE_GET_INFO(), &mut info) } >= 0;
-        let offered = known && info.flags & VFIO_DEVICE_FLAGS_RESET != 0;
-        let resetter = Resetter::new(checked.bdf(), checked.path(), offered, groups);
+        let resetter = Resetter::new(checked, &file, owner);
         let function = Self { file, window, device, bdf: checked.bdf(), group: checked.group(), resetter };
         function.hold_line();
         Ok(function)
@@ -129,23 +92,26 @@ impl HostFunction {
         let _ = self.write(RegionKind::Config, COMMAND, &held.to_le_bytes());
     }
 
-    /// Its address on the host.
-    pub fn bdf(&self) -> Bdf {
-        self.bdf
+    fn place(&self, region: RegionKind, offset: u64, len: usize) -> Option<u64> {
+        let index = region.index();
+        place(self.device.get_region_offset(index), self.device.get_region_size(index), offset, len)
+    }
+}
+
+impl Function for HostFunction {
+    fn name(&self) -> String {
+        self.bdf.to_string()
     }
 
-    /// Its IOMMU group.
-    pub fn group(&self) -> GroupId {
+    fn group(&self) -> GroupId {
         self.group
     }
 
-    /// The device file, to be mapped at [`RegionInfo::file_offset`].
-    pub fn fd(&self) -> &Arc<OwnedFd> {
-        &self.window
+    fn bdf(&self) -> Option<Bdf> {
+        Some(self.bdf)
     }
 
-    /// What VFIO says about `region`.
-    pub fn region(&self, region: RegionKind) -> RegionInfo {
+    fn region(&self, region: RegionKind) -> RegionInfo {
         let index = region.index();
         let flags = self.device.get_region_flags(index);
         let size = self.device.get_region_size(index);
@@ -170,16 +136,13 @@ impl HostFunction {
         }
     }
 
-    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
-    /// answers.
-    pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
         if let Err(e) = read_or_ones(&self.file, self.place(region, offset, data.len()), data) {
             debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.bdf);
         }
     }
 
-    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
-    pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = self.place(region, offset, data.len()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput));
         let result = at.and_then(|at| self.file.write_all_at(data, at));
         if let Err(e) = &result {
@@ -188,58 +151,40 @@ impl HostFunction {
         result
     }
 
-    fn place(&self, region: RegionKind, offset: u64, len: usize) -> Option<u64> {
-        let index = region.index();
-        place(self.device.get_region_offset(index), self.device.get_region_size(index), offset, len)
+    fn file(&self, _: RegionKind) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.window))
     }
 
-    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
-    pub fn irq_count(&self, kind: IrqKind) -> u32 {
+    fn irq_count(&self, kind: IrqKind) -> u32 {
         self.device.get_irq_info(kind.index()).map_or(0, |irq| vectors(irq.flags, irq.count))
     }
 
-    /// Whether enabling one more vector of `kind` means disabling all of them first (F-5).
-    pub fn irq_noresize(&self, kind: IrqKind) -> bool {
+    fn irq_noresize(&self, kind: IrqKind) -> bool {
         self.device.get_irq_info(kind.index()).is_some_and(|irq| irq.flags & VFIO_IRQ_INFO_NORESIZE != 0)
     }
 
-    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody. The first
-    /// call enables the kind.
-    pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let fds: Vec<i32> = triggers.iter().map(|t| t.map_or(-1, AsRawFd::as_raw_fd)).collect();
-        self.set(kind, SIGNAL, start, triggers.len(), &fds)
+        sys::set_irqs(&self.file, kind, sys::SIGNAL, start, triggers.len(), &fds)
     }
 
-    /// Disables `kind` altogether.
-    pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
-        self.set(kind, DISABLE, 0, 0, &[])
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+        sys::set_irqs(&self.file, kind, sys::DISABLE, 0, 0, &[])
     }
 
-    /// Masks the legacy line.
-    pub fn mask_intx(&self) -> io::Result<()> {
-        self.set(IrqKind::Intx, MASK, 0, 1, &[])
+    fn mask_intx(&self) -> io::Result<()> {
+        sys::set_irqs(&self.file, IrqKind::Intx, sys::MASK, 0, 1, &[])
     }
 
-    /// Unmasks the legacy line; VFIO masks it each time it fires.
-    pub fn unmask_intx(&self) -> io::Result<()> {
-        self.set(IrqKind::Intx, UNMASK, 0, 1, &[])
+    fn unmask_intx(&self) -> io::Result<()> {
+        sys::set_irqs(&self.file, IrqKind::Intx, sys::UNMASK, 0, 1, &[])
     }
 
-    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: usize, fds: &[i32]) -> io::Result<()> {
-        let words = irq_set(kind, flags, start, count, fds);
-        let words = words.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        // SAFETY: the words are a `vfio_irq_set` with `argsz` bytes, which live until the call returns; the kernel only
-        // reads them.
-        irqs_were_set(unsafe { ioctl_with_ptr(&self.file, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
-    }
-
-    /// How [`HostFunction::reset`] resets the function, if it can.
-    pub fn reset_way(&self) -> ResetWay {
+    fn reset_way(&self) -> ResetWay {
         self.resetter.way(&self.file)
     }
 
-    /// Resets the function. Its configuration space is afterwards what it was before.
-    pub fn reset(&self, scope: ResetScope) -> io::Result<()> {
+    fn reset(&self, scope: ResetScope) -> io::Result<()> {
         self.resetter.reset(&self.file, scope)
     }
 }

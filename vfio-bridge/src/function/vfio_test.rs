@@ -5,11 +5,6 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 
 #[test]
-fn ioctl_numbers_are_the_kernels() {
-    assert_eq!((VFIO_DEVICE_GET_INFO(), VFIO_DEVICE_SET_IRQS()), (0x3b6b, 0x3b6e));
-}
-
-#[test]
 fn f1_only_whole_pages_inside_the_region_are_mappable() {
     let areas = [(0x3000, 0x1000), (0, 0x1000), (0x1000, 0x800), (0x1800, 0x800), (0x2800, 0x1000), (0x4000, 0)];
     assert_eq!(mappable_pages(0x4000, areas), [(0, 0x1000), (0x3000, 0x1000)]);
@@ -44,26 +39,6 @@ fn f2_what_cannot_be_read_is_all_ones() {
     data = [0; 4];
     read_or_ones(&file, None, &mut data).expect_err("nowhere");
     assert_eq!(data, [0xff; 4]);
-}
-
-#[test]
-fn f5_fewer_vectors_than_were_asked_for_is_an_error() {
-    assert!(irqs_were_set(0).is_ok());
-    for only in [1, 7, i32::MAX] {
-        assert_eq!(irqs_were_set(only).expect_err("fewer").raw_os_error(), Some(libc::ENOSPC));
-    }
-    assert!(irqs_were_set(-1).is_err());
-}
-
-#[test]
-fn f5_a_request_for_interrupts_is_laid_out_as_the_kernel_reads_it() {
-    // argsz, flags, index, start, count, and an eventfd or -1 for each vector.
-    let set = irq_set(IrqKind::Msix, SIGNAL, 3, 2, &[9, -1]);
-    assert_eq!(set, Some(vec![28, 0x24, 2, 3, 2, 9, u32::MAX]));
-    assert_eq!(irq_set(IrqKind::Msi, DISABLE, 0, 0, &[]), Some(vec![20, 0x21, 1, 0, 0]));
-    assert_eq!(irq_set(IrqKind::Intx, MASK, 0, 1, &[]), Some(vec![20, 0x09, 0, 0, 1]));
-    assert_eq!(irq_set(IrqKind::Intx, UNMASK, 0, 1, &[]), Some(vec![20, 0x11, 0, 0, 1]));
-    assert_eq!(irq_set(IrqKind::Intx, UNMASK, 0, usize::MAX, &[]), None);
 }
 
 #[test]

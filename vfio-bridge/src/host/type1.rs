@@ -15,7 +15,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE,
     VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
-use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 use vtd::{IovaRange, Perm, RefusalCause};
@@ -23,7 +23,7 @@ use vtd::{IovaRange, Perm, RefusalCause};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
-use crate::function::reset::GroupFiles;
+use crate::function::group_files::GroupFiles;
 use crate::function::vfio::HostFunction;
 use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
 
@@ -63,26 +63,31 @@ impl Type1 {
     /// error nothing of it stays open.
     pub fn open(&self, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let (bdf, group) = (function.bdf(), function.group());
-        let files = Arc::clone(&self.files);
         let mut open = self.lock();
         if let Some(entry) = open.get_mut(&group) {
             if entry.functions.contains(&bdf) {
                 return Err(OpenError::AssignedTwice(bdf));
             }
-            let host_function = HostFunction::open(function, Arc::clone(&entry.container), files)
-                .map_err(|e| explain(bdf, group, e))?;
+            let host_function = self.open_in(&entry.container, function)?;
             entry.functions.push(bdf);
             return Ok(host_function);
         }
         let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(bdf, group, e))?);
-        let host_function =
-            HostFunction::open(function, Arc::clone(&container), files).map_err(|e| explain(bdf, group, e))?;
+        let host_function = self.open_in(&container, function)?;
         let limits = read_limits(&container).map_err(|e| OpenError::Vfio {
             bdf,
             reason: format!("the limits of its container could not be read: {e}"),
         })?;
+        self.files.add(group, &container);
         open.insert(group, Open { space: HostSpaceId::next(), container, limits, functions: vec![bdf] });
         Ok(host_function)
+    }
+
+    /// Opens the device of `function` through its group, which joins `container` unless it is there already.
+    fn open_in(&self, container: &Arc<VfioContainer>, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
+        let device = VfioDevice::new(function.path(), container.clone(), false);
+        let opened = device.and_then(|device| HostFunction::new(device, function, self.files.clone()));
+        opened.map_err(|e| explain(function.bdf(), function.group(), e))
     }
 
     /// What the host allows for `group`, `None` when it is not open.

@@ -15,12 +15,13 @@ use vtd::Iova;
 use vtd::spec::INTERRUPT_WINDOW;
 use zerocopy::IntoBytes;
 
-use super::granted::{Granted, Missing, Requests};
+use super::granted::{Granted, Missing};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
     Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, MAX_DMA_MAPS, TwinSocket, VERSION, command,
     parse_version, version_payload,
 };
+use crate::function::Requests;
 
 /// How long a process may take to answer a call, before it is cut off.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);

@@ -15,10 +15,10 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::connection::{CallError, ConnectError, Connection};
-use super::granted::Requests;
 use super::socket::{MAX_DATA, Message};
 use super::wire::{self, DeviceInfo, IrqInfo, IrqSet, RegionAccess, command};
-use crate::function::{IrqKind, RegionInfo, RegionKind, mappable_pages};
+use crate::function::reset::{ResetScope, ResetWay};
+use crate::function::{Function, IrqKind, RegionInfo, RegionKind, Requests, mappable_pages};
 use crate::host::GroupId;
 
 /// Bytes of a region's capabilities that are asked for at first, and what is asked for at most.
@@ -42,7 +42,10 @@ struct Region {
 
 impl std::fmt::Debug for UserFunction {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("UserFunction").field("name", &self.name()).field("group", &self.group).finish_non_exhaustive()
+        f.debug_struct("UserFunction")
+            .field("name", &self.connection.name())
+            .field("group", &self.group)
+            .finish_non_exhaustive()
     }
 }
 
@@ -70,40 +73,6 @@ impl UserFunction {
         Ok(Self { connection, group, regions, irqs, resettable })
     }
 
-    /// Its socket, for messages.
-    pub fn name(&self) -> &str {
-        self.connection.name()
-    }
-
-    /// The group that it is the one member of; no group of the kernel.
-    pub fn group(&self) -> GroupId {
-        self.group
-    }
-
-    /// From now on `requests` hears of what the function asks for by message and has no mapping for.
-    pub fn tell(&self, requests: Arc<dyn Requests>) {
-        self.connection.tell(requests);
-    }
-
-    /// What the server says about `region`.
-    pub fn region(&self, region: RegionKind) -> RegionInfo {
-        self.regions.get(region.index() as usize).map(|region| region.info.clone()).unwrap_or_default()
-    }
-
-    /// The file that `region` can be mapped from, at [`RegionInfo::file_offset`].
-    pub fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>> {
-        self.regions.get(region.index() as usize)?.file.clone()
-    }
-
-    /// Reads `data.len()` bytes at `offset` of `region`. What cannot be read is all ones, as on a bus where nobody
-    /// answers.
-    pub fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
-        if let Err(e) = self.try_read(region, offset, data) {
-            debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.name());
-            data.fill(0xff);
-        }
-    }
-
     fn try_read(&self, region: RegionKind, offset: u64, data: &mut [u8]) -> Result<(), CallError> {
         let mut at = offset;
         for part in data.chunks_mut(self.transfer()) {
@@ -116,13 +85,48 @@ impl UserFunction {
         Ok(())
     }
 
-    /// Writes `data` at `offset` of `region`. What cannot be written is dropped; the result says so.
-    pub fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn transfer(&self) -> usize {
+        let theirs = usize::try_from(self.connection.capabilities().max_data_xfer_size).unwrap_or(MAX_DATA);
+        theirs.clamp(1, MAX_DATA)
+    }
+
+    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: u32, fds: &[i32]) -> io::Result<()> {
+        let set = IrqSet { argsz: size_of::<IrqSet>() as u32, flags, index: kind.index(), start, count };
+        self.connection.call(command::DEVICE_SET_IRQS, &[set.as_bytes()], fds)?;
+        Ok(())
+    }
+}
+
+impl Function for UserFunction {
+    fn name(&self) -> String {
+        self.connection.name().to_owned()
+    }
+
+    fn group(&self) -> GroupId {
+        self.group
+    }
+
+    fn region(&self, region: RegionKind) -> RegionInfo {
+        self.regions.get(region.index() as usize).map(|region| region.info.clone()).unwrap_or_default()
+    }
+
+    fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>> {
+        self.regions.get(region.index() as usize)?.file.clone()
+    }
+
+    fn read(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
+        if let Err(e) = self.try_read(region, offset, data) {
+            debug!("{}: read of {region:?} at {offset:#x} failed: {e}", self.connection.name());
+            data.fill(0xff);
+        }
+    }
+
+    fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut at = offset;
         for part in data.chunks(self.transfer()) {
             let access = RegionAccess { offset: at, region: region.index(), count: part.len() as u32 };
             if let Err(e) = self.connection.call(command::REGION_WRITE, &[access.as_bytes(), part], &[]) {
-                debug!("{}: write of {region:?} at {at:#x} failed: {e}", self.name());
+                debug!("{}: write of {region:?} at {at:#x} failed: {e}", self.connection.name());
                 return Err(e.into());
             }
             at += part.len() as u64;
@@ -130,19 +134,17 @@ impl UserFunction {
         Ok(())
     }
 
-    fn transfer(&self) -> usize {
-        let theirs = usize::try_from(self.connection.capabilities().max_data_xfer_size).unwrap_or(MAX_DATA);
-        theirs.clamp(1, MAX_DATA)
-    }
-
-    /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
-    pub fn irq_count(&self, kind: IrqKind) -> u32 {
+    fn irq_count(&self, kind: IrqKind) -> u32 {
         let info = self.irqs.get(kind.index() as usize);
         info.filter(|irq| irq.flags & VFIO_IRQ_INFO_EVENTFD != 0).map_or(0, |irq| irq.count)
     }
 
-    /// Vectors `start..start + triggers.len()` of `kind` signal these eventfds from now on, `None`: nobody.
-    pub fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
+    fn irq_noresize(&self, _: IrqKind) -> bool {
+        // A process has no vectors of the host to allocate.
+        false
+    }
+
+    fn set_irqs(&self, kind: IrqKind, start: u32, triggers: &[Option<&EventFd>]) -> io::Result<()> {
         let most = (self.connection.capabilities().max_msg_fds as usize).max(1);
         let mut start = start;
         // A message carries eventfds for all of its vectors, or takes away those of all.
@@ -155,34 +157,37 @@ impl UserFunction {
         Ok(())
     }
 
-    /// Disables `kind` altogether.
-    pub fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
+    fn disable_irqs(&self, kind: IrqKind) -> io::Result<()> {
         self.set(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, &[])
     }
 
-    /// Unmasks the legacy line; the server masks it each time it fires.
-    pub fn unmask_intx(&self) -> io::Result<()> {
+    fn mask_intx(&self) -> io::Result<()> {
+        // Servers need not do it when it fires, and a write of the command register does not touch it.
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn unmask_intx(&self) -> io::Result<()> {
         self.set(IrqKind::Intx, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, &[])
     }
 
-    fn set(&self, kind: IrqKind, flags: u32, start: u32, count: u32, fds: &[i32]) -> io::Result<()> {
-        let set = IrqSet { argsz: size_of::<IrqSet>() as u32, flags, index: kind.index(), start, count };
-        self.connection.call(command::DEVICE_SET_IRQS, &[set.as_bytes()], fds)?;
-        Ok(())
+    fn reset_way(&self) -> ResetWay {
+        if self.resettable { ResetWay::Process } else { ResetWay::None(None) }
     }
 
-    /// Whether the server can reset it.
-    pub fn is_resettable(&self) -> bool {
-        self.resettable
-    }
-
-    /// Resets it. [`io::ErrorKind::Unsupported`] where the server cannot.
-    pub fn reset(&self) -> io::Result<()> {
+    fn reset(&self, _: ResetScope) -> io::Result<()> {
         if !self.resettable {
             return Err(io::ErrorKind::Unsupported.into());
         }
         self.connection.call(command::DEVICE_RESET, &[], &[])?;
         Ok(())
+    }
+
+    fn is_emulated(&self) -> bool {
+        true
+    }
+
+    fn tell(&self, requests: Arc<dyn Requests>) {
+        self.connection.tell(requests);
     }
 }
 

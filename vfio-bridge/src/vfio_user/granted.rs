@@ -8,17 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use vtd::{Iova, Perm};
-
-/// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a
-/// lock.
-pub trait Requests: Send + Sync {
-    /// The function asked for `iova`, and has no mapping that allows it: the unit, whose tables say why, records the
-    /// fault.
-    fn blocked(&self, iova: Iova, write: bool);
-    /// The function wrote four aligned bytes into the interrupt window: a message, like any function's.
-    fn message(&self, address: u64, data: u32);
-}
+use vtd::Perm;
 
 /// Nothing that is granted answers; so many bytes before it were transferred.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -10,7 +10,7 @@
 //!
 //! There is no host IOMMU below: the process is given the file behind guest memory and the ranges that it may use, and
 //! is trusted not to look further. Where it asks by message instead, [`VfioUser`] holds it to what is mapped, as an
-//! IOMMU would, and what is blocked is told to the unit ([`Requests`]), which records the fault.
+//! IOMMU would, and what is blocked is told to the unit ([`crate::Requests`]), which records the fault.
 //!
 //! # Deadline
 //! Each call has one ([`CALL_DEADLINE`]). A process that does not answer is cut off: its connection is closed, and its
@@ -32,6 +32,5 @@ mod wire;
 
 pub use connection::{CALL_DEADLINE, CallError, ConnectError};
 pub use function::UserFunction;
-pub use granted::Requests;
 pub use host::{UserEndpoint, VfioUser};
 pub use server::{ClientMemory, DmaRefused, ServeError, Served, serve};

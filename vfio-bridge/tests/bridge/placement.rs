@@ -229,7 +229,7 @@ fn with_device(hva: u64) -> vfio_bridge::GuestMap {
 const DEVICE: u64 = 0xc000_0000;
 
 #[test]
-fn b10_identity_follows_a_guest_physical_map_that_changes() {
+fn identity_follows_a_guest_physical_map_that_changes() {
     for make in [World::new, World::per_space] {
         let world = make(Kernel::new(48), RAM, &[(1, 1), (2, 2)]);
         world.attach(1, &SpaceKey::Identity, &[]).expect("attached");

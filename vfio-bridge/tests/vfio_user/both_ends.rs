@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vfio_bridge::{
-    Bridge, HostIommu, IrqKind, Quarantine, RegionKind, UnmapRange,
+    Bridge, Function, HostIommu, IrqKind, Quarantine, RegionKind, ResetScope, UnmapRange,
     vfio_user::{DmaRefused, UserEndpoint, VfioUser},
 };
 use vtd::{
@@ -50,7 +50,7 @@ fn regions_interrupts_and_reset_reach_the_device() {
 
     function.disable_irqs(IrqKind::Msix).unwrap();
     function.unmask_intx().unwrap();
-    function.reset().unwrap();
+    function.reset(ResetScope::Function).unwrap();
     assert_eq!(serving.device.take(), [Asked::Disable(IrqKind::Msix), Asked::Unmask, Asked::Reset]);
 
     drop(rig);

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use vfio_bridge::{IrqKind, RegionKind};
+use vfio_bridge::{Function, IrqKind, RegionKind};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempfile::TempFile;
 use vtd::Iova;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
-use vfio_bridge::{Bridge, HostIommu, Quarantine, RegionKind, UnmapRange};
+use vfio_bridge::{Bridge, Function, HostIommu, Quarantine, RegionKind, ResetScope, UnmapRange};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
@@ -167,7 +167,7 @@ fn whoever_closes_its_end_holds_nothing_any_more() {
     let _ = serving.thread.join().unwrap();
     assert_eq!(rig.host_unmap_all(), 0x2000);
     assert!(rig.map(0x1000, 0, 0x1000, Perm::ReadWrite).is_err());
-    assert!(rig.function.reset().is_err());
+    assert!(rig.function.reset(ResetScope::Function).is_err());
 }
 
 impl Rig {

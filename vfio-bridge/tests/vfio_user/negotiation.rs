@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vfio_bridge::vfio_user::{ConnectError, DmaRefused};
-use vfio_bridge::{HostIommu, IrqKind, RegionKind};
+use vfio_bridge::{Function, HostIommu, IrqKind, RegionKind};
 use vtd::{Iova, Perm};
 
 use super::misbehaving::{ERROR, REPLY, message, next, server, words};

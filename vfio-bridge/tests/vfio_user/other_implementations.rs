@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
 };
 use vfio_bridge::vfio_user::{ClientMemory, UserEndpoint, VfioUser, serve};
-use vfio_bridge::{HostIommu, IrqKind, RegionKind, UnmapRange};
+use vfio_bridge::{Function, HostIommu, IrqKind, RegionKind, ResetScope, ResetWay, UnmapRange};
 use vfio_user::{Client, DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion};
 use vmm_sys_util::tempdir::TempDir;
 use vtd::{Iova, Perm};
@@ -92,7 +92,7 @@ fn our_client_with_its_server() {
     });
     let host = VfioUser::default();
     let function = host.open(UserEndpoint::Path(path), "other").unwrap();
-    assert!(function.is_resettable());
+    assert_eq!(function.reset_way(), ResetWay::Process);
     assert_eq!((function.region(RegionKind::Config).size, function.region(RegionKind::Bar(0)).size), (256, 0));
     let mut data = [0; 3];
     function.read(RegionKind::Config, 9, &mut data);
@@ -103,7 +103,7 @@ fn our_client_with_its_server() {
     let events = [event(), event()];
     function.set_irqs(IrqKind::Msi, 0, &[Some(&events[0]), Some(&events[1])]).unwrap();
     assert!(was_signalled(&events[0]) && was_signalled(&events[1]));
-    function.reset().unwrap();
+    function.reset(ResetScope::Function).unwrap();
 
     let memory = Memory::new();
     let space = space_of(&host, function.group());
@@ -142,7 +142,7 @@ fn its_refusals_reach_us() {
     });
     let host = VfioUser::default();
     let function = host.open(UserEndpoint::Path(path), "other").unwrap();
-    assert_eq!(function.reset().unwrap_err().kind(), io::ErrorKind::Unsupported);
+    assert_eq!(function.reset(ResetScope::Function).unwrap_err().kind(), io::ErrorKind::Unsupported);
     let memory = Memory::new();
     let space = space_of(&host, function.group());
     host.map(space, 0, memory.map.host_mem(0, 0x1000).unwrap(), Perm::Read).unwrap_err();

@@ -6,8 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vfio_bridge::vfio_user::{ClientMemory, Requests, Served, UserEndpoint, UserFunction, VfioUser, serve};
-use vfio_bridge::{GroupId, GuestMap, HostIommu, HostSpaceId, IrqKind, MapRefused, Placement, RegionKind, UnmapRange};
+use vfio_bridge::vfio_user::{ClientMemory, Served, UserEndpoint, UserFunction, VfioUser, serve};
+use vfio_bridge::{
+    Function, GroupId, GuestMap, HostIommu, HostSpaceId, IrqKind, MapRefused, Placement, RegionKind, Requests,
+    UnmapRange,
+};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::tempfile::TempFile;
 use vtd::{Iova, Perm};

@@ -21,13 +21,13 @@ use devices::serial::SerialPort;
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
-use vfio_bridge::{Bdf, Bridge, GroupId, Trace, TracedListener};
+use vfio_bridge::{Bdf, Bridge, Function, GroupId, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
 use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
-use crate::assign::{self, Assigned, Checked, Function, UserRequests};
+use crate::assign::{self, Assigned, Checked, UserRequests};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
@@ -527,23 +527,27 @@ impl Plug<'_> {
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
     /// function of the guest.
-    fn assign(&self, requester: Requester, function: Function, bridge: &Bridge) -> Result<Arc<VfioPci>, Error> {
+    fn assign(
+        &self,
+        requester: Requester,
+        function: Arc<dyn Function>,
+        bridge: &Bridge,
+    ) -> Result<Arc<VfioPci>, Error> {
         let name = function.name();
         bridge.register(requester, function.group()).map_err(assign::Error::from)?;
         if let Some(unit) = self.unit {
-            if let Function::User(function) = &function {
+            if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
                 function.tell(Arc::new(UserRequests { endpoint, interrupts }));
             }
             let attach = |source| assign::Error::Attach { name: name.clone(), source };
             unit.add_requester(requester).map_err(attach)?;
         }
-        let host = function.host();
-        let intx = VfioPci::pin_of(&*host).map(|pin| self.line(requester, pin));
+        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(requester, pin));
         let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
             requester,
-            host,
+            host: function,
             decoder: self.platform.root.decoder(),
             slots: self.slots.clone(),
             interrupts: self.interrupts.clone(),

@@ -1,0 +1,138 @@
+//! Assigned functions: what is checked before anything runs, how they are opened, what is said about them, and how one
+//! is stopped.
+
+mod check;
+mod open;
+mod quarantine;
+mod report;
+mod requests;
+
+use devices::vfio_pci::VfioPciError;
+use vfio_bridge::vfio_user::ConnectError;
+use vfio_bridge::{GroupId, GuestMapError, OpenError, RegisterError};
+use vtd::AttachRefused;
+
+use self::check::widest;
+pub use self::check::{Checked, check, unit_width};
+pub use self::open::{Assigned, open};
+pub use self::report::{report, report_functions};
+pub use self::requests::UserRequests;
+use crate::config::UserSocket;
+use crate::kvm::vm;
+
+/// Why functions cannot be assigned.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Without a unit nothing would confine the device.
+    #[error(
+        "--iommu none with a {kind} device is refused: nothing inside the guest could confine the device; leave --iommu out, or use \
+         --iommu vtd"
+    )]
+    NoUnit {
+        /// The device's.
+        kind: &'static str,
+    },
+    /// Without Caching Mode the guest does not say what it maps.
+    #[error(
+        "caching-mode=off with a {kind} device is refused: the guest would not say what it maps, and the device could not follow; \
+         use caching-mode=on"
+    )]
+    NoCachingMode {
+        /// The device's.
+        kind: &'static str,
+    },
+    /// The socket of a function of another process cannot be looked at.
+    #[error("{socket}, where a vfio-user device should be, cannot be used: {source}; start its process first")]
+    Socket {
+        /// Which.
+        socket: UserSocket,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// It is none.
+    #[error("{0}, where a vfio-user device should be, is not a socket; give the path that its process listens at")]
+    NoSocket(UserSocket),
+    /// The process does not answer as it should.
+    #[error("the vfio-user device at {socket} cannot be assigned: {source}")]
+    User {
+        /// Which.
+        socket: UserSocket,
+        /// Why.
+        source: ConnectError,
+    },
+    /// The unit would be wider than the host.
+    #[error("aw-bits={asked} is refused: the host IOMMU of group {group} maps {host} bits; use aw-bits={}", widest(*.host))]
+    Width {
+        /// What was asked for.
+        asked: u8,
+        /// What the host maps.
+        host: u8,
+        /// The group whose IOMMU is the narrowest.
+        group: GroupId,
+    },
+    /// Not even the narrowest unit fits.
+    #[error(
+        "the host IOMMU of group {group} maps only {host} bits, and the narrowest unit has 39: the device cannot be assigned"
+    )]
+    TooNarrow {
+        /// What the host maps.
+        host: u8,
+        /// Its group.
+        group: GroupId,
+    },
+    /// The host keeps a range where the guest's RAM would be.
+    #[error(
+        "the host IOMMU of group {group} cannot map {first:#x}-{last:#x}, where guest memory would be: the device cannot be assigned \
+         with {} MiB of memory; use a smaller --memory",
+        .ram >> 20
+    )]
+    Reserved {
+        /// Its group.
+        group: GroupId,
+        /// First address.
+        first: u64,
+        /// Last address.
+        last: u64,
+        /// Bytes of RAM.
+        ram: u64,
+    },
+    /// What would be locked is not there.
+    #[error(
+        "an assigned device keeps the guest's {} MiB of memory locked, and the host has {} MiB left; use a smaller --memory",
+        .ram >> 20, .available >> 20
+    )]
+    HostMemory {
+        /// Bytes of RAM.
+        ram: u64,
+        /// Bytes that the host can still give.
+        available: u64,
+    },
+    /// Guest memory is not as the bridge needs it.
+    #[error(transparent)]
+    GuestMap(#[from] GuestMapError),
+    /// A function is there twice.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// The host did not take the identity mappings.
+    #[error("{name} could not be given the guest's memory: {source}")]
+    Attach {
+        /// The function.
+        name: String,
+        /// Why.
+        source: AttachRefused,
+    },
+    /// The function is not as PCI wants it.
+    #[error("{name} cannot be assigned: {source}")]
+    Function {
+        /// The function.
+        name: String,
+        /// Why.
+        source: VfioPciError,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+}
