@@ -21,9 +21,9 @@ pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, 
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
 pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
-pub use host::model;
 pub use host::type1::Type1;
 pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+pub use host::{faulty, model};
 pub use stats::{DeviceStats, RefusedMaps};
 pub use trace::{Trace, TracedHost, TracedListener};
 pub use vfio_ioctls::VfioDeviceFd;

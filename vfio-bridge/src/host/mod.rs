@@ -3,6 +3,7 @@
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
+pub mod faulty;
 pub mod model;
 pub(crate) mod type1;
 

@@ -4,6 +4,7 @@
 mod audit;
 mod behaviours;
 mod broken;
+mod faulty;
 mod groups;
 mod placement;
 mod property;

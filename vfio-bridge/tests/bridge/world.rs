@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use vfio_bridge::model::{Contents, Held, HostOp, Kernel, Model, Served};
-use vfio_bridge::{Bridge, GroupId, GuestMap, Quarantine, Region, UnmapRange};
+use vfio_bridge::{Bridge, GroupId, GuestMap, HostIommu, Quarantine, Region, UnmapRange};
 use vtd::{
     Applied, AttachRefused, DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, PagedSpace, Perm, Requester, SourceId,
     SpaceKey, SpaceListener, Tables, UnitId,
@@ -193,8 +193,14 @@ impl World {
     }
 
     fn over(model: Arc<Model>, ram: Ram, functions: &[(u8, u32)]) -> Self {
+        let host = model.clone();
+        Self::through(host, model, ram, functions)
+    }
+
+    /// The same, where the bridge asks `host`, which asks `model`.
+    pub fn through(host: Arc<dyn HostIommu>, model: Arc<Model>, ram: Ram, functions: &[(u8, u32)]) -> Self {
         let stopped = Arc::new(Stopped::default());
-        let bridge = Bridge::new(vec![model.clone()], ram.map(), stopped.clone());
+        let bridge = Bridge::new(vec![host], ram.map(), stopped.clone());
         for (device, group) in functions {
             bridge.register(requester(*device), GroupId(*group)).expect("new");
         }

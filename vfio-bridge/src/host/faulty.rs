@@ -1,0 +1,158 @@
+//! A host one of whose calls fails, in a way that a kernel can fail. For tests: whatever fails, a function reaches
+//! nothing that it was not granted.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vtd::{Perm, RefusalCause};
+
+use super::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
+use crate::bridge::guest_map::HostMem;
+use crate::bridge::limits::Limits;
+
+/// How a call fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// It does nothing, and this is its errno.
+    Refused(i32),
+    /// It is done all the same, and this is its errno. (A map is undone: the kernel does that itself.)
+    DoneAndRefused(i32),
+    /// An unmap is done, and says this many bytes more than it took away. Any other call does not fail.
+    Miscounted(i64),
+}
+
+/// A call of a [`HostIommu`] that changes something.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Call {
+    /// [`HostIommu::create`].
+    Create,
+    /// [`HostIommu::attach`].
+    Attach,
+    /// [`HostIommu::detach`].
+    Detach,
+    /// [`HostIommu::map`], also as one of several.
+    Map,
+    /// [`HostIommu::unmap`].
+    Unmap,
+}
+
+#[derive(Default)]
+struct State {
+    calls: u64,
+    /// Which call fails, counted from 1, and how.
+    plan: Option<(u64, Failure)>,
+    failed: Option<Call>,
+}
+
+/// The host. Calls that change something are counted.
+pub struct Faulty {
+    inner: Arc<dyn HostIommu>,
+    state: Mutex<State>,
+}
+
+impl Faulty {
+    /// `inner`, none of whose calls fails.
+    pub fn new(inner: Arc<dyn HostIommu>) -> Arc<Self> {
+        Arc::new(Self { inner, state: Mutex::default() })
+    }
+
+    /// The `nth` call from the beginning, counted from 1, fails in this way.
+    pub fn fail(&self, nth: u64, failure: Failure) {
+        self.state().plan = Some((nth, failure));
+    }
+
+    /// How many calls there were.
+    pub fn calls(&self) -> u64 {
+        self.state().calls
+    }
+
+    /// The call that failed, if one did.
+    pub fn failed(&self) -> Option<Call> {
+        self.state().failed
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How this call fails, if it does.
+    fn failure(&self, call: Call) -> Option<Failure> {
+        let mut state = self.state();
+        state.calls += 1;
+        let (nth, failure) = state.plan?;
+        let fails = state.calls == nth && (call == Call::Unmap || !matches!(failure, Failure::Miscounted(_)));
+        fails.then(|| {
+            state.failed = Some(call);
+            failure
+        })
+    }
+
+    fn simple<T>(&self, call: Call, ask: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match self.failure(call) {
+            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::DoneAndRefused(errno)) => ask().and_then(|_| Err(io::Error::from_raw_os_error(errno))),
+            Some(Failure::Miscounted(_)) | None => ask(),
+        }
+    }
+}
+
+impl HostIommu for Faulty {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn placement(&self, group: GroupId) -> Option<Placement> {
+        self.inner.placement(group)
+    }
+
+    fn limits(&self, space: HostSpaceId) -> Limits {
+        self.inner.limits(space)
+    }
+
+    fn create(&self) -> io::Result<HostSpaceId> {
+        // One that nobody hears of would be the host's leak and not ours.
+        match self.failure(Call::Create) {
+            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::Miscounted(_)) | None => self.inner.create(),
+        }
+    }
+
+    fn destroy(&self, space: HostSpaceId) {
+        self.inner.destroy(space);
+    }
+
+    fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        // An error of it says that the group is where it was.
+        match self.failure(Call::Attach) {
+            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::Miscounted(_)) | None => self.inner.attach(group, space),
+        }
+    }
+
+    fn detach(&self, group: GroupId) -> io::Result<()> {
+        self.simple(Call::Detach, || self.inner.detach(group))
+    }
+
+    fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
+        match self.failure(Call::Map) {
+            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(MapRefused::from_errno(errno)),
+            Some(Failure::Miscounted(_)) | None => self.inner.map(space, iova, mem, perm),
+        }
+    }
+
+    fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
+        match self.failure(Call::Unmap) {
+            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::DoneAndRefused(errno)) => {
+                self.inner.unmap(space, range)?;
+                Err(io::Error::from_raw_os_error(errno))
+            }
+            Some(Failure::Miscounted(more)) => Ok(self.inner.unmap(space, range)?.wrapping_add_signed(more)),
+            None => self.inner.unmap(space, range),
+        }
+    }
+
+    fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
+        self.inner.remedy(space, cause)
+    }
+}
