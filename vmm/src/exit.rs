@@ -1,8 +1,10 @@
 //! Exit codes (docs/running.md).
 
+/// Exit code of `causeway ctl` for what the machine refuses.
+pub const DENIED: u8 = 1;
 /// Exit code of a usage error.
 pub const USAGE: u8 = 2;
-/// Exit code of a refused start.
+/// Exit code of a refused start, and of `causeway ctl` where no machine is.
 pub const REFUSED: u8 = 4;
 /// Exit code of an error of the host or of ours.
 pub const ERROR: u8 = 6;

@@ -7,6 +7,7 @@ mod boot;
 mod commands;
 mod config;
 mod console;
+mod control_protocol;
 mod exit;
 mod kvm;
 mod machine;

@@ -83,6 +83,8 @@ pub const GUEST_MODULES: &[&str] = &[
     "crc32c_generic",
     "crc32c-intel",
     "ext4",
+    "button",
+    "evdev",
 ];
 
 /// What guests have besides in the topology `zoo`: a driver for each kind of function, and what it stands on.

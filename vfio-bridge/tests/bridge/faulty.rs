@@ -1,6 +1,6 @@
 //! Each host call of a life fails once, in each way in which a kernel can fail it. After each call of the bridge a
-//! function that goes on reaches nothing that is not granted, and the books say what the host holds; a host that did not
-//! let go has had its functions stopped.
+//! function that goes on reaches nothing that is not granted, and the books say what the host holds; a host that did
+//! not let go has had its functions stopped.
 
 use std::collections::BTreeSet;
 

@@ -10,6 +10,7 @@ mod placement;
 mod property;
 mod refusals;
 mod refused_joins;
+mod scenario;
 mod steps;
 mod switches;
 mod trace;

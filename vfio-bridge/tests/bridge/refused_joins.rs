@@ -3,7 +3,8 @@
 
 use vtd::Perm::ReadWrite;
 
-use crate::property::{Host, Run, Step};
+use crate::property::Run;
+use crate::scenario::{Host, Step};
 
 /// A host that takes `entries` mappings; the steps, of which the last is the join of device 3; how many extents it
 /// cuts.

@@ -95,6 +95,15 @@ fn the_fadt_says_that_there_is_a_clock_with_a_century() {
 }
 
 #[test]
+fn the_fadt_says_that_the_power_button_is_fixed_hardware_and_that_there_is_no_sleep_button() {
+    let tables = find(&Description { cpus: 1, pci64: None, remapping: None });
+    let flags = u32_at(&tables["FACP"], 112);
+    assert_eq!((flags >> 4 & 1, flags >> 5 & 1), (0, 1));
+    // A device of the namespace would be a second one.
+    assert!(!tables["DSDT"].windows(4).any(|id| id == [0x41, 0xd0, 0x0c, 0x0c]), "PNP0C0C");
+}
+
+#[test]
 fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
     let pci64 = layout::pci64_window(512 << 20, 40, &[128 << 30]).unwrap();
     assert_eq!(pci64, Window { first: 128 << 30, last: (256 << 30) - 1 });

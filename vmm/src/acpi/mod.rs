@@ -87,8 +87,7 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // No power button, sleep button or clock of the fixed kind.
-        .flag(Flags::PwrButton)
+        // No sleep button or clock of the fixed kind; the power button is of that kind, so its flag is off.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)

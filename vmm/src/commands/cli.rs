@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
+use crate::commands::ctl::CtlArgs;
 use crate::commands::device::DeviceArgs;
 use crate::commands::options;
 use crate::commands::test::TestArgs;
@@ -29,6 +30,8 @@ pub struct Cli {
 pub enum Command {
     /// Boots a guest
     Run(Box<RunArgs>),
+    /// Asks a running machine for something, at its control socket
+    Ctl(CtlArgs),
     /// Runs guest-side DMA test images, each test in a fresh guest
     Test(Box<TestArgs>),
     /// Emulates a device in this process for a virtual machine of another: a vfio-user server
@@ -92,8 +95,9 @@ pub struct RunArgs {
     /// More messages; up to three times
     #[arg(short = 'v', action = ArgAction::Count)]
     pub verbose: u8,
-    #[arg(long, hide = true, value_parser = options::later)]
-    socket: Option<PathBuf>,
+    /// Listen here for `causeway ctl`: whoever can connect (this user, and root) owns the machine
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -149,7 +153,7 @@ mod tests {
             (&["--kernel", "k", "--memory", "1M"], "less than 16M"),
             (&["--kernel", "k", "--iommu", "vtd,foo=on"], "the keys are"),
             (&["--kernel", "k", "--device", "vfio"], "host=BDF is missing"),
-            (&["--kernel", "k", "--socket", "x"], "not available in this version"),
+            (&["--kernel", "k", "--socket", ""], "a value is required"),
             (&["--kernel", "k", "--image", "x"], "cannot be used with"),
             (&["--kernel", "k", "--kernel", "l"], "--kernel"),
             (&[], "--kernel"),

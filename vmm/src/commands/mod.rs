@@ -1,10 +1,12 @@
 //! The command line, and what each command does.
 
 pub mod cli;
+mod ctl;
 mod device;
 pub mod options;
 mod run;
 mod test;
+mod verbs;
 
 use std::process::ExitCode;
 
@@ -23,6 +25,7 @@ pub fn main() -> ExitCode {
     }
     match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Device(args) => device::run(&args),
     }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 
 use crate::config::{DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
 
@@ -272,11 +271,6 @@ pub fn seconds(text: &str) -> Result<std::time::Duration, BadOption> {
         .filter(|seconds| (0.001..=1e9).contains(seconds))
         .and_then(|seconds: f64| std::time::Duration::try_from_secs_f64(seconds).ok())
         .ok_or_else(|| BadOption(format!("`{text}` is not a number of seconds from 0.001 to 1000000000")))
-}
-
-/// The parser of options that are named and that this version does not have.
-pub fn later(_: &str) -> Result<PathBuf, BadOption> {
-    bad("not available in this version")
 }
 
 #[cfg(test)]

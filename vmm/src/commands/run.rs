@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,13 +20,15 @@ use crate::boot::image::Image;
 use crate::boot::{self, Kernel, Payload};
 use crate::commands::cli::RunArgs;
 use crate::commands::options;
+use crate::commands::verbs::Verbs;
 use crate::config::{MachineConfig, Slot};
 use crate::console::Console;
 use crate::exit::{CRASHED, ERROR, REFUSED, TIME_LIMIT, USAGE};
 use crate::kvm::vm;
 use crate::machine::audit;
 use crate::machine::control::{Control, Stop};
-use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside};
+use crate::machine::control_socket::{ControlSocket, Place, SocketFile};
+use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside, Wake};
 use crate::machine::stats::{self, Exit, Stats};
 use crate::machine::{Machine, Parts};
 use crate::messages::{Messages, say};
@@ -86,6 +89,8 @@ struct Run<'a> {
     control: Arc<Control>,
     signals: Arc<Signals>,
     messages: Arc<Messages>,
+    /// Who connects before the machine runs is served when it does.
+    socket: Option<(UnixListener, Arc<SocketFile>)>,
 }
 
 /// Runs a guest to its end.
@@ -106,14 +111,17 @@ pub fn run(args: &RunArgs) -> ExitCode {
             stats::check(file)
                 .map_err(|e| usage(anyhow::anyhow!("the statistics cannot be written to {}: {e}", file.display())))?;
         }
+        let place = args.socket.as_deref().map(Place::find).transpose().map_err(|e| usage(e.into()))?;
         drop(guard);
+        // The next guard removes it.
+        let socket = place.map(Place::listen).transpose().map_err(|e| usage(e.into()))?;
         if let Err(e) = open_files::raise_limit() {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        Ok(Run { args, config: args.machine(), names, slots, trace, start, control, signals, messages })
+        Ok(Run { args, config: args.machine(), names, slots, trace, start, control, signals, messages, socket })
     };
-    let run = match run() {
+    let mut run = match run() {
         Ok(run) => run,
         Err((code, e)) => {
             say(format_args!("causeway: {e}"));
@@ -140,17 +148,23 @@ type Subscriber = Box<dyn MutEventSubscriber>;
 
 impl Run<'_> {
     /// An error means that nothing ran.
-    fn guest(&self) -> anyhow::Result<Stop> {
+    fn guest(&mut self) -> anyhow::Result<Stop> {
         let args = self.args;
         let messages = self.messages.clone();
+        let socket = self.socket.take();
+        let file = socket.as_ref().map(|(_, file)| file.clone());
         let guard = Guard::start(self.signals.clone(), move |signal, signals| {
             log::info!("stopped by signal {signal}, before the guest ran");
+            if let Some(file) = file {
+                file.remove();
+            }
             messages.finish(signals);
         })?;
         let payload = self.payload()?;
         let config = &self.config;
         let checked = assign::check(&config.devices, config.vtd(), config.memory)?;
         let kvm = vm::open().map_err(vm::remedy)?;
+        let socket = socket.map(ControlSocket::new).transpose()?;
         let drained = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let output = Output::start("output", io::stdout().as_fd())?;
         let trace = self.trace.clone();
@@ -174,6 +188,9 @@ impl Run<'_> {
         events.add_subscriber(Box::new(Outside::new(signals, args.timeout, control.clone(), report.clone())?));
         let blocked = BlockedInterrupts::new(machine.interrupts().clone(), self.control.clone());
         events.add_subscriber(Box::new(blocked));
+        if let Some(socket) = &socket {
+            events.add_subscriber(Box::new(Wake::new(socket.event(), self.control.clone())));
+        }
         for (id, function) in machine.assigned() {
             log::info!(
                 "{id}: the device can reach all of the guest's memory until the guest turns translation on, as on hardware"
@@ -186,7 +203,7 @@ impl Run<'_> {
         drop(guard);
         let typed = Console::start(machine.serial().clone(), drained, control, self.messages.terminal())?;
         machine.resume();
-        let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref());
+        let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref(), socket);
         machine.halt();
         terminal::give_back();
         // Before the functions are torn down.
@@ -267,14 +284,29 @@ impl Run<'_> {
         events: &mut EventManager<Subscriber>,
         report: &AtomicBool,
         trace: Option<&Trace>,
+        mut socket: Option<ControlSocket>,
     ) -> Stop {
+        let verbs = Verbs {
+            control: &self.control,
+            trace: self.args.trace.as_deref().zip(trace),
+            no_reboot: self.args.no_reboot,
+            start: self.start,
+        };
+        let mut last_audit = stats::Audit::default();
+        let mut more = false;
         loop {
-            if let Err(e) = events.run() {
+            // For ever, unless a client has more.
+            let timeout = if more { 0 } else { -1 };
+            if let Err(e) = events.run_with_timeout(timeout) {
                 return Stop::Error(format!("the event loop failed: {e}"));
+            }
+            if let Some(socket) = &mut socket {
+                more = socket.turn(&mut |verb| verbs.serve(verb, machine, &mut last_audit));
             }
             if report.swap(false, Ordering::Relaxed) {
                 let audit = machine.audit(trace);
                 audit::say(&audit);
+                last_audit = (&audit).into();
                 self.write_stats(machine, None, &audit).unwrap_or_else(|why| log::error!("{why}"));
                 if let Some(trace) = trace {
                     trace.flush();

@@ -76,6 +76,29 @@ impl MutEventSubscriber for Outside {
     }
 }
 
+/// A file that only wakes the loop, whose caller looks after it.
+pub struct Wake {
+    file: RawFd,
+    control: Arc<Control>,
+}
+
+impl Wake {
+    /// `file` is open as long as the loop runs.
+    pub fn new(file: RawFd, control: Arc<Control>) -> Self {
+        Self { file, control }
+    }
+}
+
+impl MutEventSubscriber for Wake {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(e) = ops.add(Events::new_raw(self.file, EventSet::IN)) {
+            self.control.request(Stop::Error(format!("the control socket cannot be watched: {e}")));
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+}
+
 /// What an assigned function's host tells us outside of the guest's own accesses.
 pub struct FunctionEvents {
     id: String,

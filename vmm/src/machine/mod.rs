@@ -3,9 +3,11 @@
 pub mod audit;
 mod bars;
 pub mod control;
+pub mod control_socket;
 pub mod events;
 mod legacy;
 pub mod stats;
+mod steering;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -129,6 +131,7 @@ pub struct Machine {
     ram: Arc<Ram>,
     ram_size: u64,
     resets: u64,
+    paused: bool,
 }
 
 /// The devices that every machine has.
@@ -315,6 +318,7 @@ impl Machine {
             ram,
             ram_size: wanted.memory,
             resets: 0,
+            paused: false,
         };
         machine.load()?;
         for vcpu in vcpus {
@@ -371,12 +375,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets the vCPUs run.
-    pub fn resume(&self) {
-        self.control.resume();
-    }
-
-    /// Starts the guest anew: vCPUs out, functions quiesced, then the unit, then the rest, then the boot state.
+    /// Starts the guest anew: vCPUs out, functions quiesced, then the unit, then the rest, then the boot state. What is
+    /// paused stays so.
     pub fn reset(&mut self) -> Result<(), Error> {
         self.control.pause();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
@@ -394,7 +394,9 @@ impl Machine {
         self.load()?;
         self.control.reset_vcpus();
         self.resets += 1;
-        self.resume();
+        if !self.paused {
+            self.control.resume();
+        }
         Ok(())
     }
 

@@ -75,7 +75,7 @@ pub struct Unit {
 }
 
 /// A comparison of the books.
-#[derive(Serialize, Default, Debug)]
+#[derive(Serialize, Clone, Default, Debug)]
 pub struct Audit {
     /// Mappings compared.
     pub checked: u64,

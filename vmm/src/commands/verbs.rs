@@ -1,0 +1,113 @@
+//! What `causeway run` does for a request at its control socket.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+use vfio_bridge::Trace;
+
+use crate::control_protocol::{Reply, Verb};
+use crate::machine::control::{Control, Stop};
+use crate::machine::stats::{self, Device, Stats};
+use crate::machine::{Machine, audit};
+
+/// What the verbs need besides the machine.
+pub struct Verbs<'a> {
+    /// Ends the run.
+    pub control: &'a Control,
+    /// The trace and its file.
+    pub trace: Option<(&'a Path, &'a Trace)>,
+    /// A reset is refused.
+    pub no_reboot: bool,
+    /// Of the run.
+    pub start: Instant,
+}
+
+/// Whether vCPUs run.
+#[derive(Serialize, Clone, Copy, Debug)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    Running,
+    Paused,
+}
+
+/// The statistics, and the state.
+#[derive(Serialize, Debug)]
+struct Status {
+    #[serde(flatten)]
+    stats: Stats,
+    state: State,
+}
+
+/// The devices alone.
+#[derive(Serialize, Debug)]
+struct Devices {
+    devices: Vec<Device>,
+}
+
+fn state(machine: &Machine) -> State {
+    if machine.is_paused() { State::Paused } else { State::Running }
+}
+
+fn state_of(machine: &Machine) -> Reply {
+    Reply::ok(&serde_json::json!({"state": state(machine)}))
+}
+
+impl Verbs<'_> {
+    /// Does what `verb` says; `last` is the last audit of the run.
+    pub fn serve(&self, verb: Verb, machine: &mut Machine, last: &mut stats::Audit) -> Reply {
+        log::debug!("control socket: {verb:?}");
+        match verb {
+            Verb::Status => {
+                let wall_ms = self.start.elapsed().as_millis() as u64;
+                let stats = Stats { wall_ms, audit: last.clone(), ..machine.stats() };
+                Reply::ok(&Status { stats, state: state(machine) })
+            }
+            Verb::Audit => {
+                let found = machine.audit(self.trace.map(|(_, trace)| trace));
+                if found.differing() > 0 {
+                    audit::say(&found);
+                }
+                *last = (&found).into();
+                Reply::ok(last)
+            }
+            Verb::Devices => Reply::ok(&Devices { devices: machine.stats().devices }),
+            Verb::Trace => match self.trace {
+                Some((file, trace)) => {
+                    machine.trace_ledgers(trace);
+                    trace.flush();
+                    Reply::ok(&serde_json::json!({"trace": file.to_string_lossy()}))
+                }
+                None => Reply::Error("this machine writes no trace: start it with --trace FILE".to_owned()),
+            },
+            Verb::Pause => {
+                machine.pause();
+                state_of(machine)
+            }
+            Verb::Resume => {
+                machine.resume();
+                state_of(machine)
+            }
+            Verb::Reset if self.no_reboot => Reply::Error(
+                "this machine was started with --no-reboot, which forbids a reset: start it without, or use quit"
+                    .to_owned(),
+            ),
+            Verb::Reset => match machine.reset() {
+                Ok(()) => state_of(machine),
+                Err(e) => {
+                    let why = format!("the guest could not be reset: {e}");
+                    self.control.request(Stop::Error(why.clone()));
+                    Reply::Error(format!("{why}; the run ends"))
+                }
+            },
+            Verb::PowerButton => {
+                machine.press_power_button();
+                state_of(machine)
+            }
+            Verb::Quit => {
+                self.control.request(Stop::Quit);
+                Reply::ok(&serde_json::json!({"quit": true}))
+            }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! What is spoken over the control socket (`causeway run --socket`, `causeway ctl`): JSON lines.
+//!
+//! A request is an object such as `{"verb":"status"}`. Each has one reply, in order: `{"ok":{...}}`, or
+//! `{"error":"..."}` with the cause and the remedy. Lines without text are skipped.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
+
+/// The longest request, without the end of its line: bytes.
+pub const LONGEST_REQUEST: usize = 4 << 10;
+/// What a client has not read of its replies, at most: bytes. No single reply is as long.
+pub const MOST_UNREAD: usize = 1 << 20;
+
+/// What a machine can be asked for.
+#[derive(Serialize, Deserialize, ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verb {
+    /// The statistics, with the last audit, and whether the machine runs
+    Status,
+    /// Compares the guest's tables, the shadow and what the host was handed
+    Audit,
+    /// The devices, with what the bridge did for each
+    Devices,
+    /// Writes what the host holds into the trace, and all of the trace to its file
+    Trace,
+    /// Holds the virtual CPUs; devices go on with their DMA
+    Pause,
+    /// Lets them run on
+    Resume,
+    /// Resets the machine, as the guest's own reset does
+    Reset,
+    /// Presses the power button, which a guest may hear
+    PowerButton,
+    /// Ends the run, as Ctrl-A x does
+    Quit,
+}
+
+/// A request.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// What is asked for.
+    pub verb: Verb,
+}
+
+impl Request {
+    /// A request from its line. An error says what is wrong with it.
+    pub fn parse(line: &[u8]) -> Result<Self, String> {
+        // Its fields without their names would be taken, too.
+        if !line.trim_ascii_start().starts_with(b"{") {
+            return Err("a request is a JSON object in one line, such as {\"verb\":\"status\"}".to_owned());
+        }
+        serde_json::from_slice(line)
+            .map_err(|e| format!("the request is not understood: {e}; write one such as {{\"verb\":\"status\"}}"))
+    }
+}
+
+/// A reply.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// What was asked for: an object.
+    Ok(Box<RawValue>),
+    /// Why it is refused, and what helps.
+    Error(String),
+}
+
+impl Reply {
+    /// The reply with this object.
+    pub fn ok(object: &impl Serialize) -> Self {
+        to_raw_value(object).map_or_else(|e| Self::Error(format!("the reply cannot be written: {e}")), Self::Ok)
+    }
+}
+
+/// `message` as a line: a [`Request`] or a [`Reply`].
+pub fn line(message: &impl Serialize) -> Vec<u8> {
+    // Neither has a part that has no JSON.
+    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
+/// A line that is longer than a request may be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a request has {LONGEST_REQUEST} bytes at most")]
+pub struct TooLong;
+
+/// Cuts what comes into lines, and keeps no more than one that is not whole.
+#[derive(Default, Debug)]
+pub struct Lines {
+    bytes: Vec<u8>,
+}
+
+impl Lines {
+    /// Takes what came.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Whether [`Lines::take`] has something to give: a line, or one that is too long.
+    pub fn is_ready(&self) -> bool {
+        self.bytes.len() > LONGEST_REQUEST || self.bytes.contains(&b'\n')
+    }
+
+    /// The next whole line that has text, without its end.
+    pub fn take(&mut self) -> Option<Result<Vec<u8>, TooLong>> {
+        loop {
+            let Some(end) = self.bytes.iter().position(|byte| *byte == b'\n') else {
+                return (self.bytes.len() > LONGEST_REQUEST).then_some(Err(TooLong));
+            };
+            if end > LONGEST_REQUEST {
+                return Some(Err(TooLong));
+            }
+            let rest = self.bytes.split_off(end + 1);
+            let mut line = std::mem::replace(&mut self.bytes, rest);
+            line.truncate(end);
+            if !line.trim_ascii().is_empty() {
+                return Some(Ok(line));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn control_each_verb_has_its_one_name_on_the_command_line_and_on_the_wire() {
+        let names: Vec<String> = Verb::value_variants()
+            .iter()
+            .map(|verb| {
+                let name = verb.to_possible_value().unwrap().get_name().to_owned();
+                let request = line(&Request { verb: *verb });
+                assert_eq!(request, format!("{{\"verb\":\"{name}\"}}\n").into_bytes());
+                assert_eq!(Request::parse(&request), Ok(Request { verb: *verb }));
+                name
+            })
+            .collect();
+        let all = ["status", "audit", "devices", "trace", "pause", "resume", "reset", "power-button", "quit"];
+        assert_eq!(names, all);
+    }
+
+    #[test]
+    fn control_requests_of_another_form_are_refused_with_what_is_wrong() {
+        for (text, part) in [
+            ("{}", "missing field `verb`"),
+            ("{\"verb\":\"fly\"}", "unknown variant `fly`, expected one of `status`"),
+            ("{\"verb\":\"quit\",\"now\":true}", "unknown field `now`"),
+            ("{\"verb\":\"quit\",\"verb\":\"status\"}", "duplicate field"),
+            ("{\"verb\":\"quit\"} {\"verb\":\"quit\"}", "trailing characters"),
+            ("{\"verb\":\"quit\"", "EOF"),
+            ("{\"verb\":\"Quit\"}", "unknown variant"),
+            ("{\"verb\":[\"quit\"]}", "not understood"),
+            ("[\"quit\"]", "is a JSON object"),
+            ("\"quit\"", "is a JSON object"),
+            ("quit", "is a JSON object"),
+        ] {
+            let why = Request::parse(text.as_bytes()).unwrap_err();
+            assert!(why.contains(part) && why.contains("{\"verb\":\"status\"}"), "{text}: {why}");
+        }
+        assert_eq!(Request::parse(b" {\"verb\" : \"quit\"}\r"), Ok(Request { verb: Verb::Quit }));
+    }
+
+    #[test]
+    fn control_replies_are_one_line_and_come_back_as_they_were() {
+        let text = line(&Reply::ok(&serde_json::json!({"state": "paused"})));
+        assert_eq!(text, b"{\"ok\":{\"state\":\"paused\"}}\n");
+        let text = line(&Reply::Error("two\nlines".to_owned()));
+        assert_eq!(text, b"{\"error\":\"two\\nlines\"}\n");
+        assert!(matches!(serde_json::from_slice(&text), Ok(Reply::Error(why)) if why == "two\nlines"));
+    }
+
+    #[test]
+    fn control_a_line_has_its_longest_length_and_no_more_is_kept() {
+        let mut lines = Lines::default();
+        lines.push(&[b'a'; LONGEST_REQUEST]);
+        assert_eq!((lines.is_ready(), lines.take()), (false, None));
+        lines.push(b"\nb\n");
+        assert_eq!(lines.take(), Some(Ok(vec![b'a'; LONGEST_REQUEST])));
+        assert_eq!(lines.take(), Some(Ok(b"b".to_vec())));
+        lines.push(&[b'a'; LONGEST_REQUEST + 1]);
+        assert_eq!((lines.is_ready(), lines.take()), (true, Some(Err(TooLong))));
+        lines.push(b"\n");
+        assert_eq!(lines.take(), Some(Err(TooLong)));
+    }
+
+    proptest! {
+        /// However they are cut, the lines are those of the text.
+        #[test]
+        fn control_lines_are_the_same_in_whatever_pieces_they_come(
+            text in prop::collection::vec(prop_oneof![Just(b'\n'), Just(b' '), Just(b'\r'), any::<u8>()], 0..600),
+            pieces in prop::collection::vec(1usize..50, 1..20),
+        ) {
+            let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+            let wanted: Vec<Vec<u8>> = text[..whole]
+                .split(|byte| *byte == b'\n')
+                .filter(|line| !line.trim_ascii().is_empty())
+                .map(<[u8]>::to_vec)
+                .collect();
+            let mut lines = Lines::default();
+            let mut found = Vec::new();
+            let (mut rest, mut sizes) = (&text[..], pieces.iter().cycle());
+            while let Some(size) = sizes.next().filter(|_| !rest.is_empty()) {
+                let (piece, after) = rest.split_at(rest.len().min(*size));
+                rest = after;
+                lines.push(piece);
+                while let Some(line) = lines.take() {
+                    found.push(line.unwrap());
+                }
+            }
+            prop_assert_eq!(found, wanted);
+            prop_assert!(!lines.is_ready());
+        }
+
+        /// Only requests are requests.
+        #[test]
+        fn control_no_garbage_is_a_request(line in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Request::parse(&line).is_err());
+        }
+
+        #[test]
+        fn control_no_json_but_the_nine_requests_is_one(
+            key in "verb|verbs|arg|", value in "\"status\"|\"[a-z-]{0,12}\"|null|[0-9]{1,3}|\\{\\}|\\[\\]",
+            more in prop::option::of("\"[a-z]{0,4}\":1"),
+        ) {
+            let more = more.map_or(String::new(), |more| format!(",{more}"));
+            let known = Verb::value_variants().iter().any(|verb| {
+                value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')
+            });
+            let request = Request::parse(format!("{{\"{key}\":{value}{more}}}").as_bytes());
+            prop_assert_eq!(request.is_ok(), known && key == "verb" && more.is_empty());
+        }
+    }
+}
