@@ -89,12 +89,12 @@ impl Console {
             closed: false,
             lost: lost.clone(),
         };
-        std::thread::Builder::new().name("console".to_owned()).spawn(move || while console.turn() {})?;
+        std::thread::Builder::new().name("console".to_owned()).spawn(move || while console.pump() {})?;
         Ok(lost)
     }
 
     /// Waits until there is something to do, and does it; whether to go on.
-    fn turn(&mut self) -> bool {
+    fn pump(&mut self) -> bool {
         self.feed();
         let terminal = terminal::take();
         let reads = match terminal {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// What the terminal is to us.
@@ -23,6 +23,10 @@ static CHANGING: Mutex<bool> = Mutex::new(false);
 static BEFORE: AtomicPtr<libc::termios> = AtomicPtr::new(std::ptr::null_mut());
 /// Whether it is raw.
 static RAW: AtomicBool = AtomicBool::new(false);
+/// A signal ends the process: nobody makes it raw any more.
+static ENDING: AtomicBool = AtomicBool::new(false);
+/// The thread that is about to make it raw; 0 for none.
+static MAKING_RAW: AtomicI32 = AtomicI32::new(0);
 
 /// Signals whose default action ends the process and that nothing else in this program handles, or that only a fault of
 /// ours raises.
@@ -114,10 +118,15 @@ fn enter(again: bool) -> Terminal {
     // SAFETY: this changes the structure only.
     unsafe { libc::cfmakeraw(&raw mut raw) };
     raw.c_oflag |= libc::OPOST;
-    RAW.store(true, Ordering::SeqCst);
-    if let Err(e) = apply(&raw) {
-        log::warn!("the terminal cannot be made raw: {e}");
+    // Either this sees that the process ends, or the handler that ends it sees this and waits.
+    MAKING_RAW.store(this_thread(), Ordering::SeqCst);
+    if !ENDING.load(Ordering::SeqCst) {
+        RAW.store(true, Ordering::SeqCst);
+        if let Err(e) = apply(&raw) {
+            log::warn!("the terminal cannot be made raw: {e}");
+        }
     }
+    MAKING_RAW.store(0, Ordering::SeqCst);
     is
 }
 
@@ -131,6 +140,27 @@ fn restore() {
         // Nothing is left to do when this fails: the terminal is gone.
         let _ = apply(before);
     }
+}
+
+fn this_thread() -> libc::pid_t {
+    // SAFETY: this only asks.
+    unsafe { libc::gettid() }
+}
+
+/// Puts the terminal back in a process that is about to end, for handlers of signals. Another thread may be making it
+/// raw at this moment: that is waited for, for about a second at most.
+fn restore_at_end() {
+    ENDING.store(true, Ordering::SeqCst);
+    for _ in 0..1000 {
+        let making = MAKING_RAW.load(Ordering::SeqCst);
+        if making == 0 || making == this_thread() {
+            break;
+        }
+        let time = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        // SAFETY: the structure lives until the call returns.
+        unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) };
+    }
+    restore();
 }
 
 /// Puts the terminal back for good.
@@ -191,7 +221,7 @@ fn restore_at_faults() {
 }
 
 extern "C" fn restore_and_go_on(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    restore();
+    restore_at_end();
     // SAFETY: `info` is the kernel's.
     let is_fault =
         unsafe { (*info).si_code } > 0 && matches!(signal, libc::SIGBUS | libc::SIGSEGV | libc::SIGILL | libc::SIGFPE);

@@ -250,7 +250,7 @@ impl Ledger {
         let kept: usize = gone.iter().map(|(_, same)| same.len()).sum();
         let spare = usize::try_from(entries).unwrap_or(usize::MAX).saturating_sub(self.len() + kept + missing.len());
         let (maps, replacing) = cut_around(&missing, &gone, spare);
-        let runs = self.turns(gone, &maps, &replacing, unmap_all);
+        let runs = self.switch_runs(gone, &maps, &replacing, unmap_all);
         Switch { maps, runs }
     }
 
@@ -258,7 +258,7 @@ impl Ledger {
     /// place, and `mapped` is there already. Extents share a run, and so the time without a translation, only if a new
     /// one spans them, or if nothing comes in their place. Runs that leave nothing come first: they make room for what
     /// the others map.
-    fn turns(
+    fn switch_runs(
         &self,
         gone: Vec<(Extent, Vec<Extent>)>,
         mapped: &[Extent],

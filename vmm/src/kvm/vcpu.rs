@@ -18,7 +18,7 @@ use crate::boot::{CODE, CODE_32, DATA, GDT_ENTRIES, Mode, Segment, Start};
 use crate::kvm::cpuid;
 use crate::kvm::vm::{Error, call};
 use crate::machine::control;
-use crate::machine::control::{Control, Stop, Turn};
+use crate::machine::control::{Control, NextStep, Stop};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -241,9 +241,9 @@ fn run(fd: &mut VcpuFd, state: &State, control: &Control, buses: &Buses) {
     let mut resets = 0;
     let mut ran = false;
     loop {
-        match control.turn(&mut resets) {
-            Turn::Quit => return,
-            Turn::Reset => {
+        match control.next_step(&mut resets) {
+            NextStep::Quit => return,
+            NextStep::Reset => {
                 if ran {
                     finish_access(fd);
                 }
@@ -252,7 +252,7 @@ fn run(fd: &mut VcpuFd, state: &State, control: &Control, buses: &Buses) {
                 }
                 control.reset_done();
             }
-            Turn::Run => {
+            NextStep::Run => {
                 ran = true;
                 if let Some(stop) = enter(fd, state.index, control, buses) {
                     control.request(stop);

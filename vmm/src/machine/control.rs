@@ -1,6 +1,6 @@
 //! How the virtual CPUs are stopped, reset and started again, and why the machine stops.
 //!
-//! A vCPU thread asks [`Control::turn`] before each entry into the guest. The main thread changes what is wanted, kicks
+//! A vCPU thread asks [`Control::next_step`] before each entry into the guest. The main thread changes what is wanted, kicks
 //! the threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so
 //! with [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has
 //! dealt with it.
@@ -35,7 +35,7 @@ pub enum Stop {
 
 /// What a vCPU thread does next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Turn {
+pub enum NextStep {
     /// Enter the guest.
     Run,
     /// Take the state after a reset, then ask again.
@@ -142,34 +142,34 @@ impl Control {
     }
 
     /// For vCPU threads: waits until there is something to do. `seen` counts the resets that this vCPU has done. After
-    /// [`Turn::Run`], [`Control::left`] is called before anything else is done with the exit.
-    pub fn turn(&self, seen: &mut u64) -> Turn {
+    /// [`NextStep::Run`], [`Control::left`] is called before anything else is done with the exit.
+    pub fn next_step(&self, seen: &mut u64) -> NextStep {
         // Either this sees that a stop is wanted, or whoever wants it sees this vCPU inside.
         self.inside.fetch_add(1, Ordering::SeqCst);
         if self.wanted.load(Ordering::SeqCst) == RUN {
-            return Turn::Run;
+            return NextStep::Run;
         }
         self.left();
         let mut state = self.state.lock().unwrap();
         state.parked += 1;
         self.changed.notify_all();
-        let turn = loop {
+        let step = loop {
             match self.wanted.load(Ordering::Relaxed) {
-                QUIT => break Turn::Quit,
+                QUIT => break NextStep::Quit,
                 _ if *seen < state.resets => {
                     *seen = state.resets;
-                    break Turn::Reset;
+                    break NextStep::Reset;
                 }
                 RUN => {
                     // What is wanted changes under the lock only.
                     self.inside.fetch_add(1, Ordering::SeqCst);
-                    break Turn::Run;
+                    break NextStep::Run;
                 }
                 _ => state = self.changed.wait(state).unwrap(),
             }
         };
         state.parked -= 1;
-        turn
+        step
     }
 
     /// For vCPU threads: this one is out of the guest.
@@ -181,7 +181,7 @@ impl Control {
         }
     }
 
-    /// For vCPU threads: the reset that [`Turn::Reset`] asked for is done.
+    /// For vCPU threads: the reset that [`NextStep::Reset`] asked for is done.
     pub fn reset_done(&self) {
         self.state.lock().unwrap().resets_done += 1;
         self.changed.notify_all();
@@ -256,17 +256,17 @@ mod tests {
         thread::spawn(move || {
             let mut seen = 0;
             loop {
-                match control.turn(&mut seen) {
-                    Turn::Run => {
+                match control.next_step(&mut seen) {
+                    NextStep::Run => {
                         entries.fetch_add(1, Ordering::Relaxed);
                         thread::yield_now();
                         control.left();
                     }
-                    Turn::Reset => {
+                    NextStep::Reset => {
                         resets.fetch_add(1, Ordering::Relaxed);
                         control.reset_done();
                     }
-                    Turn::Quit => break,
+                    NextStep::Quit => break,
                 }
             }
         })
@@ -302,7 +302,7 @@ mod tests {
             let (control, queue, halting, begins) = (control.clone(), queue.clone(), halting.clone(), begins.clone());
             thread::spawn(move || {
                 let mut seen = 0;
-                assert_eq!(control.turn(&mut seen), Turn::Run);
+                assert_eq!(control.next_step(&mut seen), NextStep::Run);
                 if other {
                     // In the guest until the halt wants it out.
                     begins.send(()).unwrap();
@@ -318,7 +318,7 @@ mod tests {
                     assert_eq!(control.inside.load(Ordering::SeqCst), 0);
                     halting.send(()).unwrap();
                 }
-                assert_eq!(control.turn(&mut seen), Turn::Quit);
+                assert_eq!(control.next_step(&mut seen), NextStep::Quit);
             })
         };
         let other = vcpu(true);

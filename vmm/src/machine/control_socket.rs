@@ -1,7 +1,7 @@
 //! The control socket: where it is, and its clients. What is spoken there is [`crate::control_protocol`]'s.
 //!
 //! No client costs the machine more than its place: nothing here waits, what a client may send and leave unread is
-//! bounded, and one request is served a turn, so that a signal or the time limit comes between any two.
+//! bounded, and one request is served at a time, so that a signal or the time limit comes between any two.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, Permissions};
@@ -276,13 +276,13 @@ impl ControlSocket {
         Ok(socket)
     }
 
-    /// Readable when [`ControlSocket::turn`] has something to do.
+    /// Readable when [`ControlSocket::serve`] has something to do.
     pub fn event(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
 
-    /// Does what there is to do, and serves one request with `answer`. Whether the next turn has one already.
-    pub fn turn(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) -> bool {
+    /// Does what there is to do, and serves one request with `answer`. Whether another one waits already.
+    pub fn serve(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) -> bool {
         self.accept_again();
         let mut found = [EpollEvent::default(); MOST_CLIENTS + 1];
         // What was interrupted is found the next time.
@@ -294,12 +294,12 @@ impl ControlSocket {
         if found[..count].iter().any(|event| event.data() == LISTENER) {
             self.accept();
         }
-        self.serve(answer);
+        self.serve_next(answer);
         self.clients.values().any(|client| client.lines.is_ready())
     }
 
     /// Serves a request of the client whose turn it is.
-    fn serve(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) {
+    fn serve_next(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) {
         let (before, after) = (self.clients.range(..=self.last_served), self.clients.range(self.last_served + 1..));
         let Some(id) = after.chain(before).find(|(_, client)| client.lines.is_ready()).map(|(id, _)| *id) else {
             return;
@@ -371,7 +371,7 @@ impl ControlSocket {
     }
 
     /// There is no file for whoever waits. It is told so with the one in reserve; where that is gone, nobody is
-    /// accepted until there is one again, else the loop would turn for ever.
+    /// accepted until there is one again, else the loop would go on for ever.
     fn cannot_accept(&mut self, why: &io::Error) {
         if !std::mem::replace(&mut self.complained, true) {
             log::warn!("control socket: a client could not be accepted: {why}");

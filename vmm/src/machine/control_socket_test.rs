@@ -30,9 +30,9 @@ impl Rig {
         stream
     }
 
-    fn turn(&mut self) -> bool {
+    fn serve(&mut self) -> bool {
         let asked = &mut self.asked;
-        self.socket.turn(&mut |verb| {
+        self.socket.serve(&mut |verb| {
             asked.push(verb);
             Reply::ok(&serde_json::json!({"number": asked.len()}))
         })
@@ -51,8 +51,8 @@ impl Rig {
         let mut more = true;
         while more || self.is_woken() {
             let before = self.asked.len();
-            more = self.turn();
-            assert!(self.asked.len() <= before + 1, "a turn serves one request");
+            more = self.serve();
+            assert!(self.asked.len() <= before + 1, "one request is served at a time");
             assert!(Instant::now() < end, "it is never done");
         }
     }
@@ -172,19 +172,19 @@ fn control_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody() {
     deaf.set_nonblocking(true).unwrap();
     let requests = b"{\"verb\":\"status\"}\n".repeat(1000);
     let mut most = 0;
-    let mut turns = 0;
+    let mut rounds = 0;
     loop {
         // As much as is taken.
         let _ = deaf.write(&requests);
-        rig.turn();
+        rig.serve();
         let Some(client) = rig.socket.clients.get(&1) else { break };
         most = most.max(client.unread.len());
-        turns += 1;
-        assert!(turns < 100_000, "it is never cut off");
-        if turns % 10_000 == 0 {
+        rounds += 1;
+        assert!(rounds < 100_000, "it is never cut off");
+        if rounds % 10_000 == 0 {
             other.write_all(b"{\"verb\":\"audit\"}\n").unwrap();
-            rig.turn();
-            rig.turn();
+            rig.serve();
+            rig.serve();
             assert_eq!(replies(&mut other).len(), 1);
         }
     }
@@ -308,7 +308,7 @@ proptest! {
         let text: Vec<u8> = lines.iter().flat_map(|line| line.iter().copied().chain([b'\n'])).collect();
         for piece in text.chunks(piece) {
             client.write_all(piece).unwrap();
-            rig.turn();
+            rig.serve();
         }
         rig.settle();
         let got = replies(&mut client);
