@@ -39,13 +39,13 @@ impl Spaces {
             Err(AttachRefused::Partial(refused) | AttachRefused::Shared(refused)) => refused,
             _ => &[],
         };
-        let now = Now { turn: self.turn, freed: self.freed };
+        let now = Now { round: self.round, freed: self.freed };
         let left = self.members.get_mut(&requester).map(|member| {
             // What a paged space lost is not in its shadow, so that every comparison tries it again.
             let kept = matches!(attached, SpaceKey::Paged(_));
             let waits = !kept && refused.iter().any(|refusal| refusal.cause.may_pass());
             member.waiting = waits.then(|| Waiting::refused(member.waiting, key, now));
-            member.attached_in = now.turn;
+            member.attached_in = now.round;
             std::mem::replace(&mut member.attached, attached)
         });
         report(core, &mut self.reported, refused);
@@ -92,7 +92,7 @@ impl Spaces {
     /// Tries the functions again that wait for room, if there may be some: something was taken away, or the guest
     /// invalidated more than pages.
     pub(super) fn try_again<M: GuestMemoryBackend>(&mut self, core: &Core<M>, more_than_pages: bool) {
-        let now = Now { turn: self.turn, freed: self.freed };
+        let now = Now { round: self.round, freed: self.freed };
         let due = |(requester, member): (&Requester, &mut Member)| {
             let waiting = member.waiting.as_mut()?;
             waiting.is_due(now, more_than_pages).then_some((*requester, waiting.space))
@@ -126,7 +126,7 @@ impl Spaces {
             return SpaceKey::Blocked;
         }
         let mut space = Space::new(paged);
-        space.compare_whole(core, &mut self.scratch, self.turn);
+        space.compare_whole(core, &mut self.scratch, self.round);
         self.spaces.insert(index, space);
         key
     }

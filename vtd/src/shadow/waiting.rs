@@ -12,10 +12,10 @@ use crate::space::SpaceKey;
 /// Occasions that a function sits out at most.
 const MAX_SAT_OUT: u32 = 63;
 
-/// Now, as far as waiting goes: the turn, and how often something was taken away from the host so far.
+/// Now, as far as waiting goes: the round, and how often something was taken away from the host so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Now {
-    pub(crate) turn: u64,
+    pub(crate) round: u64,
     pub(crate) freed: u64,
 }
 
@@ -46,10 +46,10 @@ impl Waiting {
         self.left = 0;
     }
 
-    /// Whether it is to be tried: there may be room, and it is its turn. At most once a turn of the unit, since a queue
-    /// may be full of occasions. `likely`: there may be room although nothing was taken away.
+    /// Whether it is to be tried: there may be room, and it has sat out what it had to. At most once a round, since a
+    /// queue may be full of occasions. `likely`: there may be room although nothing was taken away.
     pub(crate) fn is_due(&mut self, now: Now, likely: bool) -> bool {
-        if self.since.turn == now.turn || !(likely || self.since.freed != now.freed) {
+        if self.since.round == now.round || !(likely || self.since.freed != now.freed) {
             return false;
         }
         self.since = now;
@@ -65,15 +65,15 @@ mod tests {
 
     #[test]
     fn b11_tries_grow_rare_and_never_end() {
-        let now = |turn| Now { turn, freed: 0 };
+        let now = |round| Now { round, freed: 0 };
         let mut waiting = Waiting::refused(None, SpaceKey::Identity, now(0));
         let mut tries = Vec::new();
-        for turn in 1..=400 {
-            if waiting.is_due(now(turn), true) {
-                tries.push(turn);
-                waiting = Waiting::refused(Some(waiting), SpaceKey::Identity, now(turn));
+        for round in 1..=400 {
+            if waiting.is_due(now(round), true) {
+                tries.push(round);
+                waiting = Waiting::refused(Some(waiting), SpaceKey::Identity, now(round));
             }
-            assert!(!waiting.is_due(now(turn), true), "once a turn");
+            assert!(!waiting.is_due(now(round), true), "once a round");
         }
         assert_eq!(tries, [1, 3, 7, 15, 31, 63, 127, 191, 255, 319, 383]);
         let mut elsewhere = Waiting::refused(Some(waiting), SpaceKey::Blocked, now(400));
@@ -84,9 +84,9 @@ mod tests {
 
     #[test]
     fn b11_what_was_taken_away_in_the_turn_of_a_refusal_counts_in_the_next() {
-        let mut waiting = Waiting::refused(None, SpaceKey::Identity, Now { turn: 1, freed: 5 });
-        assert!(!waiting.is_due(Now { turn: 2, freed: 5 }, false), "nothing was");
-        assert!(!waiting.is_due(Now { turn: 1, freed: 6 }, false));
-        assert!(waiting.is_due(Now { turn: 3, freed: 6 }, false));
+        let mut waiting = Waiting::refused(None, SpaceKey::Identity, Now { round: 1, freed: 5 });
+        assert!(!waiting.is_due(Now { round: 2, freed: 5 }, false), "nothing was");
+        assert!(!waiting.is_due(Now { round: 1, freed: 6 }, false));
+        assert!(waiting.is_due(Now { round: 3, freed: 6 }, false));
     }
 }
