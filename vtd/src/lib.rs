@@ -56,7 +56,7 @@ pub use faults::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
 pub use msi::{Msi, MsiSink};
-pub use range::IovaRange;
+pub use range::{GpaRange, IovaRange};
 pub use registers::state::{EventRegisters, FaultRecord, State};
 pub use shadow::SpaceView;
 pub use space::{PagedSpace, Perm, SpaceKey, Tables};

@@ -2,7 +2,7 @@
 //! notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
 
 use crate::ids::{Gpa, Iova, Requester, Stream};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::space::{Perm, SpaceKey};
 
 /// A run of IOVAs that leads to a run of guest-physical addresses. `len` is in bytes, a multiple of 4096, not 0, and
@@ -28,6 +28,14 @@ impl Mapping {
     /// Its IOVAs.
     pub const fn range(&self) -> IovaRange {
         IovaRange::new(self.iova.0, self.last().0)
+    }
+
+    /// The part of it that leads into `targets`, both of whole pages; `None` for none.
+    pub fn leading_into(&self, targets: GpaRange) -> Option<Self> {
+        let (first, last) = (self.gpa.0, self.gpa.0 + (self.len - 1));
+        let (from, to) = (first.max(targets.first), last.min(targets.last));
+        let part = || Self { iova: Iova(self.iova.0 + (from - first)), gpa: Gpa(from), len: to - from + 1, ..*self };
+        (from <= to).then(part)
     }
 }
 

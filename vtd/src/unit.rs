@@ -18,7 +18,7 @@ use crate::ids::{Requester, SourceId};
 use crate::listener::{AttachRefused, Mapping, SpaceListener};
 use crate::msi::{Msi, MsiSink};
 use crate::queue;
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
 use crate::scope::{context_scope_of, iotlb_scope_of};
@@ -132,6 +132,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// Not to be called inside a [`crate::DmaSession`], which it would wait for.
     pub fn renumber(&self, changes: &[(Requester, Option<SourceId>)]) {
         self.spaces().renumber(&self.core, changes);
+    }
+
+    /// The guest-physical map changed in `range`: a BAR appeared, moved (that is two ranges) or went away (B-15). The
+    /// map that the listener resolves guest-physical addresses with is exchanged first; the host may still have the old
+    /// memory mapped then. When this returns, no assigned function in a paged space reaches what was behind `range`
+    /// before, and every leaf of the guest's tables that leads there was offered to the listener anew; what it refused
+    /// is forgotten, as always. What leads elsewhere is not touched, not for an instant. A leaf that the guest changed
+    /// and did not invalidate yet may take effect here if it leads into `range`, and is gone if it led there.
+    ///
+    /// A space is blocked if the bounds do not allow to walk all of it. Functions that wait for room, or for memory,
+    /// are tried again.
+    ///
+    /// Not here: functions in the identity space, of which only the listener knows what is in it; and emulated devices:
+    /// what an [`crate::Endpoint`] caches are guest-physical addresses, and each access looks these up in the guest
+    /// memory that the unit was made with, which is as it was.
+    ///
+    /// `range` is taken with all of the pages that it has a part of.
+    pub fn memory_changed(&self, range: GpaRange) {
+        self.spaces().memory_changed(&self.core, range.of_whole_pages());
     }
 
     /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit

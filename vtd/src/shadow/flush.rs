@@ -6,7 +6,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::Spaces;
 use super::attach::report;
-use super::waiting::Waiting;
+use super::waiting::{Occasion, Waiting};
 use crate::core::Core;
 use crate::ids::DomainId;
 use crate::scope::{ContextScope, Scope};
@@ -88,7 +88,11 @@ impl Spaces {
             |space: &PagedSpace| spaces.get(&(space.domain, *space)).is_some_and(|space| space.whole_in == round);
         self.book.covers(&pending.iotlb, done);
         let only_pages = |scope: &Scope| matches!(scope, Scope::Pages(..));
-        let more_than_pages = !pending.contexts.is_empty() || !pending.iotlb.iter().all(only_pages);
+        let occasion = if pending.contexts.is_empty() && pending.iotlb.iter().all(only_pages) {
+            Occasion::Pages
+        } else {
+            Occasion::MoreThanPages
+        };
         self.note_contexts(&pending.contexts);
 
         let mut whole = BTreeSet::new();
@@ -101,7 +105,7 @@ impl Spaces {
         }
         self.compare(core, &mut pending.iotlb, &whole);
         self.recheck_remembered(core);
-        self.try_again(core, more_than_pages);
+        self.try_again(core, occasion);
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;

@@ -26,7 +26,7 @@ pub(super) struct Member {
     pub(super) resolved_in: u64,
     /// The round in which it was attached, or refused, last.
     pub(super) attached_in: u64,
-    /// It waits for room to be where its tables say.
+    /// It waits for room, or for memory, to be where its tables say.
     pub(super) waiting: Option<Waiting>,
 }
 
@@ -133,7 +133,7 @@ impl Spaces {
             let Some(member) = self.members.get_mut(&requester) else { continue };
             member.domain = domain;
             member.resolved_in = self.round;
-            let waits = member.waiting.is_some_and(|waiting| waiting.space == key);
+            let waits = member.waiting.is_some_and(|waiting| waiting.for_room && waiting.space == key);
             if waits && !matches!(scope, ContextScope::Device { .. }) {
                 // Nothing says that there is room: it is tried when it is due. Who names the device has it tried at
                 // once.

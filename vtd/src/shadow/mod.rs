@@ -11,6 +11,7 @@ mod diff;
 mod extents;
 mod flush;
 mod members;
+mod memory;
 mod renumber;
 mod space;
 mod waiting;

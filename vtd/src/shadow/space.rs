@@ -13,9 +13,9 @@ use super::diff::{Changes, Shadow};
 use crate::core::Core;
 use crate::ids::Requester;
 use crate::listener::{MapOp, Refusal};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::space::{PagedSpace, SpaceKey};
-use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range};
+use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range, walk_range_into};
 
 /// Storage that is used again and again.
 #[derive(Default)]
@@ -139,6 +139,15 @@ impl Space {
         }
     }
 
+    /// What leads to `targets` is told anew; nothing else is touched (B-15).
+    pub(crate) fn renew<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, targets: GpaRange) {
+        let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
+        match self.comparison(core, scratch, &mut shadow).renewal(targets) {
+            Ok(()) => self.state = State::Open(shadow),
+            Err(Exhausted) => self.block(core, scratch, true),
+        }
+    }
+
     fn comparison<'a, M>(
         &self,
         core: &'a Core<M>,
@@ -200,6 +209,18 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         } else {
             self.shadow.sync(IovaRange::ALL, &found.runs, changes);
         }
+        self.finish()
+    }
+
+    fn renewal(&mut self, targets: GpaRange) -> Result<(), Exhausted> {
+        let Scratch { found, changes, .. } = &mut *self.scratch;
+        changes.clear();
+        found.entries_left = self.core.config.bounds.table_entries;
+        let (memory, config) = (&self.core.memory, &self.core.config);
+        let walked = walk_range_into(memory, config, &self.key, IovaRange::ALL, targets, Merge::Aligned, found);
+        self.core.counters.leaves_walked.add(found.leaves);
+        walked?;
+        self.shadow.renew(targets, &found.runs, changes);
         self.finish()
     }
 

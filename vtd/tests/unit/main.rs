@@ -7,6 +7,7 @@ mod endpoints;
 mod faults;
 mod floods;
 mod layout;
+mod memory_changes;
 mod queue;
 mod random;
 mod registers;
