@@ -34,6 +34,7 @@ pub mod listener;
 mod memory;
 pub mod msi;
 mod queue;
+mod queue_lock;
 mod range;
 mod registers;
 #[cfg(test)]

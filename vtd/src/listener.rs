@@ -119,8 +119,14 @@ pub enum AttachRefused {
 
 /// Hears what changes in the spaces of a unit.
 ///
-/// The unit calls it in order, never twice at once for one space, with no lock held that a listener could want.
-/// When a call returns, what was unmapped can no longer be reached by any device.
+/// The unit calls it in order, never twice at once. When a call returns, what was unmapped can no longer be reached by
+/// any device.
+///
+/// The queue lock of the unit is held meanwhile (rule 11), in the thread whose register write or call it was. So from
+/// inside, as from inside a [`RemapListener`](crate::RemapListener) or an [`MsiSink`](crate::MsiSink), of all methods
+/// of [`Unit`](crate::Unit) only these may be called, which do not take that lock: `config`, `stats`, `walk`, `remap`,
+/// `deliver`, `record_remap_fault`, `set_remap_listener`, and except by a `RemapListener` `read`. Nor is an
+/// [`Endpoint`](crate::Endpoint) to be dropped. What takes the lock would wait for ever; debug builds panic instead.
 pub trait SpaceListener: Send + Sync {
     /// `stream` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
     /// in ascending order, with the boundaries that it was mapped with (B-5, B-7); it is empty for

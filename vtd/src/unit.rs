@@ -1,12 +1,12 @@
 //! The unit: dispatch of register accesses, and the command state machine.
 //!
-//! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is
-//! called with it held), then `registers` (a few instructions at a time, never while the listener or the message sink
-//! is called). Register reads take the second only, and so do writes that give no command: what a fault handler does
-//! never waits behind another processor's drain, unless it makes a queue go on that had stopped. Emulated DMA takes
-//! neither, unless it has a fault to record (see [`crate::Endpoint`]).
+//! Locks, in this order: `spaces` (the [queue lock](crate::queue_lock): one drain, one command or one attach at a time;
+//! the listener is called with it held), then `registers` (a few instructions at a time, never while the listener or
+//! the message sink is called). Register reads take the second only, and so do writes that give no command: what a
+//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
+//! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
@@ -18,6 +18,7 @@ use crate::ids::{Requester, SourceId};
 use crate::listener::{AttachRefused, Mapping, SpaceListener};
 use crate::msi::{Msi, MsiSink};
 use crate::queue;
+use crate::queue_lock::{QueueGuard, QueueLock};
 use crate::range::{GpaRange, IovaRange};
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
@@ -36,7 +37,7 @@ use crate::tables::second_stage::{Found, Merge, walk_range};
 /// An emulated remapping unit over guest memory `M`.
 pub struct Unit<M> {
     pub(crate) core: Core<M>,
-    spaces: Mutex<Spaces>,
+    spaces: QueueLock<Spaces>,
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
@@ -62,7 +63,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 remap_listener: Mutex::default(),
                 counters: Counters::default(),
             },
-            spaces: Mutex::default(),
+            spaces: QueueLock::default(),
         }))
     }
 
@@ -81,6 +82,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     /// Writes registers at `offset` into the window. When it returns, the commands that it gave are done.
     pub fn write(&self, offset: u64, data: &[u8]) {
+        // Most writes do not wait for the lock, and some do: none is for a listener.
+        self.spaces.assert_not_inside();
         let mut value = [0; 8];
         let Some(bytes) = value.get_mut(..data.len()) else { return };
         bytes.copy_from_slice(data);
@@ -265,8 +268,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().audit(&self.core, host)
     }
 
-    pub(crate) fn spaces(&self) -> MutexGuard<'_, Spaces> {
-        self.spaces.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn spaces(&self) -> QueueGuard<'_, Spaces> {
+        self.spaces.lock()
     }
 
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the

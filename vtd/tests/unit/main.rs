@@ -1,6 +1,7 @@
 //! The unit as a guest and a listener see it. Tests are named by the behaviours that they show.
 
 mod bounds;
+mod callbacks;
 mod conditions;
 mod edits;
 mod endpoints;
