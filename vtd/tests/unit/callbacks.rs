@@ -149,7 +149,7 @@ fn rule11_what_takes_the_queue_lock_panics_from_inside() {
         ("memory_changed", Box::new(|unit| unit.memory_changed(GpaRange::new(0, 0xfff)))),
         ("reset", Box::new(|unit| unit.reset())),
         ("save", Box::new(|unit| _ = unit.save())),
-        ("restore", Box::new(move |unit| unit.restore(state.clone()))),
+        ("restore", Box::new(move |unit| _ = unit.restore(state.clone()))),
         ("audit", Box::new(|unit| drop(unit.audit(&mut |_, _, _, _| {})))),
         ("attachments", Box::new(|unit| drop(unit.attachments()))),
         ("spaces_snapshot", Box::new(|unit| drop(unit.spaces_snapshot()))),

@@ -15,4 +15,5 @@ mod registers;
 mod remapping;
 mod renumber;
 mod rig;
+mod saving;
 mod shadowing;
