@@ -78,7 +78,8 @@ pub enum RefusalCause {
     Memlock,
     /// Outside the IOVA ranges of the host (`EINVAL`).
     Range,
-    /// The guest-physical address leads to nothing that can be mapped.
+    /// The guest-physical address leads to nothing that can be mapped. Tried again when that changed
+    /// ([`Unit::memory_changed`](crate::Unit::memory_changed)).
     Target,
     /// Anything else.
     Other,
@@ -104,7 +105,8 @@ pub enum AttachRefused {
     #[error("{} mappings of the space were refused by the host", .0.len())]
     Partial(Vec<Refusal>),
     /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it
-    /// cannot be there. What was refused first is named; it is worth another try when there is room again.
+    /// cannot be there. What was refused first is named; it is worth another try when there is room again, or memory
+    /// where its leaves lead.
     #[error("others are in the space, and {} of its mappings were refused by the host", .0.len())]
     Shared(Vec<Refusal>),
     /// The host could not switch the device.
