@@ -2,7 +2,7 @@
 //! notifies. `vfio-bridge` implements [`SpaceListener`]; nothing here knows about it.
 
 use crate::ids::{Gpa, Iova, Requester, Stream};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::space::{Perm, SpaceKey};
 
 /// A run of IOVAs that leads to a run of guest-physical addresses. `len` is in bytes, a multiple of 4096, not 0, and
@@ -28,6 +28,14 @@ impl Mapping {
     /// Its IOVAs.
     pub const fn range(&self) -> IovaRange {
         IovaRange::new(self.iova.0, self.last().0)
+    }
+
+    /// The part of it that leads into `targets`, both of whole pages; `None` for none.
+    pub fn leading_into(&self, targets: GpaRange) -> Option<Self> {
+        let (first, last) = (self.gpa.0, self.gpa.0 + (self.len - 1));
+        let (from, to) = (first.max(targets.first), last.min(targets.last));
+        let part = || Self { iova: Iova(self.iova.0 + (from - first)), gpa: Gpa(from), len: to - from + 1, ..*self };
+        (from <= to).then(part)
     }
 }
 
@@ -70,7 +78,8 @@ pub enum RefusalCause {
     Memlock,
     /// Outside the IOVA ranges of the host (`EINVAL`).
     Range,
-    /// The guest-physical address leads to nothing that can be mapped.
+    /// The guest-physical address leads to nothing that can be mapped. Tried again when that changed
+    /// ([`Unit::memory_changed`](crate::Unit::memory_changed)).
     Target,
     /// Anything else.
     Other,
@@ -96,7 +105,8 @@ pub enum AttachRefused {
     #[error("{} mappings of the space were refused by the host", .0.len())]
     Partial(Vec<Refusal>),
     /// Others have the paged space with all of its mappings, and the host refused some of them to this endpoint, so it
-    /// cannot be there. What was refused first is named; it is worth another try when there is room again.
+    /// cannot be there. What was refused first is named; it is worth another try when there is room again, or memory
+    /// where its leaves lead.
     #[error("others are in the space, and {} of its mappings were refused by the host", .0.len())]
     Shared(Vec<Refusal>),
     /// The host could not switch the device.
@@ -111,8 +121,14 @@ pub enum AttachRefused {
 
 /// Hears what changes in the spaces of a unit.
 ///
-/// The unit calls it in order, never twice at once for one space, with no lock held that a listener could want.
-/// When a call returns, what was unmapped can no longer be reached by any device.
+/// The unit calls it in order, never twice at once. When a call returns, what was unmapped can no longer be reached by
+/// any device.
+///
+/// The queue lock of the unit is held meanwhile (rule 11), in the thread whose register write or call it was. So from
+/// inside, as from inside a [`RemapListener`](crate::RemapListener) or an [`MsiSink`](crate::MsiSink), of all methods
+/// of [`Unit`](crate::Unit) only these may be called, which do not take that lock: `config`, `stats`, `walk`, `remap`,
+/// `deliver`, `record_remap_fault`, `set_remap_listener`, and except by a `RemapListener` `read`. Nor is an
+/// [`Endpoint`](crate::Endpoint) to be dropped. What takes the lock would wait for ever; debug builds panic instead.
 pub trait SpaceListener: Send + Sync {
     /// `stream` moves from whatever it was attached to, to `space`. `live` yields what is mapped in a paged space,
     /// in ascending order, with the boundaries that it was mapped with (B-5, B-7); it is empty for

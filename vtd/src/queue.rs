@@ -14,7 +14,7 @@ use crate::shadow::Spaces;
 use crate::spec::invalidation::{
     ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, kind,
 };
-use crate::spec::registers::{Global, QueueAddress, QueueErrorRecord};
+use crate::spec::registers::QueueErrorRecord;
 use crate::tables::interrupt::EntriesChanged;
 
 /// The queue in use.
@@ -26,7 +26,6 @@ struct Queue {
     /// What the register of the head says.
     told: u64,
     tail: u64,
-    wide: bool,
 }
 
 impl Queue {
@@ -34,17 +33,16 @@ impl Queue {
     fn running<M: GuestMemoryBackend>(core: &Core<M>) -> Option<Self> {
         let registers = core.registers();
         let state = &registers.state;
-        if !Global::from_bits(state.global_status).queued_invalidation() || registers.fault_status().queue_error() {
+        if !state.global_status.queued_invalidation() || registers.fault_status().queue_error() {
             return None;
         }
-        let address = QueueAddress::from_bits(state.queue_in_use);
+        let address = state.queue_in_use;
         Some(Self {
             base: address.page() << 12,
             size: 1 << (address.size() + 8),
             head: state.queue_head / Descriptor::SIZE,
             told: state.queue_head / Descriptor::SIZE,
             tail: state.queue_tail / Descriptor::SIZE,
-            wide: address.wide(),
         })
     }
 
@@ -78,7 +76,7 @@ pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) 
     let mut registers = core.registers();
     registers.state.queue_head = queue.head * Descriptor::SIZE;
     let before = registers.fault_status();
-    registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8).into_bits();
+    registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8);
     registers.set_fault_status(|status| status.with_queue_error(true));
     let message = registers.raise_fault_event(before);
     drop(registers);
@@ -89,11 +87,8 @@ fn process<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces, queue: &m
     if queue.head == queue.tail {
         return Ok(());
     }
-    if queue.wide {
-        return Err(QueueError::InvalidWidth);
-    }
-    // Head may be beyond the size, too: the guest can shrink a queue that it disabled and enabled again.
-    if queue.tail >= queue.size || queue.head >= queue.size {
+    // Descriptors have 128 bits, as DW cannot be set, and the head is always in the queue: see `restore.rs`.
+    if queue.tail >= queue.size {
         return Err(QueueError::InvalidTail);
     }
     while queue.head != queue.tail {

@@ -1,4 +1,5 @@
-//! Ranges of addresses, both ends inclusive: the whole of 2^64 is one, and has no size (B-3).
+//! Ranges of addresses, both ends inclusive: the whole of 2^64 is one, and has no size (B-3). Those of IOVAs and those
+//! of guest-physical addresses are two types, so that they are never confused.
 
 use std::fmt;
 
@@ -76,6 +77,34 @@ impl IovaRange {
 
 /// `0x1000-0x1fff`.
 impl fmt::Display for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}-{:#x}", self.first, self.last)
+    }
+}
+
+/// A range of guest-physical addresses, both ends inclusive; `first <= last`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct GpaRange {
+    /// First guest-physical address.
+    pub first: u64,
+    /// Last guest-physical address.
+    pub last: u64,
+}
+
+impl GpaRange {
+    /// From `first` to `last`.
+    pub const fn new(first: u64, last: u64) -> Self {
+        Self { first, last }
+    }
+
+    /// With all of the pages that it has a part of: no translation leads to less than a page.
+    pub(crate) const fn of_whole_pages(self) -> Self {
+        Self { first: self.first & !0xfff, last: self.last | 0xfff }
+    }
+}
+
+/// `0x1000-0x1fff`.
+impl fmt::Display for GpaRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}-{:#x}", self.first, self.last)
     }

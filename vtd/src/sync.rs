@@ -19,10 +19,10 @@ pub(crate) fn fence_after_update() {
     if cfg!(target_arch = "x86_64") { compiler_fence(Ordering::SeqCst) } else { fence(Ordering::SeqCst) }
 }
 
-/// Waits a little, the `turn`th time in a row. Whoever is waited for may have lost its processor, so it is given this
-/// one.
-pub(crate) fn relax(turn: u32) {
-    if turn < 128 { std::hint::spin_loop() } else { std::thread::yield_now() }
+/// Waits a little, the `attempt`th time in a row. Whoever is waited for may have lost its processor, so it is given
+/// this one.
+pub(crate) fn relax(attempt: u32) {
+    if attempt < 128 { std::hint::spin_loop() } else { std::thread::yield_now() }
 }
 
 /// A number of this thread, other than those of the threads that began just before it.

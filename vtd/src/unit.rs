@@ -1,12 +1,12 @@
 //! The unit: dispatch of register accesses, and the command state machine.
 //!
-//! Locks, in this order: `spaces` (the queue lock: one drain, one command or one attach at a time; the listener is
-//! called with it held), then `registers` (a few instructions at a time, never while the listener or the message sink
-//! is called). Register reads take the second only, and so do writes that give no command: what a fault handler does
-//! never waits behind another processor's drain, unless it makes a queue go on that had stopped. Emulated DMA takes
-//! neither, unless it has a fault to record (see [`crate::Endpoint`]).
+//! Locks, in this order: `spaces` (the [queue lock](crate::queue_lock): one drain, one command or one attach at a time;
+//! the listener is called with it held), then `registers` (a few instructions at a time, never while the listener or
+//! the message sink is called). Register reads take the second only, and so do writes that give no command: what a
+//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
+//! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
@@ -18,16 +18,16 @@ use crate::ids::{Requester, SourceId};
 use crate::listener::{AttachRefused, Mapping, SpaceListener};
 use crate::msi::{Msi, MsiSink};
 use crate::queue;
-use crate::range::IovaRange;
+use crate::queue_lock::{QueueGuard, QueueLock};
+use crate::range::{GpaRange, IovaRange};
+use crate::registers::restore::RestoreError;
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
 use crate::scope::{context_scope_of, iotlb_scope_of};
 use crate::shadow::{SpaceView, Spaces};
 use crate::source_ids::Source;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::spec::registers::{
-    ContextCommand, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, RootTableAddress,
-};
+use crate::spec::registers::Global;
 use crate::stats::{Counters, UnitStats};
 use crate::tables::context::Translation;
 use crate::tables::interrupt::{RemapError, RemapFault, RemapListener, Remapping, Sender};
@@ -36,7 +36,7 @@ use crate::tables::second_stage::{Found, Merge, walk_range};
 /// An emulated remapping unit over guest memory `M`.
 pub struct Unit<M> {
     pub(crate) core: Core<M>,
-    spaces: Mutex<Spaces>,
+    spaces: QueueLock<Spaces>,
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
@@ -62,7 +62,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 remap_listener: Mutex::default(),
                 counters: Counters::default(),
             },
-            spaces: Mutex::default(),
+            spaces: QueueLock::default(),
         }))
     }
 
@@ -81,6 +81,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     /// Writes registers at `offset` into the window. When it returns, the commands that it gave are done.
     pub fn write(&self, offset: u64, data: &[u8]) {
+        // Most writes do not wait for the lock, and some do: none is for a listener.
+        self.spaces.assert_not_inside();
         let mut value = [0; 8];
         let Some(bytes) = value.get_mut(..data.len()) else { return };
         bytes.copy_from_slice(data);
@@ -98,7 +100,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.signal(outcome.message);
         let Some((spaces, command)) = spaces.as_deref_mut().zip(outcome.command) else { return };
         match command {
-            Command::Global(value) => self.global_command(spaces, Global::from_bits(value)),
+            Command::Global(value) => self.global_command(spaces, value),
             Command::Context => self.context_command(spaces),
             Command::Iotlb => self.iotlb_command(spaces),
             Command::Drain => queue::drain(&self.core, spaces),
@@ -132,6 +134,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// Not to be called inside a [`crate::DmaSession`], which it would wait for.
     pub fn renumber(&self, changes: &[(Requester, Option<SourceId>)]) {
         self.spaces().renumber(&self.core, changes);
+    }
+
+    /// The guest-physical map changed in `range`: a BAR appeared, moved (that is two ranges) or went away (B-15). The
+    /// map that the listener resolves guest-physical addresses with is exchanged first; the host may still have the old
+    /// memory mapped then. When this returns, no assigned function in a paged space reaches what was behind `range`
+    /// before, and every leaf of the guest's tables that leads there was offered to the listener anew; what it refused
+    /// is forgotten, as always. What leads elsewhere is not touched, not for an instant. A leaf that the guest changed
+    /// and did not invalidate yet may take effect here if it leads into `range`, and is gone if it led there.
+    ///
+    /// A space is blocked if the bounds do not allow to walk all of it. Functions that wait for room, or for memory,
+    /// are tried again.
+    ///
+    /// Not here: functions in the identity space, of which only the listener knows what is in it; and emulated devices:
+    /// what an [`crate::Endpoint`] caches are guest-physical addresses, and each access looks these up in the guest
+    /// memory that the unit was made with, which is as it was.
+    ///
+    /// `range` is taken with all of the pages that it has a part of.
+    pub fn memory_changed(&self, range: GpaRange) {
+        self.spaces().memory_changed(&self.core, range.of_whole_pages());
     }
 
     /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit
@@ -197,21 +218,25 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must
     /// be in place. Descriptors between head and tail are processed.
-    pub fn restore(&self, state: State) {
+    ///
+    /// # Errors
+    /// The state has another version, or is none that a unit of this configuration can be in. Then nothing changed.
+    pub fn restore(&self, state: State) -> Result<(), RestoreError> {
         let mut spaces = self.spaces();
-        let status = Global::from_bits(state.global_status);
-        let translation =
-            Translation { enabled: status.translation(), root: RootTableAddress::from_bits(state.root_table_in_use) };
+        state.check(&self.core.config)?;
+        let status = state.global_status;
+        let translation = Translation { enabled: status.translation(), root: state.root_table_in_use };
         let remapping = Remapping {
             enabled: status.interrupt_remapping(),
             compatibility: status.compatibility_format(),
-            table: InterruptTableAddress::from_bits(state.interrupt_table_in_use),
+            table: state.interrupt_table_in_use,
         };
         self.core.registers().state = state;
         self.core.translation.store(Arc::new(translation));
         self.core.set_remapping(remapping);
         spaces.refresh(&self.core);
         queue::drain(&self.core, &mut spaces);
+        Ok(())
     }
 
     /// What it counted so far.
@@ -246,8 +271,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().audit(&self.core, host)
     }
 
-    pub(crate) fn spaces(&self) -> MutexGuard<'_, Spaces> {
-        self.spaces.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn spaces(&self) -> QueueGuard<'_, Spaces> {
+        self.spaces.lock()
     }
 
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
@@ -257,10 +283,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let core = &self.core;
         let status = |change: &dyn Fn(Global) -> Global| {
             let mut registers = core.registers();
-            let changed = change(Global::from_bits(registers.state.global_status));
-            registers.state.global_status = changed.into_bits();
+            registers.state.global_status = change(registers.state.global_status);
         };
-        let before = Global::from_bits(core.registers().state.global_status);
+        let before = core.registers().state.global_status;
 
         if command.queued_invalidation() != before.queued_invalidation() {
             let mut registers = core.registers();
@@ -268,8 +293,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             registers.state.queue_head = 0;
             registers.state.queue_in_use = registers.state.queue_address;
             let on = command.queued_invalidation();
-            let status = Global::from_bits(registers.state.global_status).with_queued_invalidation(on);
-            registers.state.global_status = status.into_bits();
+            registers.state.global_status = registers.state.global_status.with_queued_invalidation(on);
             drop(registers);
             queue::drain(core, spaces);
         }
@@ -278,7 +302,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         if command.root_table_pointer() {
             let mut registers = core.registers();
             registers.state.root_table_in_use = registers.state.root_table_address;
-            translation.root = RootTableAddress::from_bits(registers.state.root_table_in_use);
+            translation.root = registers.state.root_table_in_use;
         }
         translation.enabled = command.translation();
         // ESRTPS: setting the root pointer invalidates every cache, also when it is the same pointer again (kdump).
@@ -303,7 +327,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let table = if command.interrupt_table_pointer() {
             let mut registers = core.registers();
             registers.state.interrupt_table_in_use = registers.state.interrupt_table_address;
-            InterruptTableAddress::from_bits(registers.state.interrupt_table_in_use)
+            registers.state.interrupt_table_in_use
         } else {
             before.table
         };
@@ -315,17 +339,16 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         }
         // The guest polls for these: every route is in place.
         let mut registers = core.registers();
-        let status = Global::from_bits(registers.state.global_status);
+        let status = registers.state.global_status;
         registers.state.global_status = status
             .with_interrupt_table_pointer(status.interrupt_table_pointer() || command.interrupt_table_pointer())
             .with_interrupt_remapping(enabled)
-            .with_compatibility_format(remapping.compatibility)
-            .into_bits();
+            .with_compatibility_format(remapping.compatibility);
     }
 
     /// CCMD with ICC set. Section 11.4.6.1. Refused (CAIG 0, no effect) while the queue is on.
     fn context_command(&self, spaces: &mut Spaces) {
-        let command = ContextCommand::from_bits(self.core.registers().state.context_command);
+        let command = self.core.registers().state.context_command;
         let scope = (!self.queue_is_on())
             .then(|| {
                 context_scope_of(command.granularity(), command.domain(), command.source(), command.function_mask())
@@ -337,15 +360,14 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             spaces.flush(&self.core);
             command.granularity()
         });
-        self.core.registers().state.context_command = command.with_actual(done).with_invalidate(false).into_bits();
+        self.core.registers().state.context_command = command.with_actual(done).with_invalidate(false);
     }
 
     /// IOTLB_REG with IVT set. Section 11.4.6.4. Refused (IAIG 0, no effect) while the queue is on.
     fn iotlb_command(&self, spaces: &mut Spaces) {
         let (command, address) = {
             let registers = self.core.registers();
-            let address = InvalidateAddress::from_bits(registers.state.invalidate_address);
-            (IotlbInvalidate::from_bits(registers.state.iotlb_invalidate), address)
+            (registers.state.iotlb_invalidate, registers.state.invalidate_address)
         };
         let scope = (!self.queue_is_on())
             .then(|| iotlb_scope_of(command.granularity(), command.domain(), address.page(), address.address_mask()))
@@ -356,10 +378,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             spaces.flush(&self.core);
             command.granularity()
         });
-        self.core.registers().state.iotlb_invalidate = command.with_actual(done).with_invalidate(false).into_bits();
+        self.core.registers().state.iotlb_invalidate = command.with_actual(done).with_invalidate(false);
     }
 
     fn queue_is_on(&self) -> bool {
-        Global::from_bits(self.core.registers().state.global_status).queued_invalidation()
+        self.core.registers().state.global_status.queued_invalidation()
     }
 }

@@ -1,9 +1,9 @@
 //! How the virtual CPUs are stopped, reset and started again, and why the machine stops.
 //!
-//! A vCPU thread asks [`Control::next_step`] before each entry into the guest. The main thread changes what is wanted, kicks
-//! the threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop says so
-//! with [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread has
-//! dealt with it.
+//! A vCPU thread asks [`Control::next_step`] before each entry into the guest. The main thread changes what is wanted,
+//! kicks the threads out of KVM_RUN, and waits until every one of them is parked. Whoever wants the machine to stop
+//! says so with [`Control::request`]; the first reason counts, and no vCPU enters the guest again until the main thread
+//! has dealt with it.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};

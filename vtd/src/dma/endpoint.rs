@@ -84,9 +84,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// dropped, another function that core its source id has that alone. So it is not to be dropped inside a
     /// [`crate::DmaSession`] of another endpoint, or by a listener or a sink that the unit calls.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
-        let endpoint = Endpoint::new(self.clone(), requester);
-        self.spaces().add_endpoint(&self.core, requester, endpoint.iotlb());
-        endpoint
+        let iotlb = Arc::default();
+        self.spaces().add_endpoint(&self.core, requester, &iotlb);
+        Endpoint { unit: self.clone(), requester, iotlb }
     }
 }
 
@@ -98,14 +98,6 @@ pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
-    pub(crate) fn new(unit: Arc<Unit<M>>, requester: Requester) -> Self {
-        Self { unit, requester, iotlb: Arc::default() }
-    }
-
-    pub(crate) fn iotlb(&self) -> &Arc<Iotlb> {
-        &self.iotlb
-    }
-
     /// The requester, by the name that the endpoint was made with ([`Unit::renumber`]).
     pub fn requester(&self) -> Requester {
         self.requester

@@ -100,10 +100,10 @@ impl Slot {
     /// Empties the slot if it has `key`, when no store is under way. After the epoch was advanced: a store that begins
     /// now is of a walk that began after it.
     fn empty(&self, key: u64) {
-        let mut turn = 0;
+        let mut attempt = 0;
         while self.sequence.load(Ordering::Acquire) & 1 != 0 {
-            relax(turn);
-            turn += 1;
+            relax(attempt);
+            attempt += 1;
         }
         if self.key.load(Ordering::Relaxed) == key {
             self.generation.store(0, Ordering::Relaxed);
@@ -332,14 +332,14 @@ impl Iotlb {
 
     #[cold]
     fn another_session(&self, own: usize) -> SessionToken {
-        let mut turn = 0;
+        let mut attempt = 0;
         loop {
             let found = (0..SESSIONS).find_map(|offset| self.try_session((own + offset) % SESSIONS));
             if let Some(token) = found {
                 return token;
             }
-            relax(turn);
-            turn += 1;
+            relax(attempt);
+            attempt += 1;
         }
     }
 
@@ -354,10 +354,10 @@ impl Iotlb {
         fence(Ordering::SeqCst);
         for Session(session) in &self.sessions {
             let number = session.load(Ordering::Acquire);
-            let mut turn = 0;
+            let mut attempt = 0;
             while number & 1 != 0 && session.load(Ordering::Acquire) == number {
-                relax(turn);
-                turn += 1;
+                relax(attempt);
+                attempt += 1;
             }
         }
     }

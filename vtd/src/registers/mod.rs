@@ -6,16 +6,16 @@
 //! is two, the lower one first (Xen writes FEADDR and FEUADDR so).
 
 pub(crate) mod record;
+pub(crate) mod restore;
 pub(crate) mod state;
+mod writable;
 
 use state::{EventRegisters, State};
 
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
-use crate::spec::registers::{
-    ContextCommand, EventControl, FaultStatus, InterruptTableAddress, IotlbInvalidate, offset,
-};
+use crate::spec::registers::{EventControl, FaultStatus, Global, offset};
 
 /// The registers of a unit.
 pub(crate) struct Registers {
@@ -27,7 +27,7 @@ pub(crate) struct Registers {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Command {
     /// GCMD was written with this value.
-    Global(u32),
+    Global(Global),
     /// ICC was set in CCMD.
     Context,
     /// IVT was set in IOTLB.
@@ -46,7 +46,6 @@ pub(crate) struct Outcome {
 const LOW: u64 = 0xffff_ffff;
 const HIGH: u64 = LOW << 32;
 const FRCD_END: u64 = offset::FRCD + 16 * FAULT_RECORDS as u64;
-const QUEUE_INDEX_MASK: u64 = 0x7_fff0;
 
 impl Registers {
     pub(crate) fn new(config: UnitConfig) -> Self {
@@ -93,25 +92,25 @@ impl Registers {
             offset::VER => pair(self.config.version(), 0),
             offset::CAP => self.config.capability().into_bits(),
             offset::ECAP => self.config.extended_capability().into_bits(),
-            offset::GCMD => pair(0, state.global_status),
-            offset::RTADDR => state.root_table_address,
-            offset::CCMD => state.context_command,
+            offset::GCMD => pair(0, state.global_status.into_bits()),
+            offset::RTADDR => state.root_table_address.into_bits(),
+            offset::CCMD => state.context_command.into_bits(),
             0x30 => pair(0, self.fault_status().into_bits()),
-            offset::FECTL => pair(state.fault_event.control, state.fault_event.data),
+            offset::FECTL => pair(state.fault_event.control.into_bits(), state.fault_event.data),
             offset::FEADDR => pair(state.fault_event.address, state.fault_event.upper_address),
             offset::IQH => state.queue_head,
             offset::IQT => state.queue_tail,
-            offset::IQA => state.queue_address,
+            offset::IQA => state.queue_address.into_bits(),
             0x98 => pair(0, state.completion_status),
-            offset::IECTL => pair(state.completion_event.control, state.completion_event.data),
+            offset::IECTL => pair(state.completion_event.control.into_bits(), state.completion_event.data),
             offset::IEADDR => pair(state.completion_event.address, state.completion_event.upper_address),
-            offset::IQERCD => state.queue_error_record,
+            offset::IQERCD => state.queue_error_record.into_bits(),
             // IVA is write-only.
-            offset::IRTA => state.interrupt_table_address,
-            offset::IOTLB => state.iotlb_invalidate,
+            offset::IRTA => state.interrupt_table_address.into_bits(),
+            offset::IOTLB => state.iotlb_invalidate.into_bits(),
             offset::FRCD..FRCD_END => {
                 let record = &state.fault_records[((at - offset::FRCD) / 16) as usize];
-                if at & 8 == 0 { record.low } else { record.high }
+                if at & 8 == 0 { record.low } else { record.high.into_bits() }
             }
             _ => 0,
         }
@@ -139,23 +138,17 @@ impl Registers {
     /// Writes those bits of the 8 bytes at `at` (a multiple of 8) that `mask` has.
     fn write_quad(&mut self, at: u64, value: u64, mask: u64) -> Outcome {
         let state = &mut self.state;
-        let merge = |old: &mut u64, writable: u64| *old = (*old & !(mask & writable)) | (value & mask & writable);
+        let write = Write { value, mask };
         let high_word = (value >> 32) as u32;
         let touches_low = mask & LOW != 0;
         let touches_high = mask & HIGH != 0;
         let command = |command: Command| Outcome { command: Some(command), message: None };
         match at {
-            offset::GCMD if touches_low => return command(Command::Global(value as u32)),
-            offset::RTADDR => merge(&mut state.root_table_address, !0x3ff),
+            offset::GCMD if touches_low => return command(Command::Global(Global::from_bits(value as u32))),
+            offset::RTADDR => write.merge(&mut state.root_table_address, writable::ROOT_TABLE_ADDRESS),
             offset::CCMD => {
-                let writable = ContextCommand::new()
-                    .with_domain(u16::MAX)
-                    .with_source(u16::MAX)
-                    .with_function_mask(3)
-                    .with_granularity(3)
-                    .with_invalidate(true);
-                merge(&mut state.context_command, writable.into_bits());
-                if touches_high && ContextCommand::from_bits(state.context_command).invalidate() {
+                write.merge(&mut state.context_command, writable::CONTEXT_COMMAND);
+                if touches_high && state.context_command.invalidate() {
                     return command(Command::Context);
                 }
             }
@@ -164,13 +157,12 @@ impl Registers {
                 return event_write(&mut state.fault_event, at - offset::FECTL, value, mask);
             }
             offset::IQT => {
-                merge(&mut state.queue_tail, QUEUE_INDEX_MASK);
+                write.merge(&mut state.queue_tail, writable::QUEUE_TAIL);
                 if touches_low {
                     return command(Command::Drain);
                 }
             }
-            // DW is reserved without scalable mode.
-            offset::IQA => merge(&mut state.queue_address, !0xff8),
+            offset::IQA => write.merge(&mut state.queue_address, writable::queue_address(&self.config)),
             0x98 if touches_high => {
                 state.completion_status &= !(high_word & 1);
                 if state.completion_status & 1 == 0 {
@@ -180,27 +172,20 @@ impl Registers {
             offset::IECTL | offset::IEADDR => {
                 return event_write(&mut state.completion_event, at - offset::IECTL, value, mask);
             }
-            offset::IRTA if self.config.interrupt_remapping => {
-                let writable = InterruptTableAddress::new().with_size(0xf).with_page(u64::MAX >> 12);
-                let writable = writable.with_extended_mode(self.config.extended_interrupt_mode);
-                merge(&mut state.interrupt_table_address, writable.into_bits());
+            offset::IRTA => {
+                write.merge(&mut state.interrupt_table_address, writable::interrupt_table_address(&self.config));
             }
-            offset::IVA => merge(&mut state.invalidate_address, !0xf80),
+            offset::IVA => write.merge(&mut state.invalidate_address, writable::INVALIDATE_ADDRESS),
             offset::IOTLB => {
-                let writable = IotlbInvalidate::new()
-                    .with_domain(u16::MAX)
-                    .with_drain_writes(true)
-                    .with_drain_reads(true)
-                    .with_granularity(3)
-                    .with_invalidate(true);
-                merge(&mut state.iotlb_invalidate, writable.into_bits());
-                if touches_high && IotlbInvalidate::from_bits(state.iotlb_invalidate).invalidate() {
+                write.merge(&mut state.iotlb_invalidate, writable::IOTLB_INVALIDATE);
+                if touches_high && state.iotlb_invalidate.invalidate() {
                     return command(Command::Iotlb);
                 }
             }
             offset::FRCD..FRCD_END if at & 8 != 0 => {
-                let cleared = FaultRecordHigh::new().with_fault(true).into_bits() & value & mask;
-                state.fault_records[((at - offset::FRCD) / 16) as usize].high &= !cleared;
+                let high = &mut state.fault_records[((at - offset::FRCD) / 16) as usize].high;
+                let served = FaultRecordHigh::from_bits(value & mask).fault();
+                *high = high.with_fault(high.fault() && !served);
                 self.fault_conditions_cleared();
             }
             _ => {}
@@ -210,7 +195,7 @@ impl Registers {
 
     /// FSTS is write-1-to-clear. Clearing IQE lets the queue go on.
     fn write_fault_status(&mut self, written: FaultStatus) -> Outcome {
-        let before = FaultStatus::from_bits(self.state.fault_status);
+        let before = self.state.fault_status;
         self.set_fault_status(|status| {
             status
                 .with_overflow(status.overflow() && !written.overflow())
@@ -234,6 +219,21 @@ impl Registers {
     }
 }
 
+/// A write of those bits of 8 bytes that `mask` has.
+#[derive(Clone, Copy)]
+struct Write {
+    value: u64,
+    mask: u64,
+}
+
+impl Write {
+    /// Takes in what it writes of a register with these `writable` bits.
+    fn merge<R: Copy + From<u64> + Into<u64>>(self, register: &mut R, writable: u64) {
+        let changed = self.mask & writable;
+        *register = R::from((*register).into() & !changed | self.value & changed);
+    }
+}
+
 /// A write to the four registers of an event, `at` bytes from its control register: 0 or 8.
 fn event_write(event: &mut EventRegisters, at: u64, value: u64, mask: u64) -> Outcome {
     let (low, high) = (value as u32, (value >> 32) as u32);
@@ -242,12 +242,12 @@ fn event_write(event: &mut EventRegisters, at: u64, value: u64, mask: u64) -> Ou
         if at == 0 {
             message = event.set_mask(EventControl::from_bits(low).masked());
         } else {
-            event.address = low & !3;
+            event.address = low & writable::EVENT_ADDRESS;
         }
     }
     if mask & HIGH != 0 {
         if at == 0 {
-            event.data = high & 0xffff;
+            event.data = high & writable::EVENT_DATA;
         } else {
             event.upper_address = high;
         }
@@ -262,20 +262,20 @@ impl EventRegisters {
 
     /// The event happened: its message, unless the mask holds it back.
     pub(crate) fn raise(&mut self) -> Option<Msi> {
-        let control = EventControl::from_bits(self.control);
-        self.control = control.with_pending(control.masked()).into_bits();
+        let control = self.control;
+        self.control = control.with_pending(control.masked());
         (!control.masked()).then(|| self.message())
     }
 
     /// The conditions of the event are gone.
     pub(crate) fn withdraw(&mut self) {
-        self.control = EventControl::from_bits(self.control).with_pending(false).into_bits();
+        self.control = self.control.with_pending(false);
     }
 
     fn set_mask(&mut self, masked: bool) -> Option<Msi> {
-        let control = EventControl::from_bits(self.control);
+        let control = self.control;
         let due = control.pending() && !masked;
-        self.control = EventControl::new().with_masked(masked).with_pending(control.pending() && masked).into_bits();
+        self.control = EventControl::new().with_masked(masked).with_pending(control.pending() && masked);
         due.then(|| self.message())
     }
 }

@@ -38,19 +38,18 @@ impl Registers {
         if before.overflow() {
             return (Recorded::Dropped, None);
         }
-        let full = |high: u64| FaultRecordHigh::from_bits(high);
-        let same_source = |record: u64| full(record).fault() && full(record).source() == high.source();
-        if self.state.fault_records.iter().any(|record| same_source(record.high)) {
+        let same_source = |record: &FaultRecord| record.high.fault() && record.high.source() == high.source();
+        if self.state.fault_records.iter().any(same_source) {
             // One record a source id until the guest has read it: a device that faults in a loop cannot hide the
             // others.
             return (Recorded::Dropped, None);
         }
         let index = usize::from(self.state.next_fault_record) % self.state.fault_records.len();
-        if full(self.state.fault_records[index].high).fault() {
+        if self.state.fault_records[index].high.fault() {
             self.set_fault_status(|status| status.with_overflow(true));
             return (Recorded::Dropped, self.raise_fault_event(before));
         }
-        self.state.fault_records[index] = FaultRecord { low, high: high.with_fault(true).into_bits() };
+        self.state.fault_records[index] = FaultRecord { low, high: high.with_fault(true) };
         self.state.next_fault_record = ((index + 1) % self.state.fault_records.len()) as u8;
         if !before.pending() {
             self.set_fault_status(|status| status.with_record(index as u8));
@@ -60,13 +59,12 @@ impl Registers {
 
     /// FSTS, with PPF as it follows from the records.
     pub(crate) fn fault_status(&self) -> FaultStatus {
-        let pending = self.state.fault_records.iter().any(|record| FaultRecordHigh::from_bits(record.high).fault());
-        FaultStatus::from_bits(self.state.fault_status).with_pending(pending)
+        let pending = self.state.fault_records.iter().any(|record| record.high.fault());
+        self.state.fault_status.with_pending(pending)
     }
 
     pub(crate) fn set_fault_status(&mut self, change: impl FnOnce(FaultStatus) -> FaultStatus) {
-        let changed = change(FaultStatus::from_bits(self.state.fault_status));
-        self.state.fault_status = changed.with_pending(false).into_bits();
+        self.state.fault_status = change(self.state.fault_status).with_pending(false);
     }
 
     /// A condition was added to FSTS, which was `before`. The event is raised for the first condition only; the next

@@ -4,22 +4,28 @@
 use serde::{Deserialize, Serialize};
 
 use crate::config::FAULT_RECORDS;
-use crate::spec::registers::EventControl;
+use crate::spec::fault::FaultRecordHigh;
+use crate::spec::registers::{
+    ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
+    QueueAddress, QueueErrorRecord, RootTableAddress,
+};
 
 /// A fault recording register: its two halves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FaultRecord {
     /// Bits 63:0: the faulting page, or the index of the interrupt in bits 63:48.
     pub low: u64,
     /// Bits 127:64.
-    pub high: u64,
+    pub high: FaultRecordHigh,
 }
 
 /// An event with its message: fault event or invalidation completion event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EventRegisters {
     /// Control: IM and IP.
-    pub control: u32,
+    pub control: EventControl,
     /// Data.
     pub data: u32,
     /// Address.
@@ -30,27 +36,46 @@ pub struct EventRegisters {
 
 impl Default for EventRegisters {
     fn default() -> Self {
-        Self { control: EventControl::new().with_masked(true).into_bits(), data: 0, address: 0, upper_address: 0 }
+        Self { control: EventControl::new().with_masked(true), data: 0, address: 0, upper_address: 0 }
     }
 }
 
-/// The state of a unit.
+/// The form in which a [`State`] is serialised: which fields there are, and what they mean.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StateVersion(pub u32);
+
+impl StateVersion {
+    /// The form of this library, the only one that it reads.
+    pub const CURRENT: Self = Self(1);
+}
+
+impl Default for StateVersion {
+    fn default() -> Self {
+        Self::CURRENT
+    }
+}
+
+/// The state of a unit, as [`crate::Unit::save`] gives it; the default is that at power-on. Registers are serialised as
+/// their bits.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct State {
+    /// The form that it was serialised in.
+    pub version: StateVersion,
     /// GSTS.
-    pub global_status: u32,
+    pub global_status: Global,
     /// RTADDR as last written.
-    pub root_table_address: u64,
+    pub root_table_address: RootTableAddress,
     /// RTADDR as it was when SRTP was last given: what is in use.
-    pub root_table_in_use: u64,
+    pub root_table_in_use: RootTableAddress,
     /// IRTA as last written.
-    pub interrupt_table_address: u64,
+    pub interrupt_table_address: InterruptTableAddress,
     /// IRTA as it was when SIRTP was last given: what is in use.
-    pub interrupt_table_in_use: u64,
+    pub interrupt_table_in_use: InterruptTableAddress,
     /// CCMD.
-    pub context_command: u64,
+    pub context_command: ContextCommand,
     /// PFO, IQE, ICE, ITE and FRI of FSTS; PPF follows from the records.
-    pub fault_status: u32,
+    pub fault_status: FaultStatus,
     /// FECTL, FEDATA, FEADDR, FEUADDR.
     pub fault_event: EventRegisters,
     /// FRCD.
@@ -62,19 +87,19 @@ pub struct State {
     /// IQT.
     pub queue_tail: u64,
     /// IQA as last written.
-    pub queue_address: u64,
+    pub queue_address: QueueAddress,
     /// IQA as it was when the queue was enabled: what is in use.
-    pub queue_in_use: u64,
+    pub queue_in_use: QueueAddress,
     /// ICS.
     pub completion_status: u32,
     /// IECTL, IEDATA, IEADDR, IEUADDR.
     pub completion_event: EventRegisters,
     /// IQERCD.
-    pub queue_error_record: u64,
+    pub queue_error_record: QueueErrorRecord,
     /// IVA.
-    pub invalidate_address: u64,
+    pub invalidate_address: InvalidateAddress,
     /// IOTLB.
-    pub iotlb_invalidate: u64,
+    pub iotlb_invalidate: IotlbInvalidate,
 }
 
 impl State {
@@ -82,6 +107,7 @@ impl State {
     pub fn reset(&mut self) {
         // Destructured, so that a field that is added later cannot be forgotten here.
         let Self {
+            version,
             global_status,
             root_table_address,
             root_table_in_use,
@@ -102,24 +128,25 @@ impl State {
             invalidate_address,
             iotlb_invalidate,
         } = self;
-        *global_status = 0;
-        *root_table_address = 0;
-        *root_table_in_use = 0;
-        *interrupt_table_address = 0;
-        *interrupt_table_in_use = 0;
-        *context_command = 0;
-        *fault_status = 0;
+        *version = StateVersion::CURRENT;
+        *global_status = Global::new();
+        *root_table_address = RootTableAddress::new();
+        *root_table_in_use = RootTableAddress::new();
+        *interrupt_table_address = InterruptTableAddress::new();
+        *interrupt_table_in_use = InterruptTableAddress::new();
+        *context_command = ContextCommand::new();
+        *fault_status = FaultStatus::new();
         *fault_event = EventRegisters::default();
         *fault_records = Default::default();
         *next_fault_record = 0;
         *queue_head = 0;
         *queue_tail = 0;
-        *queue_address = 0;
-        *queue_in_use = 0;
+        *queue_address = QueueAddress::new();
+        *queue_in_use = QueueAddress::new();
         *completion_status = 0;
         *completion_event = EventRegisters::default();
-        *queue_error_record = 0;
-        *invalidate_address = 0;
-        *iotlb_invalidate = 0;
+        *queue_error_record = QueueErrorRecord::new();
+        *invalidate_address = InvalidateAddress::new();
+        *iotlb_invalidate = IotlbInvalidate::new();
     }
 }

@@ -8,7 +8,7 @@ use super::Spaces;
 use super::diff::Shadow;
 use super::members::Member;
 use super::space::Space;
-use super::waiting::{Now, Waiting};
+use super::waiting::{Now, Occasion, Waiting};
 use crate::core::Core;
 use crate::faults::{Access, Fault};
 use crate::ids::{Iova, Requester};
@@ -39,13 +39,15 @@ impl Spaces {
             Err(AttachRefused::Partial(refused) | AttachRefused::Shared(refused)) => refused,
             _ => &[],
         };
-        let now = Now { turn: self.turn, freed: self.freed };
+        let now = Now { round: self.round, freed: self.freed };
         let left = self.members.get_mut(&requester).map(|member| {
             // What a paged space lost is not in its shadow, so that every comparison tries it again.
             let kept = matches!(attached, SpaceKey::Paged(_));
-            let waits = !kept && refused.iter().any(|refusal| refusal.cause.may_pass());
-            member.waiting = waits.then(|| Waiting::refused(member.waiting, key, now));
-            member.attached_in = now.turn;
+            let for_room = refused.iter().any(|refusal| refusal.cause.may_pass());
+            let for_memory = refused.iter().any(|refusal| refusal.cause == RefusalCause::Target);
+            let waits = !kept && (for_room || for_memory);
+            member.waiting = waits.then(|| Waiting::refused(member.waiting, key, for_room, now));
+            member.attached_in = now.round;
             std::mem::replace(&mut member.attached, attached)
         });
         report(core, &mut self.reported, refused);
@@ -89,13 +91,12 @@ impl Spaces {
         }
     }
 
-    /// Tries the functions again that wait for room, if there may be some: something was taken away, or the guest
-    /// invalidated more than pages.
-    pub(super) fn try_again<M: GuestMemoryBackend>(&mut self, core: &Core<M>, more_than_pages: bool) {
-        let now = Now { turn: self.turn, freed: self.freed };
+    /// Tries the functions again that wait for room, or for memory, if there may be some on this occasion.
+    pub(super) fn try_again<M: GuestMemoryBackend>(&mut self, core: &Core<M>, occasion: Occasion) {
+        let now = Now { round: self.round, freed: self.freed };
         let due = |(requester, member): (&Requester, &mut Member)| {
             let waiting = member.waiting.as_mut()?;
-            waiting.is_due(now, more_than_pages).then_some((*requester, waiting.space))
+            waiting.is_due(now, occasion).then_some((*requester, waiting.space))
         };
         let due: Vec<(Requester, SpaceKey)> = self.members.iter_mut().filter_map(due).collect();
         for (requester, space) in due {
@@ -126,7 +127,7 @@ impl Spaces {
             return SpaceKey::Blocked;
         }
         let mut space = Space::new(paged);
-        space.compare_whole(core, &mut self.scratch, self.turn);
+        space.compare_whole(core, &mut self.scratch, self.round);
         self.spaces.insert(index, space);
         key
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use vm_memory::GuestMemoryBackend;
 
 use super::Spaces;
-use super::members::look_up;
+use super::members::resolve_requester;
 use crate::audit::book::{Book, RememberedFunction};
 use crate::audit::{Audit, AuditHost, Difference, compare, disagreements};
 use crate::core::Core;
@@ -25,7 +25,7 @@ impl Spaces {
 
         for (requester, attached) in self.attachments() {
             audit.checked += 1;
-            let (tables, _) = look_up(core, requester);
+            let (tables, _) = resolve_requester(core, requester);
             if tables != attached {
                 let same = |old: &&RememberedFunction| old.overdue && (old.tables, old.attached) == (tables, attached);
                 let overdue = before.functions.get(&requester).filter(same).is_some();
@@ -76,11 +76,11 @@ impl Spaces {
     }
 
     /// What an audit remembered is looked at again, where the invalidations that took effect just now cover it.
-    pub(crate) fn look_again<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
+    pub(crate) fn recheck_remembered<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
         let reached: Vec<Requester> =
             self.book.functions.iter().filter(|(_, function)| function.reached).map(|(r, _)| *r).collect();
         for requester in reached {
-            let (tables, _) = look_up(core, requester);
+            let (tables, _) = resolve_requester(core, requester);
             let attached = self.attached_to(requester);
             let kept_out = self.book.kept_out.contains(&requester);
             let Some(function) = self.book.functions.get_mut(&requester) else { continue };

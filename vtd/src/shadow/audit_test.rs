@@ -101,7 +101,7 @@ fn a_mapping_that_invalidations_do_not_bring_is_a_difference() {
     rig.unit.spaces().falsify(IovaRange::new(0x10_1000, 0x10_2fff));
     assert_eq!((audit(&rig).pending, audit(&rig).differing()), (1, 0));
     rig.unit.spaces().book.covers(&[Scope::Pages(DomainId(1), IovaRange::new(0x10_1000, 0x10_1fff))], |_| false);
-    rig.unit.spaces().look_again(&rig.unit.core);
+    rig.unit.spaces().recheck_remembered(&rig.unit.core);
     let found = audit(&rig);
     assert_eq!(found.pending, 1, "0x102000 was not covered");
     let [Difference::Shadow(space, said)] = &found.differences[..] else { panic!("{found:?}") };
@@ -139,7 +139,7 @@ fn an_attachment_is_pending_until_its_context_entry_is_invalidated() {
     }
     // As if the invalidation had not moved it.
     rig.unit.spaces().note_contexts(&[crate::scope::ContextScope::Everything]);
-    rig.unit.spaces().look_again(&rig.unit.core);
+    rig.unit.spaces().recheck_remembered(&rig.unit.core);
     let found = audit(&rig);
     let [Difference::Attachment { requester: NVME, tables: SpaceKey::Identity, attached: SpaceKey::Paged(_) }] =
         &found.differences[..]
@@ -380,7 +380,7 @@ fn cover(rig: &Rig, meanwhile: impl FnOnce(&mut Book)) {
     let mut spaces = rig.unit.spaces();
     spaces.book.covers(&[Scope::Pages(DomainId(1), IovaRange::new(0x10_1000, 0x10_1fff))], |_| false);
     meanwhile(&mut spaces.book);
-    spaces.look_again(&rig.unit.core);
+    spaces.recheck_remembered(&rig.unit.core);
 }
 
 #[test]
@@ -418,7 +418,7 @@ fn an_attachment_that_changed_meanwhile_is_no_difference() {
     let (mut rig, root) = Rig::with_nvme();
     let look = |rig: &Rig| {
         rig.unit.spaces().book.reaches(|requester| requester == NVME);
-        rig.unit.spaces().look_again(&rig.unit.core);
+        rig.unit.spaces().recheck_remembered(&rig.unit.core);
     };
     let counts = |rig: &Rig| (audit(rig).pending, audit(rig).differing());
     rig.set_pass_through(NVME, 1);

@@ -7,7 +7,7 @@
 use super::extents::{Extent, Extents};
 use crate::ids::{Gpa, Iova};
 use crate::listener::{MapOp, Mapping};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 
 /// What a listener was told about one space.
 #[derive(Default, Debug)]
@@ -122,6 +122,32 @@ impl Shadow {
         }
         join_neighbours(&mut changes.unmaps, unmaps_before);
         true
+    }
+
+    /// What leads to `targets` is to be told anew: takes it out, and takes in `runs`, which lead there, ascending and
+    /// disjoint, except where something stays that leads elsewhere. Adds the same to `changes`, which are empty.
+    pub(crate) fn renew(&mut self, targets: GpaRange, runs: &[Mapping], changes: &mut Changes) {
+        // Unmaps are joined over gaps as long as nothing lies between them that stays.
+        let mut stays_since_unmap = true;
+        for extent in self.iter() {
+            let Some(gone) = extent.leading_into(targets) else {
+                stays_since_unmap = true;
+                continue;
+            };
+            match changes.unmaps.last_mut() {
+                Some(previous) if !stays_since_unmap && gone.iova == extent.iova => previous.last = gone.last().0,
+                _ => changes.unmaps.push(gone.range()),
+            }
+            stays_since_unmap = gone.last() < extent.last();
+        }
+        changes.unmaps.iter().for_each(|range| self.extents.remove(range.first, range.last));
+        for run in runs {
+            for part in run.range().without(self.part(run.range()).map(|stays| stays.range())) {
+                let new = Extent::from(run).within(part.first, part.last);
+                changes.maps.push(new.into());
+                self.extents.insert(new);
+            }
+        }
     }
 
     fn diff(&self, range: IovaRange, runs: &[Mapping], changes: &mut Changes) {

@@ -6,14 +6,14 @@ use vm_memory::GuestMemoryBackend;
 
 use super::Spaces;
 use super::attach::report;
-use super::waiting::Waiting;
+use super::waiting::{Occasion, Waiting};
 use crate::core::Core;
 use crate::ids::DomainId;
 use crate::scope::{ContextScope, Scope};
 use crate::space::PagedSpace;
 use crate::tables::interrupt::EntriesChanged;
 
-/// Looks at a part of the interrupt entries in one turn; the next one is at all of them, and the last. Each may cost
+/// Looks at a part of the interrupt entries in one round; the next one is at all of them, and the last. Each may cost
 /// the listener a change of all its routes.
 const ENTRY_LOOKS: u32 = 64;
 
@@ -53,7 +53,7 @@ impl Spaces {
 
     /// A drain begins: the tail is known, so all its descriptors were given.
     pub(crate) fn begin_drain(&mut self) {
-        self.turn += 1;
+        self.round += 1;
         self.draining = true;
     }
 
@@ -65,16 +65,16 @@ impl Spaces {
     /// What was invalidated takes effect: when this returns, no device can reach what the guest took away.
     pub(crate) fn flush<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
         if !self.draining {
-            self.turn += 1;
+            self.round += 1;
         }
         if let Some(changed) = self.pending.interrupt_entries.take()
-            && self.all_entries_in != self.turn
+            && self.all_entries_in != self.round
         {
-            let looks = if self.entry_looks.0 == self.turn { self.entry_looks.1 + 1 } else { 1 };
-            self.entry_looks = (self.turn, looks);
+            let looks = if self.entry_looks.0 == self.round { self.entry_looks.1 + 1 } else { 1 };
+            self.entry_looks = (self.round, looks);
             let changed = if looks > ENTRY_LOOKS { EntriesChanged::All } else { changed };
             if changed == EntriesChanged::All {
-                self.all_entries_in = self.turn;
+                self.all_entries_in = self.round;
             }
             core.entries_changed(changed);
         }
@@ -83,24 +83,29 @@ impl Spaces {
         }
         let mut pending = std::mem::take(&mut self.pending);
         self.invalidate_endpoints(&pending);
-        let (spaces, turn) = (&self.spaces, self.turn);
-        let done = |space: &PagedSpace| spaces.get(&(space.domain, *space)).is_some_and(|space| space.whole_in == turn);
+        let (spaces, round) = (&self.spaces, self.round);
+        let done =
+            |space: &PagedSpace| spaces.get(&(space.domain, *space)).is_some_and(|space| space.whole_in == round);
         self.book.covers(&pending.iotlb, done);
         let only_pages = |scope: &Scope| matches!(scope, Scope::Pages(..));
-        let more_than_pages = !pending.contexts.is_empty() || !pending.iotlb.iter().all(only_pages);
+        let occasion = if pending.contexts.is_empty() && pending.iotlb.iter().all(only_pages) {
+            Occasion::Pages
+        } else {
+            Occasion::MoreThanPages
+        };
         self.note_contexts(&pending.contexts);
 
         let mut whole = BTreeSet::new();
         if !pending.contexts.is_empty() {
             let mut moves = BTreeMap::new();
             for scope in pending.contexts.drain(..) {
-                self.look_up_again(core, scope, &mut whole, &mut moves);
+                self.refresh_members(core, scope, &mut whole, &mut moves);
             }
             self.move_members(core, moves);
         }
         self.compare(core, &mut pending.iotlb, &whole);
-        self.look_again(core);
-        self.try_again(core, more_than_pages);
+        self.recheck_remembered(core);
+        self.try_again(core, occasion);
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;
@@ -119,7 +124,7 @@ impl Spaces {
     }
 
     /// Compares the spaces that `scopes` reach, and those in `whole`, with the guest's tables, unless they were
-    /// compared whole in this turn already.
+    /// compared whole in this round already.
     fn compare<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scopes: &mut [Scope], whole: &BTreeSet<PagedSpace>) {
         // In ascending order, so that neighbours are found and a space's ranges stand together.
         scopes.sort_unstable_by_key(|scope| match *scope {
@@ -135,11 +140,11 @@ impl Spaces {
         let domains: BTreeSet<DomainId> = domains.collect();
         let unmaps = core.counters.unmap_ops.get();
         for space in self.spaces.values_mut() {
-            if space.whole_in == self.turn {
+            if space.whole_in == self.round {
                 continue;
             }
             if everything || domains.contains(&space.key.domain) || whole.contains(&space.key) {
-                space.compare_whole(core, &mut self.scratch, self.turn);
+                space.compare_whole(core, &mut self.scratch, self.round);
             } else {
                 let domain = space.key.domain;
                 let before = |scope: &Scope| !matches!(scope, Scope::Pages(other, ..) if *other >= domain);
@@ -152,7 +157,7 @@ impl Spaces {
                 self.scratch.ranges.extend(ranges);
                 self.scratch.ranges.dedup();
                 if !self.scratch.ranges.is_empty() {
-                    space.compare_ranges(core, &mut self.scratch, self.turn);
+                    space.compare_ranges(core, &mut self.scratch, self.round);
                 }
             }
             if !self.scratch.refused.is_empty() {

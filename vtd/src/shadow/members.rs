@@ -22,11 +22,11 @@ pub(super) struct Member {
     pub(super) source: Option<SourceId>,
     /// The domain id of its context entry, if it has one.
     pub(super) domain: Option<DomainId>,
-    /// The turn in which its context entry was looked up last.
-    pub(super) looked_up_in: u64,
-    /// The turn in which it was attached, or refused, last.
+    /// The round in which its context entry was resolved last.
+    pub(super) resolved_in: u64,
+    /// The round in which it was attached, or refused, last.
     pub(super) attached_in: u64,
-    /// It waits for room to be where its tables say.
+    /// It waits for room, or for memory, to be where its tables say.
     pub(super) waiting: Option<Waiting>,
 }
 
@@ -56,14 +56,14 @@ impl Spaces {
             attached: blocked,
             source: None,
             domain: None,
-            looked_up_in: self.turn,
-            attached_in: self.turn,
+            resolved_in: self.round,
+            attached_in: self.round,
             waiting: None,
         };
         self.members.insert(requester, member);
         // It may have the id of another one: then that one is blocked first.
         self.sources_changed(core);
-        let (key, domain) = look_up(core, requester);
+        let (key, domain) = resolve_requester(core, requester);
         if let Some(member) = self.members.get_mut(&requester) {
             (member.domain, member.source) = (domain, core.sources.load().of(requester).id());
         }
@@ -118,9 +118,9 @@ impl Spaces {
         self.sources_changed(core);
     }
 
-    /// Looks the requesters in `scope` up again, once a turn. Spaces of those that stay where they are go to `whole`,
+    /// Resolves the requesters in `scope` again, once a round. Spaces of those that stay where they are go to `whole`,
     /// and those that are to be elsewhere to `moves`.
-    pub(super) fn look_up_again<M: GuestMemoryBackend>(
+    pub(super) fn refresh_members<M: GuestMemoryBackend>(
         &mut self,
         core: &Core<M>,
         scope: ContextScope,
@@ -129,13 +129,13 @@ impl Spaces {
     ) {
         let reached: Vec<Requester> = self.reached_by(scope).collect();
         for requester in reached {
-            let (key, domain) = look_up(core, requester);
+            let (key, domain) = resolve_requester(core, requester);
             let Some(member) = self.members.get_mut(&requester) else { continue };
             member.domain = domain;
-            member.looked_up_in = self.turn;
-            let waits = member.waiting.is_some_and(|waiting| waiting.space == key);
+            member.resolved_in = self.round;
+            let waits = member.waiting.is_some_and(|waiting| waiting.for_room && waiting.space == key);
             if waits && !matches!(scope, ContextScope::Device { .. }) {
-                // Nothing says that there is room: its turn comes when it comes. Who names the device has it tried at
+                // Nothing says that there is room: it is tried when it is due. Who names the device has it tried at
                 // once.
                 continue;
             }
@@ -160,14 +160,14 @@ impl Spaces {
         }
     }
 
-    /// The members that a context-cache invalidation reaches and that were not looked up in this turn yet. One that
+    /// The members that a context-cache invalidation reaches and that were not resolved in this round yet. One that
     /// waits for room is reached by its name all the same, unless it was tried already: what came before it did not
     /// have it tried.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
         let named = matches!(scope, ContextScope::Device { .. });
         let reached = move |(_, member): &(&Requester, &Member)| {
-            let waits = named && member.waiting.is_some() && member.attached_in != self.turn;
-            (member.looked_up_in != self.turn || waits) && scope.reaches(member)
+            let waits = named && member.waiting.is_some() && member.attached_in != self.round;
+            (member.resolved_in != self.round || waits) && scope.reaches(member)
         };
         self.members.iter().filter(reached).map(|(requester, _)| *requester)
     }
@@ -179,7 +179,10 @@ impl Spaces {
 }
 
 /// What the guest's tables say about a requester, and its domain id.
-pub(crate) fn look_up<M: GuestMemoryBackend>(core: &Core<M>, requester: Requester) -> (SpaceKey, Option<DomainId>) {
+pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
+    core: &Core<M>,
+    requester: Requester,
+) -> (SpaceKey, Option<DomainId>) {
     let translation = **core.translation.load();
     let Some(source) = core.sources.load().of(requester).own() else {
         // With translation off nobody looks at the id.

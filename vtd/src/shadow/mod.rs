@@ -11,6 +11,7 @@ mod diff;
 mod extents;
 mod flush;
 mod members;
+mod memory;
 mod renumber;
 mod space;
 mod waiting;
@@ -60,16 +61,16 @@ pub(crate) struct Spaces {
     /// Of which functions the log has that they are blocked.
     said_blocked: BTreeSet<Requester>,
     scratch: Scratch,
-    /// Number of the drain, or of the command outside a drain. Every descriptor of a drain was given before it began,
-    /// so what was looked at once in a turn is not looked at again in it: else a full queue would be as many walks of
-    /// everything.
-    turn: u64,
+    /// The number of the round: of the drain, or of the command outside a drain. Every descriptor of a drain was given
+    /// before it began, so what was looked at once in a round is not looked at again in it: else a full queue would be
+    /// as many walks of everything.
+    round: u64,
     draining: bool,
     /// How often something was taken away from the host.
     freed: u64,
-    /// The turn in which all interrupt entries were looked at.
+    /// The round in which all interrupt entries were looked at.
     all_entries_in: u64,
-    /// The turn in which some of them were looked at last, and how often.
+    /// The round in which some of them were looked at last, and how often.
     entry_looks: (u64, u32),
     /// What the last audit found to disagree.
     pub(crate) book: Book,

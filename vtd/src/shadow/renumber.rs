@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use vm_memory::GuestMemoryBackend;
 
 use super::Spaces;
-use super::members::{Member, look_up};
+use super::members::{Member, resolve_requester};
 use crate::core::Core;
 use crate::ids::{Requester, SourceId};
 use crate::scope::Scope;
@@ -62,13 +62,13 @@ impl Spaces {
             }
         }
         if !self.draining {
-            self.turn += 1;
+            self.round += 1;
         }
         let mut moves = BTreeMap::new();
         for name in changed {
             let Some(member) = self.members.get_mut(&name) else { continue };
-            let (key, domain) = look_up(core, name);
-            *member = Member { domain, source: core.sources.load().of(name).id(), looked_up_in: self.turn, ..*member };
+            let (key, domain) = resolve_requester(core, name);
+            *member = Member { domain, source: core.sources.load().of(name).id(), resolved_in: self.round, ..*member };
             if member.attached != key {
                 moves.insert(name, key);
             }

@@ -13,9 +13,9 @@ use super::diff::{Changes, Shadow};
 use crate::core::Core;
 use crate::ids::Requester;
 use crate::listener::{MapOp, Refusal};
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::space::{PagedSpace, SpaceKey};
-use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range};
+use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range, walk_range_into};
 
 /// Storage that is used again and again.
 #[derive(Default)]
@@ -65,9 +65,9 @@ pub(crate) struct Space {
     pub(crate) key: PagedSpace,
     pub(crate) members: BTreeSet<Requester>,
     state: State,
-    /// The turn in which it was compared whole last.
+    /// The round in which it was compared whole last.
     pub(crate) whole_in: u64,
-    /// The turn in which ranges were compared last, and the table entries that this visited.
+    /// The round in which ranges were compared last, and the table entries that this visited.
     ranges_in: (u64, u64),
 }
 
@@ -102,8 +102,8 @@ impl Space {
     }
 
     /// Compares all of it. Nothing that stayed the same is touched (B-2).
-    pub(crate) fn compare_whole<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, turn: u64) {
-        self.whole_in = turn;
+    pub(crate) fn compare_whole<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, round: u64) {
+        self.whole_in = round;
         let (mut shadow, was_open) = match std::mem::replace(&mut self.state, State::Blocked) {
             State::Open(shadow) => (shadow, true),
             State::Blocked => (Shadow::default(), false),
@@ -115,11 +115,11 @@ impl Space {
     }
 
     /// Compares the ranges of `scratch`.
-    pub(crate) fn compare_ranges<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, turn: u64) {
+    pub(crate) fn compare_ranges<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, round: u64) {
         let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
-        // One budget for all ranges of a turn: a queue full of overlapping ranges is no way around it.
+        // One budget for all ranges of a round: a queue full of overlapping ranges is no way around it.
         let budget = core.config.bounds.table_entries;
-        let visited = if self.ranges_in.0 == turn { self.ranges_in.1 } else { 0 };
+        let visited = if self.ranges_in.0 == round { self.ranges_in.1 } else { 0 };
         scratch.changes.clear();
         scratch.found.entries_left = budget.saturating_sub(visited);
         let mut comparison = self.comparison(core, scratch, &mut shadow);
@@ -130,11 +130,20 @@ impl Space {
             compared = comparison.whole().map(|()| Ranges::Compared);
         }
         if is_whole {
-            self.whole_in = turn;
+            self.whole_in = round;
         }
-        self.ranges_in = (turn, budget - scratch.found.entries_left);
+        self.ranges_in = (round, budget - scratch.found.entries_left);
         match compared {
             Ok(_) => self.state = State::Open(shadow),
+            Err(Exhausted) => self.block(core, scratch, true),
+        }
+    }
+
+    /// What leads to `targets` is told anew; nothing else is touched (B-15).
+    pub(crate) fn renew<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, targets: GpaRange) {
+        let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
+        match self.comparison(core, scratch, &mut shadow).renewal(targets) {
+            Ok(()) => self.state = State::Open(shadow),
             Err(Exhausted) => self.block(core, scratch, true),
         }
     }
@@ -145,7 +154,7 @@ impl Space {
         scratch: &'a mut Scratch,
         shadow: &'a mut Shadow,
     ) -> Comparison<'a, M> {
-        Comparison { core, key: self.key, told: !self.members.is_empty(), shadow, scratch }
+        Comparison { core, key: self.key, has_members: !self.members.is_empty(), shadow, scratch }
     }
 
     /// A bound is exhausted, and the space has no shadow any more: nothing of it stays mapped (rule 5).
@@ -183,7 +192,7 @@ struct Comparison<'a, M> {
     core: &'a Core<M>,
     key: PagedSpace,
     /// The space has members, so there is somebody who is told.
-    told: bool,
+    has_members: bool,
     shadow: &'a mut Shadow,
     scratch: &'a mut Scratch,
 }
@@ -200,6 +209,18 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
         } else {
             self.shadow.sync(IovaRange::ALL, &found.runs, changes);
         }
+        self.finish()
+    }
+
+    fn renewal(&mut self, targets: GpaRange) -> Result<(), Exhausted> {
+        let Scratch { found, changes, .. } = &mut *self.scratch;
+        changes.clear();
+        found.entries_left = self.core.config.bounds.table_entries;
+        let (memory, config) = (&self.core.memory, &self.core.config);
+        let walked = walk_range_into(memory, config, &self.key, IovaRange::ALL, targets, Merge::Aligned, found);
+        self.core.counters.leaves_walked.add(found.leaves);
+        walked?;
+        self.shadow.renew(targets, &found.runs, changes);
         self.finish()
     }
 
@@ -257,7 +278,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
 
     /// Gives the batch to the listener, if the space has members.
     fn give(&mut self) {
-        if !self.scratch.changes.is_empty() && self.told {
+        if !self.scratch.changes.is_empty() && self.has_members {
             self.scratch.ops.clear();
             self.scratch.changes.to_ops(&mut self.scratch.ops);
             let lost = self.scratch.refused.len();

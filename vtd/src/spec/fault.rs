@@ -1,6 +1,7 @@
 //! Fault recording registers and fault reasons. Sections 7.1 and 11.4.7.6.
 
 use bitfield_struct::bitfield;
+use serde::{Deserialize, Serialize};
 
 /// Why a request was blocked. Legacy mode; section 7.1.3.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -112,7 +113,7 @@ impl InterruptFaultReason {
 
 /// Bits 127:64 of a fault recording register; bits 63:12 of the lower half are the faulting page. Section 11.4.7.6.
 #[bitfield(u64)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultRecordHigh {
     /// SID.
     pub source: u16,

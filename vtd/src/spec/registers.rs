@@ -1,6 +1,7 @@
-//! The register file. Section 11.4.
+//! The register file. Section 11.4. What of it is saved is serialised as its bits.
 
 use bitfield_struct::bitfield;
+use serde::{Deserialize, Serialize};
 
 /// Offsets of the registers, in bytes from the base of the unit. Section 11.4, table of registers.
 pub mod offset {
@@ -151,7 +152,7 @@ pub struct ExtendedCapability {
 /// Global command and global status, which have their bits in the same places (32 bits; WO and RO). Sections 11.4.4.1
 /// and 11.4.4.2.
 #[bitfield(u32)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct Global {
     #[bits(23)]
     __: u32,
@@ -177,7 +178,7 @@ pub struct Global {
 
 /// Root table address register (64 bits, RW). Section 11.4.5.
 #[bitfield(u64)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootTableAddress {
     #[bits(10)]
     __: u16,
@@ -191,6 +192,7 @@ pub struct RootTableAddress {
 
 /// Context command register (64 bits, RW). Section 11.4.6.1.
 #[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContextCommand {
     /// DID.
     pub domain: u16,
@@ -213,6 +215,7 @@ pub struct ContextCommand {
 
 /// IOTLB invalidate register (64 bits, RW). Section 11.4.6.4.
 #[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct IotlbInvalidate {
     __: u32,
     /// DID.
@@ -237,6 +240,7 @@ pub struct IotlbInvalidate {
 
 /// Invalidate address register (64 bits, WO). Section 11.4.6.3.
 #[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct InvalidateAddress {
     /// AM.
     #[bits(6)]
@@ -252,7 +256,7 @@ pub struct InvalidateAddress {
 
 /// Fault status register (32 bits, RO and W1C). Section 11.4.7.1.
 #[bitfield(u32)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultStatus {
     /// PFO (W1C).
     pub overflow: bool,
@@ -276,7 +280,7 @@ pub struct FaultStatus {
 
 /// Fault event control and invalidation event control (32 bits). Sections 11.4.7.2 and 11.4.8.6.
 #[bitfield(u32)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventControl {
     #[bits(30)]
     __: u32,
@@ -288,6 +292,7 @@ pub struct EventControl {
 
 /// Invalidation queue address register (64 bits, RW). Section 11.4.8.3.
 #[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueAddress {
     /// QS: the queue has `2^(size + 8)` descriptors of 128 bits.
     #[bits(3)]
@@ -302,7 +307,7 @@ pub struct QueueAddress {
 
 /// Interrupt remapping table address register (64 bits, RW). Section 11.4, IRTA_REG.
 #[bitfield(u64)]
-#[derive(PartialEq, Eq)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct InterruptTableAddress {
     /// S: the table has `2^(size + 1)` entries.
     #[bits(4)]
@@ -325,6 +330,7 @@ impl InterruptTableAddress {
 
 /// Invalidation queue error record register (64 bits, RO). Section 11.4.8.10.
 #[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueErrorRecord {
     /// IQEI: see [`super::invalidation::QueueError`].
     #[bits(4)]

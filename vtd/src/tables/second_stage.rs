@@ -9,7 +9,7 @@ use crate::faults::Access;
 use crate::ids::{Gpa, Iova};
 use crate::listener::Mapping;
 use crate::memory::Words;
-use crate::range::IovaRange;
+use crate::range::{GpaRange, IovaRange};
 use crate::space::{PagedSpace, Perm, Tables};
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
@@ -238,6 +238,31 @@ pub(crate) fn walk_range<M: GuestMemoryBackend>(
     merge: Merge,
     found: &mut Found,
 ) -> Result<(), Exhausted> {
+    walk_keeping(memory, config, space, range, merge, Some, found)
+}
+
+/// The same, of what leads to `targets` only.
+pub(crate) fn walk_range_into<M: GuestMemoryBackend>(
+    memory: &M,
+    config: &UnitConfig,
+    space: &PagedSpace,
+    range: IovaRange,
+    targets: GpaRange,
+    merge: Merge,
+    found: &mut Found,
+) -> Result<(), Exhausted> {
+    walk_keeping(memory, config, space, range, merge, |leaf| leaf.leading_into(targets), found)
+}
+
+fn walk_keeping<M: GuestMemoryBackend>(
+    memory: &M,
+    config: &UnitConfig,
+    space: &PagedSpace,
+    range: IovaRange,
+    merge: Merge,
+    keep: impl Fn(Mapping) -> Option<Mapping>,
+    found: &mut Found,
+) -> Result<(), Exhausted> {
     found.runs.clear();
     (found.range, found.leaves) = (range, 0);
     let Tables::Second { root, width } = space.tables;
@@ -250,22 +275,25 @@ pub(crate) fn walk_range<M: GuestMemoryBackend>(
         reserved: Reserved { host_address_width: config.host_address_width },
         range: IovaRange::new(range.first, range.last.min(top)),
         merge,
+        keep,
         runs_allowed: config.bounds.shadow_entries,
         found,
     };
     walker.table(root, levels(width), 0, (true, true))
 }
 
-struct Walker<'a, M> {
+struct Walker<'a, M, K> {
     memory: &'a M,
     reserved: Reserved,
     range: IovaRange,
     merge: Merge,
+    /// The part of a leaf that is looked for.
+    keep: K,
     runs_allowed: usize,
     found: &'a mut Found,
 }
 
-impl<M: GuestMemoryBackend> Walker<'_, M> {
+impl<M: GuestMemoryBackend, K: Fn(Mapping) -> Option<Mapping>> Walker<'_, M, K> {
     fn table(&mut self, table: Gpa, level: u8, base: u64, (read, write): (bool, bool)) -> Result<(), Exhausted> {
         let span = entry_span(level);
         let table_last = base + (span * TABLE_ENTRIES - 1);
@@ -304,6 +332,7 @@ impl<M: GuestMemoryBackend> Walker<'_, M> {
 
     /// Adds a leaf, without what lies in the interrupt range or leads there (A-12, B-6).
     fn leaf(&mut self, leaf: Mapping) -> Result<(), Exhausted> {
+        let Some(leaf) = (self.keep)(leaf) else { return Ok(()) };
         let window = INTERRUPT_WINDOW;
         let touches = |first: u64| first <= window.last && first + (leaf.len - 1) >= window.first;
         if !touches(leaf.iova.0) && !touches(leaf.gpa.0) {

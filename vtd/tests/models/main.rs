@@ -36,7 +36,7 @@ mod sync {
         fence(Ordering::SeqCst);
     }
 
-    pub(crate) fn relax(_turn: u32) {
+    pub(crate) fn relax(_attempt: u32) {
         loom::thread::yield_now();
     }
 

@@ -2,13 +2,15 @@
 
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use vtd::spec::fault::{FaultReason, InterruptFaultReason};
+use vtd::spec::fault::{FaultReason, FaultRecordHigh, InterruptFaultReason};
 use vtd::spec::invalidation::QueueError;
 use vtd::spec::registers::{
-    ContextCommand, EventControl, FaultStatus, Global, IotlbInvalidate, QueueAddress, QueueErrorRecord, offset,
+    ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
+    QueueAddress, QueueErrorRecord, RootTableAddress, offset,
 };
 use vtd::{
-    Access, DmaError, EventRegisters, FaultRecord, Gpa, Iova, Msi, MsiSink, Perm, State, Unit, UnitConfig, UnitId,
+    Access, DmaError, EventRegisters, FaultRecord, Gpa, Iova, Msi, MsiSink, Perm, State, StateVersion, Unit,
+    UnitConfig, UnitId,
 };
 
 use crate::rig::{
@@ -95,10 +97,11 @@ fn a8_a_write_of_fsts_clears_what_it_names_and_nothing_else() {
     let all = BITS.iter().sum::<u32>();
     for (index, bit) in BITS.into_iter().enumerate() {
         let rig = Rig::new();
-        let pending = EventControl::new().with_masked(true).with_pending(true).into_bits();
+        let pending = EventControl::new().with_masked(true).with_pending(true);
         let event = EventRegisters { control: pending, ..EventRegisters::default() };
-        let state = State { fault_status: all | 5 << 8, fault_event: event, ..State::default() };
-        rig.unit.restore(state.clone());
+        let fault_status = FaultStatus::from_bits(all | 5 << 8);
+        let state = State { fault_status, fault_event: event, ..State::default() };
+        rig.unit.restore(state.clone()).unwrap();
         assert_eq!(rig.read32(offset::FSTS), all | 5 << 8);
         // What is read-only is not cleared, and reserved bits are nothing.
         rig.write32(offset::FSTS, !all);
@@ -111,7 +114,7 @@ fn a8_a_write_of_fsts_clears_what_it_names_and_nothing_else() {
         assert_eq!(rig.read32(offset::FSTS), all & !bit | 5 << 8, "{bit:#x}");
         // Any of the others alone is a condition of the event; without one it is withdrawn.
         for other in BITS.into_iter().filter(|other| *other != bit) {
-            rig.unit.restore(state.clone());
+            rig.unit.restore(state.clone()).unwrap();
             rig.write32(offset::FSTS, all & !other);
             assert!(is_pending(&rig), "{other:#x} is there");
             rig.write32(offset::FSTS, other);
@@ -209,11 +212,11 @@ fn a7_commands_begin_with_their_upper_half_and_show_what_was_asked() {
     assert_eq!(rig.unit.stats().register_invalidations, 0);
     // A command that was saved before it was carried out: the lower half does not start it.
     let state = State {
-        context_command: ContextCommand::new().with_granularity(1).with_invalidate(true).into_bits(),
-        iotlb_invalidate: IotlbInvalidate::new().with_granularity(1).with_invalidate(true).into_bits(),
+        context_command: ContextCommand::new().with_granularity(1).with_invalidate(true),
+        iotlb_invalidate: IotlbInvalidate::new().with_granularity(1).with_invalidate(true),
         ..State::default()
     };
-    rig.unit.restore(state);
+    rig.unit.restore(state).unwrap();
     rig.write32(offset::CCMD, 0);
     rig.write32(offset::IOTLB, 0);
     assert_eq!(rig.unit.stats().register_invalidations, 0);
@@ -307,54 +310,56 @@ fn a6_the_largest_mask_reaches_its_last_page() {
 fn a14_descriptors_that_were_not_processed_are_when_a_unit_is_restored() {
     let mut rig = Rig::new();
     rig.push(&[iotlb_global(), wait_status(4)]);
-    let on = Global::new().with_queued_invalidation(true).into_bits();
-    let state =
-        State { global_status: on, queue_address: QUEUE, queue_in_use: QUEUE, queue_tail: 0x20, ..State::default() };
-    rig.unit.restore(state.clone());
+    let queue = QueueAddress::from_bits(QUEUE);
+    let state = State {
+        global_status: Global::new().with_queued_invalidation(true),
+        queue_address: queue,
+        queue_in_use: queue,
+        queue_tail: 0x20,
+        ..State::default()
+    };
+    rig.unit.restore(state.clone()).unwrap();
     assert_eq!((rig.read64(offset::IQH), rig.load(STATUS)), (0x20, 4));
     assert_eq!(rig.unit.stats().descriptors.iotlb, 1);
 
-    // What no guest can bring about, a file can: the queue stops.
-    let wide = QueueAddress::from_bits(QUEUE).with_wide(true).into_bits();
-    for (state, error) in [
-        (State { queue_head: 256 * 16, ..state.clone() }, QueueError::InvalidTail),
-        (State { queue_tail: 256 * 16, ..state.clone() }, QueueError::InvalidTail),
-        (State { queue_in_use: wide, ..state.clone() }, QueueError::InvalidWidth),
-    ] {
-        rig.store(STATUS, 0);
-        rig.unit.restore(State { fault_status: 0, ..state });
-        let record = QueueErrorRecord::from_bits(rig.read64(offset::IQERCD));
-        assert_eq!((status(&rig).queue_error(), record.queue_error()), (true, error as u8));
-        assert_eq!(rig.load(STATUS), 0);
-    }
+    // A tail beyond the queue is one that a guest can write: the queue stops.
+    rig.store(STATUS, 0);
+    rig.unit.restore(State { queue_tail: 256 * 16, ..state }).unwrap();
+    let record = QueueErrorRecord::from_bits(rig.read64(offset::IQERCD));
+    assert_eq!((status(&rig).queue_error(), record.queue_error()), (true, QueueError::InvalidTail as u8));
+    assert_eq!(rig.load(STATUS), 0);
 }
 
 #[test]
 fn a11_reset_leaves_nothing_of_any_register() {
-    let event = EventRegisters { control: 1 << 30, data: 0x41, address: 0xfee0_0000, upper_address: 0x100 };
-    let rig = Rig::new();
+    let control = EventControl::new().with_pending(true);
+    let event = EventRegisters { control, data: 0x41, address: 0xfee0_0000, upper_address: 0x100 };
+    let config = UnitConfig { interrupt_remapping: true, ..UnitConfig::new(UnitId(0), 48) };
+    let rig = Rig::with(config);
+    let record = FaultRecord { low: 0x1000, high: FaultRecordHigh::new().with_fault(true) };
     let state = State {
-        global_status: Global::new().with_queued_invalidation(true).into_bits(),
-        root_table_address: 0x1000,
-        root_table_in_use: 0x2000,
-        interrupt_table_address: 0x3000,
-        interrupt_table_in_use: 0x4000,
-        context_command: 3,
-        fault_status: 0x11,
+        version: StateVersion::CURRENT,
+        global_status: Global::new().with_queued_invalidation(true),
+        root_table_address: RootTableAddress::from_bits(0x1000),
+        root_table_in_use: RootTableAddress::from_bits(0x2000),
+        interrupt_table_address: InterruptTableAddress::from_bits(0x3000),
+        interrupt_table_in_use: InterruptTableAddress::from_bits(0x4000),
+        context_command: ContextCommand::new().with_domain(3),
+        fault_status: FaultStatus::from_bits(0x11),
         fault_event: event,
-        fault_records: [FaultRecord { low: 0x1000, high: 1 << 63 }; vtd::config::FAULT_RECORDS],
+        fault_records: [record; vtd::config::FAULT_RECORDS],
         next_fault_record: 3,
         queue_head: 0x10,
         queue_tail: 0x10,
-        queue_address: 0x5000,
-        queue_in_use: 0x6000,
+        queue_address: QueueAddress::from_bits(0x5000),
+        queue_in_use: QueueAddress::from_bits(0x6000),
         completion_status: 1,
         completion_event: event,
-        queue_error_record: 2,
-        invalidate_address: 0x7000,
-        iotlb_invalidate: 5,
+        queue_error_record: QueueErrorRecord::from_bits(2),
+        invalidate_address: InvalidateAddress::from_bits(0x7000),
+        iotlb_invalidate: IotlbInvalidate::new().with_domain(5),
     };
-    rig.unit.restore(state.clone());
+    rig.unit.restore(state.clone()).unwrap();
     assert_eq!(rig.unit.save(), state);
     rig.unit.reset();
     assert_eq!(rig.unit.save(), State::default());

@@ -1,16 +1,19 @@
 //! The unit as a guest and a listener see it. Tests are named by the behaviours that they show.
 
 mod bounds;
+mod callbacks;
 mod conditions;
 mod edits;
 mod endpoints;
 mod faults;
 mod floods;
 mod layout;
+mod memory_changes;
 mod queue;
 mod random;
 mod registers;
 mod remapping;
 mod renumber;
 mod rig;
+mod saving;
 mod shadowing;

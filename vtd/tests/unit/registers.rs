@@ -51,7 +51,7 @@ fn a5_masks() {
         (offset::FEUADDR, 4, 0xffff_ffff, 0),
         (offset::IQH, 8, 0, 0),
         (offset::IQT, 8, 0x7_fff0, 0),
-        (offset::IQA, 8, !0xff8, 0),
+        (offset::IQA, 8, !0xff8 & ((1 << 48) - 1), 0),
         (offset::IECTL, 4, 0x8000_0000, 0x8000_0000),
         (offset::IEDATA, 4, 0xffff, 0),
         (offset::IEADDR, 4, 0xffff_fffc, 0),
@@ -415,7 +415,7 @@ fn a14_a_restored_unit_attaches_to_the_guests_tables() {
     vm_memory::Bytes::read_slice(&rig.memory, &mut copy, vm_memory::GuestAddress(0)).unwrap();
     vm_memory::Bytes::write_slice(&other.memory, &copy, vm_memory::GuestAddress(0)).unwrap();
     other.unit.add_requester(NVME).unwrap();
-    other.unit.restore(saved.clone());
+    other.unit.restore(saved.clone()).unwrap();
     assert_eq!(other.unit.save(), saved);
     assert_eq!(other.listener.attached(NVME), rig.listener.attached(NVME));
     assert_eq!(other.listener.reach(NVME), [crate::rig::mapping(0x4000, 0x8000, 0x3000, vtd::Perm::ReadWrite)]);

@@ -440,7 +440,7 @@ fn a14_a_restored_unit_remaps_as_the_saved_one() {
     let mut other = Remapped::off();
     let pages: Vec<u64> = (0..1024).map(|word| unit.rig.load(unit.table + word * 8)).collect();
     pages.iter().zip(0u64..).for_each(|(word, at)| other.rig.store(unit.table + at * 8, *word));
-    other.rig.unit.restore(unit.rig.unit.save());
+    other.rig.unit.restore(unit.rig.unit.save()).unwrap();
     assert_eq!(other.routes.changes(), [EntriesChanged::All]);
     assert_eq!(other.rig.unit.save(), unit.rig.unit.save());
     assert_eq!((status(&other.rig), other.rig.read64(offset::IRTA)), ((true, true, true), 0x7003));

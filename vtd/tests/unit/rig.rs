@@ -13,8 +13,8 @@ use vtd::spec::registers::{Global, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow};
 use vtd::spec::second_stage::{SecondStageEntry, entry_span, levels};
 use vtd::{
-    Applied, AttachRefused, DomainId, Gpa, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm, Refusal,
-    RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stream, Tables, Unit, UnitConfig, UnitId,
+    Applied, AttachRefused, DomainId, Gpa, GpaRange, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm,
+    Refusal, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stream, Tables, Unit, UnitConfig, UnitId,
 };
 
 pub type Memory = GuestMemoryMmap<()>;
@@ -65,6 +65,8 @@ pub struct Told {
     pub spaces: BTreeMap<SpaceKey, BTreeMap<u64, Mapping>>,
     /// Maps at these IOVAs are refused, from 2^32 on as outside the host's ranges.
     pub refuse: BTreeSet<u64>,
+    /// Here is no memory: what leads there is refused.
+    pub absent: Vec<GpaRange>,
     /// These find no room in a space of others.
     pub crowded: BTreeSet<Requester>,
     /// Attaches of these are refused whole.
@@ -85,6 +87,16 @@ impl Told {
                 space.insert(last + 1, rest);
             }
         }
+    }
+
+    /// The parts of `m` that lead to memory, and refusals of those that do not.
+    fn resolve(&self, m: Mapping, stream: Stream) -> (Vec<Mapping>, Vec<Refusal>) {
+        let absent = self.absent.iter().filter_map(|range| m.leading_into(*range)).map(|hole| hole.range());
+        let absent = IovaRange::union_of(absent.collect());
+        let part = |IovaRange { first, last }| mapping(first, m.gpa.0 + (first - m.iova.0), last - first + 1, m.perm);
+        let present = m.range().without(absent.iter().copied()).into_iter().map(part).collect();
+        let refused = absent.into_iter().map(|range| Refusal { range, cause: RefusalCause::Target, stream });
+        (present, refused.collect())
     }
 
     fn forget_unused(&mut self) {
@@ -163,18 +175,27 @@ impl SpaceListener for Listener {
             let (range, cause) = (IovaRange::new(0x4000, 0x4fff), RefusalCause::Memlock);
             return Err(AttachRefused::Shared(vec![Refusal { range, cause, stream: requester.into() }]));
         }
-        let had_members = told.attached.values().any(|other| other == space);
-        if had_members && told.attached.get(&requester) != Some(space) {
+        let had_others = told.attached.iter().any(|(other, key)| *other != requester && key == space);
+        if had_others && told.attached.get(&requester) != Some(space) {
             let known: Vec<Mapping> = told.spaces.get(space).into_iter().flat_map(|s| s.values().copied()).collect();
             assert_eq!(joined(known), joined(live.clone()), "a joining device is told something else");
         }
+        let (mut kept, mut refused) = (BTreeMap::new(), Vec::new());
+        for m in live {
+            if told.refuse.contains(&m.iova.0) {
+                refused.push(Refusal { range: m.range(), cause: cause_at(m.iova), stream: requester.into() });
+            } else {
+                let (present, absent) = told.resolve(m, requester.into());
+                kept.extend(present.into_iter().map(|part| (part.iova.0, part)));
+                refused.extend(absent);
+            }
+        }
+        if had_others && refused.iter().any(|refusal| refusal.cause == RefusalCause::Target) {
+            told.attached.insert(requester, SpaceKey::Blocked);
+            told.forget_unused();
+            return Err(AttachRefused::Shared(refused));
+        }
         told.attached.insert(requester, *space);
-        let refused: Vec<Refusal> = live
-            .iter()
-            .filter(|m| told.refuse.contains(&m.iova.0))
-            .map(|m| Refusal { range: m.range(), cause: cause_at(m.iova), stream: requester.into() })
-            .collect();
-        let kept = live.iter().filter(|m| !told.refuse.contains(&m.iova.0)).map(|m| (m.iova.0, *m)).collect();
         told.spaces.insert(*space, kept);
         told.forget_unused();
         if refused.is_empty() { Ok(()) } else { Err(AttachRefused::Partial(refused)) }
@@ -193,10 +214,10 @@ impl SpaceListener for Listener {
         let member = told.attached.iter().find(|(_, key)| *key == space).map(|(requester, _)| *requester);
         let member = member.expect("apply for a space without members");
         let refuse = told.refuse.clone();
-        let mapped = told.spaces.get_mut(space).expect("apply for an unknown space");
         let mut refused = Vec::new();
         let mut maps_began = false;
         for op in ops {
+            let mapped = told.spaces.get_mut(space).expect("apply for an unknown space");
             match *op {
                 MapOp::Unmap(IovaRange { first, last }) => {
                     assert!(!maps_began, "an unmap after a map: {ops:?}");
@@ -212,7 +233,10 @@ impl SpaceListener for Listener {
                         let cause = cause_at(m.iova);
                         refused.push(Refusal { range: m.range(), cause, stream: member.into() });
                     } else {
-                        mapped.insert(m.iova.0, m);
+                        let (present, absent) = told.resolve(m, member.into());
+                        let mapped = told.spaces.entry(*space).or_default();
+                        mapped.extend(present.into_iter().map(|part| (part.iova.0, part)));
+                        refused.extend(absent);
                     }
                 }
             }

@@ -1,0 +1,92 @@
+//! The queue lock of a unit (rule 11). Whoever is called with it held, a listener or a sink, cannot call what waits for
+//! it: nobody else will give it back. Debug builds know which thread has it, and panic instead of waiting for ever;
+//! release builds do not look.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, MutexGuard};
+
+/// What stands behind the queue lock.
+#[derive(Default)]
+pub(crate) struct QueueLock<T> {
+    inner: Mutex<T>,
+    #[cfg(debug_assertions)]
+    holder: holder::Holder,
+}
+
+/// The queue lock is held.
+pub(crate) struct QueueGuard<'a, T> {
+    inner: MutexGuard<'a, T>,
+    #[cfg(debug_assertions)]
+    holder: &'a holder::Holder,
+}
+
+impl<T> QueueLock<T> {
+    /// Waits for the lock.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn lock(&self) -> QueueGuard<'_, T> {
+        self.assert_not_inside();
+        let inner = self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        #[cfg(debug_assertions)]
+        self.holder.set();
+        QueueGuard {
+            inner,
+            #[cfg(debug_assertions)]
+            holder: &self.holder,
+        }
+    }
+
+    /// Panics in debug builds if this thread has the lock.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn assert_not_inside(&self) {
+        #[cfg(debug_assertions)]
+        assert!(
+            !self.holder.is_this_thread(),
+            "a listener or a sink called what waits for the queue lock, which the unit has while it calls them: see \
+             SpaceListener for what may be called from inside"
+        );
+    }
+}
+
+impl<T> Deref for QueueGuard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for QueueGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+#[cfg(debug_assertions)]
+impl<T> Drop for QueueGuard<'_, T> {
+    fn drop(&mut self) {
+        // The lock itself is given back after this.
+        self.holder.clear();
+    }
+}
+
+#[cfg(debug_assertions)]
+mod holder {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use crate::sync::thread_number;
+
+    /// 0, or the number of the thread that has the lock and 1. A thread finds its own number only where it wrote it.
+    #[derive(Default)]
+    pub(super) struct Holder(AtomicUsize);
+
+    impl Holder {
+        pub(super) fn set(&self) {
+            self.0.store(thread_number() + 1, Ordering::Relaxed);
+        }
+        pub(super) fn clear(&self) {
+            self.0.store(0, Ordering::Relaxed);
+        }
+        pub(super) fn is_this_thread(&self) -> bool {
+            self.0.load(Ordering::Relaxed) == thread_number() + 1
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The state of a unit as a file has it: its form, and what of a file is believed (A-14).
+
+use proptest::prelude::*;
+use vtd::spec::registers::offset;
+use vtd::{RestoreError, SpaceKey, State, StateVersion, UnitConfig, UnitId};
+
+use crate::rig::{Event, NVME, Rig};
+
+/// What a unit at power-on is saved as. Another form is another version: `StateVersion::CURRENT`.
+const AT_POWER_ON: &str = "{\"version\":1,\"global_status\":0,\"root_table_address\":0,\"root_table_in_use\":0,\
+\"interrupt_table_address\":0,\"interrupt_table_in_use\":0,\"context_command\":0,\"fault_status\":0,\
+\"fault_event\":{\"control\":2147483648,\"data\":0,\"address\":0,\"upper_address\":0},\
+\"fault_records\":[{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},\
+{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0}],\
+\"next_fault_record\":0,\"queue_head\":0,\"queue_tail\":0,\"queue_address\":0,\"queue_in_use\":0,\
+\"completion_status\":0,\"completion_event\":{\"control\":2147483648,\"data\":0,\"address\":0,\"upper_address\":0},\
+\"queue_error_record\":0,\"invalidate_address\":0,\"iotlb_invalidate\":0}";
+
+/// The state at power-on with the value at `path` in place of what is there.
+fn with(path: &str, value: u64) -> State {
+    let mut json: serde_json::Value = serde_json::from_str(AT_POWER_ON).unwrap();
+    *json.pointer_mut(path).unwrap() = value.into();
+    serde_json::from_value(json).unwrap()
+}
+
+#[test]
+fn a14_the_form_of_a_state_is_that_of_its_version() {
+    assert_eq!(serde_json::to_string(&Rig::new().unit.save()).unwrap(), AT_POWER_ON);
+    assert_eq!(serde_json::from_str::<State>(AT_POWER_ON).unwrap(), State::default());
+    // No field may be missing, and none is passed over.
+    let json: serde_json::Value = serde_json::from_str(AT_POWER_ON).unwrap();
+    for name in json.as_object().unwrap().keys() {
+        let mut json = json.clone();
+        json.as_object_mut().unwrap().remove(name);
+        assert!(serde_json::from_value::<State>(json).is_err(), "without {name}");
+    }
+    let mut more = json;
+    more["another"] = 0.into();
+    assert!(serde_json::from_value::<State>(more).is_err());
+}
+
+#[test]
+fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
+    let plain = UnitConfig { host_address_width: 46, ..UnitConfig::new(UnitId(0), 48) };
+    let remapping = UnitConfig { interrupt_remapping: true, ..plain };
+    let register = |register, value| RestoreError::Register { register, value };
+    // Queued invalidation on, with the smallest queue.
+    let head = |head| State { queue_head: head, ..with("/global_status", 1 << 26) };
+    let cases = [
+        (plain, with("/version", 2), RestoreError::Version(StateVersion(2))),
+        (plain, with("/version", 0), RestoreError::Version(StateVersion(0))),
+        // Write buffers, fault logs, and interrupt remapping are not offered.
+        (plain, with("/global_status", 1 << 27), register("GSTS", 1 << 27)),
+        (plain, with("/global_status", 1 << 29), register("GSTS", 1 << 29)),
+        (plain, with("/global_status", 1 << 25), register("GSTS", 1 << 25)),
+        (plain, with("/global_status", 1 << 24), register("GSTS", 1 << 24)),
+        (plain, with("/global_status", 1 << 23), register("GSTS", 1 << 23)),
+        (plain, with("/interrupt_table_address", 0x1000), register("IRTA", 0x1000)),
+        (plain, with("/interrupt_table_in_use", 0x1000), register("IRTA in use", 0x1000)),
+        (remapping, with("/interrupt_table_in_use", 0x1800), register("IRTA in use", 0x1800)),
+        (plain, with("/root_table_address", 0x1200), register("RTADDR", 0x1200)),
+        (plain, with("/root_table_in_use", 0x1001), register("RTADDR in use", 0x1001)),
+        (plain, with("/context_command", 1 << 34), register("CCMD", 1 << 34)),
+        // PPF follows from the records.
+        (plain, with("/fault_status", 2), register("FSTS", 2)),
+        (plain, with("/fault_status", 8 << 8), register("FSTS", 8 << 8)),
+        (plain, with("/fault_event/control", 1), register("FECTL", 1)),
+        (plain, with("/fault_event/data", 1 << 16), register("FEDATA", 1 << 16)),
+        (plain, with("/fault_event/address", 0xfee0_0002), register("FEADDR", 0xfee0_0002)),
+        (plain, with("/completion_event/control", 1 << 29), register("IECTL", 1 << 29)),
+        (plain, with("/completion_event/data", 1 << 31), register("IEDATA", 1 << 31)),
+        (plain, with("/completion_event/address", 1), register("IEADDR", 1)),
+        (plain, with("/fault_records/7/low", 0x1800), register("FRCD", 0x1800)),
+        (plain, with("/fault_records/0/high", 1 << 31), register("FRCD", 1 << 31)),
+        (plain, with("/next_fault_record", 8), register("the next fault record", 8)),
+        (plain, with("/queue_tail", 8), register("IQT", 8)),
+        (plain, with("/queue_tail", 0x8_0000), register("IQT", 0x8_0000)),
+        // DW without scalable mode, and an address beyond the width of the unit.
+        (plain, with("/queue_address", 1 << 11), register("IQA", 1 << 11)),
+        (plain, with("/queue_address", 1 << 46), register("IQA", 1 << 46)),
+        (plain, with("/queue_in_use", 1 << 11), register("IQA in use", 1 << 11)),
+        (plain, with("/queue_in_use", 1 << 63), register("IQA in use", 1 << 63)),
+        (plain, with("/completion_status", 2), register("ICS", 2)),
+        (plain, with("/queue_error_record", 0x10), register("IQERCD", 0x10)),
+        (plain, with("/invalidate_address", 0x80), register("IVA", 0x80)),
+        (plain, with("/iotlb_invalidate", 1), register("IOTLB", 1)),
+        (plain, with("/queue_head", 0x10), RestoreError::QueueHead { head: 0x10, len: 0 }),
+        (plain, head(0x1000), RestoreError::QueueHead { head: 0x1000, len: 0x1000 }),
+        (plain, head(0x18), RestoreError::QueueHead { head: 0x18, len: 0x1000 }),
+    ];
+    for (config, state, error) in cases {
+        let rig = Rig::with(config);
+        rig.unit.add_requester(NVME).unwrap();
+        rig.write64(offset::RTADDR, 0x5000);
+        let before = rig.unit.save();
+        assert_eq!(rig.listener.take_events(), [Event::Attach(NVME, SpaceKey::Identity, vec![])]);
+        assert_eq!(rig.unit.restore(state), Err(error));
+        assert_eq!((rig.unit.save(), rig.listener.take_events()), (before, vec![]), "{error}");
+    }
+    // The same values where they can be.
+    let rig = Rig::with(UnitConfig { extended_interrupt_mode: true, ..remapping });
+    for state in [
+        with("/global_status", 1 << 25),
+        with("/interrupt_table_in_use", 0x1800),
+        with("/queue_in_use", 1 << 45),
+        with("/next_fault_record", 7),
+        State { queue_tail: 0xff0, ..head(0xff0) },
+    ] {
+        rig.unit.restore(state.clone()).unwrap();
+        assert_eq!(rig.unit.save(), state);
+    }
+    assert_eq!(
+        RestoreError::Version(StateVersion(2)).to_string(),
+        "the state has version 2, and this unit reads version 1"
+    );
+    assert_eq!(
+        RestoreError::Register { register: "IQA", value: 0x800 }.to_string(),
+        "IQA of this unit cannot be 0x800"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever a guest writes, its unit can be saved and restored.
+    #[test]
+    fn a14_every_state_that_a_guest_brings_about_can_be_restored(
+        remapping in any::<bool>(),
+        writes in proptest::collection::vec((0..0x100u64, any::<u64>(), any::<bool>()), 0..40),
+        faults in 0..12u8,
+    ) {
+        let config = UnitConfig {
+            interrupt_remapping: remapping,
+            extended_interrupt_mode: remapping,
+            ..UnitConfig::new(UnitId(0), 48)
+        };
+        let rig = Rig::with(config);
+        for (index, (at, value, wide)) in writes.into_iter().enumerate() {
+            if wide { rig.write64(at & !7, value) } else { rig.write32(at & !3, value as u32) }
+            if index < usize::from(faults) {
+                let requester = crate::rig::requester(0, index as u8 % 32, 0);
+                let _ = rig.unit.endpoint(requester).read(vtd::Iova(value), &mut [0]);
+            }
+        }
+        let saved = rig.unit.save();
+        let text = serde_json::to_string(&saved).unwrap();
+        let other = Rig::with(config);
+        prop_assert_eq!(other.unit.restore(serde_json::from_str(&text).unwrap()), Ok(()));
+        prop_assert_eq!(other.unit.save(), saved);
+    }
+}
