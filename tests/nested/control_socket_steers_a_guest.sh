@@ -59,6 +59,8 @@ steer() {
     ask devices
     expect_line devices.reply "^\{\"devices\":\[\{.*\"host\":\"$NVME\".*\]\}$"
     for _ in 1 2 3; do audited; done
+    ask status
+    expect "comparisons of the last audit in the status" "$(field status.reply checked)" "$(field audit.reply checked)"
 
     asked pause '{"state":"paused"}'
     # What the guest printed before is out.

@@ -141,14 +141,22 @@ fn control_a_paused_guest_stands_still_and_runs_on() {
     if !has_kvm() {
         return;
     }
-    let mut machine = Machine::start(&[PRINT_A, ECHO], &["--device", "edu", "--cpus", "2", "--iommu", "vtd"]);
+    // An assigned function, so that an audit has something to compare.
+    let dir = TempDir::new().unwrap();
+    let function = dir.as_path().join("edu");
+    let mut device = causeway(&["device", "edu", "--socket", text(&function)]).spawn().unwrap();
+    let mut served = String::new();
+    BufReader::new(device.stderr.as_mut().unwrap()).read_line(&mut served).unwrap();
+    assert!(served.contains("edu is served at"), "{served}");
+    let option = format!("vfio-user,socket={}", function.display());
+    let mut machine = Machine::start(&[PRINT_A, ECHO], &["--device", &option, "--cpus", "2", "--iommu", "vtd"]);
     let socket = machine.socket.clone();
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     let status = done(&socket, "status");
     assert_eq!((&status["state"], &status["exit"], &status["version"]), (&json!("running"), &Value::Null, &json!(1)));
     assert_eq!(status["audit"], json!({"checked": 0, "pending": 0, "differences": []}));
     assert_eq!(done(&socket, "devices"), json!({"devices": status["devices"]}));
-    assert_eq!(status["devices"][0]["kind"], "edu");
+    assert_eq!(status["devices"][0]["kind"], "vfio-user");
     machine.type_in(b'x');
     assert_eq!(machine.read(), b'x');
     // Twice is as good as once.
@@ -161,6 +169,7 @@ fn control_a_paused_guest_stands_still_and_runs_on() {
         assert_eq!(status["state"], "paused");
         let audit = done(&socket, "audit");
         assert_eq!(audit["differences"], json!([]));
+        assert!(audit["checked"].as_u64() > Some(0), "{audit}");
         assert_eq!(done(&socket, "status")["audit"], audit);
         assert!(!machine.has_printed(), "a paused guest prints");
     }
@@ -170,6 +179,8 @@ fn control_a_paused_guest_stands_still_and_runs_on() {
     assert_eq!(machine.read(), b'y');
     let said = machine.quit();
     assert!(!said.contains("error"), "{said}");
+    signal(&device, libc::SIGTERM);
+    assert_eq!(end(device).0, -libc::SIGTERM);
 }
 
 #[test]
