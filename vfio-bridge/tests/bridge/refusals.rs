@@ -5,10 +5,10 @@ use std::cell::RefCell;
 use std::sync::{Arc, Mutex, Once};
 
 use vfio_bridge::model::{HostOp, Kernel, Model};
-use vfio_bridge::{Bridge, DeviceStats, GroupId, GuestMap, Quarantine};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vfio_bridge::{Bridge, DeviceStats, GroupId, GuestMap, Quarantine, Region};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vtd::spec::registers::offset;
-use vtd::{IovaRange, Msi, MsiSink, Requester, SpaceKey, Unit, UnitConfig, UnitId};
+use vtd::{GpaRange, IovaRange, Msi, MsiSink, Requester, SpaceKey, Unit, UnitConfig, UnitId};
 
 use crate::world::{MIB2, requester};
 
@@ -466,4 +466,42 @@ fn lines() -> Vec<String> {
         log::set_max_level(log::LevelFilter::Warn);
     });
     LINES.take()
+}
+
+/// Where a device's memory comes and goes in the guest-physical map.
+const DEVICE: u64 = 1 << 32;
+
+#[test]
+fn leaves_follow_a_guest_physical_map_that_changes_under_a_running_guest() {
+    let mut guest = Guest::translating(Kernel::new(48), false, [Context::Paged, Context::PassThrough]);
+    let ram = guest.memory.get_host_address(GuestAddress(0)).expect("RAM").addr() as u64;
+    // SAFETY: the model never uses the addresses.
+    let region = |gpa, len, hva| unsafe { Region::ram(gpa, len, hva, None) }.expect("whole pages");
+    let map = |device: Option<u64>| {
+        let device = device.map(|hva| region(DEVICE, MIB2, hva));
+        GuestMap::new([region(0, RAM, ram)].into_iter().chain(device).collect()).expect("disjoint")
+    };
+    // The guest has a leaf that leads to a device that is not there, and one to memory.
+    guest.store(LEVEL2, DEVICE | LARGE | RW);
+    guest.store(LEVEL2 + 8, MIB2 | LARGE | RW);
+    assert!(guest.submit(&[pages(0, 10)]));
+    assert_eq!((guest.held(1), guest.stats(1).refused_maps.target), (vec![(MIB2, MIB2)], 1));
+    let faults = guest.faults();
+    assert_eq!(faults.len(), 1, "it was told: {faults:x?}");
+
+    let operations = guest.model.counts();
+    let reaches = |guest: &Guest| {
+        [(1, 0), (2, DEVICE)].map(|(group, iova)| guest.model.translate(GroupId(group), iova).map(|(hva, _)| hva))
+    };
+    for device in [Some(1u64 << 40), Some(1 << 41), None, Some(1 << 42)] {
+        guest.bridge.replace_guest_map(map(device));
+        guest.unit.memory_changed(GpaRange::new(DEVICE, DEVICE + (MIB2 - 1)));
+        assert_eq!(reaches(&guest), [device; 2]);
+        let kept = guest.model.translate(GroupId(1), MIB2).map(|(hva, _)| hva);
+        assert_eq!(kept, Some(ram + MIB2), "what leads elsewhere stays");
+    }
+    // Of each of the two functions: it came, moved (an unmap and a map), went, and came again. Nothing else was touched.
+    let (maps, unmaps) = guest.model.counts();
+    assert_eq!((maps - operations.0, unmaps - operations.1), (2 * 3, 2 * 2));
+    assert_eq!(guest.watch.stopped.lock().expect("whole")[..], NOBODY_STOPPED);
 }
