@@ -324,7 +324,7 @@ impl SpaceListener for Bridge {
         let placed = self.group_of(requester).ok_or(AttachRefused::UnknownRequester(requester))?;
         let mut placed = lock(&placed);
         let paged = matches!(space, SpaceKey::Paged(_));
-        let shared = paged && self.following(space).iter().any(|held| placed.has_others(held));
+        let shared = paged && self.following(space).iter().any(|held| !placed.is_in(held));
         placed.group.set(requester, Some(*space));
         let (mut lost, mut broken) = (Vec::new(), Broken::new());
         let settled = self.settle(&mut placed, space, live, shared, &mut lost, &mut broken);

@@ -158,11 +158,9 @@ impl PlacedGroup {
         }
     }
 
-    /// Whether groups beside this one are in a space that `held` is for.
-    pub fn has_others(&self, held: &Arc<Held>) -> bool {
-        let own = self.held().is_some_and(|own| Arc::ptr_eq(own, held));
-        let others = |held: &HeldState| held.groups.keys().any(|group| *group != self.id);
-        !own || others(&held.lock())
+    /// Whether this is the space of the host that it is in.
+    pub fn is_in(&self, held: &Arc<Held>) -> bool {
+        self.held().is_some_and(|own| Arc::ptr_eq(own, held))
     }
 
     /// `requester` is a member, which wants nothing to be reachable until it is attached.

@@ -148,6 +148,29 @@ fn c2_a_space_of_both_kinds_of_hosts_has_its_mappings_everywhere_or_nowhere() {
     assert_eq!(attached.contents(GroupId(2)).len(), 2, "the others are not touched");
 }
 
+#[test]
+fn c2_a_group_is_never_attached_to_less_than_the_others_have() {
+    let life = Model::new(Kernel::new(48), &[GroupId(1)]);
+    let attached = Model::per_space(Kernel { entries: 1, ..Kernel::new(48) }, &[GroupId(2)]);
+    let bridge = Bridge::new(vec![life.clone(), attached.clone()], RAM.map(), Arc::new(Stopped::default()));
+    let space = paged(1, 48);
+    let live = [mapping(0, 0, KIB4), mapping(MIB2, KIB4, KIB4)];
+    for device in [1, 2] {
+        bridge.register(requester(device), GroupId(device.into())).expect("new");
+    }
+    bridge.attach(requester(1).into(), &space, &mut live.into_iter()).expect("attached");
+    let joined = bridge.attach(requester(2).into(), &space, &mut live.into_iter());
+    assert!(matches!(joined, Err(AttachRefused::Shared(_))), "{joined:?}");
+    let moved = attached.served().into_iter().any(|served| matches!(served.op, HostOp::Attach(_)));
+    assert!(!moved, "it was there for a moment");
+    assert_eq!((attached.spaces(), life.contents(GroupId(1)).len()), (0, 2));
+    // Alone it has what there is room for.
+    bridge.detach(requester(1).into());
+    let alone = bridge.attach(requester(2).into(), &space, &mut live.into_iter());
+    assert!(matches!(alone, Err(AttachRefused::Partial(_))), "{alone:?}");
+    assert_eq!(attached.contents(GroupId(2)).len(), 1);
+}
+
 /// Two threads that are to be in the host at once.
 #[derive(Default)]
 struct Meeting {
