@@ -500,7 +500,8 @@ fn leaves_follow_a_guest_physical_map_that_changes_under_a_running_guest() {
         let kept = guest.model.translate(GroupId(1), MIB2).map(|(hva, _)| hva);
         assert_eq!(kept, Some(ram + MIB2), "what leads elsewhere stays");
     }
-    // Of each of the two functions: it came, moved (an unmap and a map), went, and came again. Nothing else was touched.
+    // Of each of the two functions: it came, moved (an unmap and a map), went, and came again. Nothing else was
+    // touched.
     let (maps, unmaps) = guest.model.counts();
     assert_eq!((maps - operations.0, unmaps - operations.1), (2 * 3, 2 * 2));
     assert_eq!(guest.watch.stopped.lock().expect("whole")[..], NOBODY_STOPPED);
