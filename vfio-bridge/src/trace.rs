@@ -3,6 +3,7 @@
 //! A [`TracedListener`] stands between a unit and the bridge, a [`TracedHost`] between the bridge and the host. Whoever
 //! does not trace does not put them there, so tracing that is off costs nothing. `docs/tracing.md` has the line format.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,12 @@ pub struct Trace {
     start: Instant,
     out: Mutex<BufWriter<Box<dyn Write + Send>>>,
     failed: AtomicBool,
+    /// The groups that have a space of the host for life.
+    owners: Mutex<BTreeMap<HostSpaceId, GroupId>>,
 }
+
+/// Above every group: the numbers of spaces that no group has for life.
+const FIRST_OF_SHARED_SPACES: u32 = 1 << 30;
 
 impl Trace {
     /// A trace into `out`; times count from now.
@@ -32,7 +38,15 @@ impl Trace {
             start: Instant::now(),
             out: Mutex::new(BufWriter::with_capacity(1 << 16, out)),
             failed: AtomicBool::new(false),
+            owners: Mutex::default(),
         })
+    }
+
+    /// The `container` of the lines: the number of the group that has the space for life; or else one of the space's
+    /// own, and `host attach` says which groups are in it.
+    fn container(&self, space: HostSpaceId) -> u32 {
+        let owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        owners.get(&space).map_or(FIRST_OF_SHARED_SPACES | space.0, |group| group.0)
     }
 
     fn out(&self) -> MutexGuard<'_, BufWriter<Box<dyn Write + Send>>> {
@@ -59,7 +73,8 @@ impl Trace {
     }
 
     /// What the ledger of `space` holds.
-    pub(crate) fn ledger(&self, HostSpaceId(container): HostSpaceId, ledger: &Ledger) {
+    pub(crate) fn ledger(&self, space: HostSpaceId, ledger: &Ledger) {
+        let container = self.container(space);
         let (extents, bytes) = (ledger.len(), ledger.bytes());
         self.line(format_args!("host ledger container={container} extents={extents} bytes={bytes:#x}"));
         for Extent { first, last, gpa, hva, perm } in ledger.extents() {
@@ -197,7 +212,8 @@ impl TracedHost {
 
     fn mapped(&self, space: HostSpaceId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
         let Map { iova, mem, perm } = map;
-        let (last, gpa, container, ns) = (iova + (mem.size() - 1), mem.gpa(), space.0, time.as_nanos());
+        let (last, gpa, container, ns) =
+            (iova + (mem.size() - 1), mem.gpa(), self.trace.container(space), time.as_nanos());
         let said: &dyn fmt::Display = match result {
             Ok(()) => &"ok",
             Err(refused) => &Word(&refused.source),
@@ -215,8 +231,8 @@ impl HostIommu for TracedHost {
 
     fn placement(&self, group: GroupId) -> Option<Placement> {
         let placement = self.inner.placement(group);
-        if let Some(Placement::PerGroup(HostSpaceId(container))) = placement {
-            self.trace.line(format_args!("host attach container={container} group={group} ns=0 result=ok"));
+        if let Some(Placement::PerGroup(space)) = placement {
+            self.trace.owners.lock().unwrap_or_else(PoisonError::into_inner).insert(space, group);
         }
         placement
     }
@@ -230,7 +246,7 @@ impl HostIommu for TracedHost {
         let created = self.inner.create();
         let ns = start.elapsed().as_nanos();
         let (container, said): (u32, &dyn fmt::Display) = match &created {
-            Ok(space) => (space.0, &"ok"),
+            Ok(space) => (self.trace.container(*space), &"ok"),
             Err(e) => (0, &Word(e)),
         };
         self.trace.line(format_args!("host create container={container} ns={ns} result={said}"));
@@ -241,7 +257,7 @@ impl HostIommu for TracedHost {
         let start = Instant::now();
         self.inner.destroy(space);
         let ns = start.elapsed().as_nanos();
-        self.trace.line(format_args!("host destroy container={} ns={ns} result=ok", space.0));
+        self.trace.line(format_args!("host destroy container={} ns={ns} result=ok", self.trace.container(space)));
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
@@ -252,7 +268,8 @@ impl HostIommu for TracedHost {
             Ok(()) => &"ok",
             Err(e) => &Word(e),
         };
-        self.trace.line(format_args!("host attach container={} group={group} ns={ns} result={said}", space.0));
+        let container = self.trace.container(space);
+        self.trace.line(format_args!("host attach container={container} group={group} ns={ns} result={said}"));
         attached
     }
 
@@ -299,7 +316,7 @@ impl HostIommu for TracedHost {
             UnmapRange::Span { first, last } => (first, last),
             UnmapRange::All => (0, u64::MAX),
         };
-        let container = space.0;
+        let container = self.trace.container(space);
         let (said, bytes): (&dyn fmt::Display, u64) = match &result {
             Ok(bytes) => (&"ok", *bytes),
             Err(e) => (&Word(e), 0),

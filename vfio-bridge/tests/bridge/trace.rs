@@ -111,15 +111,13 @@ fn b16_a_traced_host_is_the_host() {
     assert!(host.unmap(space, UnmapRange::Span { first: 0, last: KIB4 }).is_err());
     let lines = lines(&trace, &text);
     let starts = [
-        "host attach container=1 group=7 ns=",
-        "host map container=1 iova=0x0-0xfff gpa=0x1000 perm=w ns=",
-        "host map container=1 iova=0x0-0xfff gpa=0x1000 perm=r ns=",
-        "host map container=1 iova=0x200000-0x200fff gpa=0x1000 perm=r ns=",
-        "host unmap container=1 iova=0x0-0xfff bytes=0x1000 ns=",
-        "host unmap container=1 iova=0x0-0x1000 bytes=0x0 ns=",
+        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=w ns=",
+        "host map container=7 iova=0x0-0xfff gpa=0x1000 perm=r ns=",
+        "host map container=7 iova=0x200000-0x200fff gpa=0x1000 perm=r ns=",
+        "host unmap container=7 iova=0x0-0xfff bytes=0x1000 ns=",
+        "host unmap container=7 iova=0x0-0x1000 bytes=0x0 ns=",
     ];
     let ends = [
-        "result=ok",
         "result=ok",
         "result=File_exists_(os_error_17)",
         "result=ok",
@@ -130,4 +128,30 @@ fn b16_a_traced_host_is_the_host() {
     for ((line, start), end) in lines.iter().zip(starts).zip(ends) {
         assert!(line.starts_with(start) && line.ends_with(end), "{line}");
     }
+}
+
+#[test]
+fn b16_who_is_attached_to_what_is_a_line_where_groups_move() {
+    let (trace, text) = trace();
+    let model = Model::per_space(Kernel::new(39), &[GroupId(7)]);
+    let host = TracedHost::new(model.clone(), trace.clone());
+    assert_eq!(host.placement(GroupId(7)), Some(Placement::PerSpace));
+    let space = host.create().expect("made");
+    host.attach(GroupId(7), space).expect("attached");
+    assert!(host.attach(GroupId(8), space).is_err(), "nobody has that group");
+    host.detach(GroupId(7)).expect("detached");
+    host.destroy(space);
+    let container = (1 << 30) + space.0;
+    let expected = [
+        format!("host create container={container} ns= result=ok"),
+        format!("host attach container={container} group=7 ns= result=ok"),
+        format!("host attach container={container} group=8 ns= result=No_such_device_(os_error_19)"),
+        "host detach group=7 ns= result=ok".to_owned(),
+        format!("host destroy container={container} ns= result=ok"),
+    ];
+    let without_time = |line: String| {
+        let (before, after) = line.split_once("ns=").expect("a time");
+        format!("{before}ns= {}", after.split_once(' ').expect("a result").1)
+    };
+    assert_eq!(lines(&trace, &text).into_iter().map(without_time).collect::<Vec<_>>(), expected);
 }
