@@ -1,4 +1,4 @@
-//! A host IOMMU group is a set of devices: it has one container, so it can be in one space only (C-1 to C-3).
+//! A host IOMMU group is a set of devices: all of them are in one space (C-1 to C-3).
 
 use std::collections::BTreeMap;
 

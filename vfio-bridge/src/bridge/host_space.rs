@@ -186,12 +186,12 @@ impl HostSpace {
         self.unmap_runs(guest, &runs, lost);
     }
 
-    /// Makes the container hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is
+    /// Makes it hold exactly `target` (ascending, disjoint). With `whole` it ends at the first map that is
     /// refused.
     ///
     /// A device may be at work meanwhile, and hardware would serve each of its requests by the old or by the new
     /// translation. So what is new where nothing was comes first, and what is replaced is away for as long as its own
-    /// run takes. In between the container holds some of both, never anything else; the guest is told that it is done
+    /// run takes. In between it holds some of both, never anything else; the guest is told that it is done
     /// when there is only the new.
     pub fn switch(&mut self, guest: &GuestMap, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
         let Switch { maps, runs } = self.ledger.plan_switch(target, self.limits.entries, self.limits.unmap_all);

@@ -1,4 +1,4 @@
-//! The ledger: exactly what the host was handed, per container, and the plans that follow from it.
+//! The ledger: exactly what the host was handed, per host space, and the plans that follow from it.
 //!
 //! Planning is pure: it reads the ledger and says which host operations make a wish true. Every planned unmap is a
 //! union of whole extents (design rule 4); an extent that is only partly in the way is unmapped whole and what remains
@@ -94,7 +94,7 @@ impl Run {
     }
 }
 
-/// The way from what a container holds to what it shall hold, on which an IOVA that both have is without a translation
+/// The way from what a host space holds to what it shall hold, on which an IOVA that both have is without a translation
 /// for as short a time as possible.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Switch {
@@ -122,7 +122,7 @@ pub struct Missing {
     pub conflicts: Vec<IovaRange>,
 }
 
-/// What one container holds.
+/// What one host space holds.
 #[derive(Debug, Default)]
 pub struct Ledger {
     extents: BTreeMap<u64, Extent>,
@@ -214,7 +214,7 @@ impl Ledger {
         self.runs(gone, unmap_all)
     }
 
-    /// The way from what is held to exactly `target` (ascending, disjoint), in a container that takes `entries`. A
+    /// The way from what is held to exactly `target` (ascending, disjoint), in a space that takes `entries`. A
     /// translation that is in both is not touched unless its extent must be cut.
     pub fn plan_switch(&self, target: &[Extent], entries: u64, unmap_all: bool) -> Switch {
         let mut gone: Vec<(Extent, Vec<Extent>)> = Vec::new();

@@ -5,14 +5,14 @@ use std::fs;
 use vtd::IovaRange;
 use vtd::spec::INTERRUPT_WINDOW;
 
-/// What the host allows in one container. The default is nothing.
+/// What the host allows in one of its spaces. The default is nothing.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Limits {
     /// Where mappings may be, in ascending order, disjoint.
     pub iova_ranges: Vec<IovaRange>,
     /// Page sizes of the host's tables, one bit a size.
     pub page_sizes: u64,
-    /// Mappings that a container can hold.
+    /// Mappings that it can hold.
     pub entries: u64,
     /// Bytes that this process may lock, `None` when nothing limits it.
     pub memlock: Option<u64>,
@@ -95,7 +95,7 @@ impl Memlock {
         Self { limit: if capable { None } else { limit }, locked: locked_kib.saturating_mul(1024) }
     }
 
-    /// How many bytes are missing to pin `ram` bytes in each of `groups` containers (B-12: on type1 each group pins all
+    /// How many bytes are missing to pin `ram` bytes in each of `groups` spaces (B-12: on type1 each group pins all
     /// RAM).
     pub fn missing(&self, ram: u64, groups: u64) -> Option<u64> {
         let needed = self.locked.saturating_add(ram.saturating_mul(groups));
