@@ -371,9 +371,16 @@ impl Run {
                     self.unit.effective[group] = if agreed == IDENTITY { IDENTITY } else { BLOCKED };
                 }
                 self.switched = true;
+                if self.host.per_space && self.unit.effective[group] == IDENTITY {
+                    // As at an attach: who comes to it has it tried again for all that are in it.
+                    self.unit.lacks = Default::default();
+                }
                 let wish = self.wish();
                 self.world.bridge.detach(requester(FUNCTIONS[*device].0).into());
                 self.note_identity(group);
+                if self.host.per_space {
+                    self.note_identity(1 - group);
+                }
                 (wish, Vec::new())
             }
         }
