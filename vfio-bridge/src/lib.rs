@@ -22,7 +22,7 @@ pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
 pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::type1::Type1;
-pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+pub use host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 pub use host::{faulty, model};
 pub use stats::{DeviceStats, RefusedMaps};
 pub use trace::{Trace, TracedHost, TracedListener};

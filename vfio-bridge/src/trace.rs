@@ -17,7 +17,7 @@ use vtd::{
 use crate::bridge::guest_map::{GuestMap, HostMem};
 use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::Limits;
-use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 
 /// Where the lines go, through a buffer.
 pub struct Trace {
@@ -119,6 +119,16 @@ impl fmt::Display for Device {
     }
 }
 
+/// `part=3 pasid=0x5`: the number that the host has for the device.
+struct Part(HostStream);
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "part={}", self.0.device.0)?;
+        self.0.pasid.map_or(Ok(()), |Pasid(pasid)| write!(f, " pasid={pasid:#x}"))
+    }
+}
+
 fn cause(cause: RefusalCause) -> &'static str {
     match cause {
         RefusalCause::Limit => "limit",
@@ -210,6 +220,18 @@ impl TracedHost {
         Self { inner, trace }
     }
 
+    fn moved(&self, what: &str, ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let start = Instant::now();
+        let result = ask();
+        let ns = start.elapsed().as_nanos();
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host {what} ns={ns} result={said}"));
+        result
+    }
+
     fn mapped(&self, space: HostSpaceId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
         let Map { iova, mem, perm } = map;
         let (last, gpa, container, ns) =
@@ -261,28 +283,21 @@ impl HostIommu for TracedHost {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        let start = Instant::now();
-        let attached = self.inner.attach(group, space);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &attached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        let container = self.trace.container(space);
-        self.trace.line(format_args!("host attach container={container} group={group} ns={ns} result={said}"));
-        attached
+        let what = format!("attach container={} group={group}", self.trace.container(space));
+        self.moved(&what, || self.inner.attach(group, space))
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
-        let start = Instant::now();
-        let detached = self.inner.detach(group);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &detached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        self.trace.line(format_args!("host detach group={group} ns={ns} result={said}"));
-        detached
+        self.moved(&format!("detach group={group}"), || self.inner.detach(group))
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let what = format!("attach container={} {}", self.trace.container(space), Part(stream));
+        self.moved(&what, || self.inner.attach_part(stream, space))
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        self.moved(&format!("detach {}", Part(stream)), || self.inner.detach_part(stream))
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {

@@ -5,18 +5,52 @@
 //!   Placement::PerSpace:   group ── attached ──► host space of one space of the guest, whose groups come and go
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::warn;
-use vtd::{IovaRange, Mapping, Requester, SpaceKey};
+use log::{error, warn};
+use vtd::{IovaRange, Mapping, Requester, SpaceKey, Stream};
 
 use super::group::Group;
 use super::guest_map::GuestMap;
 use super::host_space::{HostSpace, Lost};
 use super::{Bridge, Broken};
-use crate::host::{GroupId, HostIommu, Placement};
+use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Placement};
 use crate::stats::Counters;
+
+/// Who is in a space of the host.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Occupant {
+    /// A group, with its requests that carry no PASID.
+    Group(GroupId),
+    /// A part of a function: its requests with one PASID (C-4).
+    Part(HostStream),
+}
+
+impl Occupant {
+    fn attach(self, host: &dyn HostIommu, space: HostSpaceId) -> io::Result<()> {
+        match self {
+            Self::Group(group) => host.attach(group, space),
+            Self::Part(stream) => host.attach_part(stream, space),
+        }
+    }
+
+    fn detach(self, host: &dyn HostIommu) -> io::Result<()> {
+        match self {
+            Self::Group(group) => host.detach(group),
+            Self::Part(stream) => host.detach_part(stream),
+        }
+    }
+
+    /// For messages.
+    fn label(self) -> String {
+        match self {
+            Self::Group(group) => group.label(),
+            Self::Part(stream) => stream.to_string(),
+        }
+    }
+}
 
 /// A space of the host that the bridge uses.
 pub(super) struct Held {
@@ -32,8 +66,8 @@ pub(super) struct HeldState {
     /// What the host refused of the identity space, if it holds that: ascending, disjoint. (What is refused of a paged
     /// one its unit forgets.)
     pub refused: Vec<IovaRange>,
-    /// The functions of each group in it.
-    pub groups: BTreeMap<GroupId, Vec<Requester>>,
+    /// Who is in it, with the requests of the guest's functions that this is.
+    pub occupants: BTreeMap<Occupant, Vec<Stream>>,
     /// Its functions were stopped, or are about to be.
     stopped: bool,
     /// Given back to the host: nobody joins it any more.
@@ -46,7 +80,7 @@ impl Held {
             space,
             holds: SpaceKey::Blocked,
             refused: Vec::new(),
-            groups: BTreeMap::new(),
+            occupants: BTreeMap::new(),
             stopped: false,
             retired: false,
         };
@@ -65,8 +99,8 @@ impl HeldState {
     }
 
     /// Whom a refusal names.
-    pub fn first_member(&self) -> Option<Requester> {
-        self.groups.values().flatten().min().copied()
+    pub fn first_member(&self) -> Option<Stream> {
+        self.occupants.values().flatten().min().copied()
     }
 
     /// Makes it hold exactly what `space` has: `live`, of a paged one. With `whole` it ends at the first mapping that
@@ -109,9 +143,9 @@ enum Place {
     Attached(Option<Arc<Held>>),
 }
 
-/// A group of this virtual machine, in its place.
+/// A group of this virtual machine, in its place; or a part of a function, which is a group of its own.
 pub(super) struct PlacedGroup {
-    id: GroupId,
+    who: Occupant,
     pub group: Group,
     host: Arc<dyn HostIommu>,
     counters: Arc<Counters>,
@@ -136,8 +170,34 @@ impl PlacedGroup {
             }
             Placement::PerSpace => Place::Attached(None),
         };
+        Self::at(Occupant::Group(id), host, place, counters)
+    }
+
+    /// A part of a function whose group is `whole`, which reaches nothing. `None` where groups are in their host spaces
+    /// for life, and so the parts of a function are, too.
+    pub fn part_of(whole: &Self, stream: HostStream) -> Option<Self> {
+        let Place::Attached(_) = whole.place else { return None };
+        let (host, counters) = (Arc::clone(&whole.host), Arc::clone(&whole.counters));
+        Some(Self::at(Occupant::Part(stream), host, Place::Attached(None), counters))
+    }
+
+    fn at(who: Occupant, host: Arc<dyn HostIommu>, place: Place, counters: Arc<Counters>) -> Self {
         let (group, space) = (Group::default(), SpaceKey::Blocked);
-        Self { id, group, host, counters, place, space, stopped: None, said_blocked: false }
+        Self { who, group, host, counters, place, space, stopped: None, said_blocked: false }
+    }
+
+    /// It is in no space of the host, and was not stopped: nothing is lost if it is forgotten.
+    pub fn is_nowhere(&self) -> bool {
+        matches!(self.place, Place::Attached(None)) && self.stopped.is_none()
+    }
+
+    /// The requests that are in its place.
+    fn streams(&self) -> Vec<Stream> {
+        let pasid = match self.who {
+            Occupant::Group(_) => None,
+            Occupant::Part(stream) => stream.pasid,
+        };
+        self.group.members().map(|requester| Stream { requester, pasid }).collect()
     }
 
     pub fn counters(&self) -> &Arc<Counters> {
@@ -167,7 +227,7 @@ impl PlacedGroup {
     pub fn add(&mut self, requester: Requester) {
         self.group.add(requester);
         if let Some(held) = self.held() {
-            held.lock().groups.insert(self.id, self.group.members().collect());
+            held.lock().occupants.insert(self.who, self.streams());
         }
     }
 }
@@ -187,7 +247,8 @@ impl Bridge {
         broken: &mut Broken,
     ) -> Result<(), String> {
         let mut space = placed.group.agreed();
-        if let Some(why) = placed.held().and_then(|held| held.lock().space.broken().map(str::to_owned)) {
+        let broken_space = placed.held().and_then(|held| held.lock().space.broken().map(str::to_owned));
+        if let Some(why) = broken_space.or_else(|| self.why_stopped(&placed.group)) {
             placed.stopped.get_or_insert(why);
         }
         if placed.stopped.is_some() {
@@ -279,18 +340,20 @@ impl Bridge {
         state.fill(&guest, space, live, whole, lost);
         state.holds = space;
         let refused = whole && !lost.is_empty();
-        let mut result = Ok(());
         let stays = placed.held().is_some_and(|before| Arc::ptr_eq(before, &held));
         if !refused && !stays && state.space.broken().is_none() {
-            result = match placed.host.attach(placed.id, state.space.id()) {
+            match placed.who.attach(&*placed.host, state.space.id()) {
                 Ok(()) => {
-                    state.groups.insert(placed.id, placed.group.members().collect());
-                    Ok(())
+                    state.occupants.insert(placed.who, placed.streams());
                 }
-                Err(e) => Err(format!("the host could not attach it: {e}")),
+                Err(e) => {
+                    drop(state);
+                    self.take_back(placed, &held, broken);
+                    return Err(format!("the host could not attach it: {e}"));
+                }
             };
         }
-        let joined = state.groups.contains_key(&placed.id);
+        let joined = state.occupants.contains_key(&placed.who);
         self.note_broken(&held, &mut state, broken);
         if let Some(why) = state.space.broken() {
             placed.stopped.get_or_insert(why.to_owned());
@@ -302,39 +365,66 @@ impl Bridge {
         if joined && !stays {
             let before = std::mem::replace(&mut placed.place, Place::Attached(Some(held)));
             if let Place::Attached(Some(before)) = before {
-                self.leave(placed.id, &before);
+                self.leave(placed.who, &before);
             }
         }
-        result
+        Ok(())
     }
 
-    /// A group reaches nothing any more.
+    /// A group that could not be attached to `to` reaches nothing (C-2): neither what it had, nor `to`, where a part of
+    /// it may be if the host could not undo what it had begun.
+    fn take_back(&self, placed: &mut PlacedGroup, to: &Arc<Held>, broken: &mut Broken) {
+        self.detach(placed, broken);
+        let mut state = to.lock();
+        if placed.stopped.is_some() {
+            // It may be there for as long as the host lives.
+            state.occupants.insert(placed.who, placed.streams());
+        }
+        self.retire_if_empty(to, &mut state);
+    }
+
+    /// A group that is somewhere reaches nothing any more.
     fn take_out(&self, placed: &mut PlacedGroup, broken: &mut Broken) {
-        let Place::Attached(Some(held)) = &placed.place else { return };
-        let held = Arc::clone(held);
-        match placed.host.detach(placed.id) {
-            Ok(()) => {
+        if placed.held().is_some() {
+            self.detach(placed, broken);
+        }
+    }
+
+    /// The host is asked to let a group reach nothing.
+    fn detach(&self, placed: &mut PlacedGroup, broken: &mut Broken) {
+        let held = placed.held().cloned();
+        let detached = placed.who.detach(&*placed.host);
+        let why = |e| format!("the host could not detach {}: {e}", placed.who.label());
+        match (detached.map_err(why), held) {
+            (Ok(()), held) => {
                 placed.place = Place::Attached(None);
-                self.leave(placed.id, &held);
+                if let Some(held) = held {
+                    self.leave(placed.who, &held);
+                }
             }
-            Err(e) => {
+            (Err(why), Some(held)) => {
                 let mut state = held.lock();
-                state.space.break_for(format!("the host could not detach {}: {e}", placed.id.label()));
+                state.space.break_for(why);
                 self.note_broken(&held, &mut state, broken);
                 placed.stopped = state.space.broken().map(str::to_owned);
             }
+            (Err(why), None) => {
+                error!("{why}");
+                broken.push((placed.group.members().collect(), why.clone()));
+                placed.stopped = Some(why);
+            }
         }
     }
 
-    fn leave(&self, group: GroupId, held: &Arc<Held>) {
+    fn leave(&self, who: Occupant, held: &Arc<Held>) {
         let mut state = held.lock();
-        state.groups.remove(&group);
+        state.occupants.remove(&who);
         self.retire_if_empty(held, &mut state);
     }
 
     /// A host space that nobody is in goes.
     fn retire_if_empty(&self, held: &Arc<Held>, state: &mut HeldState) {
-        if state.groups.is_empty() && !std::mem::replace(&mut state.retired, true) {
+        if state.occupants.is_empty() && !std::mem::replace(&mut state.retired, true) {
             self.follow(held, state.holds, SpaceKey::Blocked);
             held.host.destroy(state.space.id());
             state.space.gone();
@@ -346,7 +436,8 @@ impl Bridge {
         if let Some(why) = state.space.broken()
             && !state.stopped
         {
-            broken.push((state.groups.values().flatten().copied().collect(), why.to_owned()));
+            let functions: BTreeSet<Requester> = state.occupants.values().flatten().map(|of| of.requester).collect();
+            broken.push((functions.into_iter().collect(), why.to_owned()));
             state.stopped = true;
             self.follow(held, state.holds, SpaceKey::Blocked);
         }
@@ -357,9 +448,8 @@ impl Bridge {
     /// ([`vtd::Unit`]): until then they keep what they have.
     pub fn replace_guest_map(&self, guest: GuestMap) {
         self.guest.store(Arc::new(guest));
-        let groups: Vec<_> = self.directory().groups.values().cloned().collect();
         let mut broken = Broken::new();
-        for placed in groups {
+        for placed in self.everyone() {
             // A group that was on its way to the identity space with the map before it is there now.
             let placed = placed.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(held) = placed.held() else { continue };

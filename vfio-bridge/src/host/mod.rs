@@ -4,13 +4,14 @@
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 pub mod faulty;
+pub(crate) mod members;
 pub mod model;
 pub(crate) mod type1;
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vtd::{Perm, RefusalCause};
+use vtd::{Pasid, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
@@ -64,6 +65,28 @@ impl HostSpaceId {
     pub fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A device of the host that is open, as its backend numbers it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostDevice(pub u32);
+
+/// What a host IOMMU tells apart: the requests of a device that carry a PASID, and those that carry none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostStream {
+    /// The device that the IOMMU sees.
+    pub device: HostDevice,
+    /// The PASID of the requests, `None`: those without.
+    pub pasid: Option<Pasid>,
+}
+
+impl std::fmt::Display for HostStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pasid {
+            None => write!(f, "device {}", self.device.0),
+            Some(Pasid(pasid)) => write!(f, "device {} with PASID {pasid:#x}", self.device.0),
+        }
     }
 }
 
@@ -153,18 +176,19 @@ pub trait HostIommu: Send + Sync {
         let _ = space;
     }
 
-    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has. A group is never
-    /// seen to reach something else in between, but it may reach nothing. Only asked of a host with a
-    /// [`Placement::PerSpace`].
+    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has: all of its
+    /// devices, by what the IOMMU sees of each ([`members`], C-1). None of them is ever seen to reach something else in
+    /// between, but it may reach nothing. Only asked of a host with a [`Placement::PerSpace`].
     ///
     /// # Errors
-    /// The group is where it was.
+    /// The group is where it was, as far as the host could undo what it had begun; the bridge detaches it.
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
         let _ = (group, space);
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`], of a group that is attached.
+    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`]; also of a group that is not
+    /// attached, or not as a whole, which is no error.
     ///
     /// # Errors
     /// Nothing may be concluded about what the group reaches.
@@ -185,6 +209,26 @@ pub trait HostIommu: Send + Sync {
     /// One host unmap. Returns how many bytes the kernel says it took away. When it returns, no device reaches them
     /// any more. On an error nothing may be concluded about what is still mapped.
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64>;
+
+    /// The requests of `stream`, which have a PASID, reach what `space` has, and those of its device with another PASID,
+    /// or with none, what they reached before (C-4). They are never seen to reach something else in between.
+    ///
+    /// # Errors
+    /// They are where they were. A host that cannot tell the parts of a device apart says
+    /// [`Unsupported`](io::ErrorKind::Unsupported).
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let _ = (stream, space);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The requests of `stream`, which is attached, reach nothing.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what they reach.
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        let _ = stream;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// What the user can do about a map in `space` that was refused for `cause`: a sentence, or nothing.
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
