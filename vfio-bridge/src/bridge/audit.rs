@@ -75,7 +75,7 @@ impl Bridge {
             SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
         };
         let held = ledger.extents().map(|extent| {
-            let Extent { first, gpa, perm, .. } = *extent;
+            let Extent { first, gpa, perm, .. } = extent;
             Mapping { iova: Iova(first), gpa: Gpa(gpa), len: extent.size(), perm }
         });
         for piece in disagreements(expected, held, &mut audit.checked) {

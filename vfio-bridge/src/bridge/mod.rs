@@ -162,7 +162,7 @@ impl Bridge {
     pub fn holds(&self, stream: impl Into<Stream>) -> Vec<Extent> {
         let placed = self.placed(stream.into());
         let held = placed.and_then(|placed| lock(&placed).held().cloned());
-        held.map_or_else(Vec::new, |held| held.lock().space.ledger().extents().copied().collect())
+        held.map_or_else(Vec::new, |held| held.lock().space.ledger().extents().collect())
     }
 
     fn directory(&self) -> RwLockReadGuard<'_, Directory> {
