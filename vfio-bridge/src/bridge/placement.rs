@@ -32,6 +32,8 @@ pub(super) struct HeldState {
     /// What the host refused of the identity space, if it holds that: ascending, disjoint. (What is refused of a paged
     /// one its unit forgets.)
     pub refused: Vec<IovaRange>,
+    /// Of the identity space: the only function in it when it was filled, whose own BARs are not there.
+    pub alone: Option<Requester>,
     /// The functions of each group in it.
     pub groups: BTreeMap<GroupId, Vec<Requester>>,
     /// Its functions were stopped, or are about to be.
@@ -46,6 +48,7 @@ impl Held {
             space,
             holds: SpaceKey::Blocked,
             refused: Vec::new(),
+            alone: None,
             groups: BTreeMap::new(),
             stopped: false,
             retired: false,
@@ -70,11 +73,16 @@ impl HeldState {
     }
 
     /// Makes it hold exactly what `space` has: `live`, of a paged one. With `whole` it ends at the first mapping that
-    /// is refused: the caller has no use for the rest.
+    /// is refused: the caller has no use for the rest. `joining` is a group that is not in it yet.
+    ///
+    /// Identity is all RAM, and the BARs of other functions (B-12): a space that one function has alone goes without
+    /// its own, which nothing needs there and some hosts refuse. A BAR that the host refuses is counted and said, and
+    /// that is all: identity without it is identity (B-10).
     fn fill(
         &mut self,
         guest: &GuestMap,
         space: SpaceKey,
+        joining: Option<&PlacedGroup>,
         live: &mut dyn Iterator<Item = Mapping>,
         whole: bool,
         lost: &mut Vec<Lost>,
@@ -83,7 +91,12 @@ impl HeldState {
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
-                for mapping in guest.identity() {
+                let joining = joining.filter(|joining| !self.groups.contains_key(&joining.id));
+                let joining = joining.into_iter().flat_map(|joining| joining.group.members());
+                let mut members = self.groups.values().flatten().copied().chain(joining);
+                let first = members.next();
+                self.alone = first.filter(|_| members.next().is_none());
+                for mapping in guest.identity(self.alone) {
                     target.extend(self.space.resolve(guest, &mapping, lost));
                 }
             }
@@ -96,8 +109,12 @@ impl HeldState {
         if !whole || lost.is_empty() {
             self.space.switch(guest, &target, whole, lost);
         }
-        let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
-        self.refused = IovaRange::union_of(of_identity.map(|lost| lost.range).collect());
+        self.refused.clear();
+        if space == SpaceKey::Identity {
+            self.refused = IovaRange::union_of(lost.iter().map(|lost| lost.range).collect());
+            // In identity an IOVA is a guest-physical address.
+            lost.retain(|lost| !guest.is_bar(lost.range.first));
+        }
     }
 }
 
@@ -241,7 +258,7 @@ impl Bridge {
     ) {
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        state.fill(&guest, space, None, live, whole, lost);
         let before = std::mem::replace(&mut state.holds, space);
         self.follow(held, before, space);
         self.note_broken(held, &mut state, broken);
@@ -276,7 +293,7 @@ impl Bridge {
         };
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        state.fill(&guest, space, Some(placed), live, whole, lost);
         state.holds = space;
         let refused = whole && !lost.is_empty();
         let mut result = Ok(());
@@ -359,14 +376,19 @@ impl Bridge {
         self.guest.store(Arc::new(guest));
         let groups: Vec<_> = self.directory().groups.values().cloned().collect();
         let mut broken = Broken::new();
+        let mut filled: Vec<Arc<Held>> = Vec::new();
         for placed in groups {
             // A group that was on its way to the identity space with the map before it is there now.
             let placed = placed.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(held) = placed.held() else { continue };
+            if filled.iter().any(|other| Arc::ptr_eq(other, held)) {
+                continue;
+            }
             let mut state = held.lock();
             if state.follows(&SpaceKey::Identity) {
+                filled.push(Arc::clone(held));
                 let guest = self.guest.load();
-                state.fill(&guest, SpaceKey::Identity, &mut std::iter::empty(), false, &mut Vec::new());
+                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
                 self.note_broken(held, &mut state, &mut broken);
             }
         }
