@@ -27,9 +27,10 @@ impl Bridge {
         }
     }
 
-    /// Compares what the host was handed for the requests of `stream` with `space`, in which `granted` is mapped (ascending; for a
-    /// paged space). Identity is all RAM without the interrupt window, and without what the host refused, which is
-    /// pending; a group whose members disagree holds nothing (C-3). A function that was stopped because an unmap was
+    /// Compares what the host was handed for the requests of `stream` with `space`, in which `granted` is mapped
+    /// (ascending; for a paged space). Identity is all RAM and the BARs of other functions, without the interrupt
+    /// window, and without what the host refused, which is pending; a group whose members disagree holds nothing
+    /// (C-3). A function that was stopped because an unmap was
     /// refused is a difference as such.
     ///
     /// To be called by [`vtd::Unit::audit`].
@@ -50,6 +51,7 @@ impl Bridge {
         let nothing = Ledger::default();
         let ledger = state.as_ref().map_or(&nothing, |state| state.space.ledger());
         let refused = state.as_ref().map_or(&[][..], |state| &state.refused);
+        let alone = state.as_ref().and_then(|state| state.alone);
         let broken = state.as_ref().and_then(|state| state.space.broken()).or(placed.stopped.as_deref());
         if let Some(why) = broken {
             let text = format!(
@@ -70,7 +72,7 @@ impl Bridge {
             SpaceKey::Identity => {
                 audit.pending += refused.len() as u64;
                 let inside = |mapping| without(mapping, refused);
-                guest.identity().flat_map(outside_interrupt_window).flat_map(inside).collect()
+                guest.identity(alone).flat_map(outside_interrupt_window).flat_map(inside).collect()
             }
             SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
         };

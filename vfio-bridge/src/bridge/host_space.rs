@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use log::{error, trace, warn};
 use vtd::{IovaRange, Mapping, RefusalCause};
 
-use crate::bridge::guest_map::GuestMap;
-use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::{GuestMap, MemKind, PAGE_SIZE};
 use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
 use crate::bridge::limits::{Limits, without_interrupt_window};
 use crate::host::{HostIommu, HostSpaceId, Map, MapRefused};
@@ -169,9 +168,10 @@ impl HostSpace {
         }
         let host = Arc::clone(&self.host);
         let mut start = Instant::now();
-        let mut done = extents.into_iter();
+        let mut done = extents.into_iter().zip(&maps);
         host.map_all(self.id, &maps, &mut |result| {
-            let Some(extent) = done.next() else { return };
+            let Some((extent, map)) = done.next() else { return };
+            let result = result.map_err(|refused| of_target(refused, map.mem.kind()));
             let end = Instant::now();
             let mapped = self.mapped(extent, end - std::mem::replace(&mut start, end), result);
             if let Err(cause) = mapped {
@@ -318,6 +318,7 @@ impl HostSpace {
         let mem = mem.filter(|mem| mem.hva() == extent.hva).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
+        let result = result.map_err(|refused| of_target(refused, mem.kind()));
         self.mapped(extent, start.elapsed(), result)
     }
 
@@ -359,11 +360,22 @@ impl HostSpace {
                 "{owner}: the host cannot map {range}, which is outside its IOVA ranges: the device cannot reach it. {remedy}"
             ),
             RefusalCause::Target => warn!(
-                "{owner}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
+                "{owner}: {range} leads to guest-physical addresses that are neither RAM nor in a BAR that the host \
+                 can map: the device cannot reach it"
             ),
             RefusalCause::Other => {
                 warn!("{owner}: the host refused to map {range}: the device cannot reach it. {remedy}");
             }
         }
     }
+}
+
+/// Why `refused`, of memory of `kind`: where the host's room, and the range, were fit for RAM, what it does not take is
+/// the BAR (B-10). Hosts say that in several ways.
+fn of_target(refused: MapRefused, kind: MemKind) -> MapRefused {
+    let cause = match (kind, refused.cause) {
+        (MemKind::Bar, RefusalCause::Range | RefusalCause::Other) => RefusalCause::Target,
+        (_, cause) => cause,
+    };
+    MapRefused { cause, ..refused }
 }

@@ -66,6 +66,8 @@ pub(super) struct HeldState {
     /// What the host refused of the identity space, if it holds that: ascending, disjoint. (What is refused of a paged
     /// one its unit forgets.)
     pub refused: Vec<IovaRange>,
+    /// Of the identity space: the only function in it when it was filled, whose own BARs are not there.
+    pub alone: Option<Requester>,
     /// Who is in it, with the requests of the guest's functions that this is.
     pub occupants: BTreeMap<Occupant, Vec<Stream>>,
     /// Its functions were stopped, or are about to be.
@@ -80,6 +82,7 @@ impl Held {
             space,
             holds: SpaceKey::Blocked,
             refused: Vec::new(),
+            alone: None,
             occupants: BTreeMap::new(),
             stopped: false,
             retired: false,
@@ -104,11 +107,16 @@ impl HeldState {
     }
 
     /// Makes it hold exactly what `space` has: `live`, of a paged one. With `whole` it ends at the first mapping that
-    /// is refused: the caller has no use for the rest.
+    /// is refused: the caller has no use for the rest. `joining` is a group that is not in it yet.
+    ///
+    /// Identity is all RAM, and the BARs of other functions (B-12): a space that one function has alone goes without
+    /// its own, which nothing needs there and some hosts refuse. A BAR that the host refuses is counted and said, and
+    /// that is all: identity without it is identity (B-10).
     fn fill(
         &mut self,
         guest: &GuestMap,
         space: SpaceKey,
+        joining: Option<&PlacedGroup>,
         live: &mut dyn Iterator<Item = Mapping>,
         whole: bool,
         lost: &mut Vec<Lost>,
@@ -117,7 +125,11 @@ impl HeldState {
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
-                for mapping in guest.identity() {
+                let there = self.occupants.values().flatten().map(|stream| stream.requester);
+                let joining = joining.into_iter().flat_map(|joining| joining.group.members());
+                let functions: BTreeSet<Requester> = there.chain(joining).collect();
+                self.alone = functions.first().copied().filter(|_| functions.len() == 1);
+                for mapping in guest.identity(self.alone) {
                     target.extend(self.space.resolve(guest, &mapping, lost));
                 }
             }
@@ -130,8 +142,12 @@ impl HeldState {
         if !whole || lost.is_empty() {
             self.space.switch(guest, &target, whole, lost);
         }
-        let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
-        self.refused = IovaRange::union_of(of_identity.map(|lost| lost.range).collect());
+        self.refused.clear();
+        if space == SpaceKey::Identity {
+            self.refused = IovaRange::union_of(lost.iter().map(|lost| lost.range).collect());
+            // In identity an IOVA is a guest-physical address.
+            lost.retain(|lost| !guest.is_bar(lost.range.first));
+        }
     }
 }
 
@@ -302,7 +318,7 @@ impl Bridge {
     ) {
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        state.fill(&guest, space, None, live, whole, lost);
         let before = std::mem::replace(&mut state.holds, space);
         self.follow(held, before, space);
         self.note_broken(held, &mut state, broken);
@@ -337,7 +353,7 @@ impl Bridge {
         };
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        state.fill(&guest, space, Some(placed), live, whole, lost);
         state.holds = space;
         let refused = whole && !lost.is_empty();
         let stays = placed.held().is_some_and(|before| Arc::ptr_eq(before, &held));
@@ -449,14 +465,19 @@ impl Bridge {
     pub fn replace_guest_map(&self, guest: GuestMap) {
         self.guest.store(Arc::new(guest));
         let mut broken = Broken::new();
+        let mut filled: Vec<Arc<Held>> = Vec::new();
         for placed in self.everyone() {
             // A group that was on its way to the identity space with the map before it is there now.
             let placed = placed.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(held) = placed.held() else { continue };
+            if filled.iter().any(|other| Arc::ptr_eq(other, held)) {
+                continue;
+            }
             let mut state = held.lock();
             if state.follows(&SpaceKey::Identity) {
+                filled.push(Arc::clone(held));
                 let guest = self.guest.load();
-                state.fill(&guest, SpaceKey::Identity, &mut std::iter::empty(), false, &mut Vec::new());
+                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
                 self.note_broken(held, &mut state, &mut broken);
             }
         }

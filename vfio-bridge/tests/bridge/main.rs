@@ -7,6 +7,7 @@ mod broken;
 mod faulty;
 mod groups;
 mod parts;
+mod peers;
 mod placement;
 mod property;
 mod refusals;
