@@ -1,4 +1,4 @@
-//! The bridge over the model of a host: behaviours B-3 to B-13 and C-1 to C-3, and the properties of design rules 3 and
+//! The bridge over the model of a host: behaviours B-3 to B-13, C-1 to C-3 and D-1 to D-5, and the properties of design rules 3 and
 //! 4.
 
 mod audit;
@@ -6,6 +6,7 @@ mod behaviours;
 mod broken;
 mod faulty;
 mod groups;
+mod pins;
 mod placement;
 mod property;
 mod refusals;
