@@ -45,7 +45,7 @@ impl Extent {
 
     /// Whether an IOVA that both hold leads to the same host memory with the same permission. The boundaries may differ
     /// (B-14).
-    fn agrees_with(&self, other: &Self) -> bool {
+    pub(super) fn agrees_with(&self, other: &Self) -> bool {
         // Both sides wrap alike, so equal differences mean equal targets.
         self.perm == other.perm && self.hva.wrapping_sub(self.first) == other.hva.wrapping_sub(other.first)
     }
@@ -267,6 +267,21 @@ impl Ledger {
         let (maps, replacing) = cut_around(&missing, &gone, spare);
         let runs = self.switch_runs(gone, &maps, &replacing, unmap_all);
         Switch { maps, runs }
+    }
+
+    /// What is held and not the same in `target` (ascending, disjoint).
+    pub(super) fn going(&self, target: &[Extent]) -> Vec<IovaRange> {
+        let mut going = Vec::new();
+        let mut from = 0;
+        for extent in self.extents() {
+            while target.get(from).is_some_and(|t| t.last < extent.first) {
+                from += 1;
+            }
+            let overlap = target[from..].iter().take_while(|t| t.first <= extent.last);
+            let same = overlap.filter(|t| t.agrees_with(&extent)).map(Extent::range);
+            going.extend(extent.range().without(same));
+        }
+        going
     }
 
     /// The runs of a switch: `gone` (ascending; each with the parts that stay granted) goes, `replacing` comes in its

@@ -21,6 +21,7 @@ pub(crate) mod guest_map;
 mod host_space;
 pub mod ledger;
 pub(crate) mod limits;
+pub(crate) mod pin;
 mod placement;
 
 use std::collections::BTreeMap;
@@ -34,6 +35,7 @@ use self::group::Group;
 use self::guest_map::GuestMap;
 use self::host_space::Lost;
 use self::ledger::Extent;
+use self::pin::book::Going;
 use self::placement::{Held, PlacedGroup};
 use crate::host::{GroupId, HostDevice, HostIommu, HostStream};
 use crate::stats::{Counters, DeviceStats};
@@ -86,7 +88,7 @@ struct Directory {
 /// The listener that makes the host hold what the units say.
 pub struct Bridge {
     hosts: Vec<Arc<dyn HostIommu>>,
-    guest: ArcSwap<GuestMap>,
+    guest: Arc<ArcSwap<GuestMap>>,
     quarantine: Arc<dyn Quarantine>,
     directory: RwLock<Directory>,
 }
@@ -95,7 +97,7 @@ impl Bridge {
     /// A bridge from `hosts`, no group of which is in two, to the memory in `guest`. No function is behind it until
     /// [`Bridge::register`].
     pub fn new(hosts: Vec<Arc<dyn HostIommu>>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
-        Self { hosts, guest: ArcSwap::from_pointee(guest), quarantine, directory: RwLock::default() }
+        Self { hosts, guest: Arc::new(ArcSwap::from_pointee(guest)), quarantine, directory: RwLock::default() }
     }
 
     /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and
@@ -271,25 +273,34 @@ impl Bridge {
                 let ranges = IovaRange::union_of(lost.iter().map(|l| l.range).collect());
                 lost = Vec::new();
                 if let SpaceKey::Paged(_) = space {
-                    self.each(held, space, broken, |state, guest| state.space.unmap(guest, &ranges, &mut lost));
+                    self.each(held, space, &ranges, broken, |state, guest| {
+                        state.space.unmap(guest, &ranges, &mut lost);
+                    });
                 }
             }
         }
         refused
     }
 
-    /// Does something to each of `held` that still holds `space`, one after the other.
+    /// Does something to each of `held` that still holds `space`, one after the other. Nothing in `going` is pinned
+    /// then.
     fn each(
         &self,
         held: &[Arc<Held>],
         space: &SpaceKey,
+        going: &[IovaRange],
         broken: &mut Broken,
         mut change: impl FnMut(&mut placement::HeldState, &GuestMap),
     ) {
         let guest = self.guest.load();
         for held in held {
-            let mut state = held.lock();
-            if state.follows(space) {
+            let state = held.lock();
+            if !state.follows(space) {
+                continue;
+            }
+            let mut state = held.without_pins(state, Going::Ranges(going));
+            // Also where a client was cut off: what must go goes.
+            if state.holds == *space {
                 change(&mut state, &guest);
                 self.note_broken(held, &mut state, broken);
             }
@@ -324,7 +335,7 @@ impl Bridge {
             return;
         }
         let mut losses = Vec::new();
-        self.each(held, space, broken, |state, guest| {
+        self.each(held, space, &ranges, broken, |state, guest| {
             let mut lost = Vec::new();
             state.space.unmap(guest, &ranges, &mut lost);
             losses.extend(state.first_member().map(|by| (by, lost)));
@@ -342,7 +353,7 @@ impl Bridge {
     ) {
         let mut losses: Vec<(Stream, Vec<Lost>)> = Vec::new();
         let mut except = Vec::new();
-        self.each(held, space, broken, |state, guest| {
+        self.each(held, space, &[], broken, |state, guest| {
             let mut lost = Vec::new();
             for ops in ops.chunks(MAPS_AT_ONCE) {
                 let mut extents = Vec::with_capacity(ops.len());
@@ -394,6 +405,7 @@ impl SpaceListener for Bridge {
         let paged = matches!(space, SpaceKey::Paged(_));
         let shared = paged && self.following(space).iter().any(|held| !placed.is_in(held));
         placed.group.set(requester, Some(*space));
+        placed.pins_of(requester, true);
         let (mut lost, mut broken) = (Vec::new(), Broken::new());
         let settled = self.settle(&mut placed, space, live, shared, &mut lost, &mut broken);
         let refused = lost.iter().map(|l| refusal(l, stream)).collect::<Vec<_>>();
@@ -425,9 +437,11 @@ impl SpaceListener for Bridge {
         let mut placed = lock(&placed);
         placed.group.set(stream.requester, None);
         let mut broken = Broken::new();
+        placed.pins_of(stream.requester, false);
         if placed.group.agreed() != placed.space {
             self.block(&mut placed, &mut broken);
         }
+        self.take_pins_of(&mut placed, stream.requester, &mut broken);
         self.forget_if_nowhere(stream, &placed);
         drop(placed);
         self.stop(&broken);

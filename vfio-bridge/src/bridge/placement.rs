@@ -15,6 +15,9 @@ use vtd::{IovaRange, Mapping, Requester, SpaceKey, Stream};
 use super::group::Group;
 use super::guest_map::GuestMap;
 use super::host_space::{HostSpace, Lost};
+use super::ledger::Extent;
+use super::pin::book::{Going, Pins};
+use super::pin::clear::{HasPins, clear};
 use super::{Bridge, Broken};
 use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Placement};
 use crate::stats::Counters;
@@ -74,6 +77,8 @@ pub(super) struct HeldState {
     stopped: bool,
     /// Given back to the host: nobody joins it any more.
     retired: bool,
+    /// What software devices have pinned of it (D).
+    pub pins: Pins,
 }
 
 impl Held {
@@ -86,12 +91,32 @@ impl Held {
             occupants: BTreeMap::new(),
             stopped: false,
             retired: false,
+            pins: Pins::default(),
         };
         Arc::new(Self { host, state: Mutex::new(state) })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, HeldState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Before something goes away: nothing of it is pinned when this returns, and nothing can be until the lock is
+    /// given back (D-3). If something was, the lock was given back meanwhile. Who could not be made to let go is to be
+    /// stopped, as after an unmap that the host refused.
+    pub(super) fn without_pins<'a>(
+        &'a self,
+        state: MutexGuard<'a, HeldState>,
+        going: Going<'_>,
+    ) -> MutexGuard<'a, HeldState> {
+        let (mut state, cut_off) = clear(&self.state, state, going);
+        cut_off.into_iter().for_each(|why| state.space.break_for(why));
+        state
+    }
+}
+
+impl HasPins for HeldState {
+    fn pins(&mut self) -> &mut Pins {
+        &mut self.pins
     }
 }
 
@@ -121,6 +146,19 @@ impl HeldState {
         whole: bool,
         lost: &mut Vec<Lost>,
     ) {
+        let target = self.target(guest, space, joining, live, lost);
+        self.fill_with(guest, space, &target, whole, lost);
+    }
+
+    /// What `space` has, as this host can map it.
+    fn target(
+        &mut self,
+        guest: &GuestMap,
+        space: SpaceKey,
+        joining: Option<&PlacedGroup>,
+        live: &mut dyn Iterator<Item = Mapping>,
+        lost: &mut Vec<Lost>,
+    ) -> Vec<Extent> {
         let mut target = Vec::new();
         match space {
             SpaceKey::Blocked => {}
@@ -139,8 +177,17 @@ impl HeldState {
                 }
             }
         }
+        target
+    }
+
+    /// What is pinned and not the same in `target`.
+    fn going(&self, target: &[Extent]) -> Vec<IovaRange> {
+        if self.pins.is_empty() { Vec::new() } else { self.space.ledger().going(target) }
+    }
+
+    fn fill_with(&mut self, guest: &GuestMap, space: SpaceKey, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
         if !whole || lost.is_empty() {
-            self.space.switch(guest, &target, whole, lost);
+            self.space.switch(guest, target, whole, lost);
         }
         self.refused.clear();
         if space == SpaceKey::Identity {
@@ -239,6 +286,18 @@ impl PlacedGroup {
         self.held().is_some_and(|own| Arc::ptr_eq(own, held))
     }
 
+    /// The space of the host that its devices pin in, if they are software.
+    pub fn software_space(&self) -> Option<&Arc<Held>> {
+        self.held().filter(|_| matches!(self.who, Occupant::Group(group) if group.is_software()))
+    }
+
+    /// Whether `requester` may pin: not while it is behind no unit.
+    pub fn pins_of(&self, requester: Requester, present: bool) {
+        if let Some(held) = self.software_space() {
+            held.lock().pins.set_present(requester, present);
+        }
+    }
+
     /// `requester` is a member, which wants nothing to be reachable until it is attached.
     pub fn add(&mut self, requester: Requester) {
         self.group.add(requester);
@@ -318,10 +377,25 @@ impl Bridge {
     ) {
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, None, live, whole, lost);
+        let target = state.target(&guest, space, None, live, lost);
+        if !whole || lost.is_empty() {
+            let going = state.going(&target);
+            state = held.without_pins(state, Going::Ranges(&going));
+        }
+        state.fill_with(&guest, space, &target, whole, lost);
         let before = std::mem::replace(&mut state.holds, space);
         self.follow(held, before, space);
         self.note_broken(held, &mut state, broken);
+        if let Some(why) = state.space.broken() {
+            placed.stopped.get_or_insert(why.to_owned());
+        }
+    }
+
+    /// A device that is behind no unit any more lets go of what it has pinned; others of its group keep theirs (D-4).
+    pub(super) fn take_pins_of(&self, placed: &mut PlacedGroup, requester: Requester, broken: &mut Broken) {
+        let Some(held) = placed.software_space().cloned() else { return };
+        let mut state = held.without_pins(held.lock(), Going::Device(requester));
+        self.note_broken(&held, &mut state, broken);
         if let Some(why) = state.space.broken() {
             placed.stopped.get_or_insert(why.to_owned());
         }
@@ -477,7 +551,11 @@ impl Bridge {
             if state.follows(&SpaceKey::Identity) {
                 filled.push(Arc::clone(held));
                 let guest = self.guest.load();
-                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
+                let (identity, lost) = (SpaceKey::Identity, &mut Vec::new());
+                let target = state.target(&guest, identity, None, &mut std::iter::empty(), lost);
+                let going = state.going(&target);
+                state = held.without_pins(state, Going::Ranges(&going));
+                state.fill_with(&guest, identity, &target, false, lost);
                 self.note_broken(held, &mut state, &mut broken);
             }
         }

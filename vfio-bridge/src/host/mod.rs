@@ -6,6 +6,7 @@
 pub mod faulty;
 pub(crate) mod members;
 pub mod model;
+pub(crate) mod software;
 pub(crate) mod type1;
 
 use std::io;
@@ -24,7 +25,20 @@ pub struct GroupId(pub u32);
 /// Above every number of the kernel.
 const FIRST_OF_USER_FUNCTIONS: u32 = 1 << 31;
 
+/// Above those.
+const FIRST_OF_SOFTWARE: u32 = FIRST_OF_USER_FUNCTIONS | 1 << 30;
+
 impl GroupId {
+    /// The group of the `index`th device of this process that pins ([`Software`](crate::Software)).
+    pub fn of_software(index: u32) -> Self {
+        Self(FIRST_OF_SOFTWARE | index)
+    }
+
+    /// Whether it is one of those.
+    pub fn is_software(self) -> bool {
+        self.0 >= FIRST_OF_SOFTWARE
+    }
+
     /// The group of the `index`th function that another process emulates.
     pub fn of_user_function(index: u32) -> Self {
         Self(FIRST_OF_USER_FUNCTIONS | index)
@@ -50,6 +64,7 @@ impl std::fmt::Display for GroupId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.of_kernel() {
             Some(number) => number.fmt(f),
+            None if self.is_software() => write!(f, "software{}", self.0 - FIRST_OF_SOFTWARE),
             None => write!(f, "vfio-user{}", self.0 - FIRST_OF_USER_FUNCTIONS),
         }
     }
