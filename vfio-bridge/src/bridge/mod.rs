@@ -16,6 +16,8 @@
 //! the first two.
 
 mod audit;
+pub(crate) mod dirty;
+pub(crate) mod dirty_reads;
 pub(crate) mod group;
 pub(crate) mod guest_map;
 mod host_space;
@@ -84,13 +86,15 @@ pub struct Bridge {
     guest: ArcSwap<GuestMap>,
     quarantine: Arc<dyn Quarantine>,
     directory: RwLock<Directory>,
+    dirty_all: dirty::All,
 }
 
 impl Bridge {
     /// A bridge from `hosts`, no group of which is in two, to the memory in `guest`. No function is behind it until
     /// [`Bridge::register`].
     pub fn new(hosts: Vec<Arc<dyn HostIommu>>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
-        Self { hosts, guest: ArcSwap::from_pointee(guest), quarantine, directory: RwLock::default() }
+        let (guest, directory) = (ArcSwap::from_pointee(guest), RwLock::default());
+        Self { hosts, guest, quarantine, directory, dirty_all: dirty::All::default() }
     }
 
     /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and
@@ -114,6 +118,9 @@ impl Bridge {
         };
         let mut placed = lock(&placed);
         placed.add(requester);
+        if let Some(race) = self.dirty_all.get() {
+            placed.start_dirty(race);
+        }
         let counters = (host.name(), Arc::clone(placed.counters()));
         self.directory_mut().counters.insert(requester, counters);
         let mut broken = Broken::new();

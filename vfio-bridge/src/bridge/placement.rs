@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::warn;
 use vtd::{IovaRange, Mapping, Requester, SpaceKey};
 
+use super::dirty::{GroupLog, Logs};
 use super::group::Group;
 use super::guest_map::GuestMap;
 use super::host_space::{HostSpace, Lost};
@@ -34,6 +35,8 @@ pub(super) struct HeldState {
     pub refused: Vec<IovaRange>,
     /// The functions of each group in it.
     pub groups: BTreeMap<GroupId, Vec<Requester>>,
+    /// What each group in it wrote.
+    pub logs: Logs,
     /// Its functions were stopped, or are about to be.
     stopped: bool,
     /// Given back to the host: nobody joins it any more.
@@ -47,6 +50,7 @@ impl Held {
             holds: SpaceKey::Blocked,
             refused: Vec::new(),
             groups: BTreeMap::new(),
+            logs: Logs::new(),
             stopped: false,
             retired: false,
         };
@@ -115,6 +119,7 @@ pub(super) struct PlacedGroup {
     pub group: Group,
     host: Arc<dyn HostIommu>,
     counters: Arc<Counters>,
+    log: Arc<GroupLog>,
     place: Place,
     /// The space of the guest that it is in.
     pub space: SpaceKey,
@@ -137,11 +142,16 @@ impl PlacedGroup {
             Placement::PerSpace => Place::Attached(None),
         };
         let (group, space) = (Group::default(), SpaceKey::Blocked);
-        Self { id, group, host, counters, place, space, stopped: None, said_blocked: false }
+        let log = Arc::default();
+        Self { id, group, host, counters, log, place, space, stopped: None, said_blocked: false }
     }
 
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    pub fn log(&self) -> &Arc<GroupLog> {
+        &self.log
     }
 
     /// The counters of `host`, if all of its spaces are counted together and this group is one of its.
@@ -167,7 +177,9 @@ impl PlacedGroup {
     pub fn add(&mut self, requester: Requester) {
         self.group.add(requester);
         if let Some(held) = self.held() {
-            held.lock().groups.insert(self.id, self.group.members().collect());
+            let mut state = held.lock();
+            state.groups.insert(self.id, self.group.members().collect());
+            state.admit(self.id, &self.log);
         }
     }
 }
@@ -282,12 +294,16 @@ impl Bridge {
         let mut result = Ok(());
         let stays = placed.held().is_some_and(|before| Arc::ptr_eq(before, &held));
         if !refused && !stays && state.space.broken().is_none() {
+            state.admit(placed.id, &placed.log);
             result = match placed.host.attach(placed.id, state.space.id()) {
                 Ok(()) => {
                     state.groups.insert(placed.id, placed.group.members().collect());
                     Ok(())
                 }
-                Err(e) => Err(format!("the host could not attach it: {e}")),
+                Err(e) => {
+                    state.dismiss(placed.id);
+                    Err(format!("the host could not attach it: {e}"))
+                }
             };
         }
         let joined = state.groups.contains_key(&placed.id);
@@ -328,6 +344,7 @@ impl Bridge {
 
     fn leave(&self, group: GroupId, held: &Arc<Held>) {
         let mut state = held.lock();
+        state.dismiss(group);
         state.groups.remove(&group);
         self.retire_if_empty(held, &mut state);
     }
