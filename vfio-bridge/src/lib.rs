@@ -12,6 +12,8 @@ mod stats;
 mod trace;
 pub mod vfio_user;
 
+pub use bridge::dirty::{DirtyPages, DirtyRace};
+pub use bridge::dirty_reads::{DirtyError, DirtyRead};
 pub use bridge::group::Group;
 pub use bridge::guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, PAGE_SIZE, Piece, Region};
 pub use bridge::ledger;
@@ -24,6 +26,7 @@ pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, 
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
 pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
+pub use host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
 pub use host::software::Software;
 pub use host::type1::Type1;
 pub use host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};

@@ -11,12 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vtd::{
-    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener, Stream,
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
+    Stream,
 };
 
 use crate::bridge::guest_map::{GuestMap, HostMem};
 use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 
 /// Where the lines go, through a buffer.
@@ -244,6 +246,17 @@ impl TracedHost {
             "host map container={container} iova={iova:#x}-{last:#x} gpa={gpa:#x} perm={perm} ns={ns} result={said}"
         ));
     }
+
+    fn unmapped(&self, space: HostSpaceId, range: IovaRange, time: Duration, result: &io::Result<u64>) {
+        let (IovaRange { first, last }, container, ns) = (range, self.trace.container(space), time.as_nanos());
+        let (said, bytes): (&dyn fmt::Display, u64) = match result {
+            Ok(bytes) => (&"ok", *bytes),
+            Err(e) => (&Word(e), 0),
+        };
+        self.trace.line(format_args!(
+            "host unmap container={container} iova={first:#x}-{last:#x} bytes={bytes:#x} ns={ns} result={said}"
+        ));
+    }
 }
 
 impl HostIommu for TracedHost {
@@ -326,19 +339,50 @@ impl HostIommu for TracedHost {
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         let start = Instant::now();
         let result = self.inner.unmap(space, range);
-        let ns = start.elapsed().as_nanos();
         let (first, last) = match range {
             UnmapRange::Span { first, last } => (first, last),
             UnmapRange::All => (0, u64::MAX),
         };
-        let container = self.trace.container(space);
-        let (said, bytes): (&dyn fmt::Display, u64) = match &result {
-            Ok(bytes) => (&"ok", *bytes),
-            Err(e) => (&Word(e), 0),
+        self.unmapped(space, IovaRange { first, last }, start.elapsed(), &result);
+        result
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let start = Instant::now();
+        let result = self.inner.dirty_start(space);
+        let (container, ns) = (self.trace.container(space), start.elapsed().as_nanos());
+        let said: &dyn fmt::Display = match &result {
+            Ok(support) => &support.knowledge.name(),
+            Err(e) => &Word(e),
         };
+        self.trace.line(format_args!("host dirty-start container={container} ns={ns} result={said}"));
+        result
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        self.inner.dirty_stop(space);
+        self.trace.line(format_args!("host dirty-stop container={} result=ok", self.trace.container(space)));
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let start = Instant::now();
+        let result = self.inner.dirty_read(space, bitmap);
+        let (container, ns) = (self.trace.container(space), start.elapsed().as_nanos());
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        let (IovaRange { first, last }, pages) = (bitmap.range(), bitmap.pages());
         self.trace.line(format_args!(
-            "host unmap container={container} iova={first:#x}-{last:#x} bytes={bytes:#x} ns={ns} result={said}"
+            "host dirty-read container={container} iova={first:#x}-{last:#x} pages={pages} ns={ns} result={said}"
         ));
+        result
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let start = Instant::now();
+        let result = self.inner.unmap_dirty(space, bitmap, close);
+        self.unmapped(space, bitmap.range(), start.elapsed(), &result);
         result
     }
 }

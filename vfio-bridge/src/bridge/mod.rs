@@ -16,6 +16,8 @@
 //! the first two.
 
 mod audit;
+pub(crate) mod dirty;
+pub(crate) mod dirty_reads;
 pub(crate) mod group;
 pub(crate) mod guest_map;
 mod host_space;
@@ -91,13 +93,15 @@ pub struct Bridge {
     guest: Arc<ArcSwap<GuestMap>>,
     quarantine: Arc<dyn Quarantine>,
     directory: RwLock<Directory>,
+    dirty_all: dirty::All,
 }
 
 impl Bridge {
     /// A bridge from `hosts`, no group of which is in two, to the memory in `guest`. No function is behind it until
     /// [`Bridge::register`].
     pub fn new(hosts: Vec<Arc<dyn HostIommu>>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
-        Self { hosts, guest: Arc::new(ArcSwap::from_pointee(guest)), quarantine, directory: RwLock::default() }
+        let (guest, directory) = (Arc::new(ArcSwap::from_pointee(guest)), RwLock::default());
+        Self { hosts, guest, quarantine, directory, dirty_all: dirty::All::default() }
     }
 
     /// Puts a function of host group `group` behind the bridge. It reaches nothing until the unit attaches it, and
@@ -121,6 +125,9 @@ impl Bridge {
         };
         let mut placed = lock(&placed);
         placed.add(requester);
+        if let Some(race) = self.dirty_all.get() {
+            self.start_dirty(&placed, race);
+        }
         let counters = (host.name(), Arc::clone(placed.counters()));
         self.directory_mut().counters.insert(requester, counters);
         let mut broken = Broken::new();
@@ -218,6 +225,13 @@ impl Bridge {
     fn everyone(&self) -> Vec<Arc<Mutex<PlacedGroup>>> {
         let directory = self.directory();
         directory.groups.values().chain(directory.parts.values()).cloned().collect()
+    }
+
+    /// The parts that are attached of the functions in `group`.
+    fn parts_of(&self, group: &Group) -> Vec<Arc<Mutex<PlacedGroup>>> {
+        let directory = self.directory();
+        let its = |stream: &Stream| group.members().any(|member| member == stream.requester);
+        directory.parts.iter().filter(|(stream, _)| its(stream)).map(|(_, part)| Arc::clone(part)).collect()
     }
 
     /// Why a member of `group` was stopped, if one was.

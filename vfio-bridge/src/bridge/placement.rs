@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{error, warn};
 use vtd::{IovaRange, Mapping, Requester, SpaceKey, Stream};
 
+use super::dirty::GroupLog;
 use super::group::Group;
 use super::guest_map::GuestMap;
 use super::host_space::{HostSpace, Lost};
@@ -73,6 +74,8 @@ pub(super) struct HeldState {
     pub alone: Option<Requester>,
     /// Who is in it, with the requests of the guest's functions that this is.
     pub occupants: BTreeMap<Occupant, Vec<Stream>>,
+    /// What each of them wrote.
+    pub logs: BTreeMap<Occupant, Arc<GroupLog>>,
     /// Its functions were stopped, or are about to be.
     stopped: bool,
     /// Given back to the host: nobody joins it any more.
@@ -89,6 +92,7 @@ impl Held {
             refused: Vec::new(),
             alone: None,
             occupants: BTreeMap::new(),
+            logs: BTreeMap::new(),
             stopped: false,
             retired: false,
             pins: Pins::default(),
@@ -212,6 +216,7 @@ pub(super) struct PlacedGroup {
     pub group: Group,
     host: Arc<dyn HostIommu>,
     counters: Arc<Counters>,
+    log: Arc<GroupLog>,
     place: Place,
     /// The space of the guest that it is in.
     pub space: SpaceKey,
@@ -233,20 +238,20 @@ impl PlacedGroup {
             }
             Placement::PerSpace => Place::Attached(None),
         };
-        Self::at(Occupant::Group(id), host, place, counters)
+        Self::at(Occupant::Group(id), host, place, counters, Arc::default())
     }
 
-    /// A part of a function whose group is `whole`, which reaches nothing. `None` where groups are in their host spaces
+    /// A part of a function whose group is `whole`, which reaches nothing. What it writes is in the log of that. `None` where groups are in their host spaces
     /// for life, and so the parts of a function are, too.
     pub fn part_of(whole: &Self, stream: HostStream) -> Option<Self> {
         let Place::Attached(_) = whole.place else { return None };
         let (host, counters) = (Arc::clone(&whole.host), Arc::clone(&whole.counters));
-        Some(Self::at(Occupant::Part(stream), host, Place::Attached(None), counters))
+        Some(Self::at(Occupant::Part(stream), host, Place::Attached(None), counters, Arc::clone(&whole.log)))
     }
 
-    fn at(who: Occupant, host: Arc<dyn HostIommu>, place: Place, counters: Arc<Counters>) -> Self {
+    fn at(who: Occupant, host: Arc<dyn HostIommu>, place: Place, counters: Arc<Counters>, log: Arc<GroupLog>) -> Self {
         let (group, space) = (Group::default(), SpaceKey::Blocked);
-        Self { who, group, host, counters, place, space, stopped: None, said_blocked: false }
+        Self { who, group, host, counters, log, place, space, stopped: None, said_blocked: false }
     }
 
     /// It is in no space of the host, and was not stopped: nothing is lost if it is forgotten.
@@ -265,6 +270,10 @@ impl PlacedGroup {
 
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    pub fn log(&self) -> &Arc<GroupLog> {
+        &self.log
     }
 
     /// The counters of `host`, if all of its spaces are counted together and this group is one of its.
@@ -302,7 +311,9 @@ impl PlacedGroup {
     pub fn add(&mut self, requester: Requester) {
         self.group.add(requester);
         if let Some(held) = self.held() {
-            held.lock().occupants.insert(self.who, self.streams());
+            let mut state = held.lock();
+            state.occupants.insert(self.who, self.streams());
+            state.admit(self.who, &self.log);
         }
     }
 }
@@ -432,6 +443,7 @@ impl Bridge {
         let refused = whole && !lost.is_empty();
         let stays = placed.held().is_some_and(|before| Arc::ptr_eq(before, &held));
         if !refused && !stays && state.space.broken().is_none() {
+            state.admit(placed.who, &placed.log);
             match placed.who.attach(&*placed.host, state.space.id()) {
                 Ok(()) => {
                     state.occupants.insert(placed.who, placed.streams());
@@ -508,6 +520,7 @@ impl Bridge {
 
     fn leave(&self, who: Occupant, held: &Arc<Held>) {
         let mut state = held.lock();
+        state.dismiss(who);
         state.occupants.remove(&who);
         self.retire_if_empty(held, &mut state);
     }

@@ -9,6 +9,7 @@ use vtd::{Perm, RefusalCause};
 use super::{GroupId, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 
 /// How a call fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,8 +37,10 @@ pub enum Call {
     DetachPart,
     /// [`HostIommu::map`], also as one of several.
     Map,
-    /// [`HostIommu::unmap`].
+    /// [`HostIommu::unmap`] and [`HostIommu::unmap_dirty`].
     Unmap,
+    /// [`HostIommu::dirty_start`] and [`HostIommu::dirty_read`].
+    Dirty,
 }
 
 #[derive(Default)]
@@ -89,6 +92,18 @@ impl Faulty {
             state.failed = Some(call);
             failure
         })
+    }
+
+    fn unmapped(&self, ask: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
+        match self.failure(Call::Unmap) {
+            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::DoneAndRefused(errno)) => {
+                ask()?;
+                Err(io::Error::from_raw_os_error(errno))
+            }
+            Some(Failure::Miscounted(more)) => Ok(ask()?.wrapping_add_signed(more)),
+            None => ask(),
+        }
     }
 
     fn simple<T>(&self, call: Call, ask: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
@@ -153,18 +168,33 @@ impl HostIommu for Faulty {
     }
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
-        match self.failure(Call::Unmap) {
-            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::DoneAndRefused(errno)) => {
-                self.inner.unmap(space, range)?;
-                Err(io::Error::from_raw_os_error(errno))
-            }
-            Some(Failure::Miscounted(more)) => Ok(self.inner.unmap(space, range)?.wrapping_add_signed(more)),
-            None => self.inner.unmap(space, range),
-        }
+        self.unmapped(|| self.inner.unmap(space, range))
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         self.inner.remedy(space, cause)
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        self.simple(Call::Dirty, || self.inner.dirty_start(space))
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        self.inner.dirty_stop(space);
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        // What was read and is not handed on: nothing of it may be believed.
+        let mut read = bitmap.clone();
+        self.simple(Call::Dirty, || self.inner.dirty_read(space, &mut read))?;
+        *bitmap = read;
+        Ok(())
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let mut read = bitmap.clone();
+        let unmapped = self.unmapped(|| self.inner.unmap_dirty(space, &mut read, close))?;
+        *bitmap = read;
+        Ok(unmapped)
     }
 }

@@ -3,6 +3,7 @@
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
+pub mod dirty;
 pub mod faulty;
 pub(crate) mod members;
 pub mod model;
@@ -16,6 +17,7 @@ use vtd::{Pasid, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 
 /// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that
 /// another process emulates is alone in its group, which the kernel knows nothing of.
@@ -249,6 +251,46 @@ pub trait HostIommu: Send + Sync {
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         let _ = (space, cause);
         String::new()
+    }
+
+    /// From now on what devices write by `space` is tracked (E-1), also in mappings that come later; nothing of it is
+    /// dirty yet.
+    ///
+    /// # Errors
+    /// The host cannot tell what is written. That is never taken for "nothing".
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let _ = space;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Nothing is tracked in `space` any more.
+    fn dirty_stop(&self, space: HostSpaceId) {
+        let _ = space;
+    }
+
+    /// What was written in the range of `bitmap` since it was last asked for is marked there, and is clean again. The
+    /// range is one of whole mappings, and has the mappings in it, with holes between them; what `bitmap` has of the
+    /// holes means nothing. Read-only mappings may be marked, too.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what was written.
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let _ = (space, bitmap);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// [`HostIommu::unmap`] of the range of `bitmap`, in which what was written there since the last read is marked
+    /// (E-2): what no read finds any more once the mappings are gone. Asked for only while `space` is tracked.
+    ///
+    /// A host whose [`UnmapWindow`](dirty::UnmapWindow) is not `Reported` clears the translation, then reads what is
+    /// dirty, then flushes the IOTLB: what a device writes by a cached translation before the flush is lost (E-3). With
+    /// `close`, which is only asked of one whose window is `Closable`, nothing can be written when it is read.
+    ///
+    /// # Errors
+    /// As for an unmap.
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let _ = (space, bitmap, close);
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

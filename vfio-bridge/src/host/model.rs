@@ -6,6 +6,8 @@
 //! it can fail any operation on request. A hook sees what it holds after **every** operation: that is how tests check
 //! what a device can reach in the middle of a change.
 
+mod dirty;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +18,7 @@ use vtd::{IovaRange, Perm, RefusalCause};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::members::{self, Devices};
 use crate::host::type1::remedy;
 use crate::host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
@@ -136,6 +139,7 @@ struct State {
     unmaps: u64,
     hook: Option<Hook>,
     injector: Option<Injector>,
+    tracker: dirty::Tracker,
 }
 
 /// The model. Its spaces are numbered from 1 on.
@@ -344,6 +348,7 @@ impl Model {
         for held in &gone {
             contents.remove(&held.iova);
         }
+        state.tracker.unmapped(space, &gone);
         let bytes = gone.iter().map(|held| held.len).sum();
         state.pinned -= bytes;
         Ok(bytes)
@@ -367,6 +372,7 @@ impl State {
                     return Err(libc::EBUSY);
                 }
                 let contents = self.spaces.remove(&space).ok_or(libc::ENOENT)?;
+                self.tracker.forget(space);
                 self.pinned -= contents.values().map(|held| held.len).sum::<u64>();
             }
             HostOp::Attach(group) => {
@@ -485,6 +491,22 @@ impl HostIommu for Model {
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         self.groups_in(space).first().map(|group| remedy(*group, cause)).unwrap_or_default()
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        self.start_tracking(space).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        self.stop_tracking(space);
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        self.read_dirty(space, bitmap).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        self.unmap_and_read(space, bitmap, close).map_err(io::Error::from_raw_os_error)
     }
 }
 

@@ -5,6 +5,8 @@
 mod audit;
 mod behaviours;
 mod broken;
+mod dirty;
+mod dirty_property;
 mod faulty;
 mod groups;
 mod parts;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vfio_bridge::faulty::{Failure, Faulty};
 use vfio_bridge::model::{HostOp, Kernel, Model};
-use vfio_bridge::{Bridge, GroupId, HostDevice, HostIommu, HostStream};
+use vfio_bridge::{Bridge, DirtyRace, GroupId, HostDevice, HostIommu, HostStream};
 use vtd::{AttachRefused, Audit, Pasid, SpaceKey, SpaceListener, Stream};
 
 use crate::world::*;
@@ -142,6 +142,34 @@ fn c4_a_part_of_a_function_is_in_a_space_of_its_own() {
     let refused = parts.attach(part(1, 9), &paged(4, 48), &[(0, RAM.low)]);
     let Err(AttachRefused::Partial(refused)) = refused else { panic!("{refused:?}") };
     assert_eq!(refused[0].stream, part(1, 9));
+}
+
+#[test]
+fn e1_what_a_part_of_a_function_writes_is_what_the_function_wrote() {
+    let parts = Parts::new();
+    for device in [1, 2] {
+        parts.attach(requester(device), &paged(1, 48), &[(0, KIB4)]).expect("attached");
+    }
+    parts.attach(part(1, 5), &paged(2, 48), &[(0, 2 * KIB4)]).expect("attached");
+    let write = |stream| parts.model.write_stream(stream, 0).expect("mapped");
+    write(on_host(1, 5));
+    parts.bridge.dirty_start(None, DirtyRace::Open).expect("all");
+    let read = |device| {
+        let pages = parts.bridge.dirty_read(device).expect("tracked").pages;
+        (0..8).filter(|page| pages.contains(page * KIB4)).collect::<Vec<_>>()
+    };
+    assert_eq!(read(None), [], "it was written before");
+    write(on_host(2, None));
+    write(on_host(1, 5));
+    assert_eq!(read(Some(requester(1))), [1, 2]);
+    // One that comes while they are tracked, and goes before anybody asks.
+    parts.attach(part(2, 6), &paged(3, 48), &[(0, 3 * KIB4)]).expect("attached");
+    write(on_host(2, 6));
+    parts.bridge.detach(part(2, 6));
+    assert_eq!(read(None), [3]);
+    parts.bridge.dirty_stop(None).expect("all");
+    let tracked = [on_host(1, None), on_host(1, 5)].map(|stream| parts.model.space_of_stream(stream));
+    assert!(tracked.into_iter().flatten().all(|space| !parts.model.tracks(space)));
 }
 
 #[test]
