@@ -158,7 +158,7 @@ fn e1_what_a_part_of_a_function_writes_is_what_the_function_wrote() {
         let pages = parts.bridge.dirty_read(device).expect("tracked").pages;
         (0..8).filter(|page| pages.contains(page * KIB4)).collect::<Vec<_>>()
     };
-    assert_eq!(read(None), [], "it was written before");
+    assert_eq!(read(None), Vec::<u64>::new(), "it was written before");
     write(on_host(2, None));
     write(on_host(1, 5));
     assert_eq!(read(Some(requester(1))), [1, 2]);
