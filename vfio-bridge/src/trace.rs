@@ -289,6 +289,10 @@ impl HostIommu for TracedHost {
         self.inner.remedy(space, cause)
     }
 
+    fn astray(&self, group: GroupId) -> Option<String> {
+        self.inner.astray(group)
+    }
+
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let start = Instant::now();
         let result = self.inner.map(space, iova, mem, perm);

@@ -287,7 +287,14 @@ impl Bridge {
                     state.groups.insert(placed.id, placed.group.members().collect());
                     Ok(())
                 }
-                Err(e) => Err(format!("the host could not attach it: {e}")),
+                Err(e) => {
+                    if let Some(why) = placed.host.astray(placed.id) {
+                        // It may be in this space or in the one before: it is stopped, and the others stay.
+                        broken.push((placed.group.members().collect(), why.clone()));
+                        placed.stopped.get_or_insert(why);
+                    }
+                    Err(format!("the host could not attach it: {e}"))
+                }
             };
         }
         let joined = state.groups.contains_key(&placed.id);
@@ -332,9 +339,12 @@ impl Bridge {
         self.retire_if_empty(held, &mut state);
     }
 
-    /// A host space that nobody is in goes.
+    /// A host space that nobody is in goes; but not the identity space, so that translation that is turned off is one
+    /// attach (B-12).
     fn retire_if_empty(&self, held: &Arc<Held>, state: &mut HeldState) {
-        if state.groups.is_empty() && !std::mem::replace(&mut state.retired, true) {
+        let stays = state.follows(&SpaceKey::Identity)
+            && self.following(&SpaceKey::Identity).iter().any(|other| Arc::ptr_eq(other, held));
+        if state.groups.is_empty() && !stays && !std::mem::replace(&mut state.retired, true) {
             self.follow(held, state.holds, SpaceKey::Blocked);
             held.host.destroy(state.space.id());
             state.space.gone();
@@ -346,7 +356,9 @@ impl Bridge {
         if let Some(why) = state.space.broken()
             && !state.stopped
         {
-            broken.push((state.groups.values().flatten().copied().collect(), why.to_owned()));
+            if !state.groups.is_empty() {
+                broken.push((state.groups.values().flatten().copied().collect(), why.to_owned()));
+            }
             state.stopped = true;
             self.follow(held, state.holds, SpaceKey::Blocked);
         }
@@ -368,6 +380,16 @@ impl Bridge {
                 let guest = self.guest.load();
                 state.fill(&guest, SpaceKey::Identity, &mut std::iter::empty(), false, &mut Vec::new());
                 self.note_broken(held, &mut state, &mut broken);
+            }
+        }
+        for held in self.following(&SpaceKey::Identity).iter() {
+            let mut state = held.lock();
+            // One that nobody is in at the moment.
+            if state.groups.is_empty() && state.follows(&SpaceKey::Identity) {
+                let guest = self.guest.load();
+                state.fill(&guest, SpaceKey::Identity, &mut std::iter::empty(), false, &mut Vec::new());
+                self.note_broken(held, &mut state, &mut broken);
+                self.retire_if_empty(held, &mut state);
             }
         }
         self.stop(&broken);

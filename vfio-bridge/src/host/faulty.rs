@@ -155,4 +155,8 @@ impl HostIommu for Faulty {
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         self.inner.remedy(space, cause)
     }
+
+    fn astray(&self, group: GroupId) -> Option<String> {
+        self.inner.astray(group)
+    }
 }

@@ -1,9 +1,10 @@
-//! What the bridge asks of a host IOMMU: the seam to `type1`, to `vfio_user`, and to the `model` that tests use.
+//! What the bridge asks of a host IOMMU: the seam to `type1`, `iommufd` and `vfio_user`, and to the `model` that tests use.
 //!
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 pub mod faulty;
+pub(crate) mod iommufd;
 pub mod model;
 pub(crate) mod type1;
 
@@ -158,7 +159,7 @@ pub trait HostIommu: Send + Sync {
     /// [`Placement::PerSpace`].
     ///
     /// # Errors
-    /// The group is where it was.
+    /// The group is where it was, or reaches nothing; unless [`HostIommu::astray`] says otherwise.
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
         let _ = (group, space);
         Err(io::ErrorKind::Unsupported.into())
@@ -190,6 +191,13 @@ pub trait HostIommu: Send + Sync {
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         let _ = (space, cause);
         String::new()
+    }
+
+    /// After an attach of `group` that failed: why it may be in that space, in the one before, or in none, and which is
+    /// not known. `None` when it is where it was, or reaches nothing. Its functions are stopped for it.
+    fn astray(&self, group: GroupId) -> Option<String> {
+        let _ = group;
+        None
     }
 }
 

@@ -6,6 +6,7 @@ mod behaviours;
 mod broken;
 mod faulty;
 mod groups;
+mod per_space;
 mod placement;
 mod property;
 mod refusals;
