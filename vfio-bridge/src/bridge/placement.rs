@@ -525,9 +525,12 @@ impl Bridge {
         self.retire_if_empty(held, &mut state);
     }
 
-    /// A host space that nobody is in goes.
+    /// A host space that nobody is in goes; but not the identity space, so that translation that is turned off is one
+    /// attach (B-12).
     fn retire_if_empty(&self, held: &Arc<Held>, state: &mut HeldState) {
-        if state.occupants.is_empty() && !std::mem::replace(&mut state.retired, true) {
+        let stays = state.follows(&SpaceKey::Identity)
+            && self.following(&SpaceKey::Identity).iter().any(|other| Arc::ptr_eq(other, held));
+        if state.occupants.is_empty() && !stays && !std::mem::replace(&mut state.retired, true) {
             self.follow(held, state.holds, SpaceKey::Blocked);
             held.host.destroy(state.space.id());
             state.space.gone();
@@ -540,7 +543,9 @@ impl Bridge {
             && !state.stopped
         {
             let functions: BTreeSet<Requester> = state.occupants.values().flatten().map(|of| of.requester).collect();
-            broken.push((functions.into_iter().collect(), why.to_owned()));
+            if !functions.is_empty() {
+                broken.push((functions.into_iter().collect(), why.to_owned()));
+            }
             state.stopped = true;
             self.follow(held, state.holds, SpaceKey::Blocked);
         }
@@ -570,6 +575,16 @@ impl Bridge {
                 state = held.without_pins(state, Going::Ranges(&going));
                 state.fill_with(&guest, identity, &target, false, lost);
                 self.note_broken(held, &mut state, &mut broken);
+            }
+        }
+        for held in self.following(&SpaceKey::Identity).iter() {
+            let mut state = held.lock();
+            // One that nobody is in at the moment.
+            if state.occupants.is_empty() && state.follows(&SpaceKey::Identity) {
+                let guest = self.guest.load();
+                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
+                self.note_broken(held, &mut state, &mut broken);
+                self.retire_if_empty(held, &mut state);
             }
         }
         self.stop(&broken);

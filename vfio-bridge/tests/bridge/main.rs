@@ -11,6 +11,7 @@ mod faulty;
 mod groups;
 mod parts;
 mod peers;
+mod per_space;
 mod pins;
 mod placement;
 mod property;

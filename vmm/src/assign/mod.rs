@@ -1,6 +1,7 @@
 //! Assigned functions: what is checked before anything runs, how they are opened, what is said about them, and how one
 //! is stopped.
 
+mod backend;
 mod check;
 mod open;
 mod quarantine;
@@ -9,7 +10,7 @@ mod requests;
 
 use devices::vfio_pci::VfioPciError;
 use vfio_bridge::vfio_user::ConnectError;
-use vfio_bridge::{GroupId, GuestMapError, OpenError, RegisterError};
+use vfio_bridge::{Bdf, GroupId, GuestMapError, OpenError, RegisterError};
 use vtd::AttachRefused;
 
 use self::check::widest;
@@ -43,6 +44,17 @@ pub enum Error {
     NoCachingMode {
         /// The device's.
         kind: &'static str,
+    },
+    /// Two functions of one host group, and two backends.
+    #[error(
+        "{bdf} and another function of host group {group} are given different backends, and the kernel gives a group to one; write the \
+         same backend= for both, or none"
+    )]
+    TwoBackends {
+        /// One of them.
+        bdf: Bdf,
+        /// Their group.
+        group: GroupId,
     },
     /// The socket of a function of another process cannot be looked at.
     #[error("{socket}, where a vfio-user device should be, cannot be used: {source}; start its process first")]

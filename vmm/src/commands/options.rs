@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::config::{DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
+use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
 
 /// Why an option's value is wrong. A sentence for the user.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -184,15 +184,16 @@ impl std::str::FromStr for DeviceOption {
         let (keys, kind) = match kind {
             "vfio" => {
                 let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id"])?;
-                keys.get("backend", |value| match value {
-                    "auto" | "type1" => Ok(()),
-                    "iommufd" => unavailable("the iommufd backend"),
+                let backend = keys.get("backend", |value| match value {
+                    "auto" => Ok(None),
+                    "type1" => Ok(Some(Backend::Type1)),
+                    "iommufd" => Ok(Some(Backend::Iommufd)),
                     _ => bad(format!("`{value}` is not auto, type1 or iommufd")),
                 })?;
                 let host = keys
                     .get("host", |text| text.parse().map_err(|e: vfio_bridge::BdfError| BadOption(e.to_string())))?
                     .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
-                (keys, DeviceKind::Vfio { host })
+                (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
             "vfio-user" => {

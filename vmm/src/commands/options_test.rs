@@ -79,9 +79,17 @@ fn device_keys() {
         Ok(DeviceOption {
             id: Some("disk".into()),
             addr: Some(Slot { device: 0x1e, function: 7 }),
-            kind: DeviceKind::Vfio { host }
+            kind: DeviceKind::Vfio { host, backend: Some(Backend::Type1) }
         })
     );
+    let backend = |text: &str| match text.parse::<DeviceOption>().unwrap().kind {
+        DeviceKind::Vfio { backend, .. } => backend,
+        _ => None,
+    };
+    for key in ["", ",backend=auto"] {
+        assert_eq!(backend(&format!("vfio,host=00:09.0{key}")), None);
+    }
+    assert_eq!(backend("vfio,host=00:09.0,backend=iommufd"), Some(Backend::Iommufd));
     let user = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
     assert_eq!(user("vfio-user,socket=/run/x"), DeviceKind::VfioUser { socket: UserSocket::Path("/run/x".into()) });
     assert_eq!(user("vfio-user,fd=5,addr=03.0"), DeviceKind::VfioUser { socket: UserSocket::Fd(5) });
@@ -92,7 +100,6 @@ fn device_keys() {
         ("vfio,host=00:09.8", "not a PCI address"),
         ("vfio,host=0:0:0:0.0", "not a PCI address"),
         ("vfio,host=+0:09.0", "not a PCI address"),
-        ("vfio,host=00:09.0,backend=iommufd", "not available in this version"),
         ("vfio,host=00:09.0,backend=foo", "not auto, type1 or iommufd"),
         ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, host, id"),
         ("vfio,host=00:09.0,host=00:09.0", "given twice"),

@@ -225,7 +225,7 @@ impl Machine {
 
         let assigned = assign::open(&vm, &ram, wanted.memory, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(wanted.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
-        assign::report(&assigned.limits, wanted.memory);
+        assign::report(&assigned.limits, assigned.pinning, wanted.memory);
         assign::report_functions(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;

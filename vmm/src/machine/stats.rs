@@ -57,7 +57,7 @@ pub struct Device {
 /// What the bridge did for a device.
 #[derive(Serialize, Default, Debug)]
 pub struct Bridge {
-    /// type1 or vfio-user.
+    /// type1, iommufd or vfio-user.
     pub backend: &'static str,
     /// Its counts.
     #[serde(flatten)]
