@@ -21,6 +21,8 @@ use crate::machine::control::Control;
 pub struct Assigned {
     /// What the units tell of.
     pub bridge: Arc<Bridge>,
+    /// The guest-physical map that it has: all RAM.
+    pub guest: GuestMap,
     /// Open functions, in the order they were checked.
     pub functions: Vec<Arc<dyn Function>>,
     /// What the host allows, by group.
@@ -67,8 +69,8 @@ pub fn open(
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())),
         None => host,
     };
-    let bridge = Arc::new(Bridge::new(hosts.map(traced).into(), guest, breaker.clone()));
-    Ok(Assigned { bridge, functions, limits, breaker })
+    let bridge = Arc::new(Bridge::new(hosts.map(traced).into(), guest.clone(), breaker.clone()));
+    Ok(Assigned { bridge, guest, functions, limits, breaker })
 }
 
 fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {
