@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::warn;
-use vtd::{IovaRange, Mapping, Requester, SpaceKey};
+use vtd::{IovaRange, Mapping, PagedSpace, Requester, SpaceKey, Tables};
 
 use super::group::Group;
 use super::guest_map::GuestMap;
@@ -88,6 +88,7 @@ impl HeldState {
         lost: &mut Vec<Lost>,
     ) {
         let mut target = Vec::new();
+        self.space.set_width(width_of(&space));
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
@@ -115,6 +116,14 @@ impl HeldState {
             // In identity an IOVA is a guest-physical address.
             lost.retain(|lost| !guest.is_bar(lost.range.first));
         }
+    }
+}
+
+/// How many bits the addresses of `space` have.
+fn width_of(space: &SpaceKey) -> u8 {
+    match space {
+        SpaceKey::Paged(PagedSpace { tables: Tables::Second { width, .. }, .. }) => *width,
+        SpaceKey::Identity | SpaceKey::Blocked => 64,
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
-use devices::dma::{DirectMemory, DmaTarget};
+use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::Edu;
 use devices::host::{IrqLine, PowerControl};
 use devices::ioapic::{EoiListener, IoApic};
@@ -525,7 +525,10 @@ impl Plug<'_> {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
         let memory: Box<dyn DmaTarget> = match self.unit {
-            Some(unit) => Box::new(unit.endpoint(requester)),
+            Some(unit) => {
+                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
+                Box::new(BehindUnit { endpoint, decoder })
+            }
             None => Box::new(DirectMemory((**self.ram).clone())),
         };
         let line = self.line(requester, 1);
