@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{error, warn};
-use vtd::{IovaRange, Mapping, Requester, SpaceKey, Stream};
+use vtd::{IovaRange, Mapping, PagedSpace, Requester, SpaceKey, Stream, Tables};
 
 use super::dirty::GroupLog;
 use super::group::Group;
@@ -164,6 +164,7 @@ impl HeldState {
         lost: &mut Vec<Lost>,
     ) -> Vec<Extent> {
         let mut target = Vec::new();
+        self.space.set_width(width_of(&space));
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
@@ -199,6 +200,14 @@ impl HeldState {
             // In identity an IOVA is a guest-physical address.
             lost.retain(|lost| !guest.is_bar(lost.range.first));
         }
+    }
+}
+
+/// How many bits the addresses of `space` have.
+fn width_of(space: &SpaceKey) -> u8 {
+    match space {
+        SpaceKey::Paged(PagedSpace { tables: Tables::Second { width, .. }, .. }) => *width,
+        SpaceKey::Identity | SpaceKey::Blocked => 64,
     }
 }
 

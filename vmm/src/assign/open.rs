@@ -23,6 +23,8 @@ use crate::machine::control::Control;
 pub struct Assigned {
     /// What the units tell of.
     pub bridge: Arc<Bridge>,
+    /// The guest-physical map that it has: all RAM.
+    pub guest: GuestMap,
     /// Open functions, in the order they were checked.
     pub functions: Vec<Arc<dyn Function>>,
     /// What the host allows, by group.
@@ -89,8 +91,9 @@ pub fn open(
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())) as Arc<dyn HostIommu>,
         None => host,
     };
-    let bridge = Arc::new(Bridge::new(hosts.into_iter().map(traced).collect(), guest, breaker.clone()));
-    Ok(Assigned { bridge, functions, limits, pinning, breaker })
+    let hosts = hosts.into_iter().map(traced).collect();
+    let bridge = Arc::new(Bridge::new(hosts, guest.clone(), breaker.clone()));
+    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker })
 }
 
 fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {

@@ -6,6 +6,7 @@ pub mod control;
 pub mod control_socket;
 pub mod events;
 mod legacy;
+mod peers;
 pub mod stats;
 mod steering;
 
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
-use devices::dma::{DirectMemory, DmaTarget};
+use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::Edu;
 use devices::host::{IrqLine, PowerControl};
 use devices::ioapic::{EoiListener, IoApic};
@@ -38,7 +39,7 @@ use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
 use crate::kvm::memory::Ram;
-use crate::kvm::slots::KvmSlots;
+use crate::kvm::slots::{FunctionSlots, KvmSlots};
 use crate::kvm::vcpu::{self, Buses};
 use crate::kvm::vm;
 use crate::machine::control::{Control, Stop};
@@ -46,6 +47,7 @@ use crate::machine::legacy::Legacy;
 use crate::open_files;
 use crate::output::OutputWriter;
 use bars::NoPlace;
+use peers::PeerMemory;
 use stats::{Device, Stats};
 
 impl PowerControl for Control {
@@ -127,6 +129,7 @@ pub struct Machine {
     interrupts: Arc<KvmInterrupts>,
     unit: Option<Arc<Unit<Ram>>>,
     bridge: Arc<Bridge>,
+    peers: Arc<PeerMemory>,
     tables: Tables,
     ram: Arc<Ram>,
     ram_size: u64,
@@ -229,7 +232,6 @@ impl Machine {
         assign::report_functions(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
-        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output, drained)?;
 
@@ -243,7 +245,7 @@ impl Machine {
                 config.interrupt_remapping = option.interrupt_remapping;
                 config.extended_interrupt_mode = option.extended_interrupt_mode;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
-                let listener: Arc<dyn SpaceListener> = match trace {
+                let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
@@ -256,6 +258,8 @@ impl Machine {
             }
         };
         let bridge = assigned.bridge.clone();
+        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
+        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
         let mut plug = Plug {
             platform: &platform,
             unit: unit.as_ref(),
@@ -314,6 +318,7 @@ impl Machine {
             interrupts,
             unit,
             bridge,
+            peers,
             tables,
             ram,
             ram_size: wanted.memory,
@@ -403,6 +408,7 @@ impl Machine {
     /// Compares the guest's tables, the shadows, and what the host was handed. A trace gets the ledgers.
     pub fn audit(&self, trace: Option<&Trace>) -> Audit {
         let bridge = &self.bridge;
+        let _unchanged = self.peers.hold();
         if let Some(trace) = trace {
             bridge.trace_ledgers(trace);
         }
@@ -519,7 +525,10 @@ impl Plug<'_> {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
         let memory: Box<dyn DmaTarget> = match self.unit {
-            Some(unit) => Box::new(unit.endpoint(requester)),
+            Some(unit) => {
+                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
+                Box::new(BehindUnit { endpoint, decoder })
+            }
             None => Box::new(DirectMemory((**self.ram).clone())),
         };
         let line = self.line(requester, 1);
@@ -551,7 +560,7 @@ impl Plug<'_> {
             requester,
             host: function,
             decoder: self.platform.root.decoder(),
-            slots: self.slots.clone(),
+            slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
             interrupts: self.interrupts.clone(),
             intx,
         })
