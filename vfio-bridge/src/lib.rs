@@ -20,7 +20,7 @@ pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
-pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
+pub use function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::type1::Type1;
 pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 pub use host::{faulty, model};

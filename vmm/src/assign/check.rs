@@ -19,14 +19,19 @@ pub enum Checked {
     /// Of the host.
     Vfio(CheckedFunction),
     /// Of another process.
-    User(UserSocket),
+    User {
+        /// Where that is.
+        socket: UserSocket,
+        /// It is given no file of the guest's memory.
+        confine: bool,
+    },
 }
 
 impl Checked {
     pub(super) fn group(&self) -> Option<GroupId> {
         match self {
             Self::Vfio(function) => Some(function.group()),
-            Self::User(_) => None,
+            Self::User { .. } => None,
         }
     }
 }
@@ -44,7 +49,9 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
     let paths = HostPaths::default();
     let checked = devices.iter().filter_map(|device| match &device.kind {
         DeviceKind::Vfio { host } => Some(paths.check(*host).map(Checked::Vfio).map_err(Error::from)),
-        DeviceKind::VfioUser { socket } => Some(check_socket(socket).map(|()| Checked::User(socket.clone()))),
+        DeviceKind::VfioUser { socket, confine } => {
+            Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
+        }
         DeviceKind::Edu => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;

@@ -30,7 +30,9 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
 pub fn report_functions(functions: &[Arc<dyn Function>]) {
     for function in functions {
         let (name, way) = (function.name(), function.reset_way());
-        if function.is_emulated() {
+        if function.is_confined() {
+            log::info!("{name}: its process is given no memory, and asks for each access by message");
+        } else if function.is_emulated() {
             log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
         }
         if way.is_sure() {
