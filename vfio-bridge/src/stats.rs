@@ -1,7 +1,8 @@
 //! Counters of what the bridge did to the host, as the statistics file shows them.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vtd::RefusalCause;
@@ -96,6 +97,14 @@ impl Counters {
         self.host_unmaps.fetch_add(1, Relaxed);
         self.host_time_ns.fetch_add(nanos(time), Relaxed);
         self.unmapped_bytes.fetch_add(unmapped.unwrap_or(0), Relaxed);
+    }
+    /// Has the host unmap, and counts that; its bytes only if they are `expected`.
+    pub fn time_unmap(&self, expected: u64, unmap: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
+        let start = Instant::now();
+        let result = unmap();
+        let whole = result.as_ref().ok().copied().filter(|bytes| *bytes == expected);
+        self.host_unmap(start.elapsed(), whole);
+        result
     }
     /// A host space that held `before` (extents, bytes) holds `now`.
     pub fn held(&self, before: (u64, u64), now: (u64, u64)) {

@@ -11,13 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vtd::{
-    Applied, AttachRefused, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener, Stream,
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
+    Stream,
 };
 
 use crate::bridge::guest_map::{GuestMap, HostMem};
 use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::Limits;
-use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
+use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 
 /// Where the lines go, through a buffer.
 pub struct Trace {
@@ -119,6 +121,16 @@ impl fmt::Display for Device {
     }
 }
 
+/// `part=3 pasid=0x5`: the number that the host has for the device.
+struct Part(HostStream);
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "part={}", self.0.device.0)?;
+        self.0.pasid.map_or(Ok(()), |Pasid(pasid)| write!(f, " pasid={pasid:#x}"))
+    }
+}
+
 fn cause(cause: RefusalCause) -> &'static str {
     match cause {
         RefusalCause::Limit => "limit",
@@ -210,6 +222,18 @@ impl TracedHost {
         Self { inner, trace }
     }
 
+    fn moved(&self, what: &str, ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let start = Instant::now();
+        let result = ask();
+        let ns = start.elapsed().as_nanos();
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host {what} ns={ns} result={said}"));
+        result
+    }
+
     fn mapped(&self, space: HostSpaceId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
         let Map { iova, mem, perm } = map;
         let (last, gpa, container, ns) =
@@ -220,6 +244,17 @@ impl TracedHost {
         };
         self.trace.line(format_args!(
             "host map container={container} iova={iova:#x}-{last:#x} gpa={gpa:#x} perm={perm} ns={ns} result={said}"
+        ));
+    }
+
+    fn unmapped(&self, space: HostSpaceId, range: IovaRange, time: Duration, result: &io::Result<u64>) {
+        let (IovaRange { first, last }, container, ns) = (range, self.trace.container(space), time.as_nanos());
+        let (said, bytes): (&dyn fmt::Display, u64) = match result {
+            Ok(bytes) => (&"ok", *bytes),
+            Err(e) => (&Word(e), 0),
+        };
+        self.trace.line(format_args!(
+            "host unmap container={container} iova={first:#x}-{last:#x} bytes={bytes:#x} ns={ns} result={said}"
         ));
     }
 }
@@ -261,28 +296,21 @@ impl HostIommu for TracedHost {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        let start = Instant::now();
-        let attached = self.inner.attach(group, space);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &attached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        let container = self.trace.container(space);
-        self.trace.line(format_args!("host attach container={container} group={group} ns={ns} result={said}"));
-        attached
+        let what = format!("attach container={} group={group}", self.trace.container(space));
+        self.moved(&what, || self.inner.attach(group, space))
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
-        let start = Instant::now();
-        let detached = self.inner.detach(group);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &detached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        self.trace.line(format_args!("host detach group={group} ns={ns} result={said}"));
-        detached
+        self.moved(&format!("detach group={group}"), || self.inner.detach(group))
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let what = format!("attach container={} {}", self.trace.container(space), Part(stream));
+        self.moved(&what, || self.inner.attach_part(stream, space))
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        self.moved(&format!("detach {}", Part(stream)), || self.inner.detach_part(stream))
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
@@ -311,19 +339,50 @@ impl HostIommu for TracedHost {
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         let start = Instant::now();
         let result = self.inner.unmap(space, range);
-        let ns = start.elapsed().as_nanos();
         let (first, last) = match range {
             UnmapRange::Span { first, last } => (first, last),
             UnmapRange::All => (0, u64::MAX),
         };
-        let container = self.trace.container(space);
-        let (said, bytes): (&dyn fmt::Display, u64) = match &result {
-            Ok(bytes) => (&"ok", *bytes),
-            Err(e) => (&Word(e), 0),
+        self.unmapped(space, IovaRange { first, last }, start.elapsed(), &result);
+        result
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let start = Instant::now();
+        let result = self.inner.dirty_start(space);
+        let (container, ns) = (self.trace.container(space), start.elapsed().as_nanos());
+        let said: &dyn fmt::Display = match &result {
+            Ok(support) => &support.knowledge.name(),
+            Err(e) => &Word(e),
         };
+        self.trace.line(format_args!("host dirty-start container={container} ns={ns} result={said}"));
+        result
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        self.inner.dirty_stop(space);
+        self.trace.line(format_args!("host dirty-stop container={} result=ok", self.trace.container(space)));
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let start = Instant::now();
+        let result = self.inner.dirty_read(space, bitmap);
+        let (container, ns) = (self.trace.container(space), start.elapsed().as_nanos());
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        let (IovaRange { first, last }, pages) = (bitmap.range(), bitmap.pages());
         self.trace.line(format_args!(
-            "host unmap container={container} iova={first:#x}-{last:#x} bytes={bytes:#x} ns={ns} result={said}"
+            "host dirty-read container={container} iova={first:#x}-{last:#x} pages={pages} ns={ns} result={said}"
         ));
+        result
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let start = Instant::now();
+        let result = self.inner.unmap_dirty(space, bitmap, close);
+        self.unmapped(space, bitmap.range(), start.elapsed(), &result);
         result
     }
 }

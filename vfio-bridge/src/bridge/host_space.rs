@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use log::{error, trace, warn};
 use vtd::{IovaRange, Mapping, RefusalCause};
 
-use crate::bridge::guest_map::GuestMap;
-use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::dirty::{Found, Tracking};
+use crate::bridge::guest_map::{GuestMap, MemKind, PAGE_SIZE};
 use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
 use crate::bridge::limits::{Limits, without_interrupt_window};
+use crate::host::dirty::DirtyKnowledge;
 use crate::host::{HostIommu, HostSpaceId, Map, MapRefused};
 use crate::stats::{Counters, cause_index};
 
@@ -52,6 +53,8 @@ pub(crate) struct HostSpace {
     warned: [bool; 5],
     /// Why it is no longer trusted to hold what the ledger says: an unmap was refused.
     broken: Option<String>,
+    /// What is written by it is tracked.
+    tracking: Option<Tracking>,
 }
 
 impl HostSpace {
@@ -59,7 +62,7 @@ impl HostSpace {
     pub fn new(id: HostSpaceId, host: Arc<dyn HostIommu>, owner: String, counters: Arc<Counters>) -> Self {
         let limits = host.limits(id);
         let (ledger, warned) = (Ledger::default(), [false; 5]);
-        Self { id, host, owner, limits, ledger, counters, counted: (0, 0), warned, broken: None }
+        Self { id, host, owner, limits, ledger, counters, counted: (0, 0), warned, broken: None, tracking: None }
     }
 
     pub fn id(&self) -> HostSpaceId {
@@ -85,8 +88,33 @@ impl HostSpace {
 
     /// The host gave it up, with all that it held.
     pub fn gone(&mut self) {
+        self.tracking = None;
         self.ledger = Ledger::default();
         self.count_held();
+    }
+
+    /// Whether the host tracks what is written, and if so whether unmaps are to close their window (E-3).
+    pub fn track(&mut self, close: Option<bool>) {
+        match (close, &mut self.tracking) {
+            (Some(close), Some(tracking)) => tracking.set_close(close),
+            (Some(close), None) => self.tracking = Some(Tracking::start(&*self.host, self.id, close, &self.owner)),
+            (None, Some(_)) => {
+                self.tracking = None;
+                self.host.dirty_stop(self.id);
+            }
+            (None, None) => {}
+        }
+    }
+
+    /// How it is known what is written, if it is tracked.
+    pub fn dirty_knowledge(&self) -> Option<DirtyKnowledge> {
+        self.tracking.as_ref().map(Tracking::knowledge)
+    }
+
+    /// What was written since the last time, if it is tracked.
+    pub fn read_dirty(&mut self) -> Option<Found> {
+        let broken = self.broken.is_some();
+        self.tracking.as_mut().map(|tracking| tracking.read(&*self.host, self.id, &self.ledger, broken))
     }
 
     fn count_held(&mut self) {
@@ -169,9 +197,10 @@ impl HostSpace {
         }
         let host = Arc::clone(&self.host);
         let mut start = Instant::now();
-        let mut done = extents.into_iter();
+        let mut done = extents.into_iter().zip(&maps);
         host.map_all(self.id, &maps, &mut |result| {
-            let Some(extent) = done.next() else { return };
+            let Some((extent, map)) = done.next() else { return };
+            let result = result.map_err(|refused| of_target(refused, map.mem.kind()));
             let end = Instant::now();
             let mapped = self.mapped(extent, end - std::mem::replace(&mut start, end), result);
             if let Err(cause) = mapped {
@@ -285,13 +314,13 @@ impl HostSpace {
     /// One host unmap. On failure the ledger keeps the extents: what the kernel did is not known (design rule 4).
     fn unmap_run(&mut self, run: &Run) -> bool {
         let expected: u64 = run.extents.iter().map(Extent::size).sum();
-        let start = Instant::now();
-        let result = self.host.unmap(self.id, run.range);
-        let time = start.elapsed();
+        let result = match &mut self.tracking {
+            Some(tracking) => tracking.unmap(&*self.host, self.id, run, &self.counters),
+            None => self.counters.time_unmap(expected, || self.host.unmap(self.id, run.range)),
+        };
         trace!(target: "vfio_bridge::host", "{}: unmap {:x?}: {result:?}", self.owner, run.range);
         let why = match result {
             Ok(bytes) if bytes == expected => {
-                self.counters.host_unmap(time, Some(bytes));
                 self.ledger.remove(&run.extents);
                 self.count_held();
                 return true;
@@ -299,7 +328,6 @@ impl HostSpace {
             Ok(bytes) => format!("the host unmapped {bytes:#x} bytes of {expected:#x} in {:x?}", run.range),
             Err(e) => format!("the host refused to unmap {:x?}: {e}", run.range),
         };
-        self.counters.host_unmap(time, None);
         self.counters.unmap_refused();
         self.break_for(why);
         false
@@ -318,6 +346,7 @@ impl HostSpace {
         let mem = mem.filter(|mem| mem.hva() == extent.hva).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
+        let result = result.map_err(|refused| of_target(refused, mem.kind()));
         self.mapped(extent, start.elapsed(), result)
     }
 
@@ -359,11 +388,22 @@ impl HostSpace {
                 "{owner}: the host cannot map {range}, which is outside its IOVA ranges: the device cannot reach it. {remedy}"
             ),
             RefusalCause::Target => warn!(
-                "{owner}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
+                "{owner}: {range} leads to guest-physical addresses that are neither RAM nor in a BAR that the host \
+                 can map: the device cannot reach it"
             ),
             RefusalCause::Other => {
                 warn!("{owner}: the host refused to map {range}: the device cannot reach it. {remedy}");
             }
         }
     }
+}
+
+/// Why `refused`, of memory of `kind`: where the host's room, and the range, were fit for RAM, what it does not take is
+/// the BAR (B-10). Hosts say that in several ways.
+fn of_target(refused: MapRefused, kind: MemKind) -> MapRefused {
+    let cause = match (kind, refused.cause) {
+        (MemKind::Bar, RefusalCause::Range | RefusalCause::Other) => RefusalCause::Target,
+        (_, cause) => cause,
+    };
+    MapRefused { cause, ..refused }
 }

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vtd::{Perm, RefusalCause};
 
-use super::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
+use super::{GroupId, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 
 /// How a call fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,10 +31,16 @@ pub enum Call {
     Attach,
     /// [`HostIommu::detach`].
     Detach,
+    /// [`HostIommu::attach_part`].
+    AttachPart,
+    /// [`HostIommu::detach_part`].
+    DetachPart,
     /// [`HostIommu::map`], also as one of several.
     Map,
-    /// [`HostIommu::unmap`].
+    /// [`HostIommu::unmap`] and [`HostIommu::unmap_dirty`].
     Unmap,
+    /// [`HostIommu::dirty_start`] and [`HostIommu::dirty_read`].
+    Dirty,
 }
 
 #[derive(Default)]
@@ -87,6 +94,18 @@ impl Faulty {
         })
     }
 
+    fn unmapped(&self, ask: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
+        match self.failure(Call::Unmap) {
+            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::DoneAndRefused(errno)) => {
+                ask()?;
+                Err(io::Error::from_raw_os_error(errno))
+            }
+            Some(Failure::Miscounted(more)) => Ok(ask()?.wrapping_add_signed(more)),
+            None => ask(),
+        }
+    }
+
     fn simple<T>(&self, call: Call, ask: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         match self.failure(call) {
             Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
@@ -122,15 +141,23 @@ impl HostIommu for Faulty {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        // An error of it says that the group is where it was.
-        match self.failure(Call::Attach) {
-            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::Miscounted(_)) | None => self.inner.attach(group, space),
-        }
+        // Done and refused is one that was not undone.
+        self.simple(Call::Attach, || self.inner.attach(group, space))
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
         self.simple(Call::Detach, || self.inner.detach(group))
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        match self.failure(Call::AttachPart) {
+            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::Miscounted(_)) | None => self.inner.attach_part(stream, space),
+        }
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        self.simple(Call::DetachPart, || self.inner.detach_part(stream))
     }
 
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
@@ -141,18 +168,33 @@ impl HostIommu for Faulty {
     }
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
-        match self.failure(Call::Unmap) {
-            Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::DoneAndRefused(errno)) => {
-                self.inner.unmap(space, range)?;
-                Err(io::Error::from_raw_os_error(errno))
-            }
-            Some(Failure::Miscounted(more)) => Ok(self.inner.unmap(space, range)?.wrapping_add_signed(more)),
-            None => self.inner.unmap(space, range),
-        }
+        self.unmapped(|| self.inner.unmap(space, range))
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         self.inner.remedy(space, cause)
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        self.simple(Call::Dirty, || self.inner.dirty_start(space))
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        self.inner.dirty_stop(space);
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        // What was read and is not handed on: nothing of it may be believed.
+        let mut read = bitmap.clone();
+        self.simple(Call::Dirty, || self.inner.dirty_read(space, &mut read))?;
+        *bitmap = read;
+        Ok(())
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let mut read = bitmap.clone();
+        let unmapped = self.unmapped(|| self.inner.unmap_dirty(space, &mut read, close))?;
+        *bitmap = read;
+        Ok(unmapped)
     }
 }

@@ -3,17 +3,21 @@
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
+pub mod dirty;
 pub mod faulty;
+pub(crate) mod members;
 pub mod model;
+pub(crate) mod software;
 pub(crate) mod type1;
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vtd::{Perm, RefusalCause};
+use vtd::{Pasid, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 
 /// A host IOMMU group, by the kernel's number (`/sys/kernel/iommu_groups/N`); or what stands for one: a function that
 /// another process emulates is alone in its group, which the kernel knows nothing of.
@@ -23,7 +27,20 @@ pub struct GroupId(pub u32);
 /// Above every number of the kernel.
 const FIRST_OF_USER_FUNCTIONS: u32 = 1 << 31;
 
+/// Above those.
+const FIRST_OF_SOFTWARE: u32 = FIRST_OF_USER_FUNCTIONS | 1 << 30;
+
 impl GroupId {
+    /// The group of the `index`th device of this process that pins ([`Software`](crate::Software)).
+    pub fn of_software(index: u32) -> Self {
+        Self(FIRST_OF_SOFTWARE | index)
+    }
+
+    /// Whether it is one of those.
+    pub fn is_software(self) -> bool {
+        self.0 >= FIRST_OF_SOFTWARE
+    }
+
     /// The group of the `index`th function that another process emulates.
     pub fn of_user_function(index: u32) -> Self {
         Self(FIRST_OF_USER_FUNCTIONS | index)
@@ -49,6 +66,7 @@ impl std::fmt::Display for GroupId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.of_kernel() {
             Some(number) => number.fmt(f),
+            None if self.is_software() => write!(f, "software{}", self.0 - FIRST_OF_SOFTWARE),
             None => write!(f, "vfio-user{}", self.0 - FIRST_OF_USER_FUNCTIONS),
         }
     }
@@ -64,6 +82,28 @@ impl HostSpaceId {
     pub fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A device of the host that is open, as its backend numbers it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostDevice(pub u32);
+
+/// What a host IOMMU tells apart: the requests of a device that carry a PASID, and those that carry none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostStream {
+    /// The device that the IOMMU sees.
+    pub device: HostDevice,
+    /// The PASID of the requests, `None`: those without.
+    pub pasid: Option<Pasid>,
+}
+
+impl std::fmt::Display for HostStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pasid {
+            None => write!(f, "device {}", self.device.0),
+            Some(Pasid(pasid)) => write!(f, "device {} with PASID {pasid:#x}", self.device.0),
+        }
     }
 }
 
@@ -153,18 +193,19 @@ pub trait HostIommu: Send + Sync {
         let _ = space;
     }
 
-    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has. A group is never
-    /// seen to reach something else in between, but it may reach nothing. Only asked of a host with a
-    /// [`Placement::PerSpace`].
+    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has: all of its
+    /// devices, by what the IOMMU sees of each ([`members`], C-1). None of them is ever seen to reach something else in
+    /// between, but it may reach nothing. Only asked of a host with a [`Placement::PerSpace`].
     ///
     /// # Errors
-    /// The group is where it was.
+    /// The group is where it was, as far as the host could undo what it had begun; the bridge detaches it.
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
         let _ = (group, space);
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`], of a group that is attached.
+    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`]; also of a group that is not
+    /// attached, or not as a whole, which is no error.
     ///
     /// # Errors
     /// Nothing may be concluded about what the group reaches.
@@ -186,10 +227,70 @@ pub trait HostIommu: Send + Sync {
     /// any more. On an error nothing may be concluded about what is still mapped.
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64>;
 
+    /// The requests of `stream`, which have a PASID, reach what `space` has, and those of its device with another PASID,
+    /// or with none, what they reached before (C-4). They are never seen to reach something else in between.
+    ///
+    /// # Errors
+    /// They are where they were. A host that cannot tell the parts of a device apart says
+    /// [`Unsupported`](io::ErrorKind::Unsupported).
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let _ = (stream, space);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The requests of `stream`, which is attached, reach nothing.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what they reach.
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        let _ = stream;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// What the user can do about a map in `space` that was refused for `cause`: a sentence, or nothing.
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         let _ = (space, cause);
         String::new()
+    }
+
+    /// From now on what devices write by `space` is tracked (E-1), also in mappings that come later; nothing of it is
+    /// dirty yet.
+    ///
+    /// # Errors
+    /// The host cannot tell what is written. That is never taken for "nothing".
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let _ = space;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Nothing is tracked in `space` any more.
+    fn dirty_stop(&self, space: HostSpaceId) {
+        let _ = space;
+    }
+
+    /// What was written in the range of `bitmap` since it was last asked for is marked there, and is clean again. The
+    /// range is one of whole mappings, and has the mappings in it, with holes between them; what `bitmap` has of the
+    /// holes means nothing. Read-only mappings may be marked, too.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what was written.
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let _ = (space, bitmap);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// [`HostIommu::unmap`] of the range of `bitmap`, in which what was written there since the last read is marked
+    /// (E-2): what no read finds any more once the mappings are gone. Asked for only while `space` is tracked.
+    ///
+    /// A host whose [`UnmapWindow`](dirty::UnmapWindow) is not `Reported` clears the translation, then reads what is
+    /// dirty, then flushes the IOTLB: what a device writes by a cached translation before the flush is lost (E-3). With
+    /// `close`, which is only asked of one whose window is `Closable`, nothing can be written when it is read.
+    ///
+    /// # Errors
+    /// As for an unmap.
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let _ = (space, bitmap, close);
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -18,8 +18,7 @@ use super::function::UserFunction;
 use super::granted::Grant;
 use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
-use crate::bridge::guest_map::HostMem;
-use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::Limits;
 use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 
@@ -100,6 +99,10 @@ impl VfioUser {
 fn begin_map(connection: &Connection, map: &Map<'_>) -> Result<Call, MapRefused> {
     let refused = |errno: i32| MapRefused::from_errno(errno);
     let Map { iova, mem, perm } = *map;
+    // No file of a BAR leaves this process (B-10).
+    if mem.kind() == MemKind::Bar {
+        return Err(refused(libc::ENOTSUP));
+    }
     let granted = connection.granted();
     // The process holds no more than it said, whatever it does with more.
     if granted.len() >= connection.capabilities().max_dma_maps {

@@ -1,11 +1,17 @@
-//! The bridge over the model of a host: behaviours B-3 to B-13 and C-1 to C-3, and the properties of design rules 3 and
+//! The bridge over the model of a host: behaviours B-3 to B-15, C-1 to C-4 and D-1 to D-5, and the properties of design
+//! rules 3 and
 //! 4.
 
 mod audit;
 mod behaviours;
 mod broken;
+mod dirty;
+mod dirty_property;
 mod faulty;
 mod groups;
+mod parts;
+mod peers;
+mod pins;
 mod placement;
 mod property;
 mod refusals;
