@@ -107,6 +107,8 @@ pub enum DeviceKind {
     VfioUser {
         /// Where that is.
         socket: UserSocket,
+        /// It is given no file of the guest's memory, and asks for each access by message.
+        confine: bool,
     },
     /// The educational device of QEMU, emulated in this process.
     Edu,
@@ -172,8 +174,8 @@ impl DeviceKind {
     pub fn outside(&self) -> Option<String> {
         match self {
             Self::Vfio { host, .. } => Some(format!("host={host}")),
-            Self::VfioUser { socket: UserSocket::Path(path) } => Some(format!("socket={}", path.display())),
-            Self::VfioUser { socket: UserSocket::Fd(fd) } => Some(format!("fd={fd}")),
+            Self::VfioUser { socket: UserSocket::Path(path), .. } => Some(format!("socket={}", path.display())),
+            Self::VfioUser { socket: UserSocket::Fd(fd), .. } => Some(format!("fd={fd}")),
             Self::Edu => None,
         }
     }

@@ -20,14 +20,19 @@ pub enum Checked {
     /// Of the host, and by which of its interfaces.
     Vfio(CheckedFunction, Backend),
     /// Of another process.
-    User(UserSocket),
+    User {
+        /// Where that is.
+        socket: UserSocket,
+        /// It is given no file of the guest's memory.
+        confine: bool,
+    },
 }
 
 impl Checked {
     pub(super) fn group(&self) -> Option<GroupId> {
         match self {
             Self::Vfio(function, _) => Some(function.group()),
-            Self::User(_) => None,
+            Self::User { .. } => None,
         }
     }
 
@@ -60,7 +65,9 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
             log::info!("{} is assigned by {backend}: {why}", function.bdf());
             Ok(Checked::Vfio(function, backend))
         }),
-        DeviceKind::VfioUser { socket } => Some(check_socket(socket).map(|()| Checked::User(socket.clone()))),
+        DeviceKind::VfioUser { socket, confine } => {
+            Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
+        }
         DeviceKind::Edu => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, VfioUser};
+use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, UserOptions, VfioUser};
 use vfio_bridge::{
     Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Trace, TracedHost, Type1, VfioDeviceFd,
 };
@@ -71,7 +71,7 @@ pub fn open(
         Ok(match (checked, &iommufd) {
             (Checked::Vfio(function, Backend::Iommufd), Some(iommufd)) => Arc::new(iommufd.open(function)?),
             (Checked::Vfio(function, _), _) => Arc::new(type1.open(function)?),
-            (Checked::User(socket), _) => Arc::new(open_user(&user, socket)?),
+            (Checked::User { socket, confine }, _) => Arc::new(open_user(&user, socket, *confine)?),
         })
     };
     let functions = checked.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
@@ -96,7 +96,7 @@ pub fn open(
     Ok(Assigned { bridge, guest, functions, limits, pinning, breaker })
 }
 
-fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {
+fn open_user(user: &VfioUser, socket: &UserSocket, confined: bool) -> Result<UserFunction, Error> {
     let endpoint = match socket {
         UserSocket::Path(path) => UserEndpoint::Path(path.clone()),
         // SAFETY: it was checked to be an open socket. Whoever started this process gave it for this device, and only
@@ -104,5 +104,7 @@ fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error
         // line.
         UserSocket::Fd(fd) => UserEndpoint::Connected(unsafe { OwnedFd::from_raw_fd(*fd) }),
     };
-    user.open(endpoint, &socket.to_string()).map_err(|source| Error::User { socket: socket.clone(), source })
+    let options = UserOptions { confined, ..UserOptions::default() };
+    user.open_with(endpoint, &socket.to_string(), options)
+        .map_err(|source| Error::User { socket: socket.clone(), source })
 }

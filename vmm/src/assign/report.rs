@@ -42,7 +42,9 @@ fn pinned(Pinning { type1, iommufd, once }: Pinning, mib: u64) -> Vec<String> {
 pub fn report_functions(functions: &[Arc<dyn Function>]) {
     for function in functions {
         let (name, way) = (function.name(), function.reset_way());
-        if function.is_emulated() {
+        if function.is_confined() {
+            log::info!("{name}: its process is given no memory, and asks for each access by message");
+        } else if function.is_emulated() {
             log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
         }
         if way.is_sure() {

@@ -197,7 +197,7 @@ impl std::str::FromStr for DeviceOption {
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
             "vfio-user" => {
-                let keys = Keys::parse(kind, rest, &["addr", "fd", "id", "socket"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;
                 let path = keys.get("socket", |text| match text {
                     "" => bad("a path is expected"),
                     path => Ok(UserSocket::Path(path.into())),
@@ -208,7 +208,8 @@ impl std::str::FromStr for DeviceOption {
                     (None, None) => return bad("vfio-user: socket=PATH (or fd=N) is missing"),
                     (Some(_), Some(_)) => return bad("vfio-user: socket=PATH and fd=N exclude each other"),
                 };
-                (keys, DeviceKind::VfioUser { socket })
+                let confine = keys.switch("confine")?.unwrap_or(false);
+                (keys, DeviceKind::VfioUser { socket, confine })
             }
             _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user or edu")),
         };

@@ -91,9 +91,13 @@ fn device_keys() {
     }
     assert_eq!(backend("vfio,host=00:09.0,backend=iommufd"), Some(Backend::Iommufd));
     let user = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
-    assert_eq!(user("vfio-user,socket=/run/x"), DeviceKind::VfioUser { socket: UserSocket::Path("/run/x".into()) });
-    assert_eq!(user("vfio-user,fd=5,addr=03.0"), DeviceKind::VfioUser { socket: UserSocket::Fd(5) });
+    let process = |socket, confine| DeviceKind::VfioUser { socket, confine };
+    assert_eq!(user("vfio-user,socket=/run/x"), process(UserSocket::Path("/run/x".into()), false));
+    assert_eq!(user("vfio-user,fd=5,addr=03.0,confine=off"), process(UserSocket::Fd(5), false));
+    assert_eq!(user("vfio-user,confine=on,fd=5"), process(UserSocket::Fd(5), true));
     for (text, part) in [
+        ("vfio-user,fd=5,confine=yes", "`on` or `off` is expected"),
+        ("vfio,host=00:09.0,confine=on", "unknown key `confine`"),
         ("vfio", "host=BDF is missing"),
         ("vfio,host=09.0", "not a PCI address"),
         ("vfio,host=00:20.0", "not a PCI address"),

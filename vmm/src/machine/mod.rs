@@ -164,6 +164,8 @@ struct Placed {
     requester: Requester,
     /// Of the host's function: its address, and the kernel's number of its group.
     host: Option<(Bdf, GroupId)>,
+    /// The function, if another process emulates it.
+    process: Option<Arc<dyn Function>>,
 }
 
 fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
@@ -221,7 +223,7 @@ impl Machine {
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { config: wanted, names, slots: places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
-        let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
+        let for_processes = checked.iter().any(|function| matches!(function, Checked::User { .. }));
         let ram = memory::create(wanted.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
@@ -450,6 +452,7 @@ impl Machine {
                 .stats(placed.requester)
                 .zip(self.bridge.backend(placed.requester))
                 .map(|(counts, backend)| stats::Bridge { backend, counts }),
+            dma_messages: placed.process.as_ref().and_then(|function| function.dma_messages()),
         });
         let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
         Stats {
@@ -497,12 +500,13 @@ impl Plug<'_> {
             let place = |source| Error::Slot { id: id.clone(), source };
             let sid = SourceId::new(0, slot.device, slot.function);
             let requester = self.platform.root.requester(sid);
-            let mut host = None;
+            let (mut host, mut process) = (None, None);
             let function: Arc<dyn PciFunction> = match &option.kind {
                 DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
                     // One open function for each of these devices, in the same order.
                     let Some(function) = functions.next() else { continue };
                     host = function.bdf().map(|bdf| (bdf, function.group()));
+                    process = function.is_emulated().then(|| function.clone());
                     let vfio = self.assign(requester, function, &assigned.bridge)?;
                     assigned.breaker.add(requester, &vfio);
                     self.assigned.push((id.clone(), vfio.clone()));
@@ -511,7 +515,7 @@ impl Plug<'_> {
                 DeviceKind::Edu => self.edu(requester)?,
             };
             self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host });
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process });
         }
         Ok(placed)
     }

@@ -52,6 +52,9 @@ pub struct Device {
     /// What the bridge did, for vfio and vfio-user.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<Bridge>,
+    /// What it asked for by message, for vfio-user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma_messages: Option<vfio_bridge::DmaMessages>,
 }
 
 /// What the bridge did for a device.
@@ -132,6 +135,7 @@ mod tests {
                 addr: "00:05.0".into(),
                 group: Some(3),
                 bridge: Some(Bridge { backend: "type1", ..Default::default() }),
+                dma_messages: None,
             }],
             units: vec![Unit {
                 id: "vtd0".into(),
