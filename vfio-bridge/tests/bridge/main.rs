@@ -7,6 +7,7 @@ mod broken;
 mod faulty;
 mod groups;
 mod pins;
+mod pins_property;
 mod placement;
 mod property;
 mod refusals;
