@@ -10,6 +10,7 @@ mod suite {
     pub mod interrupts;
     pub mod invalidation;
     pub mod machine;
+    pub mod pinning;
     pub mod processors;
     pub mod queue;
     pub mod registers;
@@ -30,6 +31,7 @@ images::image!(
     interrupts::TESTS,
     invalidation::TESTS,
     machine::TESTS,
+    pinning::TESTS,
     processors::TESTS,
     queue::TESTS,
     registers::TESTS,

@@ -33,7 +33,7 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let assigned = |device: &&DeviceOption| !matches!(device.kind, DeviceKind::Edu);
+    let assigned = |device: &&DeviceOption| device.kind != DeviceKind::Edu;
     let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
@@ -45,7 +45,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
     let checked = devices.iter().filter_map(|device| match &device.kind {
         DeviceKind::Vfio { host } => Some(paths.check(*host).map(Checked::Vfio).map_err(Error::from)),
         DeviceKind::VfioUser { socket } => Some(check_socket(socket).map(|()| Checked::User(socket.clone()))),
-        DeviceKind::Edu => None,
+        DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups: BTreeSet<GroupId> = checked.iter().filter_map(Checked::group).collect();
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_vfio_device_needs_a_unit_with_caching_mode() {
-        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere"] {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
             let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
             assert!(matches!(check(&devices, None, 1 << 20), Err(Error::NoUnit { .. })));
             let off = VtdOption { caching_mode: false, ..Default::default() };

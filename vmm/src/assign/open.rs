@@ -7,7 +7,9 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, VfioUser};
-use vfio_bridge::{Bridge, Function, GroupId, GuestMap, HostIommu, Limits, Trace, TracedHost, Type1, VfioDeviceFd};
+use vfio_bridge::{
+    Bridge, Function, GroupId, GuestMap, HostIommu, Limits, Software, Trace, TracedHost, Type1, VfioDeviceFd,
+};
 
 use super::Error;
 use super::check::{Checked, check_ram};
@@ -27,6 +29,8 @@ pub struct Assigned {
     pub limits: Vec<(GroupId, Limits)>,
     /// Stops functions.
     pub breaker: Arc<Breaker>,
+    /// The host of devices of this process that pin.
+    pub software: Arc<Software>,
 }
 
 /// Opens what was checked. Every group is in the KVM-VFIO device afterwards (F-7).
@@ -62,13 +66,14 @@ pub fn open(
     if let Some(trace) = trace {
         trace.memory(&guest);
     }
-    let hosts: [Arc<dyn HostIommu>; 2] = [type1, user];
+    let software = Arc::new(Software::default());
+    let hosts: [Arc<dyn HostIommu>; 3] = [type1, user, software.clone()];
     let traced = |host| match trace {
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())),
         None => host,
     };
     let bridge = Arc::new(Bridge::new(hosts.map(traced).into(), guest, breaker.clone()));
-    Ok(Assigned { bridge, functions, limits, breaker })
+    Ok(Assigned { bridge, functions, limits, breaker, software })
 }
 
 fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {

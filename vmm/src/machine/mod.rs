@@ -29,6 +29,7 @@ use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
 use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
+use crate::assign::pinned_reads::PinnedReads;
 use crate::assign::{self, Assigned, Checked, UserRequests};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
@@ -161,6 +162,8 @@ struct Placed {
     requester: Requester,
     /// Of the host's function: its address, and the kernel's number of its group.
     host: Option<(Bdf, GroupId)>,
+    /// Of a device that pins.
+    pins: Option<Arc<PinnedReads>>,
 }
 
 fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
@@ -444,6 +447,7 @@ impl Machine {
                 .stats(placed.requester)
                 .zip(self.bridge.backend(placed.requester))
                 .map(|(counts, backend)| stats::Bridge { backend, counts }),
+            pins: placed.pins.as_ref().map(|pins| pins.stats()),
         });
         let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
         Stats {
@@ -491,7 +495,7 @@ impl Plug<'_> {
             let place = |source| Error::Slot { id: id.clone(), source };
             let sid = SourceId::new(0, slot.device, slot.function);
             let requester = self.platform.root.requester(sid);
-            let mut host = None;
+            let (mut host, mut pins) = (None, None);
             let function: Arc<dyn PciFunction> = match &option.kind {
                 DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
                     // One open function for each of these devices, in the same order.
@@ -503,9 +507,25 @@ impl Plug<'_> {
                     vfio
                 }
                 DeviceKind::Edu => self.edu(requester)?,
+                DeviceKind::PinBlk { file } => {
+                    // It was checked that there is a unit.
+                    let Some(unit) = self.unit else { continue };
+                    let wiring = assign::PinBlkWiring {
+                        requester,
+                        unit,
+                        bridge: &assigned.bridge,
+                        software: &assigned.software,
+                        interrupts: self.interrupts.clone(),
+                        decoder: self.platform.root.decoder(),
+                    };
+                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
+                    assigned.breaker.add(requester, &device);
+                    pins = Some(reads);
+                    device
+                }
             };
             self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host });
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, pins });
         }
         Ok(placed)
     }
