@@ -17,6 +17,8 @@ const FAILED: u32 = 2;
 
 /// Bytes of the file that a device has which is given none: behind them it begins again.
 pub const FILE_SIZE: u64 = 4 << 20;
+/// What is added to each offset there.
+const PATTERN: u64 = 0x5049_4e00 << 32;
 
 /// The device.
 pub struct PinBlk {
@@ -35,7 +37,7 @@ impl PinBlk {
 
     /// What the file has at `offset`, a multiple of 8.
     pub fn content(offset: u64) -> u64 {
-        offset % FILE_SIZE | 0x5049_4e00 << 32
+        offset % FILE_SIZE + PATTERN
     }
 
     /// Begins to read `len` bytes at `offset` of the file to `iova`.

@@ -26,6 +26,8 @@ pub const PAGES: u64 = WORKERS as u64 * CHUNK / PAGE_SIZE;
 const PAGE_SIZE: u64 = 4096;
 /// Bytes of the file that a device has which is given none.
 const MEMORY_SIZE: u64 = 4 << 20;
+/// What is added to each offset there.
+const PATTERN: u64 = 0x5049_4e00 << 32;
 /// How long a device that is stopped for good is waited for.
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
@@ -65,8 +67,7 @@ impl FileSource {
         }
         // SAFETY: memfd_create returned this descriptor just now, nobody else has it.
         let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-        let content: Vec<u8> =
-            (0..MEMORY_SIZE).step_by(8).flat_map(|at| (at | 0x5049_4e00 << 32).to_le_bytes()).collect();
+        let content: Vec<u8> = (0..MEMORY_SIZE).step_by(8).flat_map(|at| (at + PATTERN).to_le_bytes()).collect();
         file.write_all_at(&content, 0)?;
         Self::of(file, MEMORY_SIZE)
     }

@@ -6,7 +6,7 @@ use images::pinblk::PinBlk;
 use images::tables::{Domain, LARGE, READ, READ_WRITE, span};
 use images::vtd::{Fault, TRANSLATION, context_device, iotlb_domain, iotlb_pages};
 use images::world::{UNTOUCHED, WRITE_DENIED};
-use images::x86::wait_for;
+use images::x86::{outb, pause, wait_for};
 use images::{World, check, check_eq};
 
 use super::concurrent::{is_sealed, seal};
@@ -17,6 +17,7 @@ images::tests!(
     d3_nothing_arrives_after_an_unmap_under_a_read => "--device pinblk",
     d3_nothing_arrives_after_the_device_moved_under_a_read => "--device pinblk",
     d3_an_unmap_beside_a_read_does_not_end_it => "--device pinblk",
+    rule12_nothing_arrives_after_a_reset_under_a_read => "reboots --device pinblk",
 );
 
 /// Aligned to 1 GiB.
@@ -35,11 +36,15 @@ fn start() -> (World, Domain, PinBlk) {
 /// 1 GiB of IOVAs, all of which lead to the same 2 MiB.
 fn a_gibibyte(domain: &Domain) -> u64 {
     let memory = pages(512, span(2));
+    leads_to(domain, memory);
+    memory
+}
+
+fn leads_to(domain: &Domain, memory: u64) {
     let table = domain.entry(AREA, 2);
     for index in 0..512 {
         store(table + 8 * index, memory | LARGE | READ_WRITE);
     }
-    memory
 }
 
 fn seal_all(memory: u64) {
@@ -199,4 +204,27 @@ fn d3_an_unmap_beside_a_read_does_not_end_it() {
     // Whichever of the file's parts came last.
     check_eq!(load(memory + 8) % span(2), PinBlk::content(8) % span(2), "a word of the file");
     world.no_fault();
+}
+
+/// The image is loaded anew, and what is behind the memory that it gives out stays.
+fn rule12_nothing_arrives_after_a_reset_under_a_read() {
+    const MEMORY: u64 = 60 << 20;
+    const KEPT: u64 = MEMORY + span(2);
+    const MARK: u64 = 0x6b65_7074_2061_6c69;
+    if load(KEPT) != MARK {
+        let (mut world, domain, device) = start();
+        leads_to(&domain, MEMORY);
+        world.unit.invalidate(&[iotlb_domain(domain.id)]);
+        device.start(AREA, 0, GIB);
+        under_way(&device, 1);
+        store(KEPT, MARK);
+        outb(0xcf9, 6);
+        wait_for("the reset", || false);
+    }
+    check!(load(MEMORY) != 0, "nothing had arrived before the reset");
+    seal_all(MEMORY);
+    let device = PinBlk::first();
+    check_eq!((device.is_busy(), device.pinned()), (false, 0), "what the device does");
+    pause(50);
+    check_all_sealed(MEMORY);
 }
