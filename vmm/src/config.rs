@@ -112,6 +112,11 @@ pub enum DeviceKind {
     },
     /// The educational device of QEMU, emulated in this process.
     Edu,
+    /// A device, emulated in this process, that reads a file into pinned pages.
+    PinBlk {
+        /// The file; none: a pattern in memory.
+        file: Option<PathBuf>,
+    },
 }
 
 /// By which of the host's interfaces a function's memory is mapped.
@@ -167,6 +172,7 @@ impl DeviceKind {
             Self::Vfio { .. } => "vfio",
             Self::VfioUser { .. } => "vfio-user",
             Self::Edu => "edu",
+            Self::PinBlk { .. } => "pinblk",
         }
     }
 
@@ -176,7 +182,12 @@ impl DeviceKind {
             Self::Vfio { host, .. } => Some(format!("host={host}")),
             Self::VfioUser { socket: UserSocket::Path(path), .. } => Some(format!("socket={}", path.display())),
             Self::VfioUser { socket: UserSocket::Fd(fd), .. } => Some(format!("fd={fd}")),
-            Self::Edu => None,
+            Self::Edu | Self::PinBlk { .. } => None,
         }
+    }
+
+    /// Whether it needs nothing from outside but what can be read.
+    pub fn is_emulated(&self) -> bool {
+        matches!(self, Self::Edu | Self::PinBlk { .. })
     }
 }

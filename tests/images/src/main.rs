@@ -11,6 +11,7 @@ mod suite {
     pub mod invalidation;
     pub mod machine;
     pub mod peers;
+    pub mod pinning;
     pub mod processors;
     pub mod queue;
     pub mod registers;
@@ -32,6 +33,7 @@ images::image!(
     invalidation::TESTS,
     machine::TESTS,
     peers::TESTS,
+    pinning::TESTS,
     processors::TESTS,
     queue::TESTS,
     registers::TESTS,

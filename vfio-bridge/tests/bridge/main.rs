@@ -13,6 +13,7 @@ mod parts;
 mod peers;
 mod per_space;
 mod pins;
+mod pins_property;
 mod placement;
 mod property;
 mod refusals;

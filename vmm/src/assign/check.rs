@@ -44,7 +44,7 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let assigned = |device: &&DeviceOption| !matches!(device.kind, DeviceKind::Edu);
+    let assigned = |device: &&DeviceOption| device.kind != DeviceKind::Edu;
     let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
@@ -57,7 +57,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::Vfio { host: bdf, backend: asked } => {
             Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
         }
-        DeviceKind::VfioUser { .. } | DeviceKind::Edu => None,
+        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
     });
     let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
@@ -68,7 +68,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::VfioUser { socket, confine } => {
             Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
         }
-        DeviceKind::Edu => None,
+        DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups_by = |backend: Backend| -> BTreeSet<GroupId> {
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_vfio_device_needs_a_unit_with_caching_mode() {
-        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere"] {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
             let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
             assert!(matches!(check(&devices, None, 1 << 20), Err(Error::NoUnit { .. })));
             let off = VtdOption { caching_mode: false, ..Default::default() };

@@ -4,18 +4,21 @@
 mod backend;
 mod check;
 mod open;
+mod pinblk;
+pub mod pinned_reads;
 mod quarantine;
 mod report;
 mod requests;
 
 use devices::vfio_pci::VfioPciError;
 use vfio_bridge::vfio_user::ConnectError;
-use vfio_bridge::{Bdf, GroupId, GuestMapError, OpenError, RegisterError};
+use vfio_bridge::{Bdf, GroupId, GuestMapError, OpenError, RegisterClientError, RegisterError};
 use vtd::AttachRefused;
 
 use self::check::widest;
 pub use self::check::{Checked, check, unit_width};
 pub use self::open::{Assigned, open};
+pub use self::pinblk::{PinBlkWiring, plug_pinblk};
 pub use self::report::{report, report_functions};
 pub use self::requests::UserRequests;
 use crate::config::UserSocket;
@@ -128,6 +131,20 @@ pub enum Error {
     /// A function is there twice.
     #[error(transparent)]
     Register(#[from] RegisterError),
+    /// A device of this process cannot pin.
+    #[error(transparent)]
+    RegisterClient(#[from] RegisterClientError),
+    /// The file that a pinblk reads cannot be used.
+    #[error("the file {name} of a pinblk device cannot be read: {source}")]
+    PinBlkFile {
+        /// Which.
+        name: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A thread that reads for a pinblk could not be started.
+    #[error("a thread of a pinblk device could not be started: {0}")]
+    PinBlkThread(std::io::Error),
     /// The host did not take the identity mappings.
     #[error("{name} could not be given the guest's memory: {source}")]
     Attach {

@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, UserOptions, VfioUser};
 use vfio_bridge::{
-    Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Trace, TracedHost, Type1, VfioDeviceFd,
+    Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Software, Trace, TracedHost, Type1, VfioDeviceFd,
 };
 
 use super::Error;
@@ -33,6 +33,8 @@ pub struct Assigned {
     pub pinning: Pinning,
     /// Stops functions.
     pub breaker: Arc<Breaker>,
+    /// The host of devices of this process that pin.
+    pub software: Arc<Software>,
 }
 
 /// How often guest memory is pinned while functions are untranslated (B-12).
@@ -85,15 +87,16 @@ pub fn open(
     if let Some(trace) = trace {
         trace.memory(&guest);
     }
+    let software = Arc::new(Software::default());
     let iommufd = iommufd.map(|iommufd| -> Arc<dyn HostIommu> { iommufd });
-    let hosts: Vec<Arc<dyn HostIommu>> = [type1 as Arc<dyn HostIommu>, user].into_iter().chain(iommufd).collect();
+    let always: [Arc<dyn HostIommu>; 3] = [type1, user, software.clone()];
     let traced = |host: Arc<dyn HostIommu>| match trace {
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())) as Arc<dyn HostIommu>,
         None => host,
     };
-    let hosts = hosts.into_iter().map(traced).collect();
+    let hosts = always.into_iter().chain(iommufd).map(traced).collect();
     let bridge = Arc::new(Bridge::new(hosts, guest.clone(), breaker.clone()));
-    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker })
+    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker, software })
 }
 
 fn open_user(user: &VfioUser, socket: &UserSocket, confined: bool) -> Result<UserFunction, Error> {

@@ -196,6 +196,14 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
+            "pinblk" => {
+                let keys = Keys::parse(kind, rest, &["addr", "file", "id"])?;
+                let file = keys.get("file", |text| match text {
+                    "" => bad("a path is expected"),
+                    path => Ok(path.into()),
+                })?;
+                (keys, DeviceKind::PinBlk { file })
+            }
             "vfio-user" => {
                 let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;
                 let path = keys.get("socket", |text| match text {
@@ -211,7 +219,7 @@ impl std::str::FromStr for DeviceOption {
                 let confine = keys.switch("confine")?.unwrap_or(false);
                 (keys, DeviceKind::VfioUser { socket, confine })
             }
-            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user or edu")),
+            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user, edu or pinblk")),
         };
         Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
     }

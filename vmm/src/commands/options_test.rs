@@ -72,6 +72,9 @@ fn iommu_keys() {
 #[test]
 fn device_keys() {
     assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
+    let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
+    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None });
+    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()) });
 
     let host = Bdf { domain: 0, bus: 0, device: 9, function: 0 };
     assert_eq!(
@@ -118,7 +121,9 @@ fn device_keys() {
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
-        ("floppy", "vfio, vfio-user or edu"),
+        ("pinblk,host=00:09.0", "the keys are addr, file, id"),
+        ("pinblk,file=", "a path is expected"),
+        ("floppy", "vfio, vfio-user, edu or pinblk"),
     ] {
         let message = error::<DeviceOption>(text);
         assert!(message.contains(part), "{text}: {message}");

@@ -30,6 +30,7 @@ use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
 use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
+use crate::assign::pinned_reads::PinnedReads;
 use crate::assign::{self, Assigned, Checked, UserRequests};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
@@ -166,6 +167,8 @@ struct Placed {
     host: Option<(Bdf, GroupId)>,
     /// The function, if another process emulates it.
     process: Option<Arc<dyn Function>>,
+    /// Of a device that pins.
+    pins: Option<Arc<PinnedReads>>,
 }
 
 fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
@@ -453,6 +456,7 @@ impl Machine {
                 .zip(self.bridge.backend(placed.requester))
                 .map(|(counts, backend)| stats::Bridge { backend, counts }),
             dma_messages: placed.process.as_ref().and_then(|function| function.dma_messages()),
+            pins: placed.pins.as_ref().map(|pins| pins.stats()),
         });
         let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
         Stats {
@@ -500,7 +504,7 @@ impl Plug<'_> {
             let place = |source| Error::Slot { id: id.clone(), source };
             let sid = SourceId::new(0, slot.device, slot.function);
             let requester = self.platform.root.requester(sid);
-            let (mut host, mut process) = (None, None);
+            let (mut host, mut process, mut pins) = (None, None, None);
             let function: Arc<dyn PciFunction> = match &option.kind {
                 DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
                     // One open function for each of these devices, in the same order.
@@ -513,9 +517,25 @@ impl Plug<'_> {
                     vfio
                 }
                 DeviceKind::Edu => self.edu(requester)?,
+                DeviceKind::PinBlk { file } => {
+                    // It was checked that there is a unit.
+                    let Some(unit) = self.unit else { continue };
+                    let wiring = assign::PinBlkWiring {
+                        requester,
+                        unit,
+                        bridge: &assigned.bridge,
+                        software: &assigned.software,
+                        interrupts: self.interrupts.clone(),
+                        decoder: self.platform.root.decoder(),
+                    };
+                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
+                    assigned.breaker.add(requester, &device);
+                    pins = Some(reads);
+                    device
+                }
             };
             self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process });
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process, pins });
         }
         Ok(placed)
     }
