@@ -4,6 +4,7 @@ pub mod audit;
 mod bars;
 pub mod control;
 pub mod control_socket;
+pub mod dirty;
 pub mod events;
 mod legacy;
 pub mod stats;
@@ -132,6 +133,7 @@ pub struct Machine {
     ram_size: u64,
     resets: u64,
     paused: bool,
+    dirty: dirty::Dirty,
 }
 
 /// The devices that every machine has.
@@ -319,6 +321,7 @@ impl Machine {
             ram_size: wanted.memory,
             resets: 0,
             paused: false,
+            dirty: dirty::Dirty::default(),
         };
         machine.load()?;
         for vcpu in vcpus {
