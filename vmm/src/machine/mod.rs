@@ -4,6 +4,7 @@ pub mod audit;
 mod bars;
 pub mod control;
 pub mod control_socket;
+pub mod dirty;
 pub mod events;
 mod legacy;
 mod peers;
@@ -136,6 +137,7 @@ pub struct Machine {
     ram_size: u64,
     resets: u64,
     paused: bool,
+    dirty: dirty::Dirty,
 }
 
 /// The devices that every machine has.
@@ -329,6 +331,7 @@ impl Machine {
             ram_size: wanted.memory,
             resets: 0,
             paused: false,
+            dirty: dirty::Dirty::default(),
         };
         machine.load()?;
         for vcpu in vcpus {
