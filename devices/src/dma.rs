@@ -51,8 +51,8 @@ fn pieces(address: u64, len: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
-    /// Does `access` for the rest of `len` bytes, from the first that did not reach memory. `to_memory` is for what lies
-    /// behind a BAR.
+    /// Does `access` for the rest of `len` bytes, from the first that did not reach memory. `to_memory` is for what
+    /// lies behind a BAR.
     fn go_on(
         &self,
         iova: Iova,

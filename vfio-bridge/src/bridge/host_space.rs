@@ -157,8 +157,8 @@ impl HostSpace {
         let mut extents = Vec::with_capacity(1);
         for (range, mappable) in self.limits.cut(iova.0, last) {
             for range in without_interrupt_window(range) {
-                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`). One that reaches
-                // over the end of its space would not go with all of it (`Ledger::clip`).
+                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`). One that
+                // reaches over the end of its space would not go with all of it (`Ledger::clip`).
                 if !mappable || range.last == u64::MAX || range.last > last_of(self.width) {
                     self.refuse(range, RefusalCause::Range, lost);
                     continue;

@@ -200,8 +200,8 @@ impl Ledger {
     /// What an unmap of `range` has to be about, in a space whose addresses have `width` bits (1 to 64): it ends where
     /// the space does, and where the highest extent does. `None` if nothing is left of it.
     ///
-    /// A guest says that everything goes as all of 2^64. That range has no size, older kernels do not see that it wraps,
-    /// and one of a size that a host takes could cut a mapping (B-3).
+    /// A guest says that everything goes as all of 2^64. That range has no size, older kernels do not see that it
+    /// wraps, and one of a size that a host takes could cut a mapping (B-3).
     pub fn clip(&self, range: IovaRange, width: u8) -> Option<IovaRange> {
         let last = range.last.min(last_of(width)).min(self.high_watermark()?);
         (range.first <= last).then_some(IovaRange { first: range.first, last })

@@ -1,9 +1,9 @@
-//! BARs of assigned functions as targets of other devices' DMA (B-10): the guest-physical map of the bridge follows what
-//! is mapped into the guest, and the unit looks at the leaves that lead there (B-15).
+//! BARs of assigned functions as targets of other devices' DMA (B-10): the guest-physical map of the bridge follows
+//! what is mapped into the guest, and the unit looks at the leaves that lead there (B-15).
 //!
-//! Called while a function's configuration and the decoder are held, from a vCPU's configuration write or a reset; waits
-//! for the unit's queue (rule 11: before a drain come configuration, decoder, this map; nothing that a drain calls takes
-//! one of these).
+//! Called while a function's configuration and the decoder are held, from a vCPU's configuration write or a reset;
+//! waits for the unit's queue (rule 11: before a drain come configuration, decoder, this map; nothing that a drain
+//! calls takes one of these).
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
