@@ -515,6 +515,7 @@ impl Plug<'_> {
                         unit,
                         bridge: &assigned.bridge,
                         software: &assigned.software,
+                        breaker: assigned.breaker.clone(),
                         interrupts: self.interrupts.clone(),
                         decoder: self.platform.root.decoder(),
                     };
