@@ -62,10 +62,10 @@ pub type Done = Box<dyn FnOnce(bool) + Send>;
 
 /// Carries out transfers, one at a time, through pinned pages and by other threads.
 pub trait AsyncReads: Send + Sync {
-    /// Begins one. `done` is called once when nothing of it is in flight any more, from another thread, with whether all
-    /// of it arrived; not after [`AsyncReads::stop`]. Only when no other goes on.
+    /// Begins one. `done` is called once when nothing of it is in flight any more, from another thread, with whether
+    /// all of it arrived; not after [`AsyncReads::stop`]. Only when no other goes on.
     fn begin(&self, read: Read, done: Done);
-    /// Ends what goes on. Nothing reaches memory after it returns.
+    /// Ends what goes on. Nothing reaches memory after it returns, or the machine does not run on.
     fn stop(&self);
     /// Nothing is begun any more, and what is in flight ends. Waits no longer than a second.
     ///

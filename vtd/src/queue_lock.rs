@@ -7,8 +7,8 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
 
 /// While it lives, this thread works for another one that has the queue lock of some unit, and waits for it: a listener
-/// that asks others before it returns. Debug builds panic when this thread calls what waits for a queue lock, as they do
-/// in the listener's own.
+/// that asks others before it returns. Debug builds panic when this thread calls what waits for a queue lock, as they
+/// do in the listener's own.
 #[derive(Debug)]
 pub struct InsideNotification(PhantomData<*const ()>);
 

@@ -35,8 +35,8 @@ const LAST_WAIT: Duration = Duration::from_secs(1);
 pub trait Source: Send + Sync {
     /// Bytes.
     fn size(&self) -> u64;
-    /// Reads what is at `offset` into the pages, from byte `skip` on, no further than their end. How many bytes; at least
-    /// one.
+    /// Reads what is at `offset` into the pages, from byte `skip` on, no further than their end. How many bytes; at
+    /// least one.
     fn read(&self, pinned: &Pinned, skip: u64, offset: u64) -> io::Result<u64>;
 }
 
@@ -135,8 +135,17 @@ struct Shared {
     changed: Condvar,
     source: Box<dyn Source>,
     client: OnceLock<Weak<PinClient>>,
+    outside: Outside,
+}
+
+/// What the transfers of a device need from outside.
+pub struct Outside {
     /// Who is told what could not be pinned.
-    requests: Box<dyn Requests>,
+    pub requests: Box<dyn Requests>,
+    /// How long a transfer may take to end when the device is stopped.
+    pub deadline: Duration,
+    /// Stops the machine, because a transfer does not end.
+    pub stop_machine: Box<dyn Fn(&str) + Send + Sync>,
 }
 
 /// The transfers of one device.
@@ -161,14 +170,14 @@ impl UnmapNotifier for Shared {
 }
 
 impl PinnedReads {
-    /// Reads from `source`. `register` makes a client with this notifier; of what cannot be pinned `requests` hears.
+    /// Reads from `source`. `register` makes a client with this notifier.
     pub fn new(
         source: Box<dyn Source>,
-        requests: Box<dyn Requests>,
+        outside: Outside,
         register: impl FnOnce(Arc<dyn UnmapNotifier>) -> Result<PinClient, RegisterClientError>,
     ) -> Result<Arc<Self>, Error> {
         let (state, changed, client) = (Mutex::default(), Condvar::new(), OnceLock::new());
-        let shared = Arc::new(Shared { state, changed, source, client, requests });
+        let shared = Arc::new(Shared { state, changed, source, client, outside });
         let client = Arc::new(register(shared.clone())?);
         let _ = shared.client.set(Arc::downgrade(&client));
         let reads = Self { shared, client };
@@ -238,7 +247,7 @@ impl Shared {
             Err(e) => {
                 log::debug!("pinblk: {range}: {e}");
                 if let PinError::NotMapped(page) | PinError::Denied(page) | PinError::GoingAway(page) = e {
-                    self.requests.blocked(Iova(page), true);
+                    self.outside.requests.blocked(Iova(page), true);
                 }
                 return 0;
             }
@@ -294,9 +303,16 @@ impl AsyncReads for PinnedReads {
         if let Some(job) = &mut state.job {
             (job.failed, job.done) = (true, None);
         }
-        // What does not end after it was given up for good has stopped the machine.
-        let over = self.shared.changed.wait_while(state, |state| !state.in_flight.is_empty() && !state.ended);
-        over.unwrap().job = None;
+        // What did not end when it was ended for good has stopped the machine.
+        let goes_on = |state: &mut State| !state.in_flight.is_empty() && !state.ended;
+        let Outside { deadline, stop_machine, .. } = &self.shared.outside;
+        let mut over = self.shared.changed.wait_timeout_while(state, *deadline, goes_on).unwrap().0;
+        over.job = None;
+        if goes_on(&mut over) {
+            over.ended = true;
+            drop(over);
+            stop_machine("a read of its file does not end");
+        }
     }
 
     fn end_for_good(&self) -> Result<(), String> {

@@ -74,7 +74,10 @@ fn bench(source: Box<dyn Source>, deadline: Duration) -> Bench {
     let heard = blocked.0.clone();
     let limits = PinLimits { pages: PAGES, deadline };
     let register = |notifier| bridge.register_client(DEVICE, notifier, limits);
-    let reads = PinnedReads::new(source, Box::new(blocked), register).unwrap();
+    let machine = stops.clone();
+    let stop_machine = Box::new(move |why: &str| machine.stop_machine(&[DEVICE], why));
+    let outside = Outside { requests: Box::new(blocked), deadline, stop_machine };
+    let reads = PinnedReads::new(source, outside, register).unwrap();
     *stops.reads.lock().unwrap() = Arc::downgrade(&reads);
     let bench = Bench { memory, bridge, reads, stops, blocked: heard };
     let whole = Mapping { iova: Iova(0), gpa: Gpa(0), len: RAM, perm: Perm::ReadWrite };
@@ -182,6 +185,21 @@ fn d3_a_read_that_does_not_end_stops_the_machine() {
     assert_eq!((bench.reads.stats().late, bench.reads.stats().left_pinned), (1, CHUNK / PAGE_SIZE));
     // Nor does the end of the machine wait for it.
     bench.reads.stop();
+    assert!(told.recv().is_err());
+    drop(go);
+}
+
+#[test]
+fn rule12_a_stop_that_a_read_outlives_stops_the_machine() {
+    let (source, asked, go) = gate();
+    let bench = bench(source, Duration::from_millis(50));
+    let told = bench.begin(0, 0, CHUNK);
+    asked.recv().unwrap();
+    bench.reads.stop();
+    assert_eq!(bench.stops.machine.lock().unwrap().len(), 1);
+    // It is waited for once.
+    bench.reads.stop();
+    assert_eq!(bench.stops.machine.lock().unwrap().len(), 1);
     assert!(told.recv().is_err());
     drop(go);
 }

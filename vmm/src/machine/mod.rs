@@ -528,6 +528,7 @@ impl Plug<'_> {
                         unit,
                         bridge: &assigned.bridge,
                         software: &assigned.software,
+                        breaker: assigned.breaker.clone(),
                         interrupts: self.interrupts.clone(),
                         decoder: self.platform.root.decoder(),
                     };

@@ -274,8 +274,8 @@ impl Pins {
     }
 
     /// All that were told have answered, or their time is over. What is still pinned is revoked, and whoever had it is
-    /// cut off, with all of its pins: the bridge cannot know whether I/O is in flight there. Says for whom that was, and why. The translations
-    /// must be gone before anybody can pin again.
+    /// cut off, with all of its pins: the bridge cannot know whether I/O is in flight there. Says for whom that was,
+    /// and why. The translations must be gone before anybody can pin again.
     pub fn end(&mut self, going: Going<'_>, window: Window) -> Vec<String> {
         self.closed.remove(&window.id);
         let left = self.pinned_in(going);

@@ -139,8 +139,8 @@ impl PinClient {
 }
 
 impl Bridge {
-    /// A client for `requester`, which was registered with a group of [`Software`](crate::Software). One device may have
-    /// several.
+    /// A client for `requester`, which was registered with a group of [`Software`](crate::Software). One device may
+    /// have several.
     pub fn register_client(
         &self,
         requester: Requester,
