@@ -61,6 +61,27 @@ impl Replay {
         Ok(replay)
     }
 
+    /// The container that `trace` has for `group` at its end: that of its number where the host gave it one for life,
+    /// or the one that it was attached to last.
+    ///
+    /// # Errors
+    /// If it is attached to none.
+    pub fn container_of(trace: &str, group: &str) -> Result<String> {
+        let mut container = Some(group.to_owned());
+        for line in trace.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            let mut words = line.split(' ').skip(1);
+            let (Some("host"), Some(operation @ ("attach" | "detach"))) = (words.next(), words.next()) else {
+                continue;
+            };
+            let values: BTreeMap<&str, &str> = words.filter_map(|word| word.split_once('=')).collect();
+            if values.get("group") != Some(&group) || values.get("result") != Some(&"ok") {
+                continue;
+            }
+            container = values.get("container").filter(|_| operation == "attach").map(|name| (*name).to_owned());
+        }
+        container.with_context(|| format!("group {group} is attached to nothing"))
+    }
+
     fn take(&mut self, line: &str, container: &str) -> Result<()> {
         let operation = line.split(' ').nth(1).unwrap_or_default();
         let values: BTreeMap<&str, &str> = line.split(' ').filter_map(|word| word.split_once('=')).collect();
@@ -77,10 +98,16 @@ impl Replay {
             ensure!(self.memory.len() < before, "it was not there");
             return Ok(());
         }
-        if value("container")? != container {
+        // A group that leaves a space changes nothing in it.
+        if operation == "detach" || value("container")? != container {
             return Ok(());
         }
         match operation {
+            "create" | "attach" => Ok(()),
+            "destroy" => {
+                self.extents.clear();
+                Ok(())
+            }
             "map" if value("result")? != "ok" => Ok(()),
             "map" => {
                 let (first, last) = range(value("iova")?)?;
@@ -222,5 +249,24 @@ mod tests {
         assert!(with("0.7 host ledger container=3 extents=0 bytes=0x0").is_err());
         assert!(with(one).is_err());
         assert!(with(held).is_err());
+    }
+
+    #[test]
+    fn a_group_is_in_the_container_that_it_was_attached_to_last() {
+        assert_eq!(Replay::container_of(TRACE, "3").unwrap(), "3");
+        let moves = "0.1 host create container=70 ns=1 result=ok\n\
+            0.2 host attach container=70 group=3 ns=1 result=ok\n\
+            0.3 host map container=70 iova=0x4000-0x5fff gpa=0x1000 perm=rw ns=1 result=ok\n\
+            0.3 host attach container=71 group=4 ns=1 result=ok\n\
+            0.4 host attach container=72 group=3 ns=1 result=Invalid_argument\n";
+        let of = |more: &str, group| Replay::container_of(&format!("{moves}{more}"), group);
+        assert_eq!((of("", "3").unwrap(), of("", "4").unwrap()), ("70".to_owned(), "71".to_owned()));
+        let left = "0.5 host detach group=3 ns=1 result=ok\n";
+        assert!(of(left, "3").is_err() && of(left, "4").is_ok());
+        // A space that is given back holds nothing.
+        let trace = format!("{TRACE}{moves}{left}");
+        assert_eq!(Replay::of(&trace, "70").unwrap().extents.len(), 1);
+        let trace = format!("{trace}0.6 host destroy container=70 ns=1 result=ok\n");
+        assert_eq!(Replay::of(&trace, "70").unwrap().extents.len(), 0);
     }
 }

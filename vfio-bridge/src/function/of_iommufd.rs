@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::function::reset::ResetOwner;
 use crate::function::sys::{OwnedBy, Reached};
 
-/// Whoever has the iommufd that a function is bound to. The kernel tells what is bound to it from what is not, and wants
-/// no proof.
+/// Whoever has the iommufd that a function is bound to. The kernel tells what is bound to it from what is not, and
+/// wants no proof.
 #[derive(Debug)]
 pub(crate) struct OfThisIommufd;
 

@@ -1,15 +1,15 @@
-//! The kernel's iommufd: an IOAS for each space, and page tables (HWPT) from which a group is switched to another in one
-//! step ([`Placement::PerSpace`]).
+//! The kernel's iommufd: an IOAS for each space, and page tables (HWPT) from which a group is switched to another in
+//! one step ([`Placement::PerSpace`]).
 //!
 //! ```text
 //!   IOAS of RAM ──copy──► IOAS of a space ──filled──► HWPT ◄── attached ── functions of a group
 //!   (never attached)             └────────────filled──► HWPT ◄── attached ── those behind another unit of the host
 //! ```
 //!
-//! All RAM is in one IOAS, and what a space maps of it is copied from there, so that a page is pinned and charged once in
-//! whatever number of spaces. HWPTs are made explicitly and stay as long as their space does: one that the kernel makes
-//! by itself is filled anew in each switch. What is made of a space before its first group comes is filled before that
-//! group is switched to it.
+//! All RAM is in one IOAS, and what a space maps of it is copied from there, so that a page is pinned and charged once
+//! in whatever number of spaces. HWPTs are made explicitly and stay as long as their space does: one that the kernel
+//! makes by itself is filled anew in each switch. What is made of a space before its first group comes is filled before
+//! that group is switched to it.
 
 mod members;
 mod sys;
@@ -115,8 +115,8 @@ pub struct Iommufd {
 }
 
 impl Iommufd {
-    /// A backend without groups, for a guest whose memory is `guest`. `kvm` is the virtual machine's KVM-VFIO device: the
-    /// file of each function is added to it before the function can be used (F-7).
+    /// A backend without groups, for a guest whose memory is `guest`. `kvm` is the virtual machine's KVM-VFIO device:
+    /// the file of each function is added to it before the function can be used (F-7).
     pub fn new(kvm: Option<Arc<VfioDeviceFd>>, guest: &GuestMap) -> Result<Self, OpenError> {
         let node = HostPaths::default().dev_iommu;
         let file = |source: io::Error| match source.raw_os_error() {
@@ -255,8 +255,8 @@ fn both(one: Limits, other: Limits) -> Limits {
     }
 }
 
-/// Puts all RAM of `guest` into `ioas`, where nothing is pinned yet. `None`, and nothing is there, if the kernel does not
-/// copy parts of it to another IOAS: the header of `IOMMU_IOAS_COPY` does not promise that it does.
+/// Puts all RAM of `guest` into `ioas`, where nothing is pinned yet. `None`, and nothing is there, if the kernel does
+/// not copy parts of it to another IOAS: the header of `IOMMU_IOAS_COPY` does not promise that it does.
 fn ram_in(fd: &IommuFd, ioas: Ioas, guest: &GuestMap) -> io::Result<Option<Ram>> {
     let mut regions = Vec::new();
     for region in guest.regions() {

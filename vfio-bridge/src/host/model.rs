@@ -1,6 +1,7 @@
 //! An in-memory host IOMMU that answers as the kernel's type1 does, of old and of new kernels. For tests.
 //!
-//! Its groups are in spaces for life, or are attached to the spaces that it is asked to make ([`Placement`]).
+//! Its groups are in spaces for life, or are attached to the spaces that it is asked to make ([`Placement`]); then it
+//! unmaps and attaches as iommufd does.
 //!
 //! It keeps the kernel's order of checks, so that an operation that is wrong in two ways fails for the same reason, and
 //! it can fail any operation on request. A hook sees what it holds after **every** operation: that is how tests check
@@ -270,7 +271,9 @@ impl Model {
         let result = match (injected, op) {
             (Some(errno), _) => Err(errno),
             (None, HostOp::Map(held)) => self.map_dma(&mut state, space, held).map(|()| 0),
+            (None, HostOp::Unmap(range)) if self.per_space => unmap_ioas(&mut state, space, range),
             (None, HostOp::Unmap(range)) => self.unmap_dma(&mut state, space, range),
+            (None, HostOp::Attach(_)) if !self.fits(&state, space) => Err(libc::EADDRINUSE),
             (None, op) => state.place(space, op).map(|()| 0),
         };
         let served = Served { space, op, result };
@@ -286,9 +289,18 @@ impl Model {
         result
     }
 
+    fn is_in_ranges(&self, held: &Held) -> bool {
+        self.kernel.iova_ranges.iter().any(|range| range.first <= held.iova && held.last() <= range.last)
+    }
+
+    /// Whether a group can be attached to `space`: what it has must be where the group's IOMMU maps.
+    fn fits(&self, state: &State, space: HostSpaceId) -> bool {
+        state.spaces.get(&space).is_none_or(|contents| contents.values().all(|held| self.is_in_ranges(held)))
+    }
+
     /// `vfio_dma_do_map`, check by check.
     fn map_dma(&self, state: &mut State, space: HostSpaceId, new: Held) -> Result<(), i32> {
-        let State { spaces, pinned, .. } = state;
+        let State { spaces, groups, pinned, .. } = state;
         let contents = spaces.get_mut(&space).ok_or(libc::EBADF)?;
         let aligned = [new.iova, new.len, new.hva].iter().all(|n| n.is_multiple_of(PAGE_SIZE));
         let wraps = |start: u64| start.checked_add(new.len.wrapping_sub(1)).is_none();
@@ -301,8 +313,8 @@ impl Model {
         if contents.len() >= self.kernel.entries {
             return Err(libc::ENOSPC);
         }
-        let within = |range: &IovaRange| range.first <= new.iova && new.last() <= range.last;
-        if !self.kernel.iova_ranges.iter().any(within) {
+        // Nothing is known of ranges in a space that nobody is attached to.
+        if (!self.per_space || groups.values().any(|of| *of == Some(space))) && !self.is_in_ranges(&new) {
             return Err(libc::EINVAL);
         }
         if self.kernel.memlock.is_some_and(|limit| *pinned + new.len > limit) {
@@ -353,6 +365,32 @@ impl Model {
         state.pinned -= bytes;
         Ok(bytes)
     }
+}
+
+/// `iommufd_ioas_unmap`: mapping by mapping, up to one that would have to be cut.
+fn unmap_ioas(state: &mut State, space: HostSpaceId, range: UnmapRange) -> Result<u64, i32> {
+    let State { spaces, pinned, .. } = state;
+    let contents = spaces.get_mut(&space).ok_or(libc::ENOENT)?;
+    let (first, last) = match range {
+        UnmapRange::All => (0, u64::MAX),
+        UnmapRange::Span { first, last } if last < first => return Err(libc::EINVAL),
+        // 2^64 has no length, and what ends there wraps.
+        UnmapRange::Span { last: u64::MAX, .. } => return Err(libc::EOVERFLOW),
+        UnmapRange::Span { first, last } => (first, last),
+    };
+    if contents.range(..first).next_back().is_some_and(|(_, held)| held.last() >= first) {
+        return Err(libc::ENOENT);
+    }
+    let mut bytes = 0;
+    while let Some(held) = contents.range(first..=last).next().map(|(_, held)| *held) {
+        if held.last() > last {
+            return Err(libc::ENOENT);
+        }
+        contents.remove(&held.iova);
+        *pinned -= held.len;
+        bytes += held.len;
+    }
+    if bytes == 0 && range != UnmapRange::All { Err(libc::ENOENT) } else { Ok(bytes) }
 }
 
 impl State {

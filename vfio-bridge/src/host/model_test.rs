@@ -72,3 +72,28 @@ fn injected_failures_change_nothing() {
     assert_eq!(unmap(&model, 0, 8191), Ok(8192));
     assert_eq!(model.counts(), (2, 2));
 }
+
+#[test]
+fn a_host_that_attaches_groups_answers_as_iommufd_does() {
+    let (model, guest) = (Model::per_space(Kernel::new(48), &[G]), guest());
+    let space = model.create().expect("a space");
+    assert_eq!(space, C);
+    for page in [0, 1, 4] {
+        assert_eq!(map(&model, &guest, page << 21, 2 << 12), Ok(()));
+    }
+    assert_eq!(map(&model, &guest, 4096, 4096), Err(RefusalCause::Other), "overlap: EEXIST");
+    assert_eq!(unmap(&model, 4096, 8191), Err(libc::ENOENT), "cuts");
+    assert_eq!(unmap(&model, 2 << 21, 3 << 21), Err(libc::ENOENT), "nothing is there");
+    assert_eq!(unmap(&model, 0, u64::MAX), Err(libc::EOVERFLOW), "2^64 has no length");
+    // It cuts the last of three: the others are gone all the same.
+    assert_eq!(unmap(&model, 0, (4 << 21) + 4095), Err(libc::ENOENT));
+    assert_eq!(model.totals(), (1, 2 << 12));
+    let all = || model.unmap(C, UnmapRange::All).map_err(|e| e.raw_os_error());
+    assert_eq!((all(), all()), (Ok(2 << 12), Ok(0)));
+    // It learns the ranges of a group when that is attached.
+    assert_eq!(map(&model, &guest, 0xfee0_0000, 4096), Ok(()));
+    assert_eq!(model.attach(G, C).map_err(|e| e.raw_os_error()), Err(Some(libc::EADDRINUSE)));
+    assert_eq!(all(), Ok(4096));
+    model.attach(G, C).expect("attached");
+    assert_eq!(map(&model, &guest, 0xfee0_0000, 4096), Err(RefusalCause::Range));
+}

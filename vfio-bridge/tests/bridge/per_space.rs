@@ -1,5 +1,5 @@
-//! A host that attaches groups to spaces, as iommufd does: identity stays, and what becomes of a group that got lost on its
-//! way.
+//! A host that attaches groups to spaces, as iommufd does: identity stays, and what becomes of a group that got lost on
+//! its way.
 
 use std::io;
 use std::sync::Arc;

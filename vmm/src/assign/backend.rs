@@ -1,9 +1,9 @@
 //! By which of the host's interfaces each function's memory is mapped.
 //!
-//! type1 pins all RAM once for each host group, and changes a group's container mapping by mapping; a single map or unmap
-//! costs less there. iommufd pins RAM once for all, and switches a group between spaces in one step. So a guest with one
-//! group is given type1, and one with several iommufd, unless the host has only one of both, or the user says which
-//! (docs/running.md has the figures).
+//! type1 pins all RAM once for each host group, and changes a group's container mapping by mapping; a single map or
+//! unmap costs less there. iommufd pins RAM once for all, and switches a group between spaces in one step. So a guest
+//! with one group is given type1, and one with several iommufd, unless the host has only one of both, or the user says
+//! which (docs/running.md has the figures).
 
 use std::collections::BTreeMap;
 
@@ -57,8 +57,8 @@ impl Candidate {
     }
 }
 
-/// Chooses for each, in their order. All functions of a group are assigned by one interface: the kernel gives a group to
-/// one.
+/// Chooses for each, in their order. All functions of a group are assigned by one interface: the kernel gives a group
+/// to one.
 pub fn choose(candidates: Vec<Candidate>) -> Result<Vec<Chosen>, Error> {
     let mut fixed: BTreeMap<GroupId, Backend> = BTreeMap::new();
     for candidate in &candidates {

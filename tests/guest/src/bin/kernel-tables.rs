@@ -45,8 +45,8 @@ fn main() -> Result<()> {
     ensure!(table.translates, "{bdf}: the host's kernel does not translate for it");
     let text = fs::read_to_string(&trace).with_context(|| format!("reading {}", trace.display()))?;
     let group = fs::read_link(Path::new("/sys/bus/pci/devices").join(&bdf).join("iommu_group"))?;
-    // Causeway names a container after its group.
-    let container = group.file_name().context("an empty group link")?.to_string_lossy().into_owned();
+    let group = group.file_name().context("an empty group link")?.to_string_lossy().into_owned();
+    let container = Replay::container_of(&text, &group)?;
     let replay = Replay::of(&text, &container).context("the trace")?;
     ensure!(replay.ledgers > 0, "the trace has no audit");
     let differences = compare(&bdf, &replay, &table, &Frames::of(pid)?)?;
