@@ -26,6 +26,7 @@ mod connection;
 mod function;
 mod granted;
 mod host;
+mod logging;
 mod server;
 mod socket;
 mod wire;

@@ -2,6 +2,7 @@
 //! processes that misbehave.
 
 mod both_ends;
+mod dirty;
 mod messages;
 mod misbehaving;
 mod negotiation;
