@@ -1,4 +1,4 @@
-//! DMA logging (E-1): what a function's process wrote, by the device feature of that name (VFIO's, of version 0.9.2 on).
+//! DMA logging (E-1): what a function's process wrote, by VFIO's device feature of that name (version 0.9.2 on).
 //!
 //! Our server knows it exactly, page by page, also of what was unmapped: its log is of IOVAs and stays. Of others only
 //! the protocol is known, which does not say what becomes of a log when its mapping goes. So an unmap asks before and
