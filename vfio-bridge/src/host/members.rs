@@ -16,13 +16,13 @@ pub trait Devices {
     ///
     /// # Errors
     /// They are where they were.
-    fn attach(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()>;
+    fn attach_stream(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()>;
 
     /// The requests of `stream` reach nothing.
     ///
     /// # Errors
     /// Nothing may be concluded about what they reach.
-    fn detach(&self, stream: HostStream) -> io::Result<()>;
+    fn detach_stream(&self, stream: HostStream) -> io::Result<()>;
 }
 
 /// What the IOMMU sees of `members`: each once, also where several of them are seen as one.
@@ -46,14 +46,14 @@ pub fn attach(
     }
     let mut moved = Vec::with_capacity(streams.len());
     for stream in streams {
-        let Err(e) = devices.attach(stream, to) else {
+        let Err(e) = devices.attach_stream(stream, to) else {
             moved.push(stream);
             continue;
         };
         for moved in moved.into_iter().rev() {
             let back = match from {
-                Some(from) => devices.attach(moved, from),
-                None => devices.detach(moved),
+                Some(from) => devices.attach_stream(moved, from),
+                None => devices.detach_stream(moved),
             };
             if let Err(again) = back {
                 log::error!("{moved} is not back where it was before {stream} could not be attached: {again}");
@@ -69,7 +69,7 @@ pub fn attach(
 /// # Errors
 /// The first of them; nothing may be concluded about what the group reaches.
 pub fn detach(devices: &dyn Devices, members: &[HostDevice]) -> io::Result<()> {
-    let detached: Vec<_> = seen(devices, members).into_iter().map(|stream| devices.detach(stream)).collect();
+    let detached: Vec<_> = seen(devices, members).into_iter().map(|stream| devices.detach_stream(stream)).collect();
     detached.into_iter().collect()
 }
 

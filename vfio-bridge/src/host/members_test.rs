@@ -33,12 +33,12 @@ impl Devices for Host {
             other => stream(other, None),
         }
     }
-    fn attach(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+    fn attach_stream(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
         self.call()?;
         self.at.borrow_mut().insert(stream, space);
         Ok(())
     }
-    fn detach(&self, stream: HostStream) -> io::Result<()> {
+    fn detach_stream(&self, stream: HostStream) -> io::Result<()> {
         self.call()?;
         self.at.borrow_mut().remove(&stream);
         Ok(())

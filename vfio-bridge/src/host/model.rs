@@ -448,11 +448,11 @@ impl Devices for Model {
         found.map_or(HostStream { device, pasid: None }, |(_, stream)| *stream)
     }
 
-    fn attach(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+    fn attach_stream(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
         self.serve(space, HostOp::AttachStream(stream)).map(drop).map_err(io::Error::from_raw_os_error)
     }
 
-    fn detach(&self, stream: HostStream) -> io::Result<()> {
+    fn detach_stream(&self, stream: HostStream) -> io::Result<()> {
         let Some(space) = self.space_of_stream(stream) else { return Ok(()) };
         self.serve(space, HostOp::DetachStream(stream)).map(drop).map_err(io::Error::from_raw_os_error)
     }
@@ -518,13 +518,13 @@ impl HostIommu for Model {
 
     fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
         match self.devices.values().flatten().any(|(device, _)| *device == stream.device) {
-            true => Devices::attach(self, stream, space),
+            true => self.attach_stream(stream, space),
             false => Err(io::Error::from_raw_os_error(libc::ENODEV)),
         }
     }
 
     fn detach_part(&self, stream: HostStream) -> io::Result<()> {
-        Devices::detach(self, stream)
+        self.detach_stream(stream)
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {

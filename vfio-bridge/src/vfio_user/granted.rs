@@ -1,14 +1,17 @@
 //! What a function may reach, by file: the mappings that one side told the other of. Both sides keep this book: the
 //! server to carry out DMA, the client to hold requests by message to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use vtd::Perm;
+use vtd::{IovaRange, Perm};
+
+use crate::bridge::guest_map::PAGE_SIZE;
 
 /// Nothing that is granted answers; so many bytes before it were transferred.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,15 +30,21 @@ pub(super) struct Grant {
 
 /// All mappings of a function, by their first IOVA.
 #[derive(Default)]
-pub(super) struct Granted(RwLock<BTreeMap<u64, Grant>>);
+pub(super) struct Granted {
+    grants: RwLock<BTreeMap<u64, Grant>>,
+    logs: AtomicBool,
+    /// While it logs: pages that were written, by IOVA, also where nothing is granted any more. It has no more than the
+    /// pages that were granted since it was read.
+    log: Mutex<BTreeSet<u64>>,
+}
 
 impl Granted {
     fn shared(&self) -> RwLockReadGuard<'_, BTreeMap<u64, Grant>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.grants.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn exclusive(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, Grant>> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        self.grants.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn len(&self) -> u64 {
@@ -67,9 +76,16 @@ impl Granted {
         Some(inside.into_iter().map(|(first, last)| first..last + 1).collect())
     }
 
+    /// What is granted in `first..=last`, whole mappings.
+    pub fn within(&self, first: u64, last: u64) -> Vec<IovaRange> {
+        let grants = self.shared();
+        grants.range(first..=last).map(|(first, grant)| IovaRange { first: *first, last: grant.last }).collect()
+    }
+
     /// Takes everything back.
     pub fn clear(&self) {
         self.exclusive().clear();
+        self.stop_log();
     }
 
     /// Reads all of `data` at `iova`.
@@ -79,7 +95,52 @@ impl Granted {
 
     /// Writes all of `data` at `iova`.
     pub fn write(&self, iova: u64, data: &[u8]) -> Result<(), Missing> {
-        self.pieces(iova, data.len(), Perm::writable, |file, at, range| file.write_all_at(&data[range], at))
+        self.pieces(iova, data.len(), Perm::writable, |file, at, range| {
+            let (first, len) = (iova + range.start as u64, range.len() as u64);
+            let written = file.write_all_at(&data[range], at);
+            // Whoever takes the mapping back waits for this, too, and finds it in the log. A part may be written.
+            self.note(first, len);
+            written
+        })
+    }
+
+    /// What is written is logged from now on; nothing is in the log yet.
+    pub fn start_log(&self) {
+        self.log().clear();
+        self.logs.store(true, Ordering::SeqCst);
+    }
+
+    /// Nothing is logged any more.
+    pub fn stop_log(&self) {
+        self.logs.store(false, Ordering::SeqCst);
+        self.log().clear();
+    }
+
+    /// Whether it logs.
+    pub fn logs(&self) -> bool {
+        self.logs.load(Ordering::SeqCst)
+    }
+
+    /// The pages of `range` that were written since the last time.
+    pub fn take_log(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> {
+        let mut log = self.log();
+        let first = range.first - range.first % PAGE_SIZE;
+        let found: Vec<u64> = log.range(first..=range.last).copied().collect();
+        for page in &found {
+            log.remove(page);
+        }
+        found.into_iter().map(|page| IovaRange { first: page, last: page + (PAGE_SIZE - 1) })
+    }
+
+    fn log(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, iova: u64, len: u64) {
+        if self.logs.load(Ordering::Relaxed) && len > 0 {
+            let pages = iova / PAGE_SIZE..=(iova + (len - 1)) / PAGE_SIZE;
+            self.log().extend(pages.map(|page| page * PAGE_SIZE));
+        }
     }
 
     fn pieces(

@@ -16,10 +16,12 @@ use zerocopy::IntoBytes;
 use super::connection::{CALL_DEADLINE, Call, CallError, ConnectError, Connection};
 use super::function::UserFunction;
 use super::granted::Grant;
+use super::logging;
 use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
 use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::Limits;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
 
 /// Calls that are under way at a time.
@@ -214,6 +216,38 @@ impl HostIommu for VfioUser {
                 Ok(mappings.iter().map(|mapping| mapping.end - mapping.start).sum())
             }
         }
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        logging::start(&*self.connection(space)?)
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        // Whoever is gone logs nothing.
+        if let Err(e) = self.connection(space).and_then(|connection| logging::stop(&connection)) {
+            log::debug!("DMA logging could not be stopped: {e}");
+        }
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let connection = self.connection(space)?;
+        let IovaRange { first, last } = bitmap.range();
+        logging::report(&connection, &connection.granted().within(first, last), bitmap)
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, _: bool) -> io::Result<u64> {
+        let connection = self.connection(space)?;
+        let IovaRange { first, last } = bitmap.range();
+        let mappings = connection.granted().within(first, last);
+        // Before, for servers that forget it then; a report that fails is one of everything.
+        let before = logging::report(&connection, &mappings, bitmap);
+        let unmapped = self.unmap(space, UnmapRange::Span { first, last })?;
+        // By message it writes until then; and ours logs what was under way.
+        let after = logging::report(&connection, &mappings, bitmap);
+        if before.is_err() || (after.is_err() && connection.is_released()) {
+            bitmap.mark(bitmap.range());
+        }
+        Ok(unmapped)
     }
 
     fn remedy(&self, _: HostSpaceId, cause: RefusalCause) -> String {

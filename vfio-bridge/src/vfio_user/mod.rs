@@ -29,6 +29,7 @@ mod connection;
 mod function;
 mod granted;
 mod host;
+mod logging;
 mod messages;
 mod server;
 mod socket;

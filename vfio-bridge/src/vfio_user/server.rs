@@ -23,6 +23,7 @@ use vtd::{Iova, Perm};
 use zerocopy::IntoBytes;
 
 use super::granted::{Grant, Granted, Missing};
+use super::logging;
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
     Capabilities, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DeviceInfo, DmaAccess, DmaMap, DmaUnmap, FLAG_ERROR,
@@ -331,6 +332,7 @@ impl Session<'_> {
                 self.function.write(region, access.offset, data);
                 Ok(access.as_bytes().to_vec())
             }
+            command::DEVICE_FEATURE => logging::serve(&self.memory.granted, message),
             command::DEVICE_RESET => {
                 self.function.reset();
                 Ok(Vec::new())

@@ -29,6 +29,8 @@ pub mod command {
     pub const DMA_WRITE: u16 = 12;
     /// Resets the device.
     pub const DEVICE_RESET: u16 = 13;
+    /// Reads or sets a feature of the device, such as DMA logging.
+    pub const DEVICE_FEATURE: u16 = 16;
 }
 
 /// Bits 3:0 of the flags: the message answers a command.
@@ -114,6 +116,50 @@ pub struct DmaUnmap {
     pub address: u64,
     /// Bytes of the range; in the reply those that were mapped there.
     pub size: u64,
+}
+
+/// Of DEVICE_FEATURE, both ways; what the feature has follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct DeviceFeature {
+    /// Bytes of this structure and what follows, also of the reply.
+    pub argsz: u32,
+    /// `VFIO_DEVICE_FEATURE_*`: which, and what is done.
+    pub flags: u32,
+}
+
+/// Of a start of DMA logging; its ranges follow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LoggingControl {
+    /// Bytes of a page.
+    pub page_size: u64,
+    /// Ranges.
+    pub num_ranges: u32,
+    /// 0.
+    pub reserved: u32,
+}
+
+/// What is logged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LoggingRange {
+    /// First IOVA.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// Of a report of DMA logging, both ways; in the reply the bitmap follows, in words of 64 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LoggingReport {
+    /// First IOVA.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Bytes of a page.
+    pub page_size: u64,
 }
 
 /// Of DEVICE_GET_INFO, both ways.

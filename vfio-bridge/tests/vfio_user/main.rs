@@ -3,6 +3,7 @@
 
 mod both_ends;
 mod confined;
+mod dirty;
 mod messages;
 mod misbehaving;
 mod negotiation;
