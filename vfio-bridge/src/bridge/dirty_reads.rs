@@ -6,7 +6,8 @@ use vtd::{IovaRange, Requester};
 
 use super::dirty::{DirtyPages, DirtyRace, GroupLog};
 use super::guest_map::{GuestMap, MemKind};
-use super::placement::{HeldState, Occupant, PlacedGroup};
+use super::held::{HeldState, Occupant};
+use super::placement::PlacedGroup;
 use super::{Bridge, lock};
 use crate::host::dirty::DirtyKnowledge;
 

@@ -20,6 +20,7 @@ pub(crate) mod dirty;
 pub(crate) mod dirty_reads;
 pub(crate) mod group;
 pub(crate) mod guest_map;
+mod held;
 mod host_space;
 pub mod ledger;
 pub(crate) mod limits;
@@ -35,10 +36,11 @@ use vtd::{Applied, AttachRefused, IovaRange, MapOp, Mapping, Refusal, Requester,
 
 use self::group::Group;
 use self::guest_map::GuestMap;
+use self::held::Held;
 use self::host_space::Lost;
 use self::ledger::Extent;
 use self::pin::book::Going;
-use self::placement::{Held, PlacedGroup};
+use self::placement::PlacedGroup;
 use crate::host::{GroupId, HostDevice, HostIommu, HostStream};
 use crate::stats::{Counters, DeviceStats};
 
@@ -304,7 +306,7 @@ impl Bridge {
         space: &SpaceKey,
         going: &[IovaRange],
         broken: &mut Broken,
-        mut change: impl FnMut(&mut placement::HeldState, &GuestMap),
+        mut change: impl FnMut(&mut held::HeldState, &GuestMap),
     ) {
         let guest = self.guest.load();
         for held in held {

@@ -184,7 +184,7 @@ fn c4_a_part_that_cannot_be_attached_reaches_nothing_and_its_function_goes_on() 
     assert_eq!((parts.bridge.space_of(part(1, 5)), parts.model.spaces()), (None, 1));
     assert_eq!(parts.reaches(on_host(1, None), KIB4), Some(KIB4));
     assert!(parts.stopped.functions.lock().expect("whole").is_empty());
-    // One that cannot be detached, or whose space does not let go, stops the function, which is what makes its requests.
+    // One that cannot be detached, or whose space does not let go, stops the function: that makes its requests.
     parts.model.stop_injecting();
     parts.attach(part(1, 5), &space, &[(0, 0)]).expect("attached");
     parts.model.inject(|_, op| matches!(op, HostOp::DetachStream(_)).then_some(libc::EIO));

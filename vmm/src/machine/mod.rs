@@ -8,6 +8,7 @@ pub mod dirty;
 pub mod events;
 mod legacy;
 mod peers;
+mod plug;
 pub mod stats;
 mod steering;
 
@@ -15,33 +16,30 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
-use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
-use devices::edu::Edu;
-use devices::host::{IrqLine, PowerControl};
-use devices::ioapic::{EoiListener, IoApic};
-use devices::pci::{ConfigPorts, Ecam, PciFunction, PciRoot, SlotError, gsi_of};
+use devices::host::PowerControl;
+use devices::ioapic::IoApic;
+use devices::pci::{ConfigPorts, Ecam, PciRoot, SlotError};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
-use devices::vfio_pci::{VfioPci, VfioPciWiring};
+use devices::vfio_pci::VfioPci;
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
-use vfio_bridge::{Bdf, Bridge, Function, GroupId, Trace, TracedListener};
+use vfio_bridge::{Bridge, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
+use vtd::{Audit, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
 use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
-use crate::assign::pinned_reads::PinnedReads;
-use crate::assign::{self, Assigned, Checked, UserRequests};
+use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
-use crate::config::{DeviceKind, DeviceOption, MachineConfig, Slot};
+use crate::config::{MachineConfig, Slot};
 use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
 use crate::kvm::memory::Ram;
-use crate::kvm::slots::{FunctionSlots, KvmSlots};
+use crate::kvm::slots::KvmSlots;
 use crate::kvm::vcpu::{self, Buses};
 use crate::kvm::vm;
 use crate::machine::control::{Control, Stop};
@@ -50,6 +48,7 @@ use crate::open_files;
 use crate::output::OutputWriter;
 use bars::NoPlace;
 use peers::PeerMemory;
+use plug::{Placed, Plug};
 use stats::{Device, Stats};
 
 impl PowerControl for Control {
@@ -158,19 +157,6 @@ struct Tables {
     cpus: u8,
     pci64: Option<layout::Window>,
     remapping: Option<Remapping>,
-}
-
-/// A device of the command line, in its place.
-struct Placed {
-    id: String,
-    kind: &'static str,
-    requester: Requester,
-    /// Of the host's function: its address, and the kernel's number of its group.
-    host: Option<(Bdf, GroupId)>,
-    /// The function, if another process emulates it.
-    process: Option<Arc<dyn Function>>,
-    /// Of a device that pins.
-    pins: Option<Arc<PinnedReads>>,
 }
 
 fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
@@ -479,127 +465,5 @@ fn describe_unit() -> UnitDescription {
         base: layout::VTD_UNIT,
         include_all: true,
         scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
-    }
-}
-
-/// Puts the devices of the command line into a machine.
-struct Plug<'a> {
-    platform: &'a Platform,
-    unit: Option<&'a Arc<Unit<Ram>>>,
-    interrupts: Arc<KvmInterrupts>,
-    slots: Arc<KvmSlots>,
-    ram: &'a Arc<Ram>,
-    /// Assigned functions, with their ids.
-    assigned: Vec<(String, Arc<VfioPci>)>,
-}
-
-impl Plug<'_> {
-    fn devices(
-        &mut self,
-        wanted: &[DeviceOption],
-        names: &[String],
-        slots: &[Slot],
-        assigned: Assigned,
-    ) -> Result<Vec<Placed>, Error> {
-        let mut functions = assigned.functions.into_iter();
-        let mut placed = Vec::with_capacity(wanted.len());
-        for ((option, id), slot) in wanted.iter().zip(names).zip(slots) {
-            let place = |source| Error::Slot { id: id.clone(), source };
-            let sid = SourceId::new(0, slot.device, slot.function);
-            let requester = self.platform.root.requester(sid);
-            let (mut host, mut process, mut pins) = (None, None, None);
-            let function: Arc<dyn PciFunction> = match &option.kind {
-                DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
-                    // One open function for each of these devices, in the same order.
-                    let Some(function) = functions.next() else { continue };
-                    host = function.bdf().map(|bdf| (bdf, function.group()));
-                    process = function.is_emulated().then(|| function.clone());
-                    let vfio = self.assign(requester, function, &assigned.bridge)?;
-                    assigned.breaker.add(requester, &vfio);
-                    self.assigned.push((id.clone(), vfio.clone()));
-                    vfio
-                }
-                DeviceKind::Edu => self.edu(requester)?,
-                DeviceKind::PinBlk { file } => {
-                    // It was checked that there is a unit.
-                    let Some(unit) = self.unit else { continue };
-                    let wiring = assign::PinBlkWiring {
-                        requester,
-                        unit,
-                        bridge: &assigned.bridge,
-                        software: &assigned.software,
-                        breaker: assigned.breaker.clone(),
-                        interrupts: self.interrupts.clone(),
-                        decoder: self.platform.root.decoder(),
-                    };
-                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
-                    assigned.breaker.add(requester, &device);
-                    pins = Some(reads);
-                    device
-                }
-            };
-            self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process, pins });
-        }
-        Ok(placed)
-    }
-
-    /// The pin `pin` of the function at `requester`: its line, and the line's number.
-    fn line(&self, requester: Requester, pin: u8) -> (Arc<dyn IrqLine>, u8) {
-        let gsi = gsi_of(requester.sid.device(), pin) as u8;
-        (self.platform.ioapic.line(gsi), gsi)
-    }
-
-    /// An emulated device, whose DMA goes through its endpoint of the unit.
-    fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
-        let memory: Box<dyn DmaTarget> = match self.unit {
-            Some(unit) => {
-                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
-                Box::new(BehindUnit { endpoint, decoder })
-            }
-            None => Box::new(DirectMemory((**self.ram).clone())),
-        };
-        let line = self.line(requester, 1);
-        Edu::new(requester, self.platform.root.decoder(), self.interrupts.clone(), Some(line), memory)
-            .map_err(Error::Thread)
-    }
-
-    /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
-    /// function of the guest.
-    fn assign(
-        &self,
-        requester: Requester,
-        function: Arc<dyn Function>,
-        bridge: &Bridge,
-    ) -> Result<Arc<VfioPci>, Error> {
-        let name = function.name();
-        bridge.register(requester, function.group()).map_err(assign::Error::from)?;
-        if let Some(unit) = self.unit {
-            if function.is_emulated() {
-                let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
-                function.tell(Arc::new(UserRequests { endpoint, interrupts }));
-            }
-            let attach = |source| assign::Error::Attach { name: name.clone(), source };
-            unit.add_requester(requester).map_err(attach)?;
-        }
-        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(requester, pin));
-        let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
-        let vfio = VfioPci::new(VfioPciWiring {
-            requester,
-            host: function,
-            decoder: self.platform.root.decoder(),
-            slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
-            interrupts: self.interrupts.clone(),
-            intx,
-        })
-        .map_err(|source| assign::Error::Function { name: name.clone(), source })?;
-        for bar in vfio.io_bars() {
-            log::warn!("{name}: its I/O BAR {bar} is not offered to the guest; a driver that needs it will not work");
-        }
-        if let Some(gsi) = gsi {
-            let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
-            self.platform.ioapic.add_eoi_listener(gsi, listener);
-        }
-        Ok(vfio)
     }
 }

@@ -11,7 +11,7 @@ use vtd::{Perm, Requester};
 use super::book::{ClientId, MAX_PAGES, PinError};
 use super::client::{Client, PinLimits, PinStats, UnmapNotifier};
 use crate::bridge::guest_map::{GuestMap, MemKind, PAGE_SIZE};
-use crate::bridge::placement::{Held, HeldState};
+use crate::bridge::held::{Held, HeldState};
 use crate::bridge::{Bridge, lock};
 
 /// Why a client could not be registered.

@@ -1,0 +1,155 @@
+//! Devices of the command line come into the machine: functions of the host, of other processes, and emulated ones.
+
+use std::sync::{Arc, Weak};
+
+use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
+use devices::edu::Edu;
+use devices::host::IrqLine;
+use devices::ioapic::EoiListener;
+use devices::pci::{PciFunction, gsi_of};
+use devices::vfio_pci::{VfioPci, VfioPciWiring};
+use vfio_bridge::{Bdf, Bridge, Function, GroupId};
+use vtd::{Requester, SourceId, Unit};
+
+use super::{Error, Platform};
+use crate::assign::pinned_reads::PinnedReads;
+use crate::assign::{self, Assigned, UserRequests};
+use crate::config::{DeviceKind, DeviceOption, Slot};
+use crate::kvm::irq::KvmInterrupts;
+use crate::kvm::memory::Ram;
+use crate::kvm::slots::{FunctionSlots, KvmSlots};
+
+/// A device of the command line, in its place.
+pub(super) struct Placed {
+    pub id: String,
+    pub kind: &'static str,
+    pub requester: Requester,
+    /// Of the host's function: its address, and the kernel's number of its group.
+    pub host: Option<(Bdf, GroupId)>,
+    /// The function, if another process emulates it.
+    pub process: Option<Arc<dyn Function>>,
+    /// Of a device that pins.
+    pub pins: Option<Arc<PinnedReads>>,
+}
+
+/// Puts the devices of the command line into a machine.
+pub(super) struct Plug<'a> {
+    pub platform: &'a Platform,
+    pub unit: Option<&'a Arc<Unit<Ram>>>,
+    pub interrupts: Arc<KvmInterrupts>,
+    pub slots: Arc<KvmSlots>,
+    pub ram: &'a Arc<Ram>,
+    /// Assigned functions, with their ids.
+    pub assigned: Vec<(String, Arc<VfioPci>)>,
+}
+
+impl Plug<'_> {
+    pub fn devices(
+        &mut self,
+        wanted: &[DeviceOption],
+        names: &[String],
+        slots: &[Slot],
+        assigned: Assigned,
+    ) -> Result<Vec<Placed>, Error> {
+        let mut functions = assigned.functions.into_iter();
+        let mut placed = Vec::with_capacity(wanted.len());
+        for ((option, id), slot) in wanted.iter().zip(names).zip(slots) {
+            let place = |source| Error::Slot { id: id.clone(), source };
+            let sid = SourceId::new(0, slot.device, slot.function);
+            let requester = self.platform.root.requester(sid);
+            let (mut host, mut process, mut pins) = (None, None, None);
+            let function: Arc<dyn PciFunction> = match &option.kind {
+                DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
+                    // One open function for each of these devices, in the same order.
+                    let Some(function) = functions.next() else { continue };
+                    host = function.bdf().map(|bdf| (bdf, function.group()));
+                    process = function.is_emulated().then(|| function.clone());
+                    let vfio = self.assign(requester, function, &assigned.bridge)?;
+                    assigned.breaker.add(requester, &vfio);
+                    self.assigned.push((id.clone(), vfio.clone()));
+                    vfio
+                }
+                DeviceKind::Edu => self.edu(requester)?,
+                DeviceKind::PinBlk { file } => {
+                    // It was checked that there is a unit.
+                    let Some(unit) = self.unit else { continue };
+                    let wiring = assign::PinBlkWiring {
+                        requester,
+                        unit,
+                        bridge: &assigned.bridge,
+                        software: &assigned.software,
+                        breaker: assigned.breaker.clone(),
+                        interrupts: self.interrupts.clone(),
+                        decoder: self.platform.root.decoder(),
+                    };
+                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
+                    assigned.breaker.add(requester, &device);
+                    pins = Some(reads);
+                    device
+                }
+            };
+            self.platform.root.insert(sid, function).map_err(place)?;
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process, pins });
+        }
+        Ok(placed)
+    }
+
+    /// The pin `pin` of the function at `requester`: its line, and the line's number.
+    fn line(&self, requester: Requester, pin: u8) -> (Arc<dyn IrqLine>, u8) {
+        let gsi = gsi_of(requester.sid.device(), pin) as u8;
+        (self.platform.ioapic.line(gsi), gsi)
+    }
+
+    /// An emulated device, whose DMA goes through its endpoint of the unit.
+    fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
+        let memory: Box<dyn DmaTarget> = match self.unit {
+            Some(unit) => {
+                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
+                Box::new(BehindUnit { endpoint, decoder })
+            }
+            None => Box::new(DirectMemory((**self.ram).clone())),
+        };
+        let line = self.line(requester, 1);
+        Edu::new(requester, self.platform.root.decoder(), self.interrupts.clone(), Some(line), memory)
+            .map_err(Error::Thread)
+    }
+
+    /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
+    /// function of the guest.
+    fn assign(
+        &self,
+        requester: Requester,
+        function: Arc<dyn Function>,
+        bridge: &Bridge,
+    ) -> Result<Arc<VfioPci>, Error> {
+        let name = function.name();
+        bridge.register(requester, function.group()).map_err(assign::Error::from)?;
+        if let Some(unit) = self.unit {
+            if function.is_emulated() {
+                let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
+                function.tell(Arc::new(UserRequests { endpoint, interrupts }));
+            }
+            let attach = |source| assign::Error::Attach { name: name.clone(), source };
+            unit.add_requester(requester).map_err(attach)?;
+        }
+        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(requester, pin));
+        let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
+        let vfio = VfioPci::new(VfioPciWiring {
+            requester,
+            host: function,
+            decoder: self.platform.root.decoder(),
+            slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
+            interrupts: self.interrupts.clone(),
+            intx,
+        })
+        .map_err(|source| assign::Error::Function { name: name.clone(), source })?;
+        for bar in vfio.io_bars() {
+            log::warn!("{name}: its I/O BAR {bar} is not offered to the guest; a driver that needs it will not work");
+        }
+        if let Some(gsi) = gsi {
+            let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
+            self.platform.ioapic.add_eoi_listener(gsi, listener);
+        }
+        Ok(vfio)
+    }
+}
