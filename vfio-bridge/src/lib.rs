@@ -2,8 +2,8 @@
 //!
 //! [`Bridge`] implements [`vtd::SpaceListener`]. Per space of the host it keeps a [`ledger`], which records exactly
 //! what the kernel was handed, and issues the fewest host operations that make a change true. Backends implement
-//! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`vfio_user`] are functions that other processes emulate, [`model`]
-//! is an in-memory host for tests. A [`Function`] is what is assigned.
+//! [`HostIommu`]: [`Type1`] and [`Iommufd`] are the kernel's, [`vfio_user`] are functions that other processes emulate,
+//! [`model`] is an in-memory host for tests. A [`Function`] is what is assigned.
 
 mod bridge;
 mod function;
@@ -27,6 +27,7 @@ pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
 pub use function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
+pub use host::iommufd::Iommufd;
 pub use host::software::Software;
 pub use host::type1::Type1;
 pub use host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vtd::{
-    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
-    Stream,
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey,
+    SpaceListener, Stream,
 };
 
 use crate::bridge::guest_map::{GuestMap, HostMem};
@@ -72,6 +72,18 @@ impl Trace {
             let hva = guest.host_mem(first, region.size()).map_or(0, |mem| mem.hva());
             self.line(format_args!("host memory gpa={first:#x}-{last:#x} hva={hva:#x}"));
         }
+    }
+
+    /// A part of a BAR of `of`, `len` bytes, comes to `gpa`.
+    pub fn bar_came(&self, gpa: u64, len: u64, hva: u64, of: Requester) {
+        let last = gpa + (len - 1);
+        self.line(format_args!("host memory gpa={gpa:#x}-{last:#x} hva={hva:#x} bar={of}"));
+    }
+
+    /// The part of a BAR at `gpa` went: nothing in the host leads there any more.
+    pub fn bar_went(&self, gpa: u64, len: u64) {
+        let last = gpa + (len - 1);
+        self.line(format_args!("host gone gpa={gpa:#x}-{last:#x}"));
     }
 
     /// What the ledger of `space` holds.

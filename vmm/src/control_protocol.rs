@@ -32,8 +32,22 @@ pub enum Verb {
     Reset,
     /// Presses the power button, which a guest may hear
     PowerButton,
+    /// Says which guest memory devices wrote: `dirty start`, `dirty read` and `dirty stop`
+    Dirty,
     /// Ends the run, as Ctrl-A x does
     Quit,
+}
+
+/// What is done about guest memory that devices write.
+#[derive(Serialize, Deserialize, ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyAction {
+    /// It is tracked from now on
+    Start,
+    /// What was written since the last read, or the start; that is clean then
+    Read,
+    /// It is tracked no longer
+    Stop,
 }
 
 /// A request.
@@ -42,6 +56,24 @@ pub enum Verb {
 pub struct Request {
     /// What is asked for.
     pub verb: Verb,
+    /// Of `dirty`: what is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub action: Option<DirtyAction>,
+    /// Of `dirty`: the device, by its id. All of them where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Of `dirty start`: whether an unmap may lose no write, whatever that costs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub close_race: Option<bool>,
+    /// Of `dirty read`: not a new read, but the rest of the last one from this guest-physical address on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u64>,
+}
+
+impl From<Verb> for Request {
+    fn from(verb: Verb) -> Self {
+        Self { verb, action: None, device: None, close_race: None, from: None }
+    }
 }
 
 impl Request {
@@ -51,8 +83,24 @@ impl Request {
         if !line.trim_ascii_start().starts_with(b"{") {
             return Err("a request is a JSON object in one line, such as {\"verb\":\"status\"}".to_owned());
         }
-        serde_json::from_slice(line)
-            .map_err(|e| format!("the request is not understood: {e}; write one such as {{\"verb\":\"status\"}}"))
+        let request: Self = serde_json::from_slice(line)
+            .map_err(|e| format!("the request is not understood: {e}; write one such as {{\"verb\":\"status\"}}"))?;
+        request.check().map(|()| request)
+    }
+
+    /// Whether its fields go together. An error says which do.
+    pub fn check(&self) -> Result<(), String> {
+        let Self { verb, action, device, close_race, from } = self;
+        let wrong = match (verb, action) {
+            (Verb::Dirty, None) => "dirty has an action: start, read or stop",
+            (Verb::Dirty, Some(DirtyAction::Start)) if from.is_none() => return Ok(()),
+            (Verb::Dirty, Some(DirtyAction::Read)) if close_race.is_none() => return Ok(()),
+            (Verb::Dirty, Some(DirtyAction::Stop)) if close_race.is_none() && from.is_none() => return Ok(()),
+            (Verb::Dirty, Some(_)) => "of dirty, only start can close the race, and only read goes on from an address",
+            (_, None) if device.is_none() && close_race.is_none() && from.is_none() => return Ok(()),
+            _ => "only dirty has an action, a device, a race and an address",
+        };
+        Err(format!("the request is not understood: {wrong}"))
     }
 }
 
@@ -133,13 +181,15 @@ mod tests {
             .iter()
             .map(|verb| {
                 let name = verb.to_possible_value().unwrap().get_name().to_owned();
-                let request = line(&Request { verb: *verb });
-                assert_eq!(request, format!("{{\"verb\":\"{name}\"}}\n").into_bytes());
-                assert_eq!(Request::parse(&request), Ok(Request { verb: *verb }));
+                let action = (*verb == Verb::Dirty).then_some(DirtyAction::Read);
+                let request = line(&Request { action, ..(*verb).into() });
+                let more = action.map_or("", |_| ",\"action\":\"read\"");
+                assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}}}\n").into_bytes());
+                assert_eq!(Request::parse(&request), Ok(Request { action, ..(*verb).into() }));
                 name
             })
             .collect();
-        let all = ["status", "audit", "devices", "trace", "pause", "resume", "reset", "power-button", "quit"];
+        let all = ["status", "audit", "devices", "trace", "pause", "resume", "reset", "power-button", "dirty", "quit"];
         assert_eq!(names, all);
     }
 
@@ -161,7 +211,29 @@ mod tests {
             let why = Request::parse(text.as_bytes()).unwrap_err();
             assert!(why.contains(part) && why.contains("{\"verb\":\"status\"}"), "{text}: {why}");
         }
-        assert_eq!(Request::parse(b" {\"verb\" : \"quit\"}\r"), Ok(Request { verb: Verb::Quit }));
+        assert_eq!(Request::parse(b" {\"verb\" : \"quit\"}\r"), Ok(Verb::Quit.into()));
+    }
+
+    #[test]
+    fn e1_requests_about_dirty_memory_have_the_fields_of_their_action_and_no_others_have_them() {
+        let (fields, none) = (["\"device\":\"vfio0\"", "\"close_race\":true", "\"from\":4096"], [false; 3]);
+        for (head, allowed) in [
+            ("\"verb\":\"dirty\",\"action\":\"start\"", [true, true, false]),
+            ("\"verb\":\"dirty\",\"action\":\"read\"", [true, false, true]),
+            ("\"verb\":\"dirty\",\"action\":\"stop\"", [true, false, false]),
+            ("\"verb\":\"status\"", none),
+        ] {
+            assert!(Request::parse(format!("{{{head}}}").as_bytes()).is_ok(), "{head}");
+            for (field, allowed) in fields.iter().zip(allowed) {
+                let request = Request::parse(format!("{{{head},{field}}}").as_bytes());
+                assert_eq!(request.is_ok(), allowed, "{head},{field}: {request:?}");
+            }
+        }
+        for wrong in
+            ["\"verb\":\"dirty\"", "\"verb\":\"quit\",\"action\":\"read\"", "\"verb\":\"dirty\",\"action\":\"fly\""]
+        {
+            assert!(Request::parse(format!("{{{wrong}}}").as_bytes()).is_err(), "{wrong}");
+        }
     }
 
     #[test]
@@ -222,12 +294,14 @@ mod tests {
         }
 
         #[test]
-        fn control_no_json_but_the_nine_requests_is_one(
+        fn control_no_json_but_the_requests_is_one(
             key in "verb|verbs|arg|", value in "\"status\"|\"[a-z-]{0,12}\"|null|[0-9]{1,3}|\\{\\}|\\[\\]",
             more in prop::option::of("\"[a-z]{0,4}\":1"),
         ) {
             let more = more.map_or(String::new(), |more| format!(",{more}"));
-            let known = Verb::value_variants().iter().any(|verb| {
+            // One has more than its verb.
+            let verbs = || Verb::value_variants().iter().filter(|verb| **verb != Verb::Dirty);
+            let known = verbs().any(|verb| {
                 value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')
             });
             let request = Request::parse(format!("{{\"{key}\":{value}{more}}}").as_bytes());

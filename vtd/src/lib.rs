@@ -52,7 +52,7 @@ mod unit;
 
 pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
-pub use dma::{DmaError, DmaSession, Endpoint};
+pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint};
 pub use faults::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};

@@ -8,7 +8,7 @@ use vtd::{IovaRange, Mapping, RefusalCause};
 
 use crate::bridge::dirty::{Found, Tracking};
 use crate::bridge::guest_map::{GuestMap, MemKind, PAGE_SIZE};
-use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
+use crate::bridge::ledger::{Extent, Ledger, Run, Switch, last_of};
 use crate::bridge::limits::{Limits, without_interrupt_window};
 use crate::host::dirty::DirtyKnowledge;
 use crate::host::{HostIommu, HostSpaceId, Map, MapRefused};
@@ -45,6 +45,8 @@ pub(crate) struct HostSpace {
     /// Whose it is, for messages.
     owner: String,
     limits: Limits,
+    /// Bits of an address of the guest's space that it holds: nothing beyond is ever mapped.
+    width: u8,
     ledger: Ledger,
     counters: Arc<Counters>,
     /// What the counters have of it: extents and bytes.
@@ -62,11 +64,28 @@ impl HostSpace {
     pub fn new(id: HostSpaceId, host: Arc<dyn HostIommu>, owner: String, counters: Arc<Counters>) -> Self {
         let limits = host.limits(id);
         let (ledger, warned) = (Ledger::default(), [false; 5]);
-        Self { id, host, owner, limits, ledger, counters, counted: (0, 0), warned, broken: None, tracking: None }
+        Self {
+            id,
+            host,
+            owner,
+            limits,
+            width: 64,
+            ledger,
+            counters,
+            counted: (0, 0),
+            warned,
+            broken: None,
+            tracking: None,
+        }
     }
 
     pub fn id(&self) -> HostSpaceId {
         self.id
+    }
+
+    /// It is to hold a space of the guest whose addresses have `width` bits.
+    pub fn set_width(&mut self, width: u8) {
+        self.width = width;
     }
 
     pub fn ledger(&self) -> &Ledger {
@@ -138,8 +157,9 @@ impl HostSpace {
         let mut extents = Vec::with_capacity(1);
         for (range, mappable) in self.limits.cut(iova.0, last) {
             for range in without_interrupt_window(range) {
-                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`).
-                if !mappable || range.last == u64::MAX {
+                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`). One that reaches
+                // over the end of its space would not go with all of it (`Ledger::clip`).
+                if !mappable || range.last == u64::MAX || range.last > last_of(self.width) {
                     self.refuse(range, RefusalCause::Range, lost);
                     continue;
                 }
@@ -209,9 +229,10 @@ impl HostSpace {
         });
     }
 
-    /// Takes away everything in `ranges` (ascending, disjoint).
+    /// Takes away everything in `ranges` (ascending, disjoint) that there is in its space.
     pub fn unmap(&mut self, guest: &GuestMap, ranges: &[IovaRange], lost: &mut Vec<Lost>) {
-        let runs = self.ledger.plan_unmap(ranges, self.limits.unmap_all);
+        let ranges: Vec<IovaRange> = ranges.iter().filter_map(|range| self.ledger.clip(*range, self.width)).collect();
+        let runs = self.ledger.plan_unmap(&ranges, self.limits.unmap_all);
         self.unmap_runs(guest, &runs, lost);
     }
 

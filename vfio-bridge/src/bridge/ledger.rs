@@ -169,6 +169,11 @@ fn cut_around(missing: &[Extent], gone: &[(Extent, Vec<Extent>)], mut spare: usi
     (free, replacing)
 }
 
+/// The last address of `width` bits (1 to 64).
+pub(crate) fn last_of(width: u8) -> u64 {
+    u64::MAX >> (u64::BITS - u32::from(width).clamp(1, u64::BITS))
+}
+
 impl Ledger {
     /// Number of extents.
     pub fn len(&self) -> usize {
@@ -185,6 +190,21 @@ impl Ledger {
     /// All extents, in ascending order.
     pub fn extents(&self) -> impl Iterator<Item = Extent> {
         self.extents.iter().map(whole)
+    }
+
+    /// The last IOVA of the highest extent: the high watermark. `None` when nothing is held.
+    pub fn high_watermark(&self) -> Option<u64> {
+        self.extents.values().next_back().map(|extent| extent.last)
+    }
+
+    /// What an unmap of `range` has to be about, in a space whose addresses have `width` bits (1 to 64): it ends where
+    /// the space does, and where the highest extent does. `None` if nothing is left of it.
+    ///
+    /// A guest says that everything goes as all of 2^64. That range has no size, older kernels do not see that it wraps,
+    /// and one of a size that a host takes could cut a mapping (B-3).
+    pub fn clip(&self, range: IovaRange, width: u8) -> Option<IovaRange> {
+        let last = range.last.min(last_of(width)).min(self.high_watermark()?);
+        (range.first <= last).then_some(IovaRange { first: range.first, last })
     }
 
     /// The extents that have an IOVA in `first..=last`, in ascending order.
@@ -367,3 +387,7 @@ impl Ledger {
         self.extents.range(last..first).next().is_none()
     }
 }
+
+#[cfg(test)]
+#[path = "ledger_test.rs"]
+mod ledger_test;

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{error, warn};
-use vtd::{IovaRange, Mapping, Requester, SpaceKey, Stream};
+use vtd::{IovaRange, Mapping, PagedSpace, Requester, SpaceKey, Stream, Tables};
 
 use super::dirty::GroupLog;
 use super::group::Group;
@@ -164,6 +164,7 @@ impl HeldState {
         lost: &mut Vec<Lost>,
     ) -> Vec<Extent> {
         let mut target = Vec::new();
+        self.space.set_width(width_of(&space));
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
@@ -199,6 +200,14 @@ impl HeldState {
             // In identity an IOVA is a guest-physical address.
             lost.retain(|lost| !guest.is_bar(lost.range.first));
         }
+    }
+}
+
+/// How many bits the addresses of `space` have.
+fn width_of(space: &SpaceKey) -> u8 {
+    match space {
+        SpaceKey::Paged(PagedSpace { tables: Tables::Second { width, .. }, .. }) => *width,
+        SpaceKey::Identity | SpaceKey::Blocked => 64,
     }
 }
 
@@ -525,9 +534,12 @@ impl Bridge {
         self.retire_if_empty(held, &mut state);
     }
 
-    /// A host space that nobody is in goes.
+    /// A host space that nobody is in goes; but not the identity space, so that translation that is turned off is one
+    /// attach (B-12).
     fn retire_if_empty(&self, held: &Arc<Held>, state: &mut HeldState) {
-        if state.occupants.is_empty() && !std::mem::replace(&mut state.retired, true) {
+        let stays = state.follows(&SpaceKey::Identity)
+            && self.following(&SpaceKey::Identity).iter().any(|other| Arc::ptr_eq(other, held));
+        if state.occupants.is_empty() && !stays && !std::mem::replace(&mut state.retired, true) {
             self.follow(held, state.holds, SpaceKey::Blocked);
             held.host.destroy(state.space.id());
             state.space.gone();
@@ -540,7 +552,9 @@ impl Bridge {
             && !state.stopped
         {
             let functions: BTreeSet<Requester> = state.occupants.values().flatten().map(|of| of.requester).collect();
-            broken.push((functions.into_iter().collect(), why.to_owned()));
+            if !functions.is_empty() {
+                broken.push((functions.into_iter().collect(), why.to_owned()));
+            }
             state.stopped = true;
             self.follow(held, state.holds, SpaceKey::Blocked);
         }
@@ -570,6 +584,16 @@ impl Bridge {
                 state = held.without_pins(state, Going::Ranges(&going));
                 state.fill_with(&guest, identity, &target, false, lost);
                 self.note_broken(held, &mut state, &mut broken);
+            }
+        }
+        for held in self.following(&SpaceKey::Identity).iter() {
+            let mut state = held.lock();
+            // One that nobody is in at the moment.
+            if state.occupants.is_empty() && state.follows(&SpaceKey::Identity) {
+                let guest = self.guest.load();
+                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
+                self.note_broken(held, &mut state, &mut broken);
+                self.retire_if_empty(held, &mut state);
             }
         }
         self.stop(&broken);

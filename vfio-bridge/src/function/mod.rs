@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod group_files;
+pub(crate) mod of_iommufd;
 pub(crate) mod reset;
 mod sys;
 pub(crate) mod vfio;

@@ -104,8 +104,8 @@ impl DirtyBitmap {
     }
 
     /// Takes over what a host says in pages of its own size, a power of two: bit `n` of `words` is the page `n` of
-    /// those from `first` on, which is the beginning of one. A page here is dirty if one of the host's in it is; where the
-    /// host's are larger, all in one of them are.
+    /// those from `first` on, which is the beginning of one. A page here is dirty if one of the host's in it is; where
+    /// the host's are larger, all in one of them are.
     pub fn mark_words(&mut self, first: u64, page_size: u64, words: &[u64]) {
         for (from, to) in runs(words) {
             let range = |n: u64| n.checked_mul(page_size).and_then(|n| first.checked_add(n));

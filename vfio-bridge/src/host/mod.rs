@@ -1,10 +1,11 @@
-//! What the bridge asks of a host IOMMU: the seam to `type1`, to `vfio_user`, and to the `model` that tests use.
+//! What the bridge asks of a host IOMMU: the seam to `type1`, `iommufd` and `vfio_user`, and to the `model` that tests use.
 //!
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 pub mod dirty;
 pub mod faulty;
+pub(crate) mod iommufd;
 pub(crate) mod members;
 pub mod model;
 pub(crate) mod software;

@@ -5,6 +5,8 @@
 //! unmaps are our own calls, because that crate maps everything readable and writable (B-9) and takes holes in an
 //! unmapped range for errors.
 
+mod dirty;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::mem::size_of;
@@ -12,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IOMMU_INFO_CAPS,
-    VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE,
-    VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+    VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION,
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE, VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
@@ -25,6 +27,7 @@ use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
 use crate::function::group_files::GroupFiles;
 use crate::function::vfio::HostFunction;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
 
 ioctl_io_nr!(CHECK_EXTENSION, VFIO_TYPE.into(), VFIO_BASE + 1);
@@ -43,6 +46,8 @@ struct Open {
     space: HostSpaceId,
     container: Arc<VfioContainer>,
     limits: Limits,
+    /// What it can say of dirty pages.
+    migration: Option<dirty::Migration>,
     functions: Vec<Bdf>,
 }
 
@@ -74,19 +79,19 @@ impl Type1 {
         }
         let container = Arc::new(VfioContainer::new(self.kvm.clone()).map_err(|e| explain(bdf, group, e))?);
         let host_function = self.open_in(&container, function)?;
-        let limits = read_limits(&container).map_err(|e| OpenError::Vfio {
+        let (limits, migration) = read_limits(&container).map_err(|e| OpenError::Vfio {
             bdf,
             reason: format!("the limits of its container could not be read: {e}"),
         })?;
         self.files.add(group, &container);
-        open.insert(group, Open { space: HostSpaceId::next(), container, limits, functions: vec![bdf] });
+        open.insert(group, Open { space: HostSpaceId::next(), container, limits, migration, functions: vec![bdf] });
         Ok(host_function)
     }
 
     /// Opens the device of `function` through its group, which joins `container` unless it is there already.
     fn open_in(&self, container: &Arc<VfioContainer>, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let device = VfioDevice::new(function.path(), container.clone(), false);
-        let opened = device.and_then(|device| HostFunction::new(device, function, self.files.clone()));
+        let opened = device.and_then(|device| HostFunction::new(Arc::new(device), function, self.files.clone()));
         opened.map_err(|e| explain(function.bdf(), function.group(), e))
     }
 
@@ -103,6 +108,10 @@ impl Type1 {
     fn find<T>(&self, space: HostSpaceId, of: impl FnOnce(GroupId, &Open) -> T) -> Option<T> {
         let open = self.lock();
         open.iter().find(|(_, open)| open.space == space).map(|(group, open)| of(*group, open))
+    }
+
+    fn migration(&self, space: HostSpaceId) -> Option<dirty::Migration> {
+        self.find(space, |_, open| open.migration).flatten()
     }
 
     fn container(&self, space: HostSpaceId) -> io::Result<Arc<VfioContainer>> {
@@ -134,7 +143,7 @@ fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
+fn read_limits(container: &VfioContainer) -> io::Result<(Limits, Option<dirty::Migration>)> {
     let info = read_info(|words| {
         // SAFETY: `words` is `argsz` bytes long and aligned as `vfio_iommu_type1_info` is; the kernel writes no more
         // than `argsz` bytes.
@@ -142,7 +151,8 @@ fn read_limits(container: &VfioContainer) -> io::Result<Limits> {
     })?;
     // SAFETY: the call takes a number.
     let unmap_all = unsafe { ioctl_with_val(container, CHECK_EXTENSION(), VFIO_UNMAP_ALL.into()) } == 1;
-    Ok(limits(info, Memlock::of_this_process().limit, unmap_all))
+    let migration = info.migration;
+    Ok((limits(info, Memlock::of_this_process().limit, unmap_all), migration))
 }
 
 /// What a container says of itself; what it does not say is what kernels that do not say it allow.
@@ -185,6 +195,7 @@ struct Info {
     page_sizes: u64,
     ranges: Option<Vec<IovaRange>>,
     available: Option<u64>,
+    migration: Option<dirty::Migration>,
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -201,7 +212,7 @@ fn parse_info(bytes: &[u8]) -> Option<Info> {
     let flags = u32_at(bytes, 4)?;
     // Hosts that do not say have 4 KiB pages at least.
     let page_sizes = if flags & VFIO_IOMMU_INFO_PGSIZES != 0 { u64_at(bytes, 8)? } else { 4096 };
-    let mut info = Info { page_sizes, ranges: None, available: None };
+    let mut info = Info { page_sizes, ranges: None, available: None, migration: None };
     let mut at = if flags & VFIO_IOMMU_INFO_CAPS != 0 { u32_at(bytes, 16)? as usize } else { 0 };
     // Each capability is a header { id: u16, version: u16, next: u32 } and its body; 0 ends the chain.
     while at != 0 {
@@ -216,6 +227,7 @@ fn parse_info(bytes: &[u8]) -> Option<Info> {
                 ranges.sort_unstable();
                 info.ranges = Some(ranges);
             }
+            VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION => info.migration = dirty::Migration::parse(bytes, at),
             VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => info.available = Some(u64::from(u32_at(bytes, at + 8)?)),
             _ => {}
         }
@@ -278,6 +290,33 @@ impl HostIommu for Type1 {
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
         self.find(space, |group, _| remedy(group, cause)).unwrap_or_default()
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let container = self.container(space)?;
+        dirty::start(&container, self.migration(space))
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        if let Err(e) = self.container(space).and_then(|container| dirty::stop(&container)) {
+            log::warn!("the host goes on to keep dirty bitmaps: {e}");
+        }
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        let migration = self.migration(space).ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
+        dirty::read(&*self.container(space)?, migration, bitmap)
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, _: bool) -> io::Result<u64> {
+        let container = self.container(space)?;
+        let unmapped = self.migration(space).and_then(|migration| dirty::unmap(&container, migration, bitmap));
+        unmapped.unwrap_or_else(|| {
+            let IovaRange { first, last } = bitmap.range();
+            // As what type1 would say.
+            bitmap.mark(bitmap.range());
+            self.unmap(space, UnmapRange::Span { first, last })
+        })
     }
 }
 

@@ -40,7 +40,10 @@ fn b13_limits_are_read_from_the_capability_chain() {
 
 #[test]
 fn b13_a_kernel_that_says_nothing_is_read_as_such() {
-    assert_eq!(parse_info(&info(0, 0, &[])), Some(Info { page_sizes: 4096, ranges: None, available: None }));
+    assert_eq!(
+        parse_info(&info(0, 0, &[])),
+        Some(Info { page_sizes: 4096, ranges: None, available: None, migration: None })
+    );
 }
 
 #[test]
@@ -115,12 +118,12 @@ fn b13_a_container_is_asked_again_with_room_for_all_that_it_says() {
 
 #[test]
 fn b13_what_a_kernel_does_not_say_is_what_old_ones_allow() {
-    let info = Info { page_sizes: 4096, ranges: None, available: None };
+    let info = Info { page_sizes: 4096, ranges: None, available: None, migration: None };
     let old = limits(info, Some(8 << 20), false);
     assert_eq!((old.entries, old.memlock, old.unmap_all, old.page_sizes), (65_535, Some(8 << 20), false, 4096));
     assert_eq!((old.address_width(), old.reserved_in(0, (1 << 39) - 1)), (39, vec![]));
     let range = IovaRange { first: 0, last: 0xffff };
-    let info = Info { page_sizes: 0x20_1000, ranges: Some(vec![range]), available: Some(12) };
+    let info = Info { page_sizes: 0x20_1000, ranges: Some(vec![range]), available: Some(12), migration: None };
     let new = limits(info, None, true);
     assert_eq!((new.entries, new.memlock, new.unmap_all, new.page_sizes), (12, None, true, 0x20_1000));
     assert_eq!(new.iova_ranges, [range]);

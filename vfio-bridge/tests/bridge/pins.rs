@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use vfio_bridge::model::{Kernel, Model};
 use vfio_bridge::{
-    Bridge, GroupId, GuestMap, Notice, PinClient, PinError, PinLimits, RegisterClientError, Software, UnmapNotifier,
+    Bridge, GroupId, GuestMap, HostIommu, Notice, PinClient, PinError, PinLimits, Placement, RegisterClientError,
+    Software, UnmapNotifier, UnmapRange,
 };
 use vtd::{IovaRange, MapOp, Mapping, Perm, SpaceKey, SpaceListener};
 
@@ -458,6 +459,27 @@ fn d4_one_of_several_devices_that_is_detached_loses_its_own_pins() {
     rig.attach(1, &SpaceKey::Identity, &[]);
     assert_eq!((one.told().len(), two.told().len(), rig.pinned(2)), (1, 1, vec![]));
     assert_eq!(rig.stopped(), []);
+}
+
+#[test]
+fn rule4_the_software_host_holds_what_it_was_handed() {
+    let (software, guest) = (Software::default(), RAM.map());
+    let group = software.open();
+    let Some(Placement::PerGroup(space)) = software.placement(group) else { panic!("{group} has no space for life") };
+    assert_eq!(software.placement(GroupId::of_software(1)), None);
+    let map = |iova, len| software.map(space, iova, guest.host_mem(0, len).expect("RAM"), Perm::Read);
+    map(0x2000, 0x3000).expect("empty");
+    for (iova, len) in [(0x1000, 0x2000), (0x4000, 0x1000), (0x4000, 0x4000), (0, MIB2)] {
+        assert!(map(iova, len).is_err(), "{iova:#x} is taken");
+    }
+    map(0x5000, 0x1000).expect("beside it");
+    map(0x1000, 0x1000).expect("beside it");
+    for (first, last) in [(0x3000, 0x5fff), (0x1000, 0x2fff), (0x3000, 0x3fff)] {
+        assert!(software.unmap(space, UnmapRange::Span { first, last }).is_err(), "{first:#x} to {last:#x} cuts");
+    }
+    assert_eq!(software.unmap(space, UnmapRange::Span { first: 0x2000, last: 0x5fff }).expect("whole"), 0x4000);
+    assert_eq!(software.unmap(space, UnmapRange::All).expect("whole"), 0x1000);
+    assert_eq!(software.unmap(space, UnmapRange::All).expect("whole"), 0);
 }
 
 #[test]

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 
-use crate::control_protocol::{MOST_UNREAD, Reply, Request, Verb, line};
+use crate::control_protocol::{DirtyAction, MOST_UNREAD, Reply, Request, Verb, line};
 use crate::exit::{DENIED, REFUSED, USAGE};
 use crate::messages::{say, tell};
 
@@ -23,11 +25,41 @@ pub struct CtlArgs {
     /// What is asked for
     #[arg(value_name = "VERB")]
     verb: Verb,
+    /// Of dirty: what is done
+    #[arg(value_name = "ACTION")]
+    action: Option<DirtyAction>,
+    /// Of dirty: this device alone, with those of its host group
+    #[arg(long, value_name = "ID")]
+    device: Option<String>,
+    /// Of dirty start: an unmap loses no write, whatever that costs
+    #[arg(long)]
+    close_race: bool,
+    /// Of dirty read: writes the bitmap there, a bit for each 4 KiB of guest-physical addresses from 0 on, the lowest
+    /// first, instead of the ranges
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
 }
 
 /// Does what the command line says. Gives back the exit code.
 pub fn run(args: &CtlArgs) -> ExitCode {
-    match ask(&args.socket, args.verb) {
+    let request = Request {
+        action: args.action,
+        device: args.device.clone(),
+        close_race: args.close_race.then_some(true),
+        ..args.verb.into()
+    };
+    let wrong = request.check().err();
+    let misplaced = args.out.is_some() && args.action != Some(DirtyAction::Read);
+    let wrong = wrong.or_else(|| misplaced.then(|| "only dirty read has an --out".to_owned()));
+    if let Some(wrong) = wrong {
+        say(format_args!("causeway ctl: {wrong}"));
+        return ExitCode::from(USAGE);
+    }
+    let asked = ask(&args.socket, &request).and_then(|reply| match (&args.out, reply) {
+        (Some(file), Reply::Ok(first)) => write_bitmap(&args.socket, &first, file),
+        (_, reply) => Ok(reply),
+    });
+    match asked {
         Ok(Reply::Ok(object)) => {
             tell(format_args!("{object}"));
             ExitCode::SUCCESS
@@ -48,10 +80,49 @@ pub fn run(args: &CtlArgs) -> ExitCode {
     }
 }
 
-fn ask(socket: &Path, verb: Verb) -> io::Result<Reply> {
+/// What a machine says of dirty pages, as far as it is needed here.
+#[derive(Deserialize)]
+struct DirtyRanges {
+    pages: u64,
+    page_size: u64,
+    ranges: Vec<(u64, u64)>,
+    next: Option<u64>,
+    devices: serde_json::Value,
+}
+
+/// Asks for what follows `first`, and writes all of it to `file`. Gives back what is told instead of the ranges.
+fn write_bitmap(socket: &Path, first: &RawValue, file: &Path) -> io::Result<Reply> {
+    let parse = |object: &RawValue| serde_json::from_str::<DirtyRanges>(object.get()).map_err(io::Error::from);
+    let mut part = parse(first)?;
+    let DirtyRanges { pages, page_size, devices, .. } = &part;
+    let told = serde_json::json!({"pages": pages, "page_size": page_size, "devices": devices, "out": file});
+    let mut bitmap = Vec::new();
+    loop {
+        for (gpa, len) in part.ranges {
+            for page in gpa / part.page_size..(gpa + len) / part.page_size {
+                let byte = (page / 8) as usize;
+                bitmap.resize(bitmap.len().max(byte + 1), 0u8);
+                bitmap[byte] |= 1 << (page % 8);
+            }
+        }
+        let Some(from) = part.next else { break };
+        let rest = Request { action: Some(DirtyAction::Read), from: Some(from), ..Verb::Dirty.into() };
+        match ask(socket, &rest)? {
+            Reply::Ok(next) => part = parse(&next)?,
+            refused => return Ok(refused),
+        }
+    }
+    let written = std::fs::write(file, bitmap);
+    Ok(written.map_or_else(
+        |e| Reply::Error(format!("{} cannot be written: {e}; what was read is lost", file.display())),
+        |()| Reply::ok(&told),
+    ))
+}
+
+fn ask(socket: &Path, request: &Request) -> io::Result<Reply> {
     let mut stream = UnixStream::connect(socket)?;
     // One that is not taken as a client was told why before it asked.
-    let asked = stream.write_all(&line(&Request { verb }));
+    let asked = stream.write_all(&line(request));
     let mut reply = Vec::new();
     // A line more than a machine says.
     let read = BufReader::new(stream.take(MOST_UNREAD as u64 + 1)).read_until(b'\n', &mut reply);

@@ -301,7 +301,7 @@ impl Run<'_> {
                 return Stop::Error(format!("the event loop failed: {e}"));
             }
             if let Some(socket) = &mut socket {
-                more = socket.serve(&mut |verb| verbs.serve(verb, machine, &mut last_audit));
+                more = socket.serve(&mut |request| verbs.serve(request, machine, &mut last_audit));
             }
             if report.swap(false, Ordering::Relaxed) {
                 let audit = machine.audit(trace);

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
-use vfio_bridge::Trace;
+use vfio_bridge::{DirtyRace, Trace};
 
-use crate::control_protocol::{Reply, Verb};
+use crate::control_protocol::{DirtyAction, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
 use crate::machine::stats::{self, Device, Stats};
 use crate::machine::{Machine, audit};
@@ -54,10 +54,10 @@ fn state_of(machine: &Machine) -> Reply {
 }
 
 impl Verbs<'_> {
-    /// Does what `verb` says; `last` is the last audit of the run.
-    pub fn serve(&self, verb: Verb, machine: &mut Machine, last: &mut stats::Audit) -> Reply {
-        log::debug!("control socket: {verb:?}");
-        match verb {
+    /// Does what `request` says; `last` is the last audit of the run.
+    pub fn serve(&self, request: &Request, machine: &mut Machine, last: &mut stats::Audit) -> Reply {
+        log::debug!("control socket: {request:?}");
+        match request.verb {
             Verb::Status => {
                 let wall_ms = self.start.elapsed().as_millis() as u64;
                 let stats = Stats { wall_ms, audit: last.clone(), ..machine.stats() };
@@ -104,10 +104,28 @@ impl Verbs<'_> {
                 machine.press_power_button();
                 state_of(machine)
             }
+            Verb::Dirty => dirty(request, machine),
             Verb::Quit => {
                 self.control.request(Stop::Quit);
                 Reply::ok(&serde_json::json!({"quit": true}))
             }
         }
     }
+}
+
+/// Which guest memory devices wrote.
+fn dirty(request: &Request, machine: &mut Machine) -> Reply {
+    let device = request.device.as_deref();
+    let done = match request.action {
+        Some(DirtyAction::Start) => {
+            let race = if request.close_race == Some(true) { DirtyRace::Closed } else { DirtyRace::Open };
+            machine.start_dirty(device, race).map(|known| Reply::ok(&known))
+        }
+        Some(DirtyAction::Read) => machine.read_dirty(device, request.from).map(|read| Reply::ok(&read)),
+        Some(DirtyAction::Stop) => {
+            machine.stop_dirty(device).map(|()| Reply::ok(&serde_json::json!({"dirty": "stopped"})))
+        }
+        None => Err("dirty start, dirty read or dirty stop".to_owned()),
+    };
+    done.unwrap_or_else(Reply::Error)
 }

@@ -8,11 +8,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vtd::DirtyLog;
 
 use crate::boot::layout;
 
-/// Guest RAM, without a dirty bitmap.
-pub type Ram = GuestMemoryMmap<()>;
+/// Guest RAM, with what this process wrote there while that is asked for.
+pub type Ram = GuestMemoryMmap<DirtyLog>;
 
 /// Why there is no RAM.
 #[derive(Debug, thiserror::Error)]

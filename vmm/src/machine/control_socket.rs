@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::control_protocol::{Lines, MOST_UNREAD, Reply, Request, TooLong, Verb, line};
+use crate::control_protocol::{Lines, MOST_UNREAD, Reply, Request, TooLong, line};
 
 /// Clients at a time.
 pub const MOST_CLIENTS: usize = 16;
@@ -282,7 +282,7 @@ impl ControlSocket {
     }
 
     /// Does what there is to do, and serves one request with `answer`. Whether another one waits already.
-    pub fn serve(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) -> bool {
+    pub fn serve(&mut self, answer: &mut dyn FnMut(&Request) -> Reply) -> bool {
         self.accept_again();
         let mut found = [EpollEvent::default(); MOST_CLIENTS + 1];
         // What was interrupted is found the next time.
@@ -299,7 +299,7 @@ impl ControlSocket {
     }
 
     /// Serves a request of the client whose turn it is.
-    fn serve_next(&mut self, answer: &mut dyn FnMut(Verb) -> Reply) {
+    fn serve_next(&mut self, answer: &mut dyn FnMut(&Request) -> Reply) {
         let (before, after) = (self.clients.range(..=self.last_served), self.clients.range(self.last_served + 1..));
         let Some(id) = after.chain(before).find(|(_, client)| client.lines.is_ready()).map(|(id, _)| *id) else {
             return;
@@ -308,7 +308,7 @@ impl ControlSocket {
         self.with(id, |client| match client.lines.take() {
             None => Ok(()),
             Some(Ok(request)) => client.reply(&match Request::parse(&request) {
-                Ok(request) => answer(request.verb),
+                Ok(request) => answer(&request),
                 Err(why) => Reply::Error(why),
             }),
             Some(Err(TooLong)) => {

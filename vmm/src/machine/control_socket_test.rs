@@ -1,6 +1,7 @@
 //! The control socket without a machine: what clients do to it and to each other.
 
 use super::*;
+use crate::control_protocol::Verb;
 use proptest::prelude::*;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
@@ -32,8 +33,8 @@ impl Rig {
 
     fn serve(&mut self) -> bool {
         let asked = &mut self.asked;
-        self.socket.serve(&mut |verb| {
-            asked.push(verb);
+        self.socket.serve(&mut |request| {
+            asked.push(request.verb);
             Reply::ok(&serde_json::json!({"number": asked.len()}))
         })
     }

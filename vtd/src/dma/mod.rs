@@ -1,10 +1,12 @@
 //! The way of an emulated device to guest memory (rule 6).
 
+mod dirty;
 mod endpoint;
 pub(crate) mod iotlb;
 #[cfg(test)]
 mod iotlb_test;
 mod session;
 
+pub use dirty::{DirtyLog, DirtySlice};
 pub use endpoint::{DmaError, Endpoint};
 pub use session::DmaSession;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vtd::spec::registers::{Global, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow};
 use vtd::{Bounds, SpaceView, Unit, UnitConfig, UnitId};
@@ -26,7 +26,7 @@ struct Edited {
 }
 
 impl GuestMemoryBackend for Edited {
-    type R = <GuestMemoryMmap<()> as GuestMemoryBackend>::R;
+    type R = <Memory as GuestMemoryBackend>::R;
 
     fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
         let left = self.countdown.load(Ordering::Relaxed);

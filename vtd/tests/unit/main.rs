@@ -3,6 +3,7 @@
 mod bounds;
 mod callbacks;
 mod conditions;
+mod dirty;
 mod edits;
 mod endpoints;
 mod faults;

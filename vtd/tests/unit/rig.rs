@@ -13,11 +13,12 @@ use vtd::spec::registers::{Global, offset};
 use vtd::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow};
 use vtd::spec::second_stage::{SecondStageEntry, entry_span, levels};
 use vtd::{
-    Applied, AttachRefused, DomainId, Gpa, GpaRange, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink, PagedSpace, Perm,
-    Refusal, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stream, Tables, Unit, UnitConfig, UnitId,
+    Applied, AttachRefused, DirtyLog, DomainId, Gpa, GpaRange, Iova, IovaRange, MapOp, Mapping, Msi, MsiSink,
+    PagedSpace, Perm, Refusal, RefusalCause, Requester, SourceId, SpaceKey, SpaceListener, Stream, Tables, Unit,
+    UnitConfig, UnitId,
 };
 
-pub type Memory = GuestMemoryMmap<()>;
+pub type Memory = GuestMemoryMmap<DirtyLog>;
 
 /// Size of guest memory, from address 0.
 pub const MEMORY: u64 = 64 << 20;

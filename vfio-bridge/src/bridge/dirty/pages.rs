@@ -75,15 +75,28 @@ impl DirtyPages {
     /// The dirty ranges of guest-physical addresses in pages of `page_size` bytes (a power of two), ascending and as
     /// long as they can be: a larger page is dirty if a part of it is, and of a smaller one nothing better is known.
     pub fn ranges(&self, page_size: u64) -> Vec<IovaRange> {
+        self.ranges_from(page_size, 0, usize::MAX)
+    }
+
+    /// The first `most` of [`DirtyPages::ranges`] from the address `from` on, which is that of a page.
+    pub fn ranges_from(&self, page_size: u64, from: u64, most: usize) -> Vec<IovaRange> {
         let mask = page_size.max(PAGE_SIZE).next_power_of_two() - 1;
         let mut ranges: Vec<IovaRange> = Vec::new();
-        for (chunk, words) in &self.chunks {
-            for (from, to) in runs(words) {
-                let pages = bytes(chunk * CHUNK + from, chunk * CHUNK + to);
-                let range = IovaRange { first: pages.first & !mask, last: pages.last | mask };
+        for (chunk, words) in self.chunks.range(from / PAGE_SIZE / CHUNK..) {
+            for (first, last) in runs(words) {
+                let pages = bytes(chunk * CHUNK + first, chunk * CHUNK + last);
+                if pages.last < from {
+                    continue;
+                }
+                let range = IovaRange { first: pages.first.max(from) & !mask, last: pages.last | mask };
                 match ranges.last_mut() {
                     Some(before) if range.first <= before.last.saturating_add(1) => before.last = range.last,
-                    _ => ranges.push(range),
+                    _ => {
+                        if ranges.len() == most {
+                            return ranges;
+                        }
+                        ranges.push(range);
+                    }
                 }
             }
         }

@@ -42,6 +42,16 @@ proptest! {
         let ranges = pages.ranges(1 << shift);
         prop_assert!(ranges.windows(2).all(|pair| pair[0].last + 1 < pair[1].first), "as long as they can be");
         prop_assert_eq!(numbers(&ranges, size), all.iter().map(|page| page * PAGE_SIZE / size).collect());
+        // In parts, each from where the one before ended.
+        let (mut parts, mut from) = (Vec::new(), 0);
+        loop {
+            let part = pages.ranges_from(size, from, 2);
+            prop_assert!(part.len() <= 2);
+            let Some(last) = part.last() else { break };
+            from = last.last + 1;
+            parts.extend(part);
+        }
+        prop_assert_eq!(parts, ranges);
         let inside = within.0..=within.0 + within.1;
         let part = pages.within(std::iter::once(bytes(*inside.start(), *inside.end())));
         let expected: BTreeSet<u64> = all.iter().filter(|page| inside.contains(page)).copied().collect();

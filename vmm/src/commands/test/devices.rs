@@ -41,7 +41,7 @@ impl Devices {
 
     /// Whether one machine at a time can have them.
     pub fn are_shared(&self) -> bool {
-        self.wanted.iter().any(|(_, option)| !matches!(option.kind, DeviceKind::Edu))
+        self.wanted.iter().any(|(_, option)| !option.kind.is_emulated())
     }
 
     /// The devices of a machine for `test`.
@@ -63,7 +63,7 @@ impl Devices {
             if is_process {
                 placed.processes.push(index);
             }
-            if is_process || option.kind != DeviceKind::Edu {
+            if is_process || !option.kind.is_emulated() {
                 // Where the image is told that it is. A bus without a free slot is refused at the start.
                 if let Some(Slot { device, function }) = option.addr.or_else(|| free.next()) {
                     if option.addr.is_none() {
