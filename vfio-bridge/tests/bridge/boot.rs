@@ -1,5 +1,5 @@
 //! A real boot, replayed: what a unit told its bridge while a Linux guest booted, read its assigned NVMe and powered
-//! off (`nvme_boot.trace`, the `notify` lines of `causeway run --trace`, without times). Each host call of it fails
+//! off (`nvme_boot`, the `notify` lines of `causeway run --trace`, without times). Each host call of it fails
 //! once, in each way in which Linux's type1 and iommufd can fail it, where groups are in a space for life and where they
 //! are attached to spaces.
 //!
@@ -18,9 +18,8 @@ use vtd::{
     UnitId,
 };
 
+use crate::nvme_boot::TRACE;
 use crate::world::*;
-
-const TRACE: &str = include_str!("nvme_boot.trace");
 
 /// What the kernel's uAPI and code allow for a call.
 fn ways(call: Call) -> &'static [Failure] {
@@ -89,7 +88,7 @@ impl Boot {
     fn parse(text: &str) -> Self {
         let mut boot = Self { ram: Ram { low: 0, high: KIB4 }, functions: Vec::new(), steps: Vec::new() };
         let mut ops = Vec::new();
-        for line in text.lines().filter(|line| !line.starts_with('#')) {
+        for line in text.lines() {
             let mut words = line.split(' ');
             let what = (words.next().expect("a kind"), words.next().expect("an operation"));
             let values: BTreeMap<&str, &str> = words.filter_map(|word| word.split_once('=')).collect();

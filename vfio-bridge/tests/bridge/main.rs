@@ -10,6 +10,7 @@ mod dirty;
 mod dirty_property;
 mod faulty;
 mod groups;
+mod nvme_boot;
 mod parts;
 mod peers;
 mod per_space;

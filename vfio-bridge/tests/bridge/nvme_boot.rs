@@ -1,6 +1,9 @@
-# What a unit told its bridge, and where guest RAM was: `causeway run --trace FILE --memory 512M --device vfio,host=NVME --device
-# vfio,host=EDU` in the nested bench (Linux 6.12.95, intel_iommu=on), a guest that boots, reads 2 MiB of its NVMe and powers off:
-# grep -E ' notify | host memory ' FILE | cut -d' ' -f2-
+//! What a unit told its bridge, and where guest RAM was: lines of `causeway run --trace FILE --memory 512M --device
+//! vfio,host=NVME --device vfio,host=EDU` in the nested bench (Linux 6.12.95, `intel_iommu=on`), of a guest that boots,
+//! reads 2 MiB of its NVMe and powers off: `grep -E ' notify | host memory ' FILE | cut -d' ' -f2-`, without the address
+//! of the memory.
+
+pub const TRACE: &str = "\
 host memory gpa=0x0-0x1fffffff
 notify attach device=0000:00:01.0 space=identity
 notify attached device=0000:00:01.0 space=identity result=ok
@@ -169,3 +172,4 @@ notify attach device=0000:00:01.0 space=identity
 notify attached device=0000:00:01.0 space=identity result=ok
 notify attach device=0000:00:02.0 space=identity
 notify attached device=0000:00:02.0 space=identity result=ok
+";
