@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vtd::{Perm, RefusalCause};
 
 use super::{GroupId, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
-use crate::bridge::guest_map::HostMem;
+use crate::bridge::guest_map::{HostMem, PAGE_SIZE};
 use crate::bridge::limits::Limits;
 use crate::host::dirty::{DirtyBitmap, DirtySupport};
 
@@ -20,6 +20,15 @@ pub enum Failure {
     DoneAndRefused(i32),
     /// An unmap is done, and says this many bytes more than it took away. Any other call does not fail.
     Miscounted(i64),
+    /// An unmap takes away what lies in the lower half of its range, and this is its errno; without one it reports as
+    /// many bytes as it took. Any other call does not fail.
+    InPart(Option<i32>),
+}
+
+impl Failure {
+    fn is_of_unmaps(self) -> bool {
+        matches!(self, Self::Miscounted(_) | Self::InPart(_))
+    }
 }
 
 /// A call of a [`HostIommu`] that changes something.
@@ -45,7 +54,7 @@ pub enum Call {
 
 #[derive(Default)]
 struct State {
-    calls: u64,
+    made: Vec<Call>,
     /// Which call fails, counted from 1, and how.
     plan: Option<(u64, Failure)>,
     failed: Option<Call>,
@@ -70,7 +79,12 @@ impl Faulty {
 
     /// How many calls there were.
     pub fn calls(&self) -> u64 {
-        self.state().calls
+        self.state().made.len() as u64
+    }
+
+    /// The calls that there were, in their order.
+    pub fn made(&self) -> Vec<Call> {
+        self.state().made.clone()
     }
 
     /// The call that failed, if one did.
@@ -85,16 +99,17 @@ impl Faulty {
     /// How this call fails, if it does.
     fn failure(&self, call: Call) -> Option<Failure> {
         let mut state = self.state();
-        state.calls += 1;
+        state.made.push(call);
         let (nth, failure) = state.plan?;
-        let fails = state.calls == nth && (call == Call::Unmap || !matches!(failure, Failure::Miscounted(_)));
+        let fails = state.made.len() as u64 == nth && (call == Call::Unmap || !failure.is_of_unmaps());
         fails.then(|| {
             state.failed = Some(call);
             failure
         })
     }
 
-    fn unmapped(&self, ask: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
+    /// `part` takes away the lower half, and gives back how many bytes that were.
+    fn unmapped(&self, ask: impl FnOnce() -> io::Result<u64>, part: impl FnOnce() -> u64) -> io::Result<u64> {
         match self.failure(Call::Unmap) {
             Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
             Some(Failure::DoneAndRefused(errno)) => {
@@ -102,6 +117,10 @@ impl Faulty {
                 Err(io::Error::from_raw_os_error(errno))
             }
             Some(Failure::Miscounted(more)) => Ok(ask()?.wrapping_add_signed(more)),
+            Some(Failure::InPart(errno)) => {
+                let taken = part();
+                errno.map_or(Ok(taken), |errno| Err(io::Error::from_raw_os_error(errno)))
+            }
             None => ask(),
         }
     }
@@ -110,8 +129,20 @@ impl Faulty {
         match self.failure(call) {
             Some(Failure::Refused(errno)) => Err(io::Error::from_raw_os_error(errno)),
             Some(Failure::DoneAndRefused(errno)) => ask().and_then(|_| Err(io::Error::from_raw_os_error(errno))),
-            Some(Failure::Miscounted(_)) | None => ask(),
+            Some(Failure::Miscounted(_) | Failure::InPart(_)) | None => ask(),
         }
+    }
+}
+
+/// The pages of the lower half; of one page nothing.
+fn lower_half(range: UnmapRange) -> Option<UnmapRange> {
+    match range {
+        UnmapRange::Span { first, last } => {
+            let pages = (last - first) / PAGE_SIZE + 1;
+            (pages > 1).then(|| UnmapRange::Span { first, last: first + (pages / 2 * PAGE_SIZE - 1) })
+        }
+        // It began.
+        UnmapRange::All => Some(UnmapRange::Span { first: 0, last: PAGE_SIZE - 1 }),
     }
 }
 
@@ -132,7 +163,7 @@ impl HostIommu for Faulty {
         // One that nobody hears of would be the host's leak and not ours.
         match self.failure(Call::Create) {
             Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::Miscounted(_)) | None => self.inner.create(),
+            Some(Failure::Miscounted(_) | Failure::InPart(_)) | None => self.inner.create(),
         }
     }
 
@@ -152,7 +183,7 @@ impl HostIommu for Faulty {
     fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
         match self.failure(Call::AttachPart) {
             Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::Miscounted(_)) | None => self.inner.attach_part(stream, space),
+            Some(Failure::Miscounted(_) | Failure::InPart(_)) | None => self.inner.attach_part(stream, space),
         }
     }
 
@@ -163,12 +194,14 @@ impl HostIommu for Faulty {
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         match self.failure(Call::Map) {
             Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(MapRefused::from_errno(errno)),
-            Some(Failure::Miscounted(_)) | None => self.inner.map(space, iova, mem, perm),
+            Some(Failure::Miscounted(_) | Failure::InPart(_)) | None => self.inner.map(space, iova, mem, perm),
         }
     }
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
-        self.unmapped(|| self.inner.unmap(space, range))
+        // A host that would cut a mapping takes nothing.
+        let part = || lower_half(range).map_or(Ok(0), |half| self.inner.unmap(space, half)).unwrap_or(0);
+        self.unmapped(|| self.inner.unmap(space, range), part)
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {
@@ -193,7 +226,7 @@ impl HostIommu for Faulty {
 
     fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
         let mut read = bitmap.clone();
-        let unmapped = self.unmapped(|| self.inner.unmap_dirty(space, &mut read, close))?;
+        let unmapped = self.unmapped(|| self.inner.unmap_dirty(space, &mut read, close), || 0)?;
         *bitmap = read;
         Ok(unmapped)
     }

@@ -16,7 +16,7 @@ const RAM: Ram = Ram { low: 64 * KIB4, high: 16 * KIB4 };
 const FUNCTIONS: [(u8, u32); 3] = [(1, 1), (2, 1), (3, 2)];
 const GROUPS: [(u32, &[u8]); 2] = [(1, &[1, 2]), (2, &[3])];
 
-const FAILURES: [Failure; 9] = [
+const FAILURES: [Failure; 11] = [
     Failure::Refused(libc::ENOSPC),
     Failure::Refused(libc::ENOMEM),
     Failure::Refused(libc::EINVAL),
@@ -26,6 +26,8 @@ const FAILURES: [Failure; 9] = [
     Failure::DoneAndRefused(libc::EINTR),
     Failure::Miscounted(4096),
     Failure::Miscounted(-4096),
+    Failure::InPart(Some(libc::EBUSY)),
+    Failure::InPart(None),
 ];
 
 /// A step of a life: what a unit says.

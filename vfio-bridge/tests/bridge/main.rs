@@ -3,11 +3,13 @@
 
 mod audit;
 mod behaviours;
+mod boot;
 mod broken;
 mod dirty;
 mod dirty_property;
 mod faulty;
 mod groups;
+mod nvme_boot;
 mod parts;
 mod peers;
 mod per_space;

@@ -230,7 +230,7 @@ fn a_confined_process_that_floods_is_bounded_and_cut_off() {
 }
 
 #[test]
-fn ourserver_works_without_files() {
+fn our_server_works_without_files() {
     let (stream, serving) = serving();
     let rig = Rig::confined(stream, PATIENT);
     rig.map(0x10_0000, HIGH + 0x3000, 0x4000, Perm::ReadWrite).unwrap();
