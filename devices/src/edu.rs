@@ -19,7 +19,7 @@ use vtd::{Iova, Msi, Requester};
 use crate::BusDevice;
 use crate::dma::DmaTarget;
 use crate::host::{Interrupts, IrqLine};
-use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, STATUS, STATUS_INTX};
+use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, COMMAND_MEMORY, STATUS, STATUS_INTX};
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
 
 /// Bytes of BAR 0.
@@ -281,6 +281,10 @@ impl Shared {
     /// The message to send, if any.
     fn write(&self, offset: u64, value: u64) -> Option<Msi> {
         let mut state = self.lock();
+        // Another function's DMA (B-10) found the BAR just before it left the bus.
+        if state.config.command() & COMMAND_MEMORY == 0 {
+            return None;
+        }
         let registers = &mut state.registers;
         let word = value as u32;
         match offset {

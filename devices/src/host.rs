@@ -25,11 +25,11 @@ pub struct HostWindow {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct SlotId(pub u32);
 
-/// Puts host memory into the guest-physical map while the guest runs.
+/// Puts host memory into the guest-physical map while the guest runs. Waits for the queue of the remapping unit.
 pub trait MemorySlots: Send + Sync {
-    /// Maps `window` at `gpa`. After it returns every vCPU sees it.
+    /// Maps `window` at `gpa`, for the DMA of other functions first (B-10). After it returns every vCPU sees it.
     fn map(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId>;
-    /// Takes it out again. After it returns no vCPU reaches it any more.
+    /// Takes it out again. After it returns no vCPU reaches it any more, and no DMA of another function (F-1).
     fn unmap(&self, slot: SlotId);
 }
 

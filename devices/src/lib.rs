@@ -12,6 +12,7 @@ pub mod legacy;
 pub mod pc_testdev;
 pub mod pci;
 pub mod pic;
+pub mod pinblk;
 pub mod pit;
 pub mod pm;
 pub mod rtc;

@@ -5,13 +5,15 @@
 //! offered.
 //!
 //! # Order (F-3)
-//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest; take the
-//! BARs off the bus; then write the host's configuration space. Memory on runs in reverse.
+//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest, and out
+//! of the DMA of other functions ([`MemorySlots::unmap`] does both, in this order); take the BARs off the bus; then
+//! write the host's configuration space. Memory on runs in reverse.
 //!
 //! # Locks
-//! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped. `HostCommand`
-//! is held for one host access only, so [`VfioPci::quarantine`], which takes nothing else, can be called from inside
-//! anything that an unmapped window leads to.
+//! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped, which waits
+//! for the queue of the unit: nothing that a drain calls may take it. `HostCommand` is held for one host access only,
+//! so [`VfioPci::quarantine`], which takes nothing else, can be called from inside anything that an unmapped window
+//! leads to.
 
 mod bars;
 mod capabilities;

@@ -2,8 +2,8 @@
 //!
 //! [`Bridge`] implements [`vtd::SpaceListener`]. Per space of the host it keeps a [`ledger`], which records exactly
 //! what the kernel was handed, and issues the fewest host operations that make a change true. Backends implement
-//! [`HostIommu`]: [`Type1`] is the kernel's VFIO, [`vfio_user`] are functions that other processes emulate, [`model`]
-//! is an in-memory host for tests. A [`Function`] is what is assigned.
+//! [`HostIommu`]: [`Type1`] and [`Iommufd`] are the kernel's, [`vfio_user`] are functions that other processes emulate,
+//! [`model`] is an in-memory host for tests. A [`Function`] is what is assigned.
 
 mod bridge;
 mod function;
@@ -18,14 +18,19 @@ pub use bridge::group::Group;
 pub use bridge::guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, PAGE_SIZE, Piece, Region};
 pub use bridge::ledger;
 pub use bridge::limits::{Limits, Memlock};
+pub use bridge::pin::book::PinError;
+pub use bridge::pin::client::{Notice, PinLimits, PinStats, UnmapNotifier};
+pub use bridge::pin::handle::{PinClient, Pinned, PinnedPage, RegisterClientError};
 pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
-pub use function::{Function, IrqKind, RegionInfo, RegionKind, Requests};
+pub use function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
+pub use host::iommufd::Iommufd;
+pub use host::software::Software;
 pub use host::type1::Type1;
-pub use host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+pub use host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 pub use host::{faulty, model};
 pub use stats::{DeviceStats, RefusedMaps};
 pub use trace::{Trace, TracedHost, TracedListener};

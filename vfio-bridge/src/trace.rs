@@ -11,15 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vtd::{
-    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, SpaceKey, SpaceListener,
-    Stream,
+    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Perm, Refusal, RefusalCause, Requester, SpaceKey,
+    SpaceListener, Stream,
 };
 
 use crate::bridge::guest_map::{GuestMap, HostMem};
 use crate::bridge::ledger::{Extent, Ledger};
 use crate::bridge::limits::Limits;
 use crate::host::dirty::{DirtyBitmap, DirtySupport};
-use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
+use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};
 
 /// Where the lines go, through a buffer.
 pub struct Trace {
@@ -74,6 +74,18 @@ impl Trace {
         }
     }
 
+    /// A part of a BAR of `of`, `len` bytes, comes to `gpa`.
+    pub fn bar_came(&self, gpa: u64, len: u64, hva: u64, of: Requester) {
+        let last = gpa + (len - 1);
+        self.line(format_args!("host memory gpa={gpa:#x}-{last:#x} hva={hva:#x} bar={of}"));
+    }
+
+    /// The part of a BAR at `gpa` went: nothing in the host leads there any more.
+    pub fn bar_went(&self, gpa: u64, len: u64) {
+        let last = gpa + (len - 1);
+        self.line(format_args!("host gone gpa={gpa:#x}-{last:#x}"));
+    }
+
     /// What the ledger of `space` holds.
     pub(crate) fn ledger(&self, space: HostSpaceId, ledger: &Ledger) {
         let container = self.container(space);
@@ -118,6 +130,16 @@ impl fmt::Display for Device {
         let Stream { requester, pasid } = self.0;
         write!(f, "device={requester}")?;
         pasid.map_or(Ok(()), |Pasid(pasid)| write!(f, " pasid={pasid:#x}"))
+    }
+}
+
+/// `part=3 pasid=0x5`: the number that the host has for the device.
+struct Part(HostStream);
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "part={}", self.0.device.0)?;
+        self.0.pasid.map_or(Ok(()), |Pasid(pasid)| write!(f, " pasid={pasid:#x}"))
     }
 }
 
@@ -212,6 +234,18 @@ impl TracedHost {
         Self { inner, trace }
     }
 
+    fn moved(&self, what: &str, ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let start = Instant::now();
+        let result = ask();
+        let ns = start.elapsed().as_nanos();
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host {what} ns={ns} result={said}"));
+        result
+    }
+
     fn mapped(&self, space: HostSpaceId, map: &Map<'_>, time: Duration, result: &Result<(), MapRefused>) {
         let Map { iova, mem, perm } = map;
         let (last, gpa, container, ns) =
@@ -274,28 +308,21 @@ impl HostIommu for TracedHost {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        let start = Instant::now();
-        let attached = self.inner.attach(group, space);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &attached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        let container = self.trace.container(space);
-        self.trace.line(format_args!("host attach container={container} group={group} ns={ns} result={said}"));
-        attached
+        let what = format!("attach container={} group={group}", self.trace.container(space));
+        self.moved(&what, || self.inner.attach(group, space))
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
-        let start = Instant::now();
-        let detached = self.inner.detach(group);
-        let ns = start.elapsed().as_nanos();
-        let said: &dyn fmt::Display = match &detached {
-            Ok(()) => &"ok",
-            Err(e) => &Word(e),
-        };
-        self.trace.line(format_args!("host detach group={group} ns={ns} result={said}"));
-        detached
+        self.moved(&format!("detach group={group}"), || self.inner.detach(group))
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let what = format!("attach container={} {}", self.trace.container(space), Part(stream));
+        self.moved(&what, || self.inner.attach_part(stream, space))
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        self.moved(&format!("detach {}", Part(stream)), || self.inner.detach_part(stream))
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {

@@ -100,14 +100,41 @@ pub enum DeviceKind {
     Vfio {
         /// Its address there.
         host: Bdf,
+        /// By what its memory is mapped; `None`: what is best.
+        backend: Option<Backend>,
     },
     /// A function that another process emulates.
     VfioUser {
         /// Where that is.
         socket: UserSocket,
+        /// It is given no file of the guest's memory, and asks for each access by message.
+        confine: bool,
     },
     /// The educational device of QEMU, emulated in this process.
     Edu,
+    /// A device, emulated in this process, that reads a file into pinned pages.
+    PinBlk {
+        /// The file; none: a pattern in memory.
+        file: Option<PathBuf>,
+    },
+}
+
+/// By which of the host's interfaces a function's memory is mapped.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Backend {
+    /// A container of VFIO for each host group.
+    Type1,
+    /// iommufd.
+    Iommufd,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Type1 => "type1",
+            Self::Iommufd => "iommufd",
+        })
+    }
 }
 
 /// Where the process that emulates a function is.
@@ -145,16 +172,22 @@ impl DeviceKind {
             Self::Vfio { .. } => "vfio",
             Self::VfioUser { .. } => "vfio-user",
             Self::Edu => "edu",
+            Self::PinBlk { .. } => "pinblk",
         }
     }
 
     /// What it is outside, which two devices cannot share: the host's function, or the socket.
     pub fn outside(&self) -> Option<String> {
         match self {
-            Self::Vfio { host } => Some(format!("host={host}")),
-            Self::VfioUser { socket: UserSocket::Path(path) } => Some(format!("socket={}", path.display())),
-            Self::VfioUser { socket: UserSocket::Fd(fd) } => Some(format!("fd={fd}")),
-            Self::Edu => None,
+            Self::Vfio { host, .. } => Some(format!("host={host}")),
+            Self::VfioUser { socket: UserSocket::Path(path), .. } => Some(format!("socket={}", path.display())),
+            Self::VfioUser { socket: UserSocket::Fd(fd), .. } => Some(format!("fd={fd}")),
+            Self::Edu | Self::PinBlk { .. } => None,
         }
+    }
+
+    /// Whether it needs nothing from outside but what can be read.
+    pub fn is_emulated(&self) -> bool {
+        matches!(self, Self::Edu | Self::PinBlk { .. })
     }
 }

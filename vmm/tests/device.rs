@@ -164,3 +164,34 @@ fn a_device_that_dies_leaves_its_guest_running_and_serves_again_when_it_is_start
         assert_eq!(end(device).0, -libc::SIGKILL);
     }
 }
+
+#[test]
+fn a_confined_device_has_no_file_of_the_guests_memory() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let (path, stats) = (dir.as_path().join("edu"), dir.as_path().join("stats.json"));
+    let image = image(PRINT_AND_LOOP);
+    let device = serve(&path);
+    for (confine, files) in [("off", true), ("on", false)] {
+        let option = format!("vfio-user,socket={},confine={confine}", path.display());
+        let run = ["run", "--image", image.as_path().to_str().unwrap(), "--memory", "32M", "--device", &option];
+        let mut machine = causeway(&run).args(["--stats", stats.to_str().unwrap()]).spawn().unwrap();
+        std::io::Read::read_exact(machine.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        // Translation is off, so it reaches all of it, and there was nothing that it waits for.
+        let open = std::fs::read_dir(format!("/proc/{}/fd", device.id())).unwrap();
+        let links = open.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+        let memory = links.filter(|link| link.to_string_lossy().contains("memfd")).count();
+        assert_eq!(memory > 0, files, "confine={confine}: {memory} files of memory");
+        signal(&machine, libc::SIGTERM);
+        let (code, message) = end(machine);
+        assert_eq!(code, -libc::SIGTERM, "{message}");
+        let said = if files { "trusted to use only what is mapped" } else { "is given no memory" };
+        assert!(message.contains(said), "{message}");
+        let text = std::fs::read_to_string(&stats).unwrap();
+        assert!(text.contains(r#""dma_messages":{"reads":0,"writes":0,"bytes":0,"blocked":0,"refused":0}"#), "{text}");
+    }
+    signal(&device, libc::SIGTERM);
+    assert_eq!(end(device).0, -libc::SIGTERM);
+}

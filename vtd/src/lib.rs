@@ -57,6 +57,7 @@ pub use faults::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
 pub use msi::{Msi, MsiSink};
+pub use queue_lock::InsideNotification;
 pub use range::{GpaRange, IovaRange};
 pub use registers::restore::RestoreError;
 pub use registers::state::{EventRegisters, FaultRecord, State, StateVersion};

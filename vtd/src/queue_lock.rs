@@ -2,8 +2,31 @@
 //! it: nobody else will give it back. Debug builds know which thread has it, and panic instead of waiting for ever;
 //! release builds do not look.
 
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard};
+
+/// While it lives, this thread works for another one that has the queue lock of some unit, and waits for it: a listener
+/// that asks others before it returns. Debug builds panic when this thread calls what waits for a queue lock, as they
+/// do in the listener's own.
+#[derive(Debug)]
+pub struct InsideNotification(PhantomData<*const ()>);
+
+impl InsideNotification {
+    /// From now on.
+    pub fn enter() -> Self {
+        #[cfg(debug_assertions)]
+        holder::INSIDE.with(|inside| inside.set(inside.get() + 1));
+        Self(PhantomData)
+    }
+}
+
+impl Drop for InsideNotification {
+    fn drop(&mut self) {
+        #[cfg(debug_assertions)]
+        holder::INSIDE.with(|inside| inside.set(inside.get() - 1));
+    }
+}
 
 /// What stands behind the queue lock.
 #[derive(Default)]
@@ -40,7 +63,7 @@ impl<T> QueueLock<T> {
     pub(crate) fn assert_not_inside(&self) {
         #[cfg(debug_assertions)]
         assert!(
-            !self.holder.is_this_thread(),
+            !self.holder.is_this_thread() && holder::INSIDE.with(std::cell::Cell::get) == 0,
             "a listener or a sink called what waits for the queue lock, which the unit has while it calls them: see \
              SpaceListener for what may be called from inside"
         );
@@ -73,6 +96,11 @@ mod holder {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use crate::sync::thread_number;
+
+    thread_local! {
+        /// How many [`super::InsideNotification`]s this thread has.
+        pub(super) static INSIDE: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+    }
 
     /// 0, or the number of the thread that has the lock and 1. A thread finds its own number only where it wrote it.
     #[derive(Default)]

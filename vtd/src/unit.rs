@@ -139,12 +139,13 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// The guest-physical map changed in `range`: a BAR appeared, moved (that is two ranges) or went away (B-15). The
     /// map that the listener resolves guest-physical addresses with is exchanged first; the host may still have the old
     /// memory mapped then. When this returns, no assigned function in a paged space reaches what was behind `range`
-    /// before, and every leaf of the guest's tables that leads there was offered to the listener anew; what it refused
-    /// is forgotten, as always. What leads elsewhere is not touched, not for an instant. A leaf that the guest changed
-    /// and did not invalidate yet may take effect here if it leads into `range`, and is gone if it led there.
+    /// before, and every leaf of the guest's tables that leads there, and that the guest invalidated since it wrote it,
+    /// was offered to the listener anew; what it refused is forgotten, as always. What leads elsewhere is not touched,
+    /// not for an instant. A leaf that the guest changed and did not invalidate yet may take effect here if it leads
+    /// into `range`, and is gone if it led there.
     ///
-    /// A space is blocked if the bounds do not allow to walk all of it. Functions that wait for room, or for memory,
-    /// are tried again.
+    /// A space of which nothing leads to `range` costs a look at its shadow. Another is walked, and blocked if the
+    /// bounds do not allow to walk all of it. Functions that wait for room, or for memory, are tried again.
     ///
     /// Not here: functions in the identity space, of which only the listener knows what is in it; and emulated devices:
     /// what an [`crate::Endpoint`] caches are guest-physical addresses, and each access looks these up in the guest

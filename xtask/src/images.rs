@@ -1,5 +1,6 @@
 //! The suite of guest-side test images, by `causeway test`, on this machine's own KVM: once with an edu inside the
-//! virtual machine, once with one that another process emulates, behind the bridge.
+//! virtual machine, once with one that another process emulates, behind the bridge; and what concerns DMA once more
+//! with such a process that is given no file of the guest's memory.
 
 use crate::cache::progress;
 use crate::crate_tests::{cargo, outputs, verdicts};
@@ -14,10 +15,26 @@ use std::process::{Command, Stdio};
 struct Place {
     name: &'static str,
     options: &'static [&'static str],
+    /// Without `--long` only tests whose names begin with one of these; with none, all.
+    short: &'static [&'static str],
 }
 
-const PLACES: [Place; 2] =
-    [Place { name: "emulated", options: &["--device", "edu"] }, Place { name: "vfio_user", options: &[] }];
+const PLACES: [Place; 3] = [
+    Place { name: "emulated", options: &["--device", "edu"], short: &[] },
+    Place { name: "vfio_user", options: &[], short: &[] },
+    // Translation, faults and resets; the rest of the suite is about the unit, whatever the device is.
+    Place {
+        name: "confined",
+        options: &["--confine"],
+        short: &["a1_", "a8_", "a11_", "b1_", "b8_", "b9_", "b14_", "rule1_"],
+    },
+];
+
+impl Place {
+    fn takes(&self, test: &str, long: bool) -> bool {
+        long || self.short.is_empty() || self.short.iter().any(|start| test.starts_with(start))
+    }
+}
 
 /// The program and the tests that are wanted, each in its place.
 #[derive(Default)]
@@ -42,8 +59,9 @@ fn full_name(place: Place, test: &str) -> String {
     format!("images::{}::{test}", place.name)
 }
 
-/// Builds the program, with its suite, and asks it for the list.
-pub fn build() -> Result<Suite> {
+/// Builds the program, with its suite, and asks it for the list. `long`: also what takes longer than it is worth each
+/// time.
+pub fn build(long: bool) -> Result<Suite> {
     progress("building the test images");
     let result = cargo()
         .args(["build", "--package", "vmm", "--bin", "causeway", "--quiet", "--message-format=json-render-diagnostics"])
@@ -60,7 +78,8 @@ pub fn build() -> Result<Suite> {
     let list = Command::new(&causeway).args(["test", "--list"]).stdin(Stdio::null()).output()?;
     ensure!(list.status.success(), "the suite does not list its tests");
     let list = String::from_utf8_lossy(&list.stdout);
-    let tests = PLACES.iter().flat_map(|place| list.lines().map(|test| (*place, test.to_owned()))).collect();
+    let all = PLACES.iter().flat_map(|place| list.lines().map(|test| (*place, test.to_owned())));
+    let tests = all.filter(|(place, test)| place.takes(test, long)).collect();
     Ok(Suite { causeway, tests })
 }
 

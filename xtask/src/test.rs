@@ -109,7 +109,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         let tests = std::mem::take(&mut executable.tests);
         executable.tests = tests.into_iter().filter(|test| args.wants(&executable.full_name(test))).collect();
     }
-    let suite = if args.may_want_images() { images::build() } else { Ok(images::Suite::default()) };
+    let suite = if args.may_want_images() { images::build(args.long) } else { Ok(images::Suite::default()) };
     let suite = match suite {
         Ok(suite) => suite.only(|name| args.wants(name)),
         Err(error) if args.list => return Err(error),

@@ -4,7 +4,7 @@
 //! there as soon as its range is free.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use vtd::SourceId;
 
@@ -34,7 +34,11 @@ pub struct Decoder {
     bus: Arc<Bus>,
     // Held while windows are mapped and unmapped, which calls nothing that comes back here.
     claims: Mutex<BTreeMap<(SourceId, u8), Claim>>,
+    placed: RwLock<Placed>,
 }
+
+/// BARs that are on the bus: first address -> last address, function, what answers.
+type Placed = BTreeMap<u64, (u64, SourceId, Arc<dyn BusDevice>)>;
 
 struct Claim {
     first: u64,
@@ -47,7 +51,16 @@ struct Claim {
 impl Decoder {
     /// A decoder for `bus`.
     pub fn new(bus: Arc<Bus>) -> Self {
-        Self { bus, claims: Mutex::default() }
+        Self { bus, claims: Mutex::default(), placed: RwLock::default() }
+    }
+
+    /// What answers for `len` bytes at `address`, if all of them are in one BAR that is on the bus: its function, the
+    /// offset in the BAR, and the device. Waits for no change that is under way.
+    pub fn find(&self, address: u64, len: usize) -> Option<(SourceId, u64, Arc<dyn BusDevice>)> {
+        let placed = self.placed.read().unwrap();
+        let (first, (last, sid, device)) = placed.range(..=address).next_back()?;
+        let end = address.checked_add((len as u64).checked_sub(1)?)?;
+        (end <= *last).then(|| (*sid, address - first, device.clone()))
     }
 
     /// From now on BAR `bar` of `sid` is decoded at `range` (first and last address), or nowhere. `true` when it is
@@ -61,7 +74,7 @@ impl Decoder {
             if range == Some((old.first, old.last)) {
                 return old.placed;
             }
-            old.withdraw(&self.bus);
+            old.withdraw(self);
             claims.remove(&key);
         }
         if let Some((first, last)) = range {
@@ -69,10 +82,10 @@ impl Decoder {
         }
         // The one that asks comes first: it may take what it only waits for because it moved over itself.
         if let Some(claim) = claims.get_mut(&key) {
-            claim.place(&self.bus, key);
+            claim.place(self, key);
         }
         for (key, claim) in claims.iter_mut().filter(|(_, claim)| !claim.placed) {
-            claim.place(&self.bus, *key);
+            claim.place(self, *key);
         }
         let placed = claims.get(&key).is_none_or(|claim| claim.placed);
         if !placed {
@@ -83,9 +96,13 @@ impl Decoder {
 }
 
 impl Claim {
-    fn place(&mut self, bus: &Bus, (sid, bar): (SourceId, u8)) {
+    fn place(&mut self, decoder: &Decoder, (sid, bar): (SourceId, u8)) {
         // Where something else answers, mapping over it would hide that.
-        self.placed = bus.insert(self.first, self.last, self.target.device.clone()).is_ok();
+        let device = &self.target.device;
+        self.placed = decoder.bus.insert(self.first, self.last, device.clone()).is_ok();
+        if self.placed {
+            decoder.placed.write().unwrap().insert(self.first, (self.last, sid, device.clone()));
+        }
         let Some(slots) = self.target.slots.as_ref().filter(|_| self.placed) else { return };
         for (offset, window) in &*self.target.windows {
             match slots.map(self.first + offset, window) {
@@ -95,14 +112,15 @@ impl Claim {
         }
     }
 
-    fn withdraw(&mut self, bus: &Bus) {
+    fn withdraw(&mut self, decoder: &Decoder) {
         for slot in self.mapped.drain(..) {
             if let Some(slots) = &self.target.slots {
                 slots.unmap(slot);
             }
         }
         if std::mem::take(&mut self.placed) {
-            bus.remove(self.first);
+            decoder.placed.write().unwrap().remove(&self.first);
+            decoder.bus.remove(self.first);
         }
     }
 }

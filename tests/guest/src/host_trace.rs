@@ -35,7 +35,7 @@ pub type Extents = BTreeMap<u64, Extent>;
 /// What one container holds after all that a trace says of it.
 #[derive(Default, Debug)]
 pub struct Replay {
-    /// Guest RAM: first and last guest-physical address, and the address in the process.
+    /// Guest RAM and BARs: first and last guest-physical address, and the address in the process.
     memory: Vec<(u64, u64, u64)>,
     /// What the maps and unmaps left.
     pub extents: Extents,
@@ -68,6 +68,13 @@ impl Replay {
         if operation == "memory" {
             let (first, last) = range(value("gpa")?)?;
             self.memory.push((first, last, number(value("hva")?)?));
+            return Ok(());
+        }
+        if operation == "gone" {
+            let (first, last) = range(value("gpa")?)?;
+            let before = self.memory.len();
+            self.memory.retain(|(from, to, _)| (*from, *to) != (first, last));
+            ensure!(self.memory.len() < before, "it was not there");
             return Ok(());
         }
         if value("container")? != container {

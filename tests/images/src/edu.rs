@@ -66,11 +66,25 @@ impl Edu {
         write(self.bar + offset, value);
     }
 
-    fn transfer(&self, from: u64, to: u64, len: u64, command: u64) {
+    fn begin(&self, from: u64, to: u64, len: u64, command: u64) {
         write(self.bar + SOURCE, from);
         write(self.bar + DESTINATION, to);
         write(self.bar + COUNT, len);
         write(self.bar + DMA_COMMAND, command | START);
+    }
+
+    fn transfer(&self, from: u64, to: u64, len: u64, command: u64) {
+        self.begin(from, to, len, command);
+        self.finish();
+    }
+
+    /// The device is to write `len` bytes of its buffer to `iova`; it is not waited for.
+    pub fn begin_write(&self, iova: u64, len: u64) {
+        self.begin(BUFFER, iova, len, TO_MEMORY);
+    }
+
+    /// Waits for the end of what [`Edu::begin_write`] began.
+    pub fn finish(&self) {
         wait_for("the end of a transfer", || {
             let ended = read::<u64>(self.bar + DMA_COMMAND) & START == 0;
             if !ended && !self.recorded {

@@ -110,6 +110,11 @@ fn is_named(word: &str, function: SourceId) -> bool {
     words().filter_map(|found| found.strip_prefix(word)).any(|address| parse(address) == Some(function.0))
 }
 
+/// The number behind `word` on the command line, which ends in `=`.
+pub fn number(word: &str) -> Option<u64> {
+    words().find_map(|found| found.strip_prefix(word)).and_then(|number| number.parse().ok())
+}
+
 /// The memory map that the boot protocol gives: first address, length, kind (1: RAM).
 pub fn memory_map() -> impl Iterator<Item = (u64, u64, u32)> {
     let start_info = START_INFO.load(Ordering::Relaxed);

@@ -12,6 +12,7 @@ pub mod harness;
 mod intrinsics;
 pub mod memory;
 pub mod pci;
+pub mod pinblk;
 pub mod serial;
 pub mod smp;
 mod start;

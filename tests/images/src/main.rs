@@ -10,6 +10,8 @@ mod suite {
     pub mod interrupts;
     pub mod invalidation;
     pub mod machine;
+    pub mod peers;
+    pub mod pinning;
     pub mod processors;
     pub mod queue;
     pub mod registers;
@@ -30,6 +32,8 @@ images::image!(
     interrupts::TESTS,
     invalidation::TESTS,
     machine::TESTS,
+    peers::TESTS,
+    pinning::TESTS,
     processors::TESTS,
     queue::TESTS,
     registers::TESTS,

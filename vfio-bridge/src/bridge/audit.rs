@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use vtd::audit::disagreements;
-use vtd::{Audit, Difference, Gpa, Iova, IovaRange, Mapping, Requester, SpaceKey};
+use vtd::{Audit, Difference, Gpa, Iova, IovaRange, Mapping, SpaceKey, Stream};
 
 use super::{Bridge, lock};
 use crate::bridge::ledger::{Extent, Ledger};
@@ -17,9 +17,8 @@ use crate::trace::Trace;
 impl Bridge {
     /// Writes into `trace` what the ledger of each host space holds at this moment.
     pub fn trace_ledgers(&self, trace: &Trace) {
-        let groups: Vec<_> = self.directory().groups.values().cloned().collect();
         let mut said = BTreeSet::new();
-        for placed in groups {
+        for placed in self.everyone() {
             let Some(held) = lock(&placed).held().cloned() else { continue };
             let state = held.lock();
             if said.insert(state.space.id()) {
@@ -28,20 +27,23 @@ impl Bridge {
         }
     }
 
-    /// Compares what the host was handed for `requester` with `space`, in which `granted` is mapped (ascending; for a
-    /// paged space). Identity is all RAM without the interrupt window, and without what the host refused, which is
-    /// pending; a group whose members disagree holds nothing (C-3). A function that was stopped because an unmap was
+    /// Compares what the host was handed for the requests of `stream` with `space`, in which `granted` is mapped
+    /// (ascending; for a paged space). Identity is all RAM and the BARs of other functions, without the interrupt
+    /// window, and without what the host refused, which is pending; a group whose members disagree holds nothing
+    /// (C-3). A function that was stopped because an unmap was
     /// refused is a difference as such.
     ///
     /// To be called by [`vtd::Unit::audit`].
     pub fn audit(
         &self,
-        requester: Requester,
+        stream: impl Into<Stream>,
         space: &SpaceKey,
         granted: &mut dyn Iterator<Item = Mapping>,
         audit: &mut Audit,
     ) {
-        let Some(placed) = self.group_of(requester) else {
+        let stream = stream.into();
+        let requester = stream.requester;
+        let Some(placed) = self.placed(stream) else {
             return audit.differ(Difference::Other(format!("{requester} is not a device that the bridge knows")));
         };
         let placed = lock(&placed);
@@ -49,6 +51,7 @@ impl Bridge {
         let nothing = Ledger::default();
         let ledger = state.as_ref().map_or(&nothing, |state| state.space.ledger());
         let refused = state.as_ref().map_or(&[][..], |state| &state.refused);
+        let alone = state.as_ref().and_then(|state| state.alone);
         let broken = state.as_ref().and_then(|state| state.space.broken()).or(placed.stopped.as_deref());
         if let Some(why) = broken {
             let text = format!(
@@ -69,12 +72,12 @@ impl Bridge {
             SpaceKey::Identity => {
                 audit.pending += refused.len() as u64;
                 let inside = |mapping| without(mapping, refused);
-                guest.identity().flat_map(outside_interrupt_window).flat_map(inside).collect()
+                guest.identity(alone).flat_map(outside_interrupt_window).flat_map(inside).collect()
             }
             SpaceKey::Paged(_) => granted.flat_map(outside_interrupt_window).collect(),
         };
         let held = ledger.extents().map(|extent| {
-            let Extent { first, gpa, perm, .. } = *extent;
+            let Extent { first, gpa, perm, .. } = extent;
             Mapping { iova: Iova(first), gpa: Gpa(gpa), len: extent.size(), perm }
         });
         for piece in disagreements(expected, held, &mut audit.checked) {

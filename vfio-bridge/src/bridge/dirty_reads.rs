@@ -6,9 +6,8 @@ use vtd::{IovaRange, Requester};
 
 use super::dirty::{DirtyPages, DirtyRace, GroupLog};
 use super::guest_map::{GuestMap, MemKind};
-use super::placement::{HeldState, PlacedGroup};
+use super::placement::{HeldState, Occupant, PlacedGroup};
 use super::{Bridge, lock};
-use crate::host::GroupId;
 use crate::host::dirty::DirtyKnowledge;
 
 /// Why nothing can be said.
@@ -37,19 +36,19 @@ pub struct DirtyRead {
 
 impl HeldState {
     /// The group of `log` is about to come in. What it writes is tracked before it does.
-    pub(super) fn admit(&mut self, group: GroupId, log: &Arc<GroupLog>) {
-        if !self.logs.contains_key(&group) {
+    pub(super) fn admit(&mut self, who: Occupant, log: &Arc<GroupLog>) {
+        if !self.logs.contains_key(&who) {
             // What others wrote is not its.
             self.collect_dirty();
-            self.logs.insert(group, Arc::clone(log));
+            self.logs.insert(who, Arc::clone(log));
         }
         self.track();
     }
 
-    /// `group` went: what it wrote here is in its log.
-    pub(super) fn dismiss(&mut self, group: GroupId) {
+    /// It went: what it wrote here is in its log.
+    pub(super) fn dismiss(&mut self, who: Occupant) {
         self.collect_dirty();
-        self.logs.remove(&group);
+        self.logs.remove(&who);
         self.track();
     }
 
@@ -68,21 +67,30 @@ impl HeldState {
     }
 }
 
-impl PlacedGroup {
-    /// What its functions write is tracked from now on.
-    pub(super) fn start_dirty(&mut self, race: DirtyRace) {
-        self.log().start(race);
-        if let Some(held) = self.held() {
+impl Bridge {
+    /// What the functions of a group write, also with a PASID, is tracked from now on.
+    pub(super) fn start_dirty(&self, placed: &PlacedGroup, race: DirtyRace) {
+        placed.log().start(race);
+        self.each_place(placed, |state| {
             // What others wrote before is not its.
-            let mut state = held.lock();
             state.collect_dirty();
             state.track();
-            self.log().take();
+        });
+        placed.log().take();
+    }
+
+    /// Each host space that requests of the group's functions are in.
+    fn each_place(&self, placed: &PlacedGroup, mut what: impl FnMut(&mut HeldState)) {
+        if let Some(held) = placed.held() {
+            what(&mut held.lock());
+        }
+        for part in self.parts_of(&placed.group) {
+            if let Some(held) = lock(&part).held() {
+                what(&mut held.lock());
+            }
         }
     }
-}
 
-impl Bridge {
     /// Starts to track what functions write: `device`, with all of its group, or all that there are and that come.
     /// What is tracked already goes on, and may change what it does about the race. Gives back how it will be known.
     ///
@@ -97,17 +105,17 @@ impl Bridge {
         }
         let mut known = Vec::new();
         for placed in self.tracked(device)? {
-            let mut placed = lock(&placed);
+            let placed = lock(&placed);
             let fresh = placed.log().race().is_none();
             if fresh {
-                placed.start_dirty(race);
+                self.start_dirty(&placed, race);
             } else {
                 placed.log().start(race);
             }
-            let state = placed.held().map(|held| held.lock());
-            let knowledge = state.and_then(|mut state| {
+            let mut knowledge = None;
+            self.each_place(&placed, |state| {
                 state.track();
-                state.space.dirty_knowledge()
+                knowledge = knowledge.max(state.space.dirty_knowledge());
             });
             // One that is attached to no space of the host is asked when it is.
             known.extend(placed.group.members().map(|member| (member, knowledge.unwrap_or_default())));
@@ -124,9 +132,7 @@ impl Bridge {
         let mut read = DirtyRead::default();
         for placed in self.tracked(device)? {
             let placed = lock(&placed);
-            if let Some(held) = placed.held() {
-                held.lock().collect_dirty();
-            }
+            self.each_place(&placed, HeldState::collect_dirty);
             match (placed.log().take(), device) {
                 (Some(found), _) => {
                     read.pages.merge(&found.pages);
@@ -152,9 +158,7 @@ impl Bridge {
         for placed in self.tracked(device)? {
             let placed = lock(&placed);
             placed.log().stop();
-            if let Some(held) = placed.held() {
-                held.lock().track();
-            }
+            self.each_place(&placed, HeldState::track);
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
-use vtd::{Gpa, Iova, Mapping, Perm};
+use vtd::{Gpa, Iova, Mapping, Perm, Requester};
 
 /// Size of the smallest page that every part of the bridge works in.
 pub const PAGE_SIZE: u64 = 4096;
@@ -18,6 +18,9 @@ pub const PAGE_SIZE: u64 = 4096;
 pub enum MemKind {
     /// Guest RAM.
     Ram,
+    /// Part of a BAR of an assigned function (B-10). It is handed to the host only: nobody in this process reads or
+    /// writes it, since an access while the function's memory is disabled ends the process (F-2).
+    Bar,
 }
 
 /// A file that backs host memory, for backends that map by file.
@@ -30,13 +33,23 @@ pub struct Backing {
 }
 
 /// A region of the guest-physical map: `len` bytes at `gpa`, which are at `hva` in this process.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Region {
     gpa: u64,
     len: u64,
     hva: u64,
     backing: Option<Backing>,
-    kind: MemKind,
+    /// The function whose BAR it is a part of; `None`: it is RAM.
+    bar_of: Option<Requester>,
+    /// Keeps what is at `hva`.
+    _owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { gpa, len, hva, bar_of, .. } = self;
+        write!(f, "Region {{ gpa: {gpa:#x}, len: {len:#x}, hva: {hva:#x}, bar_of: {bar_of:?} }}")
+    }
 }
 
 /// Why a guest-physical map cannot be used.
@@ -70,7 +83,31 @@ impl Region {
         if len == 0 || !whole(gpa) || !whole(len) || !whole(hva) || !ends(gpa) || !ends(hva) {
             return Err(GuestMapError::Unaligned { gpa, len });
         }
-        Ok(Self { gpa, len, hva, backing, kind: MemKind::Ram })
+        Ok(Self { gpa, len, hva, backing, bar_of: None, _owner: None })
+    }
+
+    /// A part of a BAR of the assigned function `of`, which `owner` keeps mapped at `hva` for as long as it exists
+    /// (B-10). There is no file of it: the file of a function of the host is all of that function, and is never handed
+    /// to another process.
+    ///
+    /// # Safety
+    /// Devices will read and write `hva..hva + len`. It must be a shared mapping of that part of the BAR, which nothing
+    /// in this process reads or writes, and which is there until `owner` is dropped.
+    pub unsafe fn bar(
+        gpa: u64,
+        len: u64,
+        hva: u64,
+        of: Requester,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self, GuestMapError> {
+        // SAFETY: the same promise, but for what keeps it, which is in the region.
+        let region = unsafe { Self::ram(gpa, len, hva, None) }?;
+        Ok(Self { bar_of: Some(of), _owner: Some(owner), ..region })
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> MemKind {
+        if self.bar_of.is_some() { MemKind::Bar } else { MemKind::Ram }
     }
 
     /// First guest-physical address.
@@ -115,7 +152,7 @@ impl HostMem<'_> {
     }
     /// What it is.
     pub fn kind(&self) -> MemKind {
-        self.region.kind
+        self.region.kind()
     }
 }
 
@@ -179,9 +216,11 @@ impl GuestMap {
         &self.regions
     }
 
-    /// All of it at its guest-physical addresses: what the identity space has.
-    pub(crate) fn identity(&self) -> impl Iterator<Item = Mapping> {
-        self.regions.iter().map(|region| Mapping {
+    /// All of it at its guest-physical addresses, but for the BARs of `alone`: what the identity space has, where
+    /// `alone` is the only function in it (B-12).
+    pub(crate) fn identity(&self, alone: Option<Requester>) -> impl Iterator<Item = Mapping> {
+        let reached = move |region: &&Region| region.bar_of.is_none() || region.bar_of != alone;
+        self.regions.iter().filter(reached).map(|region| Mapping {
             iova: Iova(region.gpa),
             gpa: Gpa(region.gpa),
             len: region.len,
@@ -189,9 +228,35 @@ impl GuestMap {
         })
     }
 
+    /// The same map with `region` in it.
+    ///
+    /// # Errors
+    /// Something has a part of its addresses already, and keeps it: RAM, or a BAR that came first.
+    pub fn with(&self, region: Region) -> Result<Self, GuestMapError> {
+        let at = self.regions.partition_point(|other| other.last() < region.gpa);
+        if let Some(there) = self.regions.get(at).filter(|other| other.gpa <= region.last()) {
+            return Err(GuestMapError::Overlap(there.gpa, region.gpa));
+        }
+        let mut map = self.clone();
+        map.regions.insert(at, region);
+        Ok(map)
+    }
+
+    /// The same map without the part of a BAR that begins at `gpa`, if one does. RAM never goes.
+    pub fn without_bar(&self, gpa: u64) -> Self {
+        let mut map = self.clone();
+        map.regions.retain(|region| region.gpa != gpa || region.bar_of.is_none());
+        map
+    }
+
+    /// Whether `gpa` is in a BAR.
+    pub(crate) fn is_bar(&self, gpa: u64) -> bool {
+        self.host_mem(gpa, 1).is_some_and(|mem| mem.kind() == MemKind::Bar)
+    }
+
     /// Bytes of RAM.
     pub fn ram_bytes(&self) -> u64 {
-        self.regions.iter().map(|r| r.len).sum()
+        self.regions.iter().filter(|region| region.kind() == MemKind::Ram).map(|region| region.len).sum()
     }
 
     /// Cuts `len` bytes at `gpa` into pieces that are either in one region or in none, in ascending order. Empty when

@@ -7,9 +7,8 @@ use log::{error, trace, warn};
 use vtd::{IovaRange, Mapping, RefusalCause};
 
 use crate::bridge::dirty::{Found, Tracking};
-use crate::bridge::guest_map::GuestMap;
-use crate::bridge::guest_map::PAGE_SIZE;
-use crate::bridge::ledger::{Extent, Ledger, Run, Switch};
+use crate::bridge::guest_map::{GuestMap, MemKind, PAGE_SIZE};
+use crate::bridge::ledger::{Extent, Ledger, Run, Switch, last_of};
 use crate::bridge::limits::{Limits, without_interrupt_window};
 use crate::host::dirty::DirtyKnowledge;
 use crate::host::{HostIommu, HostSpaceId, Map, MapRefused};
@@ -46,6 +45,8 @@ pub(crate) struct HostSpace {
     /// Whose it is, for messages.
     owner: String,
     limits: Limits,
+    /// Bits of an address of the guest's space that it holds: nothing beyond is ever mapped.
+    width: u8,
     ledger: Ledger,
     counters: Arc<Counters>,
     /// What the counters have of it: extents and bytes.
@@ -63,11 +64,28 @@ impl HostSpace {
     pub fn new(id: HostSpaceId, host: Arc<dyn HostIommu>, owner: String, counters: Arc<Counters>) -> Self {
         let limits = host.limits(id);
         let (ledger, warned) = (Ledger::default(), [false; 5]);
-        Self { id, host, owner, limits, ledger, counters, counted: (0, 0), warned, broken: None, tracking: None }
+        Self {
+            id,
+            host,
+            owner,
+            limits,
+            width: 64,
+            ledger,
+            counters,
+            counted: (0, 0),
+            warned,
+            broken: None,
+            tracking: None,
+        }
     }
 
     pub fn id(&self) -> HostSpaceId {
         self.id
+    }
+
+    /// It is to hold a space of the guest whose addresses have `width` bits.
+    pub fn set_width(&mut self, width: u8) {
+        self.width = width;
     }
 
     pub fn ledger(&self) -> &Ledger {
@@ -139,8 +157,9 @@ impl HostSpace {
         let mut extents = Vec::with_capacity(1);
         for (range, mappable) in self.limits.cut(iova.0, last) {
             for range in without_interrupt_window(range) {
-                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`).
-                if !mappable || range.last == u64::MAX {
+                // A mapping that ends at 2^64 cannot be unmapped on older kernels (`UnmapRange::Span`). One that
+                // reaches over the end of its space would not go with all of it (`Ledger::clip`).
+                if !mappable || range.last == u64::MAX || range.last > last_of(self.width) {
                     self.refuse(range, RefusalCause::Range, lost);
                     continue;
                 }
@@ -198,9 +217,10 @@ impl HostSpace {
         }
         let host = Arc::clone(&self.host);
         let mut start = Instant::now();
-        let mut done = extents.into_iter();
+        let mut done = extents.into_iter().zip(&maps);
         host.map_all(self.id, &maps, &mut |result| {
-            let Some(extent) = done.next() else { return };
+            let Some((extent, map)) = done.next() else { return };
+            let result = result.map_err(|refused| of_target(refused, map.mem.kind()));
             let end = Instant::now();
             let mapped = self.mapped(extent, end - std::mem::replace(&mut start, end), result);
             if let Err(cause) = mapped {
@@ -209,9 +229,10 @@ impl HostSpace {
         });
     }
 
-    /// Takes away everything in `ranges` (ascending, disjoint).
+    /// Takes away everything in `ranges` (ascending, disjoint) that there is in its space.
     pub fn unmap(&mut self, guest: &GuestMap, ranges: &[IovaRange], lost: &mut Vec<Lost>) {
-        let runs = self.ledger.plan_unmap(ranges, self.limits.unmap_all);
+        let ranges: Vec<IovaRange> = ranges.iter().filter_map(|range| self.ledger.clip(*range, self.width)).collect();
+        let runs = self.ledger.plan_unmap(&ranges, self.limits.unmap_all);
         self.unmap_runs(guest, &runs, lost);
     }
 
@@ -346,6 +367,7 @@ impl HostSpace {
         let mem = mem.filter(|mem| mem.hva() == extent.hva).ok_or(RefusalCause::Target)?;
         let start = Instant::now();
         let result = self.host.map(self.id, extent.first, mem, extent.perm);
+        let result = result.map_err(|refused| of_target(refused, mem.kind()));
         self.mapped(extent, start.elapsed(), result)
     }
 
@@ -387,11 +409,22 @@ impl HostSpace {
                 "{owner}: the host cannot map {range}, which is outside its IOVA ranges: the device cannot reach it. {remedy}"
             ),
             RefusalCause::Target => warn!(
-                "{owner}: the guest maps {range} to a guest-physical address that is not RAM: the device cannot reach it"
+                "{owner}: {range} leads to guest-physical addresses that are neither RAM nor in a BAR that the host \
+                 can map: the device cannot reach it"
             ),
             RefusalCause::Other => {
                 warn!("{owner}: the host refused to map {range}: the device cannot reach it. {remedy}");
             }
         }
     }
+}
+
+/// Why `refused`, of memory of `kind`: where the host's room, and the range, were fit for RAM, what it does not take is
+/// the BAR (B-10). Hosts say that in several ways.
+fn of_target(refused: MapRefused, kind: MemKind) -> MapRefused {
+    let cause = match (kind, refused.cause) {
+        (MemKind::Bar, RefusalCause::Range | RefusalCause::Other) => RefusalCause::Target,
+        (_, cause) => cause,
+    };
+    MapRefused { cause, ..refused }
 }

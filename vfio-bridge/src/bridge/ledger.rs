@@ -45,7 +45,7 @@ impl Extent {
 
     /// Whether an IOVA that both hold leads to the same host memory with the same permission. The boundaries may differ
     /// (B-14).
-    fn agrees_with(&self, other: &Self) -> bool {
+    pub(super) fn agrees_with(&self, other: &Self) -> bool {
         // Both sides wrap alike, so equal differences mean equal targets.
         self.perm == other.perm && self.hva.wrapping_sub(self.first) == other.hva.wrapping_sub(other.first)
     }
@@ -125,8 +125,22 @@ pub struct Missing {
 /// What one host space holds.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    extents: BTreeMap<u64, Extent>,
+    /// By first IOVA.
+    extents: BTreeMap<u64, Rest>,
     bytes: u64,
+}
+
+/// An extent without its first IOVA: a guest can have millions, and 80 bytes are what one takes.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    last: u64,
+    gpa: u64,
+    hva: u64,
+    perm: Perm,
+}
+
+fn whole((&first, &Rest { last, gpa, hva, perm }): (&u64, &Rest)) -> Extent {
+    Extent { first, last, gpa, hva, perm }
 }
 
 /// Cuts `missing` (ascending, disjoint) where `gone` is in the way: what can be mapped before anything goes, and what
@@ -155,6 +169,11 @@ fn cut_around(missing: &[Extent], gone: &[(Extent, Vec<Extent>)], mut spare: usi
     (free, replacing)
 }
 
+/// The last address of `width` bits (1 to 64).
+pub(crate) fn last_of(width: u8) -> u64 {
+    u64::MAX >> (u64::BITS - u32::from(width).clamp(1, u64::BITS))
+}
+
 impl Ledger {
     /// Number of extents.
     pub fn len(&self) -> usize {
@@ -169,28 +188,44 @@ impl Ledger {
         self.bytes
     }
     /// All extents, in ascending order.
-    pub fn extents(&self) -> impl Iterator<Item = &Extent> {
-        self.extents.values()
+    pub fn extents(&self) -> impl Iterator<Item = Extent> {
+        self.extents.iter().map(whole)
+    }
+
+    /// The last IOVA of the highest extent: the high watermark. `None` when nothing is held.
+    pub fn high_watermark(&self) -> Option<u64> {
+        self.extents.values().next_back().map(|extent| extent.last)
+    }
+
+    /// What an unmap of `range` has to be about, in a space whose addresses have `width` bits (1 to 64): it ends where
+    /// the space does, and where the highest extent does. `None` if nothing is left of it.
+    ///
+    /// A guest says that everything goes as all of 2^64. That range has no size, older kernels do not see that it
+    /// wraps, and one of a size that a host takes could cut a mapping (B-3).
+    pub fn clip(&self, range: IovaRange, width: u8) -> Option<IovaRange> {
+        let last = range.last.min(last_of(width)).min(self.high_watermark()?);
+        (range.first <= last).then_some(IovaRange { first: range.first, last })
     }
 
     /// The extents that have an IOVA in `first..=last`, in ascending order.
-    pub fn overlapping(&self, first: u64, last: u64) -> impl Iterator<Item = &Extent> {
-        let before = self.extents.range(..first).next_back().map(|(_, e)| e).filter(|e| e.last >= first);
-        before.into_iter().chain(self.extents.range(first..=last).map(|(_, e)| e))
+    pub fn overlapping(&self, first: u64, last: u64) -> impl Iterator<Item = Extent> {
+        let before = self.extents.range(..first).next_back().map(whole).filter(|e| e.last >= first);
+        before.into_iter().chain(self.extents.range(first..=last).map(whole))
     }
 
     /// Records that the host now holds `extent`, which overlaps nothing that it held.
     pub fn insert(&mut self, extent: Extent) {
         debug_assert!(self.overlapping(extent.first, extent.last).next().is_none());
         self.bytes += extent.size();
-        self.extents.insert(extent.first, extent);
+        let Extent { first, last, gpa, hva, perm } = extent;
+        self.extents.insert(first, Rest { last, gpa, hva, perm });
     }
 
     /// Records that the host no longer holds `extents`.
     pub fn remove(&mut self, extents: &[Extent]) {
         for extent in extents {
             if let Some(gone) = self.extents.remove(&extent.first) {
-                self.bytes -= gone.size();
+                self.bytes -= gone.last - extent.first + 1;
             }
         }
     }
@@ -207,7 +242,7 @@ impl Ledger {
                     continue;
                 }
                 let kept = extent.range().without(ranges[i..].iter().copied());
-                gone.push((*extent, kept.into_iter().map(|r| extent.part(r.first, r.last)).collect()));
+                gone.push((extent, kept.into_iter().map(|r| extent.part(r.first, r.last)).collect()));
                 done += 1;
             }
         }
@@ -221,20 +256,20 @@ impl Ledger {
         // What is there after the unmaps and their remainders, in ascending order.
         let mut present: Vec<IovaRange> = Vec::new();
         let mut from = 0;
-        for extent in self.extents.values() {
+        for extent in self.extents() {
             while target.get(from).is_some_and(|t| t.last < extent.first) {
                 from += 1;
             }
             let overlap = target[from..].iter().take_while(|t| t.first <= extent.last);
             let same: Vec<Extent> = overlap
-                .filter(|t| t.agrees_with(extent))
+                .filter(|t| t.agrees_with(&extent))
                 .map(|t| extent.part(t.first.max(extent.first), t.last.min(extent.last)))
                 .collect();
             if same.iter().map(Extent::size).sum::<u64>() == extent.size() {
                 present.push(extent.range());
             } else {
                 present.extend(same.iter().map(Extent::range));
-                gone.push((*extent, same));
+                gone.push((extent, same));
             }
         }
         let mut missing = Vec::new();
@@ -252,6 +287,21 @@ impl Ledger {
         let (maps, replacing) = cut_around(&missing, &gone, spare);
         let runs = self.switch_runs(gone, &maps, &replacing, unmap_all);
         Switch { maps, runs }
+    }
+
+    /// What is held and not the same in `target` (ascending, disjoint).
+    pub(super) fn going(&self, target: &[Extent]) -> Vec<IovaRange> {
+        let mut going = Vec::new();
+        let mut from = 0;
+        for extent in self.extents() {
+            while target.get(from).is_some_and(|t| t.last < extent.first) {
+                from += 1;
+            }
+            let overlap = target[from..].iter().take_while(|t| t.first <= extent.last);
+            let same = overlap.filter(|t| t.agrees_with(&extent)).map(Extent::range);
+            going.extend(extent.range().without(same));
+        }
+        going
     }
 
     /// The runs of a switch: `gone` (ascending; each with the parts that stay granted) goes, `replacing` comes in its
@@ -337,3 +387,7 @@ impl Ledger {
         self.extents.range(last..first).next().is_none()
     }
 }
+
+#[cfg(test)]
+#[path = "ledger_test.rs"]
+mod ledger_test;

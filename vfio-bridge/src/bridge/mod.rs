@@ -23,6 +23,7 @@ pub(crate) mod guest_map;
 mod host_space;
 pub mod ledger;
 pub(crate) mod limits;
+pub(crate) mod pin;
 mod placement;
 
 use std::collections::BTreeMap;
@@ -30,15 +31,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use arc_swap::ArcSwap;
 use log::error;
-use vtd::{
-    Applied, AttachRefused, IovaRange, MapOp, Mapping, Pasid, Refusal, Requester, SpaceKey, SpaceListener, Stream,
-};
+use vtd::{Applied, AttachRefused, IovaRange, MapOp, Mapping, Refusal, Requester, SpaceKey, SpaceListener, Stream};
 
+use self::group::Group;
 use self::guest_map::GuestMap;
 use self::host_space::Lost;
 use self::ledger::Extent;
+use self::pin::book::Going;
 use self::placement::{Held, PlacedGroup};
-use crate::host::{GroupId, HostIommu};
+use crate::host::{GroupId, HostDevice, HostIommu, HostStream};
 use crate::stats::{Counters, DeviceStats};
 
 /// Maps of a batch that are resolved before the host is asked: a batch can be as long as a shadow.
@@ -74,6 +75,12 @@ type Broken = Vec<(Vec<Requester>, String)>;
 struct Directory {
     requesters: BTreeMap<Requester, GroupId>,
     groups: BTreeMap<GroupId, Arc<Mutex<PlacedGroup>>>,
+    /// Which device of its host a function is, for those whose parts can be attached.
+    devices: BTreeMap<Requester, HostDevice>,
+    /// Parts of functions that are attached (C-4), in the way that groups are.
+    parts: BTreeMap<Stream, Arc<Mutex<PlacedGroup>>>,
+    /// Functions that were stopped, and why: nothing is mapped for them any more.
+    stopped: BTreeMap<Requester, String>,
     /// The host spaces that hold a space of the guest.
     following: BTreeMap<SpaceKey, Arc<[Arc<Held>]>>,
     /// By function, with the name of its backend.
@@ -83,7 +90,7 @@ struct Directory {
 /// The listener that makes the host hold what the units say.
 pub struct Bridge {
     hosts: Vec<Arc<dyn HostIommu>>,
-    guest: ArcSwap<GuestMap>,
+    guest: Arc<ArcSwap<GuestMap>>,
     quarantine: Arc<dyn Quarantine>,
     directory: RwLock<Directory>,
     dirty_all: dirty::All,
@@ -93,7 +100,7 @@ impl Bridge {
     /// A bridge from `hosts`, no group of which is in two, to the memory in `guest`. No function is behind it until
     /// [`Bridge::register`].
     pub fn new(hosts: Vec<Arc<dyn HostIommu>>, guest: GuestMap, quarantine: Arc<dyn Quarantine>) -> Self {
-        let (guest, directory) = (ArcSwap::from_pointee(guest), RwLock::default());
+        let (guest, directory) = (Arc::new(ArcSwap::from_pointee(guest)), RwLock::default());
         Self { hosts, guest, quarantine, directory, dirty_all: dirty::All::default() }
     }
 
@@ -119,7 +126,7 @@ impl Bridge {
         let mut placed = lock(&placed);
         placed.add(requester);
         if let Some(race) = self.dirty_all.get() {
-            placed.start_dirty(race);
+            self.start_dirty(&placed, race);
         }
         let counters = (host.name(), Arc::clone(placed.counters()));
         self.directory_mut().counters.insert(requester, counters);
@@ -127,6 +134,19 @@ impl Bridge {
         self.block(&mut placed, &mut broken);
         drop(placed);
         self.stop(&broken);
+        Ok(())
+    }
+
+    /// [`Bridge::register`], for a function that is `device` of its host: where the host can, its requests with a PASID
+    /// are attached to spaces of their own (C-4).
+    pub fn register_device(
+        &self,
+        requester: Requester,
+        group: GroupId,
+        device: HostDevice,
+    ) -> Result<(), RegisterError> {
+        self.register(requester, group)?;
+        self.directory_mut().devices.insert(requester, device);
         Ok(())
     }
 
@@ -140,16 +160,18 @@ impl Bridge {
         self.directory().counters.get(&requester).map(|(_, counters)| counters.snapshot())
     }
 
-    /// The space that `requester`'s group is in (C-2): [`SpaceKey::Blocked`] while its members disagree.
-    pub fn space_of(&self, requester: Requester) -> Option<SpaceKey> {
-        self.group_of(requester).map(|placed| lock(&placed).space)
+    /// The space that the requests of `stream` are in (C-2), whichever way they got there: those without PASID are in
+    /// that of the function's group, which is [`SpaceKey::Blocked`] while its members disagree. `None` for a function
+    /// that is not registered, and for a PASID of one that is not attached.
+    pub fn space_of(&self, stream: impl Into<Stream>) -> Option<SpaceKey> {
+        self.placed(stream.into()).map(|placed| lock(&placed).space)
     }
 
-    /// What the host holds for `requester`'s group according to the ledger, in ascending order.
-    pub fn holds(&self, requester: Requester) -> Vec<Extent> {
-        let placed = self.group_of(requester);
+    /// What the host holds for the requests of `stream` according to the ledger, in ascending order.
+    pub fn holds(&self, stream: impl Into<Stream>) -> Vec<Extent> {
+        let placed = self.placed(stream.into());
         let held = placed.and_then(|placed| lock(&placed).held().cloned());
-        held.map_or_else(Vec::new, |held| held.lock().space.ledger().extents().copied().collect())
+        held.map_or_else(Vec::new, |held| held.lock().space.ledger().extents().collect())
     }
 
     fn directory(&self) -> RwLockReadGuard<'_, Directory> {
@@ -163,6 +185,59 @@ impl Bridge {
     fn group_of(&self, requester: Requester) -> Option<Arc<Mutex<PlacedGroup>>> {
         let directory = self.directory();
         directory.requesters.get(&requester).and_then(|group| directory.groups.get(group)).cloned()
+    }
+
+    /// What is attached for the requests of `stream`.
+    fn placed(&self, stream: Stream) -> Option<Arc<Mutex<PlacedGroup>>> {
+        match stream.pasid {
+            None => self.group_of(stream.requester),
+            Some(_) => self.directory().parts.get(&stream).cloned(),
+        }
+    }
+
+    /// [`Bridge::placed`], of a part also if it is not attached yet.
+    fn placed_for(&self, stream: Stream) -> Result<Arc<Mutex<PlacedGroup>>, AttachRefused> {
+        let requester = stream.requester;
+        let group = self.group_of(requester).ok_or(AttachRefused::UnknownRequester(requester))?;
+        let Some(pasid) = stream.pasid else { return Ok(group) };
+        if let Some(part) = self.placed(stream) {
+            return Ok(part);
+        }
+        let host = |reason: String| AttachRefused::Host { requester, reason };
+        let device = self.directory().devices.get(&requester).copied();
+        let device = device.ok_or_else(|| host("its host does not tell its PASIDs apart".to_owned()))?;
+        let part = PlacedGroup::part_of(&lock(&group), HostStream { device, pasid: Some(pasid) });
+        let mut part = part.ok_or_else(|| host("its host attaches it as a whole".to_owned()))?;
+        part.add(requester);
+        let part = Arc::new(Mutex::new(part));
+        // Whoever was quicker has made the same.
+        Ok(Arc::clone(self.directory_mut().parts.entry(stream).or_insert(part)))
+    }
+
+    /// A part that is nowhere is forgotten: a guest can attach a million of them, one after the other.
+    fn forget_if_nowhere(&self, stream: Stream, placed: &PlacedGroup) {
+        if stream.pasid.is_some() && placed.is_nowhere() {
+            self.directory_mut().parts.remove(&stream);
+        }
+    }
+
+    /// All groups, and all parts of functions.
+    fn everyone(&self) -> Vec<Arc<Mutex<PlacedGroup>>> {
+        let directory = self.directory();
+        directory.groups.values().chain(directory.parts.values()).cloned().collect()
+    }
+
+    /// The parts that are attached of the functions in `group`.
+    fn parts_of(&self, group: &Group) -> Vec<Arc<Mutex<PlacedGroup>>> {
+        let directory = self.directory();
+        let its = |stream: &Stream| group.members().any(|member| member == stream.requester);
+        directory.parts.iter().filter(|(stream, _)| its(stream)).map(|(_, part)| Arc::clone(part)).collect()
+    }
+
+    /// Why a member of `group` was stopped, if one was.
+    fn why_stopped(&self, group: &Group) -> Option<String> {
+        let directory = self.directory();
+        group.members().find_map(|member| directory.stopped.get(&member).cloned())
     }
 
     /// The host spaces that hold `space`.
@@ -202,7 +277,7 @@ impl Bridge {
         &self,
         held: &[Arc<Held>],
         space: &SpaceKey,
-        lost: Vec<(Requester, Vec<Lost>)>,
+        lost: Vec<(Stream, Vec<Lost>)>,
         broken: &mut Broken,
     ) -> Vec<Refusal> {
         let mut refused = Vec::new();
@@ -212,25 +287,34 @@ impl Bridge {
                 let ranges = IovaRange::union_of(lost.iter().map(|l| l.range).collect());
                 lost = Vec::new();
                 if let SpaceKey::Paged(_) = space {
-                    self.each(held, space, broken, |state, guest| state.space.unmap(guest, &ranges, &mut lost));
+                    self.each(held, space, &ranges, broken, |state, guest| {
+                        state.space.unmap(guest, &ranges, &mut lost);
+                    });
                 }
             }
         }
         refused
     }
 
-    /// Does something to each of `held` that still holds `space`, one after the other.
+    /// Does something to each of `held` that still holds `space`, one after the other. Nothing in `going` is pinned
+    /// then.
     fn each(
         &self,
         held: &[Arc<Held>],
         space: &SpaceKey,
+        going: &[IovaRange],
         broken: &mut Broken,
         mut change: impl FnMut(&mut placement::HeldState, &GuestMap),
     ) {
         let guest = self.guest.load();
         for held in held {
-            let mut state = held.lock();
-            if state.follows(space) {
+            let state = held.lock();
+            if !state.follows(space) {
+                continue;
+            }
+            let mut state = held.without_pins(state, Going::Ranges(going));
+            // Also where a client was cut off: what must go goes.
+            if state.holds == *space {
                 change(&mut state, &guest);
                 self.note_broken(held, &mut state, broken);
             }
@@ -240,6 +324,7 @@ impl Bridge {
     /// Stops the functions of groups whose host did not unmap.
     fn stop(&self, broken: &Broken) {
         for (functions, why) in broken {
+            self.directory_mut().stopped.extend(functions.iter().map(|function| (*function, why.clone())));
             if let Err(failed) = self.quarantine.quarantine(functions, why) {
                 error!("{functions:?} could not be stopped: {failed}");
                 self.quarantine.stop_machine(functions, why);
@@ -264,7 +349,7 @@ impl Bridge {
             return;
         }
         let mut losses = Vec::new();
-        self.each(held, space, broken, |state, guest| {
+        self.each(held, space, &ranges, broken, |state, guest| {
             let mut lost = Vec::new();
             state.space.unmap(guest, &ranges, &mut lost);
             losses.extend(state.first_member().map(|by| (by, lost)));
@@ -280,9 +365,9 @@ impl Bridge {
         refused: &mut Vec<Refusal>,
         broken: &mut Broken,
     ) {
-        let mut losses: Vec<(Requester, Vec<Lost>)> = Vec::new();
+        let mut losses: Vec<(Stream, Vec<Lost>)> = Vec::new();
         let mut except = Vec::new();
-        self.each(held, space, broken, |state, guest| {
+        self.each(held, space, &[], broken, |state, guest| {
             let mut lost = Vec::new();
             for ops in ops.chunks(MAPS_AT_ONCE) {
                 let mut extents = Vec::with_capacity(ops.len());
@@ -312,8 +397,8 @@ fn contains(ranges: &[IovaRange], inner: IovaRange) -> bool {
     ranges.get(at).is_some_and(|range| range.first <= inner.first && inner.last <= range.last)
 }
 
-fn refusal(lost: &Lost, requester: Requester) -> Refusal {
-    Refusal { range: lost.range, cause: lost.cause, stream: requester.into() }
+fn refusal(lost: &Lost, stream: Stream) -> Refusal {
+    Refusal { range: lost.range, cause: lost.cause, stream }
 }
 
 impl SpaceListener for Bridge {
@@ -325,17 +410,19 @@ impl SpaceListener for Bridge {
     ) -> Result<(), AttachRefused> {
         let Stream { requester, pasid } = stream;
         let host = |reason: String| AttachRefused::Host { requester, reason };
-        if let Some(Pasid(pasid)) = pasid {
-            return Err(host(format!("PASID {pasid:#x} cannot be attached")));
+        if pasid.is_some() && *space == SpaceKey::Blocked && self.placed(stream).is_none() {
+            // No host lets requests through whose PASID is not attached.
+            return Ok(());
         }
-        let placed = self.group_of(requester).ok_or(AttachRefused::UnknownRequester(requester))?;
+        let placed = self.placed_for(stream)?;
         let mut placed = lock(&placed);
         let paged = matches!(space, SpaceKey::Paged(_));
         let shared = paged && self.following(space).iter().any(|held| !placed.is_in(held));
         placed.group.set(requester, Some(*space));
+        placed.pins_of(requester, true);
         let (mut lost, mut broken) = (Vec::new(), Broken::new());
         let settled = self.settle(&mut placed, space, live, shared, &mut lost, &mut broken);
-        let refused = lost.iter().map(|l| refusal(l, requester)).collect::<Vec<_>>();
+        let refused = lost.iter().map(|l| refusal(l, stream)).collect::<Vec<_>>();
         let stays_out = settled.is_err() || shared && !refused.is_empty();
         let result = match settled {
             Err(why) => Err(host(why)),
@@ -353,22 +440,23 @@ impl SpaceListener for Bridge {
             placed.group.set(requester, Some(SpaceKey::Blocked));
             self.block(&mut placed, &mut broken);
         }
+        self.forget_if_nowhere(stream, &placed);
         drop(placed);
         self.stop(&broken);
         result
     }
 
-    fn detach(&self, Stream { requester, pasid }: Stream) {
-        if pasid.is_some() {
-            return;
-        }
-        let Some(placed) = self.group_of(requester) else { return };
+    fn detach(&self, stream: Stream) {
+        let Some(placed) = self.placed(stream) else { return };
         let mut placed = lock(&placed);
-        placed.group.set(requester, None);
+        placed.group.set(stream.requester, None);
         let mut broken = Broken::new();
+        placed.pins_of(stream.requester, false);
         if placed.group.agreed() != placed.space {
             self.block(&mut placed, &mut broken);
         }
+        self.take_pins_of(&mut placed, stream.requester, &mut broken);
+        self.forget_if_nowhere(stream, &placed);
         drop(placed);
         self.stop(&broken);
     }

@@ -5,19 +5,56 @@
 //!   Placement::PerSpace:   group ── attached ──► host space of one space of the guest, whose groups come and go
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::warn;
-use vtd::{IovaRange, Mapping, Requester, SpaceKey};
+use log::{error, warn};
+use vtd::{IovaRange, Mapping, PagedSpace, Requester, SpaceKey, Stream, Tables};
 
-use super::dirty::{GroupLog, Logs};
+use super::dirty::GroupLog;
 use super::group::Group;
 use super::guest_map::GuestMap;
 use super::host_space::{HostSpace, Lost};
+use super::ledger::Extent;
+use super::pin::book::{Going, Pins};
+use super::pin::clear::{HasPins, clear};
 use super::{Bridge, Broken};
-use crate::host::{GroupId, HostIommu, Placement};
+use crate::host::{GroupId, HostIommu, HostSpaceId, HostStream, Placement};
 use crate::stats::Counters;
+
+/// Who is in a space of the host.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Occupant {
+    /// A group, with its requests that carry no PASID.
+    Group(GroupId),
+    /// A part of a function: its requests with one PASID (C-4).
+    Part(HostStream),
+}
+
+impl Occupant {
+    fn attach(self, host: &dyn HostIommu, space: HostSpaceId) -> io::Result<()> {
+        match self {
+            Self::Group(group) => host.attach(group, space),
+            Self::Part(stream) => host.attach_part(stream, space),
+        }
+    }
+
+    fn detach(self, host: &dyn HostIommu) -> io::Result<()> {
+        match self {
+            Self::Group(group) => host.detach(group),
+            Self::Part(stream) => host.detach_part(stream),
+        }
+    }
+
+    /// For messages.
+    fn label(self) -> String {
+        match self {
+            Self::Group(group) => group.label(),
+            Self::Part(stream) => stream.to_string(),
+        }
+    }
+}
 
 /// A space of the host that the bridge uses.
 pub(super) struct Held {
@@ -33,14 +70,18 @@ pub(super) struct HeldState {
     /// What the host refused of the identity space, if it holds that: ascending, disjoint. (What is refused of a paged
     /// one its unit forgets.)
     pub refused: Vec<IovaRange>,
-    /// The functions of each group in it.
-    pub groups: BTreeMap<GroupId, Vec<Requester>>,
-    /// What each group in it wrote.
-    pub logs: Logs,
+    /// Of the identity space: the only function in it when it was filled, whose own BARs are not there.
+    pub alone: Option<Requester>,
+    /// Who is in it, with the requests of the guest's functions that this is.
+    pub occupants: BTreeMap<Occupant, Vec<Stream>>,
+    /// What each of them wrote.
+    pub logs: BTreeMap<Occupant, Arc<GroupLog>>,
     /// Its functions were stopped, or are about to be.
     stopped: bool,
     /// Given back to the host: nobody joins it any more.
     retired: bool,
+    /// What software devices have pinned of it (D).
+    pub pins: Pins,
 }
 
 impl Held {
@@ -49,16 +90,37 @@ impl Held {
             space,
             holds: SpaceKey::Blocked,
             refused: Vec::new(),
-            groups: BTreeMap::new(),
-            logs: Logs::new(),
+            alone: None,
+            occupants: BTreeMap::new(),
+            logs: BTreeMap::new(),
             stopped: false,
             retired: false,
+            pins: Pins::default(),
         };
         Arc::new(Self { host, state: Mutex::new(state) })
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, HeldState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Before something goes away: nothing of it is pinned when this returns, and nothing can be until the lock is
+    /// given back (D-3). If something was, the lock was given back meanwhile. Who could not be made to let go is to be
+    /// stopped, as after an unmap that the host refused.
+    pub(super) fn without_pins<'a>(
+        &'a self,
+        state: MutexGuard<'a, HeldState>,
+        going: Going<'_>,
+    ) -> MutexGuard<'a, HeldState> {
+        let (mut state, cut_off) = clear(&self.state, state, going);
+        cut_off.into_iter().for_each(|why| state.space.break_for(why));
+        state
+    }
+}
+
+impl HasPins for HeldState {
+    fn pins(&mut self) -> &mut Pins {
+        &mut self.pins
     }
 }
 
@@ -69,25 +131,48 @@ impl HeldState {
     }
 
     /// Whom a refusal names.
-    pub fn first_member(&self) -> Option<Requester> {
-        self.groups.values().flatten().min().copied()
+    pub fn first_member(&self) -> Option<Stream> {
+        self.occupants.values().flatten().min().copied()
     }
 
     /// Makes it hold exactly what `space` has: `live`, of a paged one. With `whole` it ends at the first mapping that
-    /// is refused: the caller has no use for the rest.
+    /// is refused: the caller has no use for the rest. `joining` is a group that is not in it yet.
+    ///
+    /// Identity is all RAM, and the BARs of other functions (B-12): a space that one function has alone goes without
+    /// its own, which nothing needs there and some hosts refuse. A BAR that the host refuses is counted and said, and
+    /// that is all: identity without it is identity (B-10).
     fn fill(
         &mut self,
         guest: &GuestMap,
         space: SpaceKey,
+        joining: Option<&PlacedGroup>,
         live: &mut dyn Iterator<Item = Mapping>,
         whole: bool,
         lost: &mut Vec<Lost>,
     ) {
+        let target = self.target(guest, space, joining, live, lost);
+        self.fill_with(guest, space, &target, whole, lost);
+    }
+
+    /// What `space` has, as this host can map it.
+    fn target(
+        &mut self,
+        guest: &GuestMap,
+        space: SpaceKey,
+        joining: Option<&PlacedGroup>,
+        live: &mut dyn Iterator<Item = Mapping>,
+        lost: &mut Vec<Lost>,
+    ) -> Vec<Extent> {
         let mut target = Vec::new();
+        self.space.set_width(width_of(&space));
         match space {
             SpaceKey::Blocked => {}
             SpaceKey::Identity => {
-                for mapping in guest.identity() {
+                let there = self.occupants.values().flatten().map(|stream| stream.requester);
+                let joining = joining.into_iter().flat_map(|joining| joining.group.members());
+                let functions: BTreeSet<Requester> = there.chain(joining).collect();
+                self.alone = functions.first().copied().filter(|_| functions.len() == 1);
+                for mapping in guest.identity(self.alone) {
                     target.extend(self.space.resolve(guest, &mapping, lost));
                 }
             }
@@ -97,11 +182,32 @@ impl HeldState {
                 }
             }
         }
+        target
+    }
+
+    /// What is pinned and not the same in `target`.
+    fn going(&self, target: &[Extent]) -> Vec<IovaRange> {
+        if self.pins.is_empty() { Vec::new() } else { self.space.ledger().going(target) }
+    }
+
+    fn fill_with(&mut self, guest: &GuestMap, space: SpaceKey, target: &[Extent], whole: bool, lost: &mut Vec<Lost>) {
         if !whole || lost.is_empty() {
-            self.space.switch(guest, &target, whole, lost);
+            self.space.switch(guest, target, whole, lost);
         }
-        let of_identity = lost.iter().filter(|_| space == SpaceKey::Identity);
-        self.refused = IovaRange::union_of(of_identity.map(|lost| lost.range).collect());
+        self.refused.clear();
+        if space == SpaceKey::Identity {
+            self.refused = IovaRange::union_of(lost.iter().map(|lost| lost.range).collect());
+            // In identity an IOVA is a guest-physical address.
+            lost.retain(|lost| !guest.is_bar(lost.range.first));
+        }
+    }
+}
+
+/// How many bits the addresses of `space` have.
+fn width_of(space: &SpaceKey) -> u8 {
+    match space {
+        SpaceKey::Paged(PagedSpace { tables: Tables::Second { width, .. }, .. }) => *width,
+        SpaceKey::Identity | SpaceKey::Blocked => 64,
     }
 }
 
@@ -113,9 +219,9 @@ enum Place {
     Attached(Option<Arc<Held>>),
 }
 
-/// A group of this virtual machine, in its place.
+/// A group of this virtual machine, in its place; or a part of a function, which is a group of its own.
 pub(super) struct PlacedGroup {
-    id: GroupId,
+    who: Occupant,
     pub group: Group,
     host: Arc<dyn HostIommu>,
     counters: Arc<Counters>,
@@ -141,9 +247,34 @@ impl PlacedGroup {
             }
             Placement::PerSpace => Place::Attached(None),
         };
+        Self::at(Occupant::Group(id), host, place, counters, Arc::default())
+    }
+
+    /// A part of a function whose group is `whole`, which reaches nothing. What it writes is in the log of that. `None` where groups are in their host spaces
+    /// for life, and so the parts of a function are, too.
+    pub fn part_of(whole: &Self, stream: HostStream) -> Option<Self> {
+        let Place::Attached(_) = whole.place else { return None };
+        let (host, counters) = (Arc::clone(&whole.host), Arc::clone(&whole.counters));
+        Some(Self::at(Occupant::Part(stream), host, Place::Attached(None), counters, Arc::clone(&whole.log)))
+    }
+
+    fn at(who: Occupant, host: Arc<dyn HostIommu>, place: Place, counters: Arc<Counters>, log: Arc<GroupLog>) -> Self {
         let (group, space) = (Group::default(), SpaceKey::Blocked);
-        let log = Arc::default();
-        Self { id, group, host, counters, log, place, space, stopped: None, said_blocked: false }
+        Self { who, group, host, counters, log, place, space, stopped: None, said_blocked: false }
+    }
+
+    /// It is in no space of the host, and was not stopped: nothing is lost if it is forgotten.
+    pub fn is_nowhere(&self) -> bool {
+        matches!(self.place, Place::Attached(None)) && self.stopped.is_none()
+    }
+
+    /// The requests that are in its place.
+    fn streams(&self) -> Vec<Stream> {
+        let pasid = match self.who {
+            Occupant::Group(_) => None,
+            Occupant::Part(stream) => stream.pasid,
+        };
+        self.group.members().map(|requester| Stream { requester, pasid }).collect()
     }
 
     pub fn counters(&self) -> &Arc<Counters> {
@@ -173,13 +304,25 @@ impl PlacedGroup {
         self.held().is_some_and(|own| Arc::ptr_eq(own, held))
     }
 
+    /// The space of the host that its devices pin in, if they are software.
+    pub fn software_space(&self) -> Option<&Arc<Held>> {
+        self.held().filter(|_| matches!(self.who, Occupant::Group(group) if group.is_software()))
+    }
+
+    /// Whether `requester` may pin: not while it is behind no unit.
+    pub fn pins_of(&self, requester: Requester, present: bool) {
+        if let Some(held) = self.software_space() {
+            held.lock().pins.set_present(requester, present);
+        }
+    }
+
     /// `requester` is a member, which wants nothing to be reachable until it is attached.
     pub fn add(&mut self, requester: Requester) {
         self.group.add(requester);
         if let Some(held) = self.held() {
             let mut state = held.lock();
-            state.groups.insert(self.id, self.group.members().collect());
-            state.admit(self.id, &self.log);
+            state.occupants.insert(self.who, self.streams());
+            state.admit(self.who, &self.log);
         }
     }
 }
@@ -199,7 +342,8 @@ impl Bridge {
         broken: &mut Broken,
     ) -> Result<(), String> {
         let mut space = placed.group.agreed();
-        if let Some(why) = placed.held().and_then(|held| held.lock().space.broken().map(str::to_owned)) {
+        let broken_space = placed.held().and_then(|held| held.lock().space.broken().map(str::to_owned));
+        if let Some(why) = broken_space.or_else(|| self.why_stopped(&placed.group)) {
             placed.stopped.get_or_insert(why);
         }
         if placed.stopped.is_some() {
@@ -253,10 +397,25 @@ impl Bridge {
     ) {
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        let target = state.target(&guest, space, None, live, lost);
+        if !whole || lost.is_empty() {
+            let going = state.going(&target);
+            state = held.without_pins(state, Going::Ranges(&going));
+        }
+        state.fill_with(&guest, space, &target, whole, lost);
         let before = std::mem::replace(&mut state.holds, space);
         self.follow(held, before, space);
         self.note_broken(held, &mut state, broken);
+        if let Some(why) = state.space.broken() {
+            placed.stopped.get_or_insert(why.to_owned());
+        }
+    }
+
+    /// A device that is behind no unit any more lets go of what it has pinned; others of its group keep theirs (D-4).
+    pub(super) fn take_pins_of(&self, placed: &mut PlacedGroup, requester: Requester, broken: &mut Broken) {
+        let Some(held) = placed.software_space().cloned() else { return };
+        let mut state = held.without_pins(held.lock(), Going::Device(requester));
+        self.note_broken(&held, &mut state, broken);
         if let Some(why) = state.space.broken() {
             placed.stopped.get_or_insert(why.to_owned());
         }
@@ -288,25 +447,24 @@ impl Bridge {
         };
         let guest = self.guest.load();
         let mut state = held.lock();
-        state.fill(&guest, space, live, whole, lost);
+        state.fill(&guest, space, Some(placed), live, whole, lost);
         state.holds = space;
         let refused = whole && !lost.is_empty();
-        let mut result = Ok(());
         let stays = placed.held().is_some_and(|before| Arc::ptr_eq(before, &held));
         if !refused && !stays && state.space.broken().is_none() {
-            state.admit(placed.id, &placed.log);
-            result = match placed.host.attach(placed.id, state.space.id()) {
+            state.admit(placed.who, &placed.log);
+            match placed.who.attach(&*placed.host, state.space.id()) {
                 Ok(()) => {
-                    state.groups.insert(placed.id, placed.group.members().collect());
-                    Ok(())
+                    state.occupants.insert(placed.who, placed.streams());
                 }
                 Err(e) => {
-                    state.dismiss(placed.id);
-                    Err(format!("the host could not attach it: {e}"))
+                    drop(state);
+                    self.take_back(placed, &held, broken);
+                    return Err(format!("the host could not attach it: {e}"));
                 }
             };
         }
-        let joined = state.groups.contains_key(&placed.id);
+        let joined = state.occupants.contains_key(&placed.who);
         self.note_broken(&held, &mut state, broken);
         if let Some(why) = state.space.broken() {
             placed.stopped.get_or_insert(why.to_owned());
@@ -318,40 +476,70 @@ impl Bridge {
         if joined && !stays {
             let before = std::mem::replace(&mut placed.place, Place::Attached(Some(held)));
             if let Place::Attached(Some(before)) = before {
-                self.leave(placed.id, &before);
+                self.leave(placed.who, &before);
             }
         }
-        result
+        Ok(())
     }
 
-    /// A group reaches nothing any more.
+    /// A group that could not be attached to `to` reaches nothing (C-2): neither what it had, nor `to`, where a part of
+    /// it may be if the host could not undo what it had begun.
+    fn take_back(&self, placed: &mut PlacedGroup, to: &Arc<Held>, broken: &mut Broken) {
+        self.detach(placed, broken);
+        let mut state = to.lock();
+        if placed.stopped.is_some() {
+            // It may be there for as long as the host lives.
+            state.occupants.insert(placed.who, placed.streams());
+        }
+        self.retire_if_empty(to, &mut state);
+    }
+
+    /// A group that is somewhere reaches nothing any more.
     fn take_out(&self, placed: &mut PlacedGroup, broken: &mut Broken) {
-        let Place::Attached(Some(held)) = &placed.place else { return };
-        let held = Arc::clone(held);
-        match placed.host.detach(placed.id) {
-            Ok(()) => {
+        if placed.held().is_some() {
+            self.detach(placed, broken);
+        }
+    }
+
+    /// The host is asked to let a group reach nothing.
+    fn detach(&self, placed: &mut PlacedGroup, broken: &mut Broken) {
+        let held = placed.held().cloned();
+        let detached = placed.who.detach(&*placed.host);
+        let why = |e| format!("the host could not detach {}: {e}", placed.who.label());
+        match (detached.map_err(why), held) {
+            (Ok(()), held) => {
                 placed.place = Place::Attached(None);
-                self.leave(placed.id, &held);
+                if let Some(held) = held {
+                    self.leave(placed.who, &held);
+                }
             }
-            Err(e) => {
+            (Err(why), Some(held)) => {
                 let mut state = held.lock();
-                state.space.break_for(format!("the host could not detach {}: {e}", placed.id.label()));
+                state.space.break_for(why);
                 self.note_broken(&held, &mut state, broken);
                 placed.stopped = state.space.broken().map(str::to_owned);
             }
+            (Err(why), None) => {
+                error!("{why}");
+                broken.push((placed.group.members().collect(), why.clone()));
+                placed.stopped = Some(why);
+            }
         }
     }
 
-    fn leave(&self, group: GroupId, held: &Arc<Held>) {
+    fn leave(&self, who: Occupant, held: &Arc<Held>) {
         let mut state = held.lock();
-        state.dismiss(group);
-        state.groups.remove(&group);
+        state.dismiss(who);
+        state.occupants.remove(&who);
         self.retire_if_empty(held, &mut state);
     }
 
-    /// A host space that nobody is in goes.
+    /// A host space that nobody is in goes; but not the identity space, so that translation that is turned off is one
+    /// attach (B-12).
     fn retire_if_empty(&self, held: &Arc<Held>, state: &mut HeldState) {
-        if state.groups.is_empty() && !std::mem::replace(&mut state.retired, true) {
+        let stays = state.follows(&SpaceKey::Identity)
+            && self.following(&SpaceKey::Identity).iter().any(|other| Arc::ptr_eq(other, held));
+        if state.occupants.is_empty() && !stays && !std::mem::replace(&mut state.retired, true) {
             self.follow(held, state.holds, SpaceKey::Blocked);
             held.host.destroy(state.space.id());
             state.space.gone();
@@ -363,7 +551,10 @@ impl Bridge {
         if let Some(why) = state.space.broken()
             && !state.stopped
         {
-            broken.push((state.groups.values().flatten().copied().collect(), why.to_owned()));
+            let functions: BTreeSet<Requester> = state.occupants.values().flatten().map(|of| of.requester).collect();
+            if !functions.is_empty() {
+                broken.push((functions.into_iter().collect(), why.to_owned()));
+            }
             state.stopped = true;
             self.follow(held, state.holds, SpaceKey::Blocked);
         }
@@ -374,17 +565,35 @@ impl Bridge {
     /// ([`vtd::Unit`]): until then they keep what they have.
     pub fn replace_guest_map(&self, guest: GuestMap) {
         self.guest.store(Arc::new(guest));
-        let groups: Vec<_> = self.directory().groups.values().cloned().collect();
         let mut broken = Broken::new();
-        for placed in groups {
+        let mut filled: Vec<Arc<Held>> = Vec::new();
+        for placed in self.everyone() {
             // A group that was on its way to the identity space with the map before it is there now.
             let placed = placed.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(held) = placed.held() else { continue };
+            if filled.iter().any(|other| Arc::ptr_eq(other, held)) {
+                continue;
+            }
             let mut state = held.lock();
             if state.follows(&SpaceKey::Identity) {
+                filled.push(Arc::clone(held));
                 let guest = self.guest.load();
-                state.fill(&guest, SpaceKey::Identity, &mut std::iter::empty(), false, &mut Vec::new());
+                let (identity, lost) = (SpaceKey::Identity, &mut Vec::new());
+                let target = state.target(&guest, identity, None, &mut std::iter::empty(), lost);
+                let going = state.going(&target);
+                state = held.without_pins(state, Going::Ranges(&going));
+                state.fill_with(&guest, identity, &target, false, lost);
                 self.note_broken(held, &mut state, &mut broken);
+            }
+        }
+        for held in self.following(&SpaceKey::Identity).iter() {
+            let mut state = held.lock();
+            // One that nobody is in at the moment.
+            if state.occupants.is_empty() && state.follows(&SpaceKey::Identity) {
+                let guest = self.guest.load();
+                state.fill(&guest, SpaceKey::Identity, None, &mut std::iter::empty(), false, &mut Vec::new());
+                self.note_broken(held, &mut state, &mut broken);
+                self.retire_if_empty(held, &mut state);
             }
         }
         self.stop(&broken);

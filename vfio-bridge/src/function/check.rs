@@ -145,6 +145,18 @@ pub enum OpenError {
         /// Its group.
         group: GroupId,
     },
+    /// The same of the node that iommufd needs.
+    #[error(
+        "{} does not exist here, although {bdf} is bound to vfio-pci: this looks like a container; give it the nodes of VFIO and \
+         iommufd, as with: docker run --device /dev/iommu --device {}",
+        .node.display(), .node.display()
+    )]
+    NoDeviceNode {
+        /// The node that is missing.
+        node: PathBuf,
+        /// The function.
+        bdf: Bdf,
+    },
     /// The type1 driver is not there.
     #[error("the host's VFIO has no type1 IOMMU driver; load it with: modprobe vfio_iommu_type1")]
     NoType1,
@@ -163,6 +175,32 @@ pub enum OpenError {
          intremap=on), or accept that with: echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
     )]
     UnsafeInterrupts(Bdf),
+    /// The host has no iommufd.
+    #[error(
+        "{} does not exist, so the host has no iommufd (CONFIG_IOMMUFD, Linux 6.6); load it with: modprobe iommufd; or use backend=type1",
+        .0.display()
+    )]
+    NoIommufd(PathBuf),
+    /// The host's VFIO opens functions through their groups only.
+    #[error(
+        "the host's kernel has no device file for {0} (CONFIG_VFIO_DEVICE_CDEV, Linux 6.6), which iommufd needs; use backend=type1"
+    )]
+    NoDeviceFiles(Bdf),
+    /// Another process has the function, or another of its group.
+    #[error(
+        "{bdf}, or another function of its group {group}, is in use by another process;          `fuser -v /dev/vfio/{group} /dev/vfio/devices/*` shows which"
+    )]
+    DeviceBusy {
+        /// The function.
+        bdf: Bdf,
+        /// Its group.
+        group: GroupId,
+    },
+    /// The host cannot remap interrupts, as iommufd says it.
+    #[error(
+        "the host cannot remap interrupts, so {0} could forge them and iommufd refuses it; turn interrupt remapping on (intel_iommu=on,          intremap=on), or accept that with: echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts"
+    )]
+    UnsafeInterruptsOfIommufd(Bdf),
     /// RLIMIT_MEMLOCK is too small.
     #[error(
         "assigned devices keep the guest's memory locked: {groups} host group(s) x {} MiB of RAM need {} MiB, and this process may lock \
@@ -204,11 +242,13 @@ pub struct HostPaths {
     pub sys: PathBuf,
     /// `/dev/vfio`.
     pub dev_vfio: PathBuf,
+    /// `/dev/iommu`.
+    pub dev_iommu: PathBuf,
 }
 
 impl Default for HostPaths {
     fn default() -> Self {
-        Self { sys: "/sys".into(), dev_vfio: "/dev/vfio".into() }
+        Self { sys: "/sys".into(), dev_vfio: "/dev/vfio".into(), dev_iommu: "/dev/iommu".into() }
     }
 }
 
@@ -250,8 +290,37 @@ fn is_vfio(driver: &str) -> bool {
 }
 
 impl HostPaths {
-    /// Whether `bdf` can be assigned, as far as sysfs and the permissions of /dev/vfio tell. Opens nothing.
+    /// Whether `bdf` can be assigned by type1, as far as sysfs and the permissions of /dev/vfio tell. Opens nothing.
     pub fn check(&self, bdf: Bdf) -> Result<CheckedFunction, OpenError> {
+        let checked = self.check_group(bdf)?;
+        for name in ["vfio".to_owned(), checked.group.to_string()] {
+            accessible(&self.dev_vfio.join(name)).map_err(|error| not_given(error, &checked, false))?;
+        }
+        Ok(checked)
+    }
+
+    /// The same by iommufd, which opens a function by its own device file.
+    pub fn check_for_iommufd(&self, bdf: Bdf) -> Result<CheckedFunction, OpenError> {
+        let checked = self.check_group(bdf)?;
+        accessible(&self.dev_iommu).map_err(|error| match error {
+            OpenError::NoVfio(node) => OpenError::NoIommufd(node),
+            error => error,
+        })?;
+        accessible(&self.device_file(bdf)?).map_err(|error| not_given(error, &checked, true))?;
+        Ok(checked)
+    }
+
+    /// The device file of `bdf`, if the host's kernel has such.
+    pub(crate) fn device_file(&self, bdf: Bdf) -> Result<PathBuf, OpenError> {
+        let folder = self.sys.join("bus/pci/devices").join(bdf.to_string()).join("vfio-dev");
+        // A kernel without device files names the device, too, but gives it no number.
+        let mut named = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let named = named.find(|entry| entry.path().join("dev").exists()).ok_or(OpenError::NoDeviceFiles(bdf))?;
+        Ok(self.dev_vfio.join("devices").join(named.file_name()))
+    }
+
+    /// What is to be said of a function by whatever way it will be opened: of all members of its group (C-1).
+    fn check_group(&self, bdf: Bdf) -> Result<CheckedFunction, OpenError> {
         let path = self.sys.join("bus/pci/devices").join(bdf.to_string());
         if !path.exists() {
             return Err(OpenError::NoSuchDevice(bdf));
@@ -273,13 +342,6 @@ impl HostPaths {
         if !others.is_empty() {
             return Err(OpenError::NotViable { bdf, group, others });
         }
-        for name in ["vfio".to_owned(), group.to_string()] {
-            accessible(&self.dev_vfio.join(name)).map_err(|error| match error {
-                // The driver is loaded and makes the nodes; whose /dev has none is not the host itself.
-                OpenError::NoVfio(node) => OpenError::NoNode { node, bdf, group },
-                error => error,
-            })?;
-        }
         Ok(CheckedFunction { bdf, group, members, path })
     }
 
@@ -300,6 +362,16 @@ impl HostPaths {
 /// The last part of where a symbolic link leads.
 fn link_name(link: &Path) -> Option<String> {
     Some(fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
+}
+
+/// The driver is loaded and makes the nodes; whose /dev has none is not the host itself.
+fn not_given(error: OpenError, function: &CheckedFunction, by_iommufd: bool) -> OpenError {
+    let CheckedFunction { bdf, group, .. } = *function;
+    match error {
+        OpenError::NoVfio(node) if by_iommufd => OpenError::NoDeviceNode { node, bdf },
+        OpenError::NoVfio(node) => OpenError::NoNode { node, bdf, group },
+        error => error,
+    }
 }
 
 /// Whether this process may read and write `path`, without opening it: opening a group has effects.

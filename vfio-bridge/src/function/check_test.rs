@@ -19,7 +19,7 @@ impl Host {
 
     fn paths(&self) -> HostPaths {
         let root = self.dir.as_path();
-        HostPaths { sys: root.join("sys"), dev_vfio: root.join("dev/vfio") }
+        HostPaths { sys: root.join("sys"), dev_vfio: root.join("dev/vfio"), dev_iommu: root.join("dev/iommu") }
     }
 
     fn file(&self, path: &str) {
@@ -156,4 +156,38 @@ fn b13_memlock_too_small_says_how_much_is_needed() {
         assert!(message.contains(word), "`{word}` is not in: {message}");
     }
     assert!(check_memlock(Memlock { limit: None, locked: 0 }, u64::MAX, 9).is_ok());
+}
+
+#[test]
+fn b13_a_function_for_iommufd_needs_its_device_file_and_no_group_file() {
+    let host = Host::new();
+    let bdf = host.function("0000:00:09.0", Some("vfio-pci"), Some(3));
+    let refusal = || host.paths().check_for_iommufd(bdf).expect_err("a refusal").to_string();
+    assert!(refusal().contains("dev/iommu does not exist") && refusal().contains("backend=type1"), "{}", refusal());
+    host.file("dev/iommu");
+    assert!(refusal().contains("no device file for 0000:00:09.0"), "{}", refusal());
+    // A kernel without CONFIG_VFIO_DEVICE_CDEV.
+    let named = "sys/bus/pci/devices/0000:00:09.0/vfio-dev/vfio4";
+    host.file(&format!("{named}/uevent"));
+    assert!(refusal().contains("no device file"), "{}", refusal());
+    host.file(&format!("{named}/dev"));
+    assert!(refusal().contains("vfio/devices/vfio4 does not exist here"), "{}", refusal());
+    host.file("dev/vfio/devices/vfio4");
+    fs::remove_file(host.paths().dev_vfio.join("3")).expect("removed");
+    let checked = host.paths().check_for_iommufd(bdf).expect("assignable");
+    assert_eq!((checked.bdf(), checked.group()), (bdf, GroupId(3)));
+    assert!(host.refusal(bdf).contains("docker run"), "type1 needs the group's");
+}
+
+#[test]
+fn c1_iommufd_too_wants_the_whole_group() {
+    let host = Host::new();
+    let bdf = host.function("0000:00:09.0", Some("vfio-pci"), Some(3));
+    host.function("0000:00:09.1", Some("e1000e"), Some(3));
+    for file in ["dev/iommu", "sys/bus/pci/devices/0000:00:09.0/vfio-dev/vfio4/dev", "dev/vfio/devices/vfio4"] {
+        host.file(file);
+    }
+    fs::create_dir_all(host.paths().sys.join("kernel/iommu_groups/3/devices/0000:00:09.1")).expect("a folder");
+    let refused = host.paths().check_for_iommufd(bdf).expect_err("a refusal").to_string();
+    assert!(refused.contains("0000:00:09.1 (e1000e)"), "{refused}");
 }

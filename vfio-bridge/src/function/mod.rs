@@ -2,6 +2,7 @@
 
 pub(crate) mod check;
 pub(crate) mod group_files;
+pub(crate) mod of_iommufd;
 pub(crate) mod reset;
 mod sys;
 pub(crate) mod vfio;
@@ -15,6 +16,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
 };
 
+use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 use vtd::Iova;
 
@@ -67,14 +69,22 @@ pub trait Function: Send + Sync {
     /// before. [`io::ErrorKind::Unsupported`] where no way is there.
     fn reset(&self, scope: ResetScope) -> io::Result<()>;
 
-    /// Whether another process emulates it. No IOMMU stands before such a process: it is given the guest's memory and
-    /// trusted to use only what is mapped.
+    /// Whether another process emulates it. No IOMMU stands before such a process: unless it is confined, it is given
+    /// the guest's memory and trusted to use only what is mapped.
     fn is_emulated(&self) -> bool {
         false
     }
     /// From now on `requests` hears of what the function asks for by message and has no mapping for. Only one that is
     /// emulated sends messages.
     fn tell(&self, _requests: Arc<dyn Requests>) {}
+    /// Whether its process has no file of the guest's memory, so that each of its accesses is a message.
+    fn is_confined(&self) -> bool {
+        false
+    }
+    /// What it asked for by message; `None` for one that sends none.
+    fn dma_messages(&self) -> Option<DmaMessages> {
+        None
+    }
 }
 
 /// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a
@@ -85,6 +95,23 @@ pub trait Requests: Send + Sync {
     fn blocked(&self, iova: Iova, write: bool);
     /// The function wrote four aligned bytes into the interrupt window: a message, like any function's.
     fn message(&self, address: u64, data: u32);
+}
+
+/// DMA by message of one function, since it was opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct DmaMessages {
+    /// Reads that were answered with data.
+    pub reads: u64,
+    /// Writes that were carried out, messages into the interrupt window among them.
+    pub writes: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+    /// Requests for what is not granted, or not in this direction: answered with EFAULT, and told to the unit. What
+    /// stands before the first such byte of a write was written.
+    pub blocked: u64,
+    /// Requests that make no sense: unknown, too short for what they are, longer than a message may be. Answered with
+    /// an error.
+    pub refused: u64,
 }
 
 /// A region of the function.

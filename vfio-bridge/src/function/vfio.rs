@@ -53,7 +53,7 @@ pub struct HostFunction {
     // Dropped before the device, whose group is closed only when no file of it is open.
     file: File,
     window: Arc<OwnedFd>,
-    device: VfioDevice,
+    device: Arc<VfioDevice>,
     bdf: Bdf,
     group: GroupId,
     resetter: Resetter,
@@ -68,7 +68,7 @@ impl std::fmt::Debug for HostFunction {
 impl HostFunction {
     /// The function of `device`, however that was opened. `owner` is who its bus is reset for.
     pub(crate) fn new(
-        device: VfioDevice,
+        device: Arc<VfioDevice>,
         checked: &CheckedFunction,
         owner: Arc<dyn ResetOwner>,
     ) -> Result<Self, VfioError> {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vtd::{Perm, RefusalCause};
 
-use super::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
+use super::{GroupId, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
 use crate::host::dirty::{DirtyBitmap, DirtySupport};
@@ -31,6 +31,10 @@ pub enum Call {
     Attach,
     /// [`HostIommu::detach`].
     Detach,
+    /// [`HostIommu::attach_part`].
+    AttachPart,
+    /// [`HostIommu::detach_part`].
+    DetachPart,
     /// [`HostIommu::map`], also as one of several.
     Map,
     /// [`HostIommu::unmap`] and [`HostIommu::unmap_dirty`].
@@ -137,15 +141,23 @@ impl HostIommu for Faulty {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        // An error of it says that the group is where it was.
-        match self.failure(Call::Attach) {
-            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::Miscounted(_)) | None => self.inner.attach(group, space),
-        }
+        // Done and refused is one that was not undone.
+        self.simple(Call::Attach, || self.inner.attach(group, space))
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
         self.simple(Call::Detach, || self.inner.detach(group))
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        match self.failure(Call::AttachPart) {
+            Some(Failure::Refused(errno) | Failure::DoneAndRefused(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::Miscounted(_)) | None => self.inner.attach_part(stream, space),
+        }
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        self.simple(Call::DetachPart, || self.inner.detach_part(stream))
     }
 
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {

@@ -1,17 +1,20 @@
-//! What the bridge asks of a host IOMMU: the seam to `type1`, to `vfio_user`, and to the `model` that tests use.
+//! What the bridge asks of a host IOMMU: the seam to `type1`, `iommufd` and `vfio_user`, and to the `model` that tests use.
 //!
 //! A backend knows its address spaces, and how groups get into them ([`Placement`]); the bridge keeps the ledger of
 //! each space. Permissions, addresses and ranges are passed on as they are: no backend merges, crops or retries.
 
 pub mod dirty;
 pub mod faulty;
+pub(crate) mod iommufd;
+pub(crate) mod members;
 pub mod model;
+pub(crate) mod software;
 pub(crate) mod type1;
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vtd::{Perm, RefusalCause};
+use vtd::{Pasid, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
@@ -25,7 +28,20 @@ pub struct GroupId(pub u32);
 /// Above every number of the kernel.
 const FIRST_OF_USER_FUNCTIONS: u32 = 1 << 31;
 
+/// Above those.
+const FIRST_OF_SOFTWARE: u32 = FIRST_OF_USER_FUNCTIONS | 1 << 30;
+
 impl GroupId {
+    /// The group of the `index`th device of this process that pins ([`Software`](crate::Software)).
+    pub fn of_software(index: u32) -> Self {
+        Self(FIRST_OF_SOFTWARE | index)
+    }
+
+    /// Whether it is one of those.
+    pub fn is_software(self) -> bool {
+        self.0 >= FIRST_OF_SOFTWARE
+    }
+
     /// The group of the `index`th function that another process emulates.
     pub fn of_user_function(index: u32) -> Self {
         Self(FIRST_OF_USER_FUNCTIONS | index)
@@ -51,6 +67,7 @@ impl std::fmt::Display for GroupId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.of_kernel() {
             Some(number) => number.fmt(f),
+            None if self.is_software() => write!(f, "software{}", self.0 - FIRST_OF_SOFTWARE),
             None => write!(f, "vfio-user{}", self.0 - FIRST_OF_USER_FUNCTIONS),
         }
     }
@@ -66,6 +83,28 @@ impl HostSpaceId {
     pub fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// A device of the host that is open, as its backend numbers it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostDevice(pub u32);
+
+/// What a host IOMMU tells apart: the requests of a device that carry a PASID, and those that carry none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HostStream {
+    /// The device that the IOMMU sees.
+    pub device: HostDevice,
+    /// The PASID of the requests, `None`: those without.
+    pub pasid: Option<Pasid>,
+}
+
+impl std::fmt::Display for HostStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.pasid {
+            None => write!(f, "device {}", self.device.0),
+            Some(Pasid(pasid)) => write!(f, "device {} with PASID {pasid:#x}", self.device.0),
+        }
     }
 }
 
@@ -155,18 +194,19 @@ pub trait HostIommu: Send + Sync {
         let _ = space;
     }
 
-    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has. A group is never
-    /// seen to reach something else in between, but it may reach nothing. Only asked of a host with a
-    /// [`Placement::PerSpace`].
+    /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has: all of its
+    /// devices, by what the IOMMU sees of each ([`members`], C-1). None of them is ever seen to reach something else in
+    /// between, but it may reach nothing. Only asked of a host with a [`Placement::PerSpace`].
     ///
     /// # Errors
-    /// The group is where it was.
+    /// The group is where it was, as far as the host could undo what it had begun; the bridge detaches it.
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
         let _ = (group, space);
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`], of a group that is attached.
+    /// `group` reaches nothing. Only asked of a host with a [`Placement::PerSpace`]; also of a group that is not
+    /// attached, or not as a whole, which is no error.
     ///
     /// # Errors
     /// Nothing may be concluded about what the group reaches.
@@ -187,6 +227,26 @@ pub trait HostIommu: Send + Sync {
     /// One host unmap. Returns how many bytes the kernel says it took away. When it returns, no device reaches them
     /// any more. On an error nothing may be concluded about what is still mapped.
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64>;
+
+    /// The requests of `stream`, which have a PASID, reach what `space` has, and those of its device with another PASID,
+    /// or with none, what they reached before (C-4). They are never seen to reach something else in between.
+    ///
+    /// # Errors
+    /// They are where they were. A host that cannot tell the parts of a device apart says
+    /// [`Unsupported`](io::ErrorKind::Unsupported).
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let _ = (stream, space);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The requests of `stream`, which is attached, reach nothing.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what they reach.
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        let _ = stream;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// What the user can do about a map in `space` that was refused for `cause`: a sentence, or nothing.
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {

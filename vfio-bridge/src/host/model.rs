@@ -19,8 +19,9 @@ use crate::bridge::guest_map::HostMem;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::bridge::limits::Limits;
 use crate::host::dirty::{DirtyBitmap, DirtySupport};
+use crate::host::members::{self, Devices};
 use crate::host::type1::remedy;
-use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
+use crate::host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 
 /// What kind of host it is.
 #[derive(Clone, Debug)]
@@ -103,6 +104,10 @@ pub enum HostOp {
     Attach(GroupId),
     /// The group reaches nothing; the space is the one that it was attached to.
     Detach(GroupId),
+    /// A device of a group, or a part of one, reaches what the space has.
+    AttachStream(HostStream),
+    /// It reaches nothing.
+    DetachStream(HostStream),
 }
 
 /// An operation that the model served, and its result: bytes unmapped, or the errno.
@@ -124,6 +129,8 @@ struct State {
     spaces: BTreeMap<HostSpaceId, Contents>,
     /// Groups that are open, and the space that each is in.
     groups: BTreeMap<GroupId, Option<HostSpaceId>>,
+    /// Devices and parts of devices that are attached, each with its space.
+    streams: BTreeMap<HostStream, HostSpaceId>,
     /// Spaces that were made so far.
     made: u32,
     pinned: u64,
@@ -139,6 +146,8 @@ struct State {
 pub struct Model {
     kernel: Kernel,
     per_space: bool,
+    /// The devices of groups that are attached device by device, each with what the IOMMU sees of it.
+    devices: BTreeMap<GroupId, Vec<(HostDevice, HostStream)>>,
     state: Mutex<State>,
 }
 
@@ -155,13 +164,23 @@ impl Model {
                 state.groups.insert(*group, Some(space));
             }
         }
-        Arc::new(Self { kernel, per_space: false, state: Mutex::new(state) })
+        Arc::new(Self { kernel, per_space: false, devices: BTreeMap::new(), state: Mutex::new(state) })
     }
 
     /// A host that makes spaces and attaches these groups to them, as iommufd does.
     pub fn per_space(kernel: Kernel, groups: &[GroupId]) -> Arc<Self> {
-        let groups = groups.iter().map(|group| (*group, None)).collect();
-        Arc::new(Self { kernel, per_space: true, state: Mutex::new(State { groups, ..State::default() }) })
+        Self::with_devices(kernel, groups.iter().map(|group| (*group, Vec::new())).collect())
+    }
+
+    /// The same with groups of these devices, each with what the IOMMU sees of it. Those of a group are attached one by
+    /// one.
+    pub fn with_devices(kernel: Kernel, devices: BTreeMap<GroupId, Vec<(HostDevice, HostStream)>>) -> Arc<Self> {
+        let groups = devices.keys().map(|group| (*group, None)).collect();
+        Arc::new(Self { kernel, per_space: true, devices, state: Mutex::new(State { groups, ..State::default() }) })
+    }
+
+    fn devices_of(&self, group: GroupId) -> Vec<HostDevice> {
+        self.devices.get(&group).into_iter().flatten().map(|(device, _)| *device).collect()
     }
 
     /// `hook` sees each operation and what its space holds afterwards. It is called without a lock of the model.
@@ -211,9 +230,18 @@ impl Model {
     /// Where a device of `group` gets with `iova`: host address and permission.
     pub fn translate(&self, group: GroupId, iova: u64) -> Option<(u64, Perm)> {
         let state = self.state();
-        let space = state.groups.get(&group).copied().flatten()?;
-        let (_, held) = state.spaces.get(&space)?.range(..=iova).next_back()?;
-        (iova <= held.last()).then(|| (held.hva + (iova - held.iova), held.perm))
+        state.reached(state.groups.get(&group).copied().flatten()?, iova)
+    }
+
+    /// The space that the requests of `stream` reach; for devices of groups that are attached device by device.
+    pub fn space_of_stream(&self, stream: HostStream) -> Option<HostSpaceId> {
+        self.state().streams.get(&stream).copied()
+    }
+
+    /// Where the requests of `stream` get with `iova`: host address and permission.
+    pub fn translate_stream(&self, stream: HostStream, iova: u64) -> Option<(u64, Perm)> {
+        let state = self.state();
+        state.reached(state.streams.get(&stream).copied()?, iova)
     }
 
     /// The last operations, and forgets them.
@@ -236,7 +264,7 @@ impl Model {
         match op {
             HostOp::Map(_) => state.maps += 1,
             HostOp::Unmap(_) => state.unmaps += 1,
-            HostOp::Create | HostOp::Destroy | HostOp::Attach(_) | HostOp::Detach(_) => {}
+            _ => {}
         }
         let injected = state.injector.as_mut().and_then(|inject| inject(space, &op));
         let result = match (injected, op) {
@@ -339,7 +367,8 @@ impl State {
     fn place(&mut self, space: HostSpaceId, op: HostOp) -> Result<(), i32> {
         match op {
             HostOp::Destroy => {
-                if self.groups.values().any(|of| *of == Some(space)) {
+                let in_use = self.groups.values().flatten().chain(self.streams.values()).any(|of| *of == space);
+                if in_use {
                     return Err(libc::EBUSY);
                 }
                 let contents = self.spaces.remove(&space).ok_or(libc::ENOENT)?;
@@ -355,9 +384,39 @@ impl State {
             HostOp::Detach(group) => {
                 *self.groups.get_mut(&group).ok_or(libc::ENODEV)? = None;
             }
+            HostOp::AttachStream(stream) => {
+                if !self.spaces.contains_key(&space) {
+                    return Err(libc::ENOENT);
+                }
+                self.streams.insert(stream, space);
+            }
+            HostOp::DetachStream(stream) => {
+                self.streams.remove(&stream);
+            }
             HostOp::Create | HostOp::Map(_) | HostOp::Unmap(_) => {}
         }
         Ok(())
+    }
+
+    fn reached(&self, space: HostSpaceId, iova: u64) -> Option<(u64, Perm)> {
+        let (_, held) = self.spaces.get(&space)?.range(..=iova).next_back()?;
+        (iova <= held.last()).then(|| (held.hva + (iova - held.iova), held.perm))
+    }
+}
+
+impl Devices for Model {
+    fn seen(&self, device: HostDevice) -> HostStream {
+        let found = self.devices.values().flatten().find(|(of, _)| *of == device);
+        found.map_or(HostStream { device, pasid: None }, |(_, stream)| *stream)
+    }
+
+    fn attach(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        self.serve(space, HostOp::AttachStream(stream)).map(drop).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn detach(&self, stream: HostStream) -> io::Result<()> {
+        let Some(space) = self.space_of_stream(stream) else { return Ok(()) };
+        self.serve(space, HostOp::DetachStream(stream)).map(drop).map_err(io::Error::from_raw_os_error)
     }
 }
 
@@ -395,12 +454,19 @@ impl HostIommu for Model {
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        match &self.devices_of(group)[..] {
+            [] => {}
+            devices => members::attach(self, devices, self.space_of(group), space)?,
+        }
         self.serve(space, HostOp::Attach(group)).map(drop).map_err(io::Error::from_raw_os_error)
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
-        let space = self.space_of(group).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
-        self.serve(space, HostOp::Detach(group)).map(drop).map_err(io::Error::from_raw_os_error)
+        members::detach(self, &self.devices_of(group))?;
+        match self.space_of(group) {
+            Some(space) => self.serve(space, HostOp::Detach(group)).map(drop).map_err(io::Error::from_raw_os_error),
+            None => Ok(()),
+        }
     }
 
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
@@ -410,6 +476,17 @@ impl HostIommu for Model {
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         self.serve(space, HostOp::Unmap(range)).map_err(io::Error::from_raw_os_error)
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        match self.devices.values().flatten().any(|(device, _)| *device == stream.device) {
+            true => Devices::attach(self, stream, space),
+            false => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+        }
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        Devices::detach(self, stream)
     }
 
     fn remedy(&self, space: HostSpaceId, cause: RefusalCause) -> String {

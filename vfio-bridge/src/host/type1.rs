@@ -91,7 +91,7 @@ impl Type1 {
     /// Opens the device of `function` through its group, which joins `container` unless it is there already.
     fn open_in(&self, container: &Arc<VfioContainer>, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let device = VfioDevice::new(function.path(), container.clone(), false);
-        let opened = device.and_then(|device| HostFunction::new(device, function, self.files.clone()));
+        let opened = device.and_then(|device| HostFunction::new(Arc::new(device), function, self.files.clone()));
         opened.map_err(|e| explain(function.bdf(), function.group(), e))
     }
 

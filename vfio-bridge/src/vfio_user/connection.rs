@@ -16,12 +16,13 @@ use vtd::spec::INTERRUPT_WINDOW;
 use zerocopy::IntoBytes;
 
 use super::granted::{Granted, Missing};
+use super::messages::{Asked, Messages};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
     Capabilities, DmaAccess, FLAG_ERROR, FLAG_NO_REPLY, FLAG_REPLY, Header, MAX_DMA_MAPS, TwinSocket, VERSION, command,
     parse_version, version_payload,
 };
-use crate::function::Requests;
+use crate::function::{DmaMessages, Requests};
 
 /// How long a process may take to answer a call, before it is cut off.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -103,6 +104,9 @@ struct Shared {
     sending: Mutex<u16>,
     waiting: Mutex<Waiting>,
     granted: Granted,
+    /// It was given no file of guest memory: what is not granted any more is revoked, whatever it does.
+    confined: bool,
+    messages: Messages,
     requests: OnceLock<Arc<dyn Requests>>,
 }
 
@@ -121,8 +125,9 @@ pub(super) struct Call {
 }
 
 impl Connection {
-    /// Agrees on a version with the server at the other end of `stream`. `name` is for messages.
-    pub fn new(stream: UnixStream, name: String, deadline: Duration) -> Result<Self, ConnectError> {
+    /// Agrees on a version with the server at the other end of `stream`. `name` is for messages. A `confined` one is to
+    /// be given no file of guest memory.
+    pub fn new(stream: UnixStream, name: String, deadline: Duration, confined: bool) -> Result<Self, ConnectError> {
         stream.set_write_timeout(Some(deadline))?;
         stream.set_read_timeout(Some(deadline))?;
         let wanted = Capabilities {
@@ -154,6 +159,8 @@ impl Connection {
             return Err(ConnectError::Protocol("it does not take mappings of 4 KiB"));
         }
         let twin = twin(&capabilities, reply.fds)?;
+        // Who does not read its replies is not waited for here either.
+        twin.iter().try_for_each(|twin| twin.set_write_timeout(Some(deadline)))?;
         stream.set_read_timeout(None)?;
         let peer = pidfd_of_peer(&stream);
         let shared = Arc::new(Shared {
@@ -164,6 +171,8 @@ impl Connection {
             sending: Mutex::new(0),
             waiting: Mutex::default(),
             granted: Granted::default(),
+            confined,
+            messages: Messages::default(),
             requests: OnceLock::new(),
         });
         let (tell, commands) = sync_channel(COMMANDS_WAITING);
@@ -195,13 +204,27 @@ impl Connection {
         &self.shared.granted
     }
 
+    /// Whether it is given no file of guest memory.
+    pub fn is_confined(&self) -> bool {
+        self.shared.confined
+    }
+
+    /// What the device asked for by message.
+    pub fn messages(&self) -> DmaMessages {
+        self.shared.messages.so_far()
+    }
+
     /// From now on `requests` hears of what the device asks for and was not granted. The first one stays.
     pub fn tell(&self, requests: Arc<dyn Requests>) {
         let _ = self.shared.requests.set(requests);
     }
 
-    /// Whether whoever was at the other end can have none of our memory any more: it closed its end, or it is no more.
+    /// Whether whoever was at the other end can have none of our memory that is not granted: it never had any, it
+    /// closed its end, or it is no more.
     pub fn is_released(&self) -> bool {
+        if self.shared.confined {
+            return true;
+        }
         match self.shared.waiting().end {
             None => false,
             Some(End::Peer) => true,
@@ -382,7 +405,7 @@ impl Shared {
             if message.header.flags & FLAG_NO_REPLY == 0 {
                 let _one_at_a_time = self.sending();
                 if let Err(e) = send(&self.stream, header, &[&payload], &[]) {
-                    return debug!("{}: a reply could not be sent: {e}", self.name);
+                    return self.not_replied(&e);
                 }
             }
         }
@@ -395,14 +418,27 @@ impl Shared {
             let (header, payload) = self.answer(&message);
             let wanted = message.header.flags & FLAG_NO_REPLY == 0;
             if wanted && let Err(e) = send(twin, header, &[&payload], &[]) {
-                return debug!("{}: a reply could not be sent: {e}", self.name);
+                return self.not_replied(&e);
             }
+        }
+    }
+
+    /// A reply, or the rest of one, did not go out: nothing that is sent after it would be understood.
+    fn not_replied(&self, error: &io::Error) {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                debug!("{}: a reply could not be sent: {error}", self.name);
+            }
+            _ => self.close(End::CutOff, &format!("it does not take the replies to its requests: {error}")),
         }
     }
 
     /// What a command of the server is answered with.
     fn answer(&self, message: &Message) -> (Header, Vec<u8>) {
-        let refused = |errno| (reply_to(&message.header, Some(errno)), Vec::new());
+        let refused = |errno| {
+            self.messages.count(Asked::Refused, 0);
+            (reply_to(&message.header, Some(errno)), Vec::new())
+        };
         let Ok((access, data)) = message.parse::<DmaAccess>() else { return refused(libc::EINVAL) };
         let Some(count) = usize::try_from(access.count).ok().filter(|count| *count <= MAX_DATA) else {
             return refused(libc::EINVAL);
@@ -425,10 +461,14 @@ impl Shared {
             },
             _ => return refused(libc::ENOTSUP),
         };
-        let Err(Missing(before)) = done else { return (reply_to(&message.header, None), payload) };
+        let Err(Missing(before)) = done else {
+            self.messages.count(if write { Asked::Write } else { Asked::Read }, count);
+            return (reply_to(&message.header, None), payload);
+        };
+        self.messages.count(Asked::Blocked, 0);
         if let Some(requests) = requests {
             requests.blocked(Iova(access.address.wrapping_add(before as u64)), write);
         }
-        refused(libc::EFAULT)
+        (reply_to(&message.header, Some(libc::EFAULT)), Vec::new())
     }
 }

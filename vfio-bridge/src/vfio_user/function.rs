@@ -18,7 +18,7 @@ use super::connection::{CallError, ConnectError, Connection};
 use super::socket::{MAX_DATA, Message};
 use super::wire::{self, DeviceInfo, IrqInfo, IrqSet, RegionAccess, command};
 use crate::function::reset::{ResetScope, ResetWay};
-use crate::function::{Function, IrqKind, RegionInfo, RegionKind, Requests, mappable_pages};
+use crate::function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests, mappable_pages};
 use crate::host::GroupId;
 
 /// Bytes of a region's capabilities that are asked for at first, and what is asked for at most.
@@ -188,6 +188,14 @@ impl Function for UserFunction {
 
     fn tell(&self, requests: Arc<dyn Requests>) {
         self.connection.tell(requests);
+    }
+
+    fn is_confined(&self) -> bool {
+        self.connection.is_confined()
+    }
+
+    fn dma_messages(&self) -> Option<DmaMessages> {
+        Some(self.connection.messages())
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use log::debug;
 use vtd::{IovaRange, Perm, RefusalCause};
 use zerocopy::IntoBytes;
 
@@ -18,8 +19,7 @@ use super::granted::Grant;
 use super::logging;
 use super::socket::connect;
 use super::wire::{DMA_MAP_READ, DMA_MAP_WRITE, DmaMap, DmaUnmap, command};
-use crate::bridge::guest_map::HostMem;
-use crate::bridge::guest_map::PAGE_SIZE;
+use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::Limits;
 use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::{GroupId, HostIommu, HostSpaceId, Map, MapRefused, Placement, UnmapRange};
@@ -36,6 +36,22 @@ pub enum UserEndpoint {
     Connected(OwnedFd),
 }
 
+/// How a function of another process is opened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UserOptions {
+    /// Its process is given no file of guest memory. It asks for each of its accesses by message, and is given what is
+    /// mapped at that moment.
+    pub confined: bool,
+    /// How long a call of it may take.
+    pub deadline: Duration,
+}
+
+impl Default for UserOptions {
+    fn default() -> Self {
+        Self { confined: false, deadline: CALL_DEADLINE }
+    }
+}
+
 /// The vfio-user backend.
 #[derive(Default)]
 pub struct VfioUser {
@@ -46,21 +62,22 @@ pub struct VfioUser {
 impl VfioUser {
     /// Connects to a server. `name` is for messages.
     pub fn open(&self, endpoint: UserEndpoint, name: &str) -> Result<UserFunction, ConnectError> {
-        self.open_with_deadline(endpoint, name, CALL_DEADLINE)
+        self.open_with(endpoint, name, UserOptions::default())
     }
 
-    /// As [`VfioUser::open`], with another deadline for calls.
-    pub fn open_with_deadline(
+    /// As [`VfioUser::open`], in another way.
+    pub fn open_with(
         &self,
         endpoint: UserEndpoint,
         name: &str,
-        deadline: Duration,
+        options: UserOptions,
     ) -> Result<UserFunction, ConnectError> {
+        let UserOptions { confined, deadline } = options;
         let stream = match endpoint {
             UserEndpoint::Path(path) => connect(&path, deadline)?,
             UserEndpoint::Connected(fd) => UnixStream::from(fd),
         };
-        let connection = Arc::new(Connection::new(stream, name.to_owned(), deadline)?);
+        let connection = Arc::new(Connection::new(stream, name.to_owned(), deadline, confined)?);
         let mut functions = self.functions();
         let group = GroupId::of_user_function(functions.len() as u32);
         let function = UserFunction::new(connection.clone(), group)?;
@@ -84,6 +101,10 @@ impl VfioUser {
 fn begin_map(connection: &Connection, map: &Map<'_>) -> Result<Call, MapRefused> {
     let refused = |errno: i32| MapRefused::from_errno(errno);
     let Map { iova, mem, perm } = *map;
+    // No file of a BAR leaves this process (B-10).
+    if mem.kind() == MemKind::Bar {
+        return Err(refused(libc::ENOTSUP));
+    }
     let granted = connection.granted();
     // The process holds no more than it said, whatever it does with more.
     if granted.len() >= connection.capabilities().max_dma_maps {
@@ -93,12 +114,15 @@ fn begin_map(connection: &Connection, map: &Map<'_>) -> Result<Call, MapRefused>
     let last = iova.checked_add(mem.size() - 1).ok_or_else(|| refused(libc::EINVAL))?;
     let flags = if perm.readable() { DMA_MAP_READ } else { 0 } | if perm.writable() { DMA_MAP_WRITE } else { 0 };
     let argsz = size_of::<DmaMap>() as u32;
-    let message = DmaMap { argsz, flags, offset, address: iova, size: mem.size() };
+    // Without a file the process has nothing but the range, and an offset means nothing.
+    let shown = [file.as_raw_fd()];
+    let (shown, at) = if connection.is_confined() { (&[][..], 0) } else { (&shown[..], offset) };
+    let message = DmaMap { argsz, flags, offset: at, address: iova, size: mem.size() };
     // First, for the device may use it before the answer is here.
     if !granted.insert(iova, Grant { last, perm, file: Some(file.clone()), offset }) {
         return Err(refused(libc::EEXIST));
     }
-    let call = connection.begin(command::DMA_MAP, &[message.as_bytes()], &[file.as_raw_fd()]);
+    let call = connection.begin(command::DMA_MAP, &[message.as_bytes()], shown);
     call.map_err(|e| not_mapped(connection, map, &e))
 }
 
@@ -182,9 +206,15 @@ impl HostIommu for VfioUser {
             }
         }
         match failed {
-            // Whoever is gone holds nothing any more; who is still there was asked and did not let go.
+            // Whoever is gone, or never had the memory, holds nothing any more; who is still there was asked and did
+            // not let go.
             Some(e) if !connection.is_released() => Err(e.into()),
-            _ => Ok(mappings.iter().map(|mapping| mapping.end - mapping.start).sum()),
+            failed => {
+                if let Some(e) = failed {
+                    debug!("{}: {first:#x}-{last:#x} is revoked without its consent: {e}", connection.name());
+                }
+                Ok(mappings.iter().map(|mapping| mapping.end - mapping.start).sum())
+            }
         }
     }
 

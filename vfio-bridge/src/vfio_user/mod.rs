@@ -12,11 +12,14 @@
 //! is trusted not to look further. Where it asks by message instead, [`VfioUser`] holds it to what is mapped, as an
 //! IOMMU would, and what is blocked is told to the unit ([`crate::Requests`]), which records the fault.
 //!
+//! A *confined* process ([`UserOptions::confined`]) is given no file: each access is a message, and what is not granted
+//! at that moment is blocked. What it does not let go of is revoked all the same.
+//!
 //! # Deadline
 //! Each call has one ([`CALL_DEADLINE`]). A process that does not answer is cut off: its connection is closed, and its
 //! function reads as all ones. If it was asked to let go of memory and it still runs, the memory is not revoked, and
 //! the unmap fails: the bridge then stops the machine before the guest is told that the unmap is done (D-3). A process
-//! that ended, or that closed its end, holds nothing any more.
+//! that ended, that closed its end, or that is confined, holds nothing any more.
 //!
 //! # Locks
 //! What is mapped (`Granted`) is never locked while a message is under way, so a request of the device is answered also
@@ -27,11 +30,12 @@ mod function;
 mod granted;
 mod host;
 mod logging;
+mod messages;
 mod server;
 mod socket;
 mod wire;
 
 pub use connection::{CALL_DEADLINE, CallError, ConnectError};
 pub use function::UserFunction;
-pub use host::{UserEndpoint, VfioUser};
+pub use host::{UserEndpoint, UserOptions, VfioUser};
 pub use server::{ClientMemory, DmaRefused, ServeError, Served, serve};

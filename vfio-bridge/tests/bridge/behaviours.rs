@@ -42,6 +42,27 @@ fn b3_a_mapping_that_ends_at_2_to_64_is_refused_rather_than_lost() {
 }
 
 #[test]
+fn b3_what_is_beyond_the_width_of_its_space_is_refused_rather_than_left() {
+    for width in [39, 48, 57] {
+        let end = 1u64 << width;
+        let (world, space) = World::one(Kernel::new(64), width);
+        world.done(&space, &[map(end - 4 * MIB2, 0, KIB4)]);
+        for beyond in [map(end, 0, KIB4), map(end - MIB2, MIB2, 2 * MIB2)] {
+            let refused = world.apply(&space, &[beyond]).refused;
+            assert_eq!(refused.iter().map(|r| r.cause).collect::<Vec<_>>(), [RefusalCause::Range]);
+        }
+        assert_eq!(world.shape(), [(end - 4 * MIB2, KIB4)]);
+        world.done(&space, &[unmap(0, u64::MAX)]);
+        assert!(world.contents().is_empty());
+        // The same function in identity, where addresses have 64 bits, and back.
+        world.attach(1, &SpaceKey::Identity, &[]).expect("attached");
+        world.attach(1, &space, &[mapping(0, 0, KIB4)]).expect("attached");
+        world.done(&space, &[unmap(0, u64::MAX)]);
+        assert!(world.contents().is_empty());
+    }
+}
+
+#[test]
 fn b3_unmap_all_is_not_used_while_anything_stays() {
     let (world, space) = World::one(Kernel::new(48), 48);
     world.done(&space, &[map(0, 0, KIB4), map(GIB, 0, KIB4), map(2 * GIB, 0, KIB4)]);

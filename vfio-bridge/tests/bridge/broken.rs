@@ -135,7 +135,7 @@ fn c2_a_function_without_a_say_leaves_its_group_to_the_others() {
     assert_eq!(world.contents().len(), 2);
     host_refuses(world.bridge.attach(
         Stream { pasid: Some(vtd::Pasid(3)), requester: requester(1) },
-        &SpaceKey::Blocked,
+        &SpaceKey::Identity,
         &mut std::iter::empty(),
     ));
     let unknown = world.attach(9, &SpaceKey::Identity, &[]);

@@ -138,6 +138,8 @@ pub struct Run {
     told: Vec<(usize, u64, u64)>,
     /// The running call was one switch of a group.
     switched: bool,
+    /// A group was in the identity space, which stays from then on.
+    identity_is_there: bool,
     /// The running call was a group's way into a space of others, which was refused: it took the first steps, and went
     /// all the way back.
     turned_back: bool,
@@ -170,6 +172,7 @@ impl Run {
             host_failed: false,
             told: Vec::new(),
             switched: false,
+            identity_is_there: false,
             turned_back: false,
         }
     }
@@ -253,9 +256,11 @@ impl Run {
             }
         }
         if self.host.per_space {
-            // A space that nobody is in is given back.
+            // A space that nobody is in is given back; but not identity.
             let used: BTreeSet<usize> = self.unit.effective.into_iter().filter(|space| *space != BLOCKED).collect();
-            prop_assert_eq!(self.world.model.spaces(), used.len());
+            self.identity_is_there |= used.contains(&IDENTITY);
+            let kept = usize::from(self.identity_is_there && !used.contains(&IDENTITY));
+            prop_assert_eq!(self.world.model.spaces(), used.len() + kept);
         } else if self.switched {
             self.check_room(&refused)?;
         }

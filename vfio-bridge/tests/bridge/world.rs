@@ -112,7 +112,12 @@ pub fn check_switch(before: &Contents, ops: &[(HostOp, Contents)]) -> Result<(),
                     return Err(format!("{page:#x} is without translation while others get theirs: {op:x?}"));
                 }
             }
-            HostOp::Create | HostOp::Destroy | HostOp::Attach(_) | HostOp::Detach(_) => {
+            HostOp::Create
+            | HostOp::Destroy
+            | HostOp::Attach(_)
+            | HostOp::Detach(_)
+            | HostOp::AttachStream(_)
+            | HostOp::DetachStream(_) => {
                 return Err(format!("a group that is in its space for life has {op:x?}"));
             }
             HostOp::Unmap(range) => {

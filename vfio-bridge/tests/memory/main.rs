@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use allocation_counter::measure;
+use vfio_bridge::ledger::{Extent, Ledger};
 use vfio_bridge::model::{HostOp, Kernel, Model};
 use vfio_bridge::{Bridge, GroupId, Trace, TracedHost, TracedListener};
-use vtd::{MapOp, Mapping, SpaceKey, SpaceListener};
+use vtd::{MapOp, Mapping, Perm, SpaceKey, SpaceListener};
 
 use world::{GIB, KIB4, Ram, Stopped, World, map, mapping, paged, requester, unmap};
 
@@ -203,4 +204,23 @@ fn rule5_refusals_in_a_space_of_two_groups_take_time_by_their_number() {
     assert_eq!(applied.refused.len() as u64, MAPS - 16);
     // With a look at each refusal for each map it is minutes.
     assert!(time < Duration::from_secs(20), "{time:?}");
+}
+
+#[test]
+fn rule5_an_extent_takes_at_most_80_bytes() {
+    const EXTENTS: u64 = 300_000;
+    let extent = |n: u64| {
+        let first = n * 2 * KIB4;
+        Extent { first, last: first + KIB4 - 1, gpa: first, hva: 1 << 45 | first, perm: Perm::ReadWrite }
+    };
+    // Ascending, as a unit tells of a range; and in an order of a guest's own.
+    let orders: [fn(u64) -> u64; 3] = [|n| n, |n| EXTENTS - 1 - n, |n| n * 70_001 % EXTENTS];
+    for (number, order) in orders.into_iter().enumerate() {
+        let mut ledger = Ledger::default();
+        let cost = measure(|| (0..EXTENTS).for_each(|n| ledger.insert(extent(order(n)))));
+        let each = cost.bytes_current as u64 / EXTENTS;
+        assert_eq!(ledger.len() as u64, EXTENTS);
+        assert!(each <= 80, "order {number}: {each} bytes an extent");
+        println!("order {number}: {each} bytes an extent");
+    }
 }

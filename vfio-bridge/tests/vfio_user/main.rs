@@ -2,6 +2,7 @@
 //! processes that misbehave.
 
 mod both_ends;
+mod confined;
 mod dirty;
 mod messages;
 mod misbehaving;

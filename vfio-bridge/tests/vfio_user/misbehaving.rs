@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, VfioUser};
+use vfio_bridge::vfio_user::{ConnectError, UserEndpoint, UserOptions, VfioUser};
 use vfio_bridge::{Bridge, Function, HostIommu, Quarantine, RegionKind, ResetScope, UnmapRange};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
@@ -49,7 +49,7 @@ pub fn words(words: &[u32]) -> Vec<u8> {
 }
 
 /// What an orderly server answers to `command`: one region of each kind with 4 KiB, and no interrupts.
-fn orderly(command: u16, payload: &[u8]) -> Vec<u8> {
+pub fn orderly(command: u16, payload: &[u8]) -> Vec<u8> {
     match command {
         1 => [&[0, 0, 1, 0][..], b"{\"capabilities\":{\"max_dma_maps\":3}}\0"].concat(),
         4 => words(&[16, 3, 9, 0]),
@@ -74,7 +74,12 @@ pub fn server(strange: impl Fn(u16, u16, &[u8]) -> Option<Vec<u8>> + Send + 'sta
     client
 }
 
-const SHORT: Duration = Duration::from_millis(300);
+pub const SHORT: Duration = Duration::from_millis(300);
+
+/// Calls have [`SHORT`].
+fn soon() -> UserOptions {
+    UserOptions { deadline: SHORT, ..UserOptions::default() }
+}
 
 #[test]
 fn d3_who_does_not_answer_an_unmap_is_cut_off_and_the_unmap_has_failed() {
@@ -115,7 +120,7 @@ fn d3_the_machine_is_stopped_before_the_guest_is_told_of_an_unmap_that_was_not_a
     let stream = server(|_, command, _| (command == 3).then(Vec::new));
     let memory = Memory::new();
     let host = Arc::new(VfioUser::default());
-    let function = host.open_with_deadline(UserEndpoint::Connected(stream.into()), "test", SHORT).unwrap();
+    let function = host.open_with(UserEndpoint::Connected(stream.into()), "test", soon()).unwrap();
     let stubborn = Arc::new(Stubborn::default());
     let bridge = Bridge::new(vec![host], memory.map.clone(), stubborn.clone());
     let requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
@@ -301,7 +306,7 @@ fn who_does_not_take_a_connection_is_not_waited_for() {
     // SAFETY: the call takes two numbers.
     assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
     let host = VfioUser::default();
-    let connect = || host.open_with_deadline(UserEndpoint::Path(path.clone()), "test", SHORT).err().unwrap();
+    let connect = || host.open_with(UserEndpoint::Path(path.clone()), "test", soon()).err().unwrap();
     let timed_out = |error| matches!(error, ConnectError::Io(e) if e.kind() == std::io::ErrorKind::TimedOut);
     assert!(timed_out(connect()));
     // Its place stays taken although nobody is there any more.

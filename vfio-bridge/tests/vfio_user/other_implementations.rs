@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_REGION_INFO_FLAG_READ,
     VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
 };
-use vfio_bridge::vfio_user::{ClientMemory, UserEndpoint, VfioUser, serve};
+use vfio_bridge::vfio_user::{ClientMemory, UserEndpoint, UserOptions, VfioUser, serve};
 use vfio_bridge::{Function, HostIommu, IrqKind, RegionKind, ResetScope, ResetWay, UnmapRange};
 use vfio_user::{Client, DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion};
 use vmm_sys_util::tempdir::TempDir;
@@ -19,7 +19,7 @@ use vtd::{Iova, Perm};
 
 use super::rig::{Asked, Device, HIGH, Memory, event, space_of, was_signalled};
 
-type Maps = Vec<(u64, u64, u64, DmaMapFlags, File)>;
+type Maps = Vec<(u64, u64, u64, DmaMapFlags, Option<File>)>;
 
 #[derive(Default)]
 struct Backend {
@@ -46,7 +46,7 @@ impl ServerBackend for Backend {
         if self.refuse {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        self.maps.lock().unwrap().push((address, size, offset, flags, fd.unwrap()));
+        self.maps.lock().unwrap().push((address, size, offset, flags, fd));
         Ok(())
     }
     fn dma_unmap(&mut self, _: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
@@ -118,7 +118,7 @@ fn our_client_with_its_server() {
             [(0x4000, 0x1000, DmaMapFlags::READ), (0x6000, 0x1000, DmaMapFlags::READ_WRITE)]
         );
         let mut data = [0; 8];
-        maps[0].4.read_exact_at(&mut data, maps[0].2).unwrap();
+        maps[0].4.as_ref().unwrap().read_exact_at(&mut data, maps[0].2).unwrap();
         assert_eq!(u64::from_ne_bytes(data), 0x55);
     }
     assert_eq!(host.unmap(space, UnmapRange::All).unwrap(), 0x2000);
@@ -127,6 +127,31 @@ fn our_client_with_its_server() {
     host.map(space, 0x4000, mem(0), Perm::Read).unwrap();
     maps.lock().unwrap().clear();
     assert!(host.unmap(space, UnmapRange::All).is_err());
+    drop(function);
+    thread.join().unwrap();
+}
+
+#[test]
+fn its_server_takes_mappings_without_files() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("socket");
+    let server = Server::new(&path, false, Vec::new(), regions()).unwrap();
+    let maps: Arc<Mutex<Maps>> = Arc::default();
+    let mut backend = Backend { maps: maps.clone(), refuse: false };
+    let thread = std::thread::spawn(move || {
+        server.run(&mut backend).unwrap();
+    });
+    let host = VfioUser::default();
+    let options = UserOptions { confined: true, ..UserOptions::default() };
+    let function = host.open_with(UserEndpoint::Path(path), "other", options).unwrap();
+    let (space, memory) = (space_of(&host, function.group()), Memory::new());
+    host.map(space, 0x4000, memory.map.host_mem(HIGH, 0x1000).unwrap(), Perm::Read).unwrap();
+    let (address, size, offset, flags) =
+        maps.lock().unwrap().iter().map(|map| (map.0, map.1, map.2, map.3)).next().unwrap();
+    assert_eq!((address, size, offset, flags), (0x4000, 0x1000, 0, DmaMapFlags::READ));
+    assert!(maps.lock().unwrap()[0].4.is_none());
+    assert_eq!(host.unmap(space, UnmapRange::All).unwrap(), 0x1000);
+    assert!(maps.lock().unwrap().is_empty());
     drop(function);
     thread.join().unwrap();
 }

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vfio_bridge::vfio_user::{ClientMemory, Served, UserEndpoint, UserFunction, VfioUser, serve};
+use vfio_bridge::vfio_user::{
+    ClientMemory, ConnectError, Served, UserEndpoint, UserFunction, UserOptions, VfioUser, serve,
+};
 use vfio_bridge::{
     Function, GroupId, GuestMap, HostIommu, HostSpaceId, IrqKind, MapRefused, Placement, RegionKind, Requests,
     UnmapRange,
@@ -147,10 +149,19 @@ pub struct Rig {
 pub const PATIENT: Duration = Duration::from_secs(60);
 
 impl Rig {
-    pub fn connect(stream: UnixStream, deadline: Duration) -> Result<Self, vfio_bridge::vfio_user::ConnectError> {
+    pub fn connect(stream: UnixStream, deadline: Duration) -> Result<Self, ConnectError> {
+        Self::connect_with(stream, UserOptions { deadline, ..UserOptions::default() })
+    }
+
+    /// The process gets no file of the memory.
+    pub fn confined(stream: UnixStream, deadline: Duration) -> Self {
+        Self::connect_with(stream, UserOptions { deadline, confined: true }).unwrap()
+    }
+
+    fn connect_with(stream: UnixStream, options: UserOptions) -> Result<Self, ConnectError> {
         let host = VfioUser::default();
         let endpoint = UserEndpoint::Connected(stream.into());
-        let function = host.open_with_deadline(endpoint, "test", deadline)?;
+        let function = host.open_with(endpoint, "test", options)?;
         let heard = Arc::new(Heard::default());
         function.tell(heard.clone());
         Ok(Self { memory: Memory::new(), function, host, heard })

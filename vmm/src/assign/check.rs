@@ -6,8 +6,9 @@ use std::os::unix::fs::FileTypeExt;
 use vfio_bridge::{CheckedFunction, GroupId, HostPaths, Limits, Memlock, check_memlock};
 
 use super::Error;
+use super::backend::{Candidate, Chosen, choose};
 use crate::boot::layout;
-use crate::config::{DeviceKind, DeviceOption, UserSocket, VtdOption};
+use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket, VtdOption};
 
 /// Guest address widths that a unit can have, the narrowest first.
 const WIDTHS: [u8; 3] = [39, 48, 57];
@@ -16,24 +17,34 @@ const WIDEST_BY_DEFAULT: u8 = 48;
 
 /// A function that can be assigned, as far as can be told without opening anything.
 pub enum Checked {
-    /// Of the host.
-    Vfio(CheckedFunction),
+    /// Of the host, and by which of its interfaces.
+    Vfio(CheckedFunction, Backend),
     /// Of another process.
-    User(UserSocket),
+    User {
+        /// Where that is.
+        socket: UserSocket,
+        /// It is given no file of the guest's memory.
+        confine: bool,
+    },
 }
 
 impl Checked {
     pub(super) fn group(&self) -> Option<GroupId> {
         match self {
-            Self::Vfio(function) => Some(function.group()),
-            Self::User(_) => None,
+            Self::Vfio(function, _) => Some(function.group()),
+            Self::User { .. } => None,
         }
+    }
+
+    /// Whether it is assigned by `backend`.
+    pub(super) fn is_by(&self, wanted: Backend) -> bool {
+        matches!(self, Self::Vfio(_, backend) if *backend == wanted)
     }
 }
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let assigned = |device: &&DeviceOption| !matches!(device.kind, DeviceKind::Edu);
+    let assigned = |device: &&DeviceOption| device.kind != DeviceKind::Edu;
     let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
@@ -42,18 +53,38 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         Some(_) => {}
     }
     let paths = HostPaths::default();
+    let candidates = devices.iter().filter_map(|device| match device.kind {
+        DeviceKind::Vfio { host: bdf, backend: asked } => {
+            Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
+        }
+        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
+    });
+    let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
-        DeviceKind::Vfio { host } => Some(paths.check(*host).map(Checked::Vfio).map_err(Error::from)),
-        DeviceKind::VfioUser { socket } => Some(check_socket(socket).map(|()| Checked::User(socket.clone()))),
-        DeviceKind::Edu => None,
+        DeviceKind::Vfio { .. } => chosen.next().map(|Chosen { function, backend, why }| {
+            log::info!("{} is assigned by {backend}: {why}", function.bdf());
+            Ok(Checked::Vfio(function, backend))
+        }),
+        DeviceKind::VfioUser { socket, confine } => {
+            Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
+        }
+        DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
-    let groups: BTreeSet<GroupId> = checked.iter().filter_map(Checked::group).collect();
-    if groups.is_empty() {
+    let groups_by = |backend: Backend| -> BTreeSet<GroupId> {
+        checked.iter().filter(|checked| checked.is_by(backend)).filter_map(Checked::group).collect()
+    };
+    let (type1, iommufd) = (groups_by(Backend::Type1), groups_by(Backend::Iommufd));
+    if type1.is_empty() && iommufd.is_empty() {
         // Nothing is locked for other processes.
         return Ok(checked);
     }
-    check_memlock(Memlock::of_this_process(), ram, groups.len() as u64)?;
+    let memlock = Memlock::of_this_process();
+    check_memlock(memlock, ram, type1.len() as u64)?;
+    if !iommufd.is_empty() {
+        // iommufd counts by user, beside what a process locks, and memory once in whatever number of spaces.
+        check_memlock(Memlock { locked: 0, ..memlock }, ram, 1)?;
+    }
     let memory = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| available_memory(&text));
     match memory {
         Some(available) if ram > available => Err(Error::HostMemory { ram, available }),
@@ -141,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_vfio_device_needs_a_unit_with_caching_mode() {
-        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere"] {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
             let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
             assert!(matches!(check(&devices, None, 1 << 20), Err(Error::NoUnit { .. })));
             let off = VtdOption { caching_mode: false, ..Default::default() };

@@ -1,20 +1,24 @@
 //! Assigned functions: what is checked before anything runs, how they are opened, what is said about them, and how one
 //! is stopped.
 
+mod backend;
 mod check;
 mod open;
+mod pinblk;
+pub mod pinned_reads;
 mod quarantine;
 mod report;
 mod requests;
 
 use devices::vfio_pci::VfioPciError;
 use vfio_bridge::vfio_user::ConnectError;
-use vfio_bridge::{GroupId, GuestMapError, OpenError, RegisterError};
+use vfio_bridge::{Bdf, GroupId, GuestMapError, OpenError, RegisterClientError, RegisterError};
 use vtd::AttachRefused;
 
 use self::check::widest;
 pub use self::check::{Checked, check, unit_width};
 pub use self::open::{Assigned, open};
+pub use self::pinblk::{PinBlkWiring, plug_pinblk};
 pub use self::report::{report, report_functions};
 pub use self::requests::UserRequests;
 use crate::config::UserSocket;
@@ -43,6 +47,17 @@ pub enum Error {
     NoCachingMode {
         /// The device's.
         kind: &'static str,
+    },
+    /// Two functions of one host group, and two backends.
+    #[error(
+        "{bdf} and another function of host group {group} are given different backends, and the kernel gives a group to one; write the \
+         same backend= for both, or none"
+    )]
+    TwoBackends {
+        /// One of them.
+        bdf: Bdf,
+        /// Their group.
+        group: GroupId,
     },
     /// The socket of a function of another process cannot be looked at.
     #[error("{socket}, where a vfio-user device should be, cannot be used: {source}; start its process first")]
@@ -116,6 +131,20 @@ pub enum Error {
     /// A function is there twice.
     #[error(transparent)]
     Register(#[from] RegisterError),
+    /// A device of this process cannot pin.
+    #[error(transparent)]
+    RegisterClient(#[from] RegisterClientError),
+    /// The file that a pinblk reads cannot be used.
+    #[error("the file {name} of a pinblk device cannot be read: {source}")]
+    PinBlkFile {
+        /// Which.
+        name: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A thread that reads for a pinblk could not be started.
+    #[error("a thread of a pinblk device could not be started: {0}")]
+    PinBlkThread(std::io::Error),
     /// The host did not take the identity mappings.
     #[error("{name} could not be given the guest's memory: {source}")]
     Attach {

@@ -6,13 +6,15 @@ use std::sync::Arc;
 
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, VfioUser};
-use vfio_bridge::{Bridge, Function, GroupId, GuestMap, HostIommu, Limits, Trace, TracedHost, Type1, VfioDeviceFd};
+use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, UserOptions, VfioUser};
+use vfio_bridge::{
+    Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Software, Trace, TracedHost, Type1, VfioDeviceFd,
+};
 
 use super::Error;
 use super::check::{Checked, check_ram};
 use super::quarantine::Breaker;
-use crate::config::UserSocket;
+use crate::config::{Backend, UserSocket};
 use crate::kvm::memory::Ram;
 use crate::kvm::vm::call;
 use crate::machine::control::Control;
@@ -21,12 +23,29 @@ use crate::machine::control::Control;
 pub struct Assigned {
     /// What the units tell of.
     pub bridge: Arc<Bridge>,
+    /// The guest-physical map that it has: all RAM.
+    pub guest: GuestMap,
     /// Open functions, in the order they were checked.
     pub functions: Vec<Arc<dyn Function>>,
     /// What the host allows, by group.
     pub limits: Vec<(GroupId, Limits)>,
+    /// How often guest memory is pinned.
+    pub pinning: Pinning,
     /// Stops functions.
     pub breaker: Arc<Breaker>,
+    /// The host of devices of this process that pin.
+    pub software: Arc<Software>,
+}
+
+/// How often guest memory is pinned while functions are untranslated (B-12).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Pinning {
+    /// Groups on type1, which pins it for each.
+    pub type1: usize,
+    /// Groups on iommufd.
+    pub iommufd: usize,
+    /// Whether that pins it once for all of its groups.
+    pub once: bool,
 }
 
 /// Opens what was checked. Every group is in the KVM-VFIO device afterwards (F-7).
@@ -46,32 +65,41 @@ pub fn open(
         let device = vm.create_device(&mut device).map_err(call("KVM_CREATE_DEVICE of the VFIO device"))?;
         Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))
     };
+    let guest = GuestMap::of_memory(ram.clone())?;
+    let by_iommufd = checked.iter().any(|checked| checked.is_by(Backend::Iommufd));
+    let iommufd = by_iommufd.then(|| Iommufd::new(kvm_vfio.clone(), &guest).map(Arc::new)).transpose()?;
     let (type1, user) = (Arc::new(Type1::new(kvm_vfio)), Arc::new(VfioUser::default()));
     let open = |checked: &Checked| -> Result<Arc<dyn Function>, Error> {
-        Ok(match checked {
-            Checked::Vfio(function) => Arc::new(type1.open(function)?),
-            Checked::User(socket) => Arc::new(open_user(&user, socket)?),
+        Ok(match (checked, &iommufd) {
+            (Checked::Vfio(function, Backend::Iommufd), Some(iommufd)) => Arc::new(iommufd.open(function)?),
+            (Checked::Vfio(function, _), _) => Arc::new(type1.open(function)?),
+            (Checked::User { socket, confine }, _) => Arc::new(open_user(&user, socket, *confine)?),
         })
     };
     let functions = checked.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
-    let limits: Vec<(GroupId, Limits)> =
-        groups.into_iter().filter_map(|group| Some((group, type1.limits_of(group)?))).collect();
+    let limits_of = |group| type1.limits_of(group).or_else(|| iommufd.as_ref()?.limits_of(group));
+    let limits: Vec<(GroupId, Limits)> = groups.iter().filter_map(|group| Some((*group, limits_of(*group)?))).collect();
+    let on_type1 = groups.iter().filter(|group| type1.limits_of(**group).is_some()).count();
+    let once = iommufd.as_ref().is_some_and(|iommufd| iommufd.pins_once());
+    let pinning = Pinning { type1: on_type1, iommufd: groups.len() - on_type1, once };
     check_ram(&limits, ram_size)?;
     let breaker = Arc::new(Breaker::new(control.clone()));
-    let guest = GuestMap::of_memory(ram.clone())?;
     if let Some(trace) = trace {
         trace.memory(&guest);
     }
-    let hosts: [Arc<dyn HostIommu>; 2] = [type1, user];
-    let traced = |host| match trace {
-        Some(trace) => Arc::new(TracedHost::new(host, trace.clone())),
+    let software = Arc::new(Software::default());
+    let iommufd = iommufd.map(|iommufd| -> Arc<dyn HostIommu> { iommufd });
+    let always: [Arc<dyn HostIommu>; 3] = [type1, user, software.clone()];
+    let traced = |host: Arc<dyn HostIommu>| match trace {
+        Some(trace) => Arc::new(TracedHost::new(host, trace.clone())) as Arc<dyn HostIommu>,
         None => host,
     };
-    let bridge = Arc::new(Bridge::new(hosts.map(traced).into(), guest, breaker.clone()));
-    Ok(Assigned { bridge, functions, limits, breaker })
+    let hosts = always.into_iter().chain(iommufd).map(traced).collect();
+    let bridge = Arc::new(Bridge::new(hosts, guest.clone(), breaker.clone()));
+    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker, software })
 }
 
-fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error> {
+fn open_user(user: &VfioUser, socket: &UserSocket, confined: bool) -> Result<UserFunction, Error> {
     let endpoint = match socket {
         UserSocket::Path(path) => UserEndpoint::Path(path.clone()),
         // SAFETY: it was checked to be an open socket. Whoever started this process gave it for this device, and only
@@ -79,5 +107,7 @@ fn open_user(user: &VfioUser, socket: &UserSocket) -> Result<UserFunction, Error
         // line.
         UserSocket::Fd(fd) => UserEndpoint::Connected(unsafe { OwnedFd::from_raw_fd(*fd) }),
     };
-    user.open(endpoint, &socket.to_string()).map_err(|source| Error::User { socket: socket.clone(), source })
+    let options = UserOptions { confined, ..UserOptions::default() };
+    user.open_with(endpoint, &socket.to_string(), options)
+        .map_err(|source| Error::User { socket: socket.clone(), source })
 }

@@ -3,15 +3,34 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
+use devices::pinblk::PinBlk;
 use devices::vfio_pci::VfioPci;
 use vfio_bridge::Quarantine;
 use vtd::Requester;
 
 use crate::machine::control::{Control, Stop};
 
+/// What has DMA that can be stopped.
+pub trait Stoppable: Send + Sync {
+    /// Stops its DMA for good. After `Ok` it does none.
+    fn quarantine(&self) -> Result<(), String>;
+}
+
+impl Stoppable for VfioPci {
+    fn quarantine(&self) -> Result<(), String> {
+        self.quarantine()
+    }
+}
+
+impl Stoppable for PinBlk {
+    fn quarantine(&self) -> Result<(), String> {
+        self.quarantine()
+    }
+}
+
 /// Stops functions whose mappings the host did not take away (B-11).
 pub struct Breaker {
-    functions: Mutex<BTreeMap<Requester, Weak<VfioPci>>>,
+    functions: Mutex<BTreeMap<Requester, Weak<dyn Stoppable>>>,
     control: Arc<Control>,
 }
 
@@ -22,8 +41,9 @@ impl Breaker {
     }
 
     /// `function` is the function at `requester`.
-    pub fn add(&self, requester: Requester, function: &Arc<VfioPci>) {
-        self.functions.lock().unwrap().insert(requester, Arc::downgrade(function));
+    pub fn add<F: Stoppable + 'static>(&self, requester: Requester, function: &Arc<F>) {
+        let function: Weak<dyn Stoppable> = Arc::<F>::downgrade(function);
+        self.functions.lock().unwrap().insert(requester, function);
     }
 }
 

@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use vfio_bridge::{Function, GroupId, Limits};
 
+use super::open::Pinning;
+
 /// Says what the host allows (B-13), and what it costs (B-12).
-pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
+pub fn report(limits: &[(GroupId, Limits)], pinning: Pinning, ram: u64) {
     for (group, limits) in limits {
         let ranges: Vec<String> = limits.iova_ranges.iter().map(ToString::to_string).collect();
         let memlock = limits.memlock.map_or_else(|| "unlimited".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
@@ -13,16 +15,26 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
             "host group {group}: maps {} with pages of {}, {} mappings; locked memory {memlock}",
             ranges.join(" and "),
             page_sizes(limits.page_sizes),
-            limits.entries
+            if limits.entries == u64::MAX { "any number of".to_owned() } else { limits.entries.to_string() }
         );
     }
-    if limits.len() > 1 {
-        log::info!(
-            "{} host groups pin the guest's memory once each while they are untranslated: {} MiB in all",
-            limits.len(),
-            (ram >> 20) * limits.len() as u64
-        );
+    for line in pinned(pinning, ram >> 20) {
+        log::info!("{line}");
     }
+}
+
+/// What guest memory of `mib` MiB costs, a sentence for each kind of host.
+fn pinned(Pinning { type1, iommufd, once }: Pinning, mib: u64) -> Vec<String> {
+    let by_type1 = format!(
+        "{type1} host groups pin the guest's memory once each while they are untranslated: {} MiB in all",
+        mib * type1 as u64
+    );
+    let by_iommufd = match once {
+        true => format!("iommufd pins the guest's memory once for its {iommufd} host group(s): {mib} MiB"),
+        false => format!("iommufd pins the guest's memory for each of its spaces: {mib} MiB or more"),
+    };
+    let said = [(type1 > 1, by_type1), (iommufd > 0, by_iommufd)];
+    said.into_iter().filter_map(|(is_so, line)| is_so.then_some(line)).collect()
 }
 
 /// Says how each function is reset (F-4); a warning where what the guest told it can outlive a reset of the guest. And
@@ -30,7 +42,9 @@ pub fn report(limits: &[(GroupId, Limits)], ram: u64) {
 pub fn report_functions(functions: &[Arc<dyn Function>]) {
     for function in functions {
         let (name, way) = (function.name(), function.reset_way());
-        if function.is_emulated() {
+        if function.is_confined() {
+            log::info!("{name}: its process is given no memory, and asks for each access by message");
+        } else if function.is_emulated() {
             log::info!("{name}: its process is given the guest's memory and trusted to use only what is mapped");
         }
         if way.is_sure() {
@@ -62,5 +76,16 @@ mod tests {
     #[test]
     fn page_sizes_are_named() {
         assert_eq!(page_sizes(0x4020_1000), "4K, 2M, 1G");
+    }
+
+    #[test]
+    fn b12_how_often_memory_is_pinned_is_said() {
+        let said = |type1, iommufd, once| pinned(Pinning { type1, iommufd, once }, 512);
+        assert_eq!(said(0, 0, false), [""; 0]);
+        assert_eq!(said(1, 0, false), [""; 0]);
+        assert!(said(2, 0, false)[0].contains("1024 MiB in all"));
+        assert!(said(0, 2, true)[0].contains("once for its 2 host group(s): 512 MiB"));
+        assert!(said(0, 1, false)[0].contains("each of its spaces"));
+        assert_eq!(said(2, 1, true).len(), 2);
     }
 }

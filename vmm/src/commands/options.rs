@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::config::{DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
+use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
 
 /// Why an option's value is wrong. A sentence for the user.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -184,19 +184,28 @@ impl std::str::FromStr for DeviceOption {
         let (keys, kind) = match kind {
             "vfio" => {
                 let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id"])?;
-                keys.get("backend", |value| match value {
-                    "auto" | "type1" => Ok(()),
-                    "iommufd" => unavailable("the iommufd backend"),
+                let backend = keys.get("backend", |value| match value {
+                    "auto" => Ok(None),
+                    "type1" => Ok(Some(Backend::Type1)),
+                    "iommufd" => Ok(Some(Backend::Iommufd)),
                     _ => bad(format!("`{value}` is not auto, type1 or iommufd")),
                 })?;
                 let host = keys
                     .get("host", |text| text.parse().map_err(|e: vfio_bridge::BdfError| BadOption(e.to_string())))?
                     .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
-                (keys, DeviceKind::Vfio { host })
+                (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
+            "pinblk" => {
+                let keys = Keys::parse(kind, rest, &["addr", "file", "id"])?;
+                let file = keys.get("file", |text| match text {
+                    "" => bad("a path is expected"),
+                    path => Ok(path.into()),
+                })?;
+                (keys, DeviceKind::PinBlk { file })
+            }
             "vfio-user" => {
-                let keys = Keys::parse(kind, rest, &["addr", "fd", "id", "socket"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;
                 let path = keys.get("socket", |text| match text {
                     "" => bad("a path is expected"),
                     path => Ok(UserSocket::Path(path.into())),
@@ -207,9 +216,10 @@ impl std::str::FromStr for DeviceOption {
                     (None, None) => return bad("vfio-user: socket=PATH (or fd=N) is missing"),
                     (Some(_), Some(_)) => return bad("vfio-user: socket=PATH and fd=N exclude each other"),
                 };
-                (keys, DeviceKind::VfioUser { socket })
+                let confine = keys.switch("confine")?.unwrap_or(false);
+                (keys, DeviceKind::VfioUser { socket, confine })
             }
-            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user or edu")),
+            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user, edu or pinblk")),
         };
         Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
     }

@@ -72,6 +72,9 @@ fn iommu_keys() {
 #[test]
 fn device_keys() {
     assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
+    let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
+    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None });
+    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()) });
 
     let host = Bdf { domain: 0, bus: 0, device: 9, function: 0 };
     assert_eq!(
@@ -79,20 +82,31 @@ fn device_keys() {
         Ok(DeviceOption {
             id: Some("disk".into()),
             addr: Some(Slot { device: 0x1e, function: 7 }),
-            kind: DeviceKind::Vfio { host }
+            kind: DeviceKind::Vfio { host, backend: Some(Backend::Type1) }
         })
     );
+    let backend = |text: &str| match text.parse::<DeviceOption>().unwrap().kind {
+        DeviceKind::Vfio { backend, .. } => backend,
+        _ => None,
+    };
+    for key in ["", ",backend=auto"] {
+        assert_eq!(backend(&format!("vfio,host=00:09.0{key}")), None);
+    }
+    assert_eq!(backend("vfio,host=00:09.0,backend=iommufd"), Some(Backend::Iommufd));
     let user = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
-    assert_eq!(user("vfio-user,socket=/run/x"), DeviceKind::VfioUser { socket: UserSocket::Path("/run/x".into()) });
-    assert_eq!(user("vfio-user,fd=5,addr=03.0"), DeviceKind::VfioUser { socket: UserSocket::Fd(5) });
+    let process = |socket, confine| DeviceKind::VfioUser { socket, confine };
+    assert_eq!(user("vfio-user,socket=/run/x"), process(UserSocket::Path("/run/x".into()), false));
+    assert_eq!(user("vfio-user,fd=5,addr=03.0,confine=off"), process(UserSocket::Fd(5), false));
+    assert_eq!(user("vfio-user,confine=on,fd=5"), process(UserSocket::Fd(5), true));
     for (text, part) in [
+        ("vfio-user,fd=5,confine=yes", "`on` or `off` is expected"),
+        ("vfio,host=00:09.0,confine=on", "unknown key `confine`"),
         ("vfio", "host=BDF is missing"),
         ("vfio,host=09.0", "not a PCI address"),
         ("vfio,host=00:20.0", "not a PCI address"),
         ("vfio,host=00:09.8", "not a PCI address"),
         ("vfio,host=0:0:0:0.0", "not a PCI address"),
         ("vfio,host=+0:09.0", "not a PCI address"),
-        ("vfio,host=00:09.0,backend=iommufd", "not available in this version"),
         ("vfio,host=00:09.0,backend=foo", "not auto, type1 or iommufd"),
         ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, host, id"),
         ("vfio,host=00:09.0,host=00:09.0", "given twice"),
@@ -107,7 +121,9 @@ fn device_keys() {
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
-        ("floppy", "vfio, vfio-user or edu"),
+        ("pinblk,host=00:09.0", "the keys are addr, file, id"),
+        ("pinblk,file=", "a path is expected"),
+        ("floppy", "vfio, vfio-user, edu or pinblk"),
     ] {
         let message = error::<DeviceOption>(text);
         assert!(message.contains(part), "{text}: {message}");

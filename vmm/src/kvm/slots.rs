@@ -1,5 +1,10 @@
 //! Pieces of files (BARs) in the guest-physical map, while the guest runs.
+//!
+//! # Order (F-3)
+//! A piece that goes leaves the guest first, then the DMA of every device ([`Peers::go`]), then this process. One that
+//! comes is mapped here, then for devices, then for the guest. Nobody here reads or writes it (F-2).
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,8 +15,41 @@ use devices::Told;
 use devices::host::{HostWindow, MemorySlots, SlotId};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use vtd::Requester;
 
-/// A mapping of ours of a piece of a file. Only the guest touches the memory.
+/// A part of a BAR of an assigned function: its place in the guest-physical map, and in this process.
+pub struct BarWindow {
+    /// The function.
+    pub of: Requester,
+    /// First guest-physical address.
+    pub gpa: u64,
+    /// Bytes, a multiple of 4096.
+    pub len: u64,
+    /// Where it is in this process. Only the guest and devices touch it.
+    hva: u64,
+    mapped: Arc<Mapped>,
+}
+
+impl BarWindow {
+    /// Where it is in this process: a shared mapping of the BAR, which nothing in this process reads or writes, and
+    /// which is there for as long as what comes with it.
+    pub fn host_memory(&self) -> (u64, Arc<dyn Any + Send + Sync>) {
+        (self.hva, self.mapped.clone())
+    }
+}
+
+/// The other devices, whose DMA can reach a BAR.
+pub trait Peers: Send + Sync {
+    /// `window` is there: devices reach it, as far as the guest's tables and the host let them, before this returns.
+    ///
+    /// # Errors
+    /// Something else is there. Then nothing changed.
+    fn come(&self, window: &BarWindow) -> io::Result<()>;
+    /// What came at `gpa` and `len` bytes long is gone: no device reaches it when this returns.
+    fn go(&self, gpa: u64, len: u64);
+}
+
+/// A mapping of ours of a piece of a file. Only the guest and devices touch the memory.
 struct Mapped {
     at: NonNull<libc::c_void>,
     len: usize,
@@ -19,6 +57,8 @@ struct Mapped {
 
 // SAFETY: the mapping belongs to the process, not to a thread, and no reference into it is ever made.
 unsafe impl Send for Mapped {}
+// SAFETY: what it has is read only.
+unsafe impl Sync for Mapped {}
 
 impl Mapped {
     fn new(window: &HostWindow) -> io::Result<Self> {
@@ -38,7 +78,8 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: this mapping is ours alone, and its memory slot is gone before it is dropped.
+        // SAFETY: this mapping is ours alone, its memory slot is gone before it is dropped, and who maps it for devices
+        // keeps it meanwhile.
         unsafe { libc::munmap(self.at.as_ptr(), self.len) };
     }
 }
@@ -46,35 +87,58 @@ impl Drop for Mapped {
 struct State {
     next: u32,
     free: Vec<u32>,
-    mapped: BTreeMap<SlotId, (kvm_userspace_memory_region, Mapped)>,
+    mapped: BTreeMap<SlotId, (kvm_userspace_memory_region, Arc<Mapped>)>,
 }
 
-/// [`MemorySlots`] over KVM.
+/// Sets a memory slot of KVM.
+pub(crate) type SetSlot = Box<dyn Fn(kvm_userspace_memory_region) -> io::Result<()> + Send + Sync>;
+
+/// Memory slots of KVM, for BARs.
 pub struct KvmSlots {
-    vm: Arc<VmFd>,
+    set: SetSlot,
+    peers: Arc<dyn Peers>,
+    // Never held while `peers` are told: they wait for drains.
     state: Mutex<State>,
     told: Told,
 }
 
+/// [`MemorySlots`] over KVM, of one function.
+pub struct FunctionSlots {
+    /// All slots.
+    pub slots: Arc<KvmSlots>,
+    /// The function whose BARs these are.
+    pub of: Requester,
+}
+
 impl KvmSlots {
-    /// With slots from `first` on.
-    pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
+    /// With slots from `first` on. `peers` hear of each window.
+    pub fn new(vm: Arc<VmFd>, first: u32, peers: Arc<dyn Peers>) -> Self {
+        let set = move |region| {
+            // SAFETY: a region that is not empty is a mapping that `state` keeps until the slot is empty again.
+            unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+        };
+        Self::with(Box::new(set), first, peers)
+    }
+
+    /// The same with another KVM.
+    pub(crate) fn with(set: SetSlot, first: u32, peers: Arc<dyn Peers>) -> Self {
         Self {
-            vm,
+            set,
+            peers,
             state: Mutex::new(State { next: first, free: Vec::new(), mapped: BTreeMap::new() }),
             told: Told::default(),
         }
     }
 
-    fn set(&self, region: kvm_userspace_memory_region) -> io::Result<()> {
-        // SAFETY: a region that is not empty is a mapping that `state` keeps until the slot is empty again.
-        unsafe { self.vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    /// For devices first, then for the guest.
+    fn map(&self, of: Requester, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
+        let mapped = Arc::new(Mapped::new(window)?);
+        let hva = mapped.at.as_ptr() as u64;
+        self.peers.come(&BarWindow { of, gpa, len: window.len, hva, mapped: mapped.clone() })?;
+        self.map_for_guest(gpa, window, mapped).inspect_err(|_| self.peers.go(gpa, window.len))
     }
-}
 
-impl MemorySlots for KvmSlots {
-    fn map(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
-        let mapped = Mapped::new(window)?;
+    fn map_for_guest(&self, gpa: u64, window: &HostWindow, mapped: Arc<Mapped>) -> io::Result<SlotId> {
         let mut state = self.state.lock().unwrap();
         let slot = state.free.last().copied().unwrap_or(state.next);
         let region = kvm_userspace_memory_region {
@@ -84,7 +148,7 @@ impl MemorySlots for KvmSlots {
             memory_size: window.len,
             userspace_addr: mapped.at.as_ptr() as u64,
         };
-        self.set(region)?;
+        (self.set)(region)?;
         if state.free.pop().is_none() {
             state.next += 1;
         }
@@ -92,10 +156,11 @@ impl MemorySlots for KvmSlots {
         Ok(SlotId(slot))
     }
 
+    /// Out of the guest first, then out of the DMA of devices.
     fn unmap(&self, slot: SlotId) {
         let mut state = self.state.lock().unwrap();
         let Some((region, mapped)) = state.mapped.remove(&slot) else { return };
-        match self.set(kvm_userspace_memory_region { memory_size: 0, ..region }) {
+        match (self.set)(kvm_userspace_memory_region { memory_size: 0, ..region }) {
             Ok(()) => state.free.push(slot.0),
             Err(e) => {
                 // Fail closed: without the mapping behind it the slot gives the guest nothing.
@@ -107,33 +172,21 @@ impl MemorySlots for KvmSlots {
                 });
             }
         }
+        drop(state);
+        self.peers.go(region.guest_phys_addr, region.memory_size);
         drop(mapped);
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kvm::vm;
-
-    #[test]
-    fn a_slot_can_be_used_again_at_once_when_its_window_left() {
-        let Ok(kvm) = vm::open() else {
-            eprintln!("no /dev/kvm: nothing to check");
-            return;
-        };
-        let slots = KvmSlots::new(vm::create(&kvm).unwrap(), 3);
-        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
-        file.set_len(0x3000).unwrap();
-        let fd = Arc::new(std::os::fd::OwnedFd::from(file));
-        let window = |writable| HostWindow { fd: fd.clone(), offset: 0x1000, len: 0x2000, writable };
-        let first = slots.map(0xc000_0000, &window(true)).unwrap();
-        // The kernel refuses overlapping slots, so this proves that the first is there, and then that it is gone.
-        assert!(slots.map(0xc000_1000, &window(true)).is_err());
-        slots.unmap(first);
-        slots.unmap(first);
-        let again = slots.map(0xc000_1000, &window(false)).unwrap();
-        assert_eq!((first, again), (SlotId(3), SlotId(3)));
-        assert_eq!(slots.map(0xd000_0000, &window(true)).unwrap(), SlotId(4));
+impl MemorySlots for FunctionSlots {
+    fn map(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
+        self.slots.map(self.of, gpa, window)
+    }
+    fn unmap(&self, slot: SlotId) {
+        self.slots.unmap(slot);
     }
 }
+
+#[cfg(test)]
+#[path = "slots_test.rs"]
+mod slots_test;

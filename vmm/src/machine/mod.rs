@@ -7,6 +7,7 @@ pub mod control_socket;
 pub mod dirty;
 pub mod events;
 mod legacy;
+mod peers;
 pub mod stats;
 mod steering;
 
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 use devices::bus::Overlap;
-use devices::dma::{DirectMemory, DmaTarget};
+use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::Edu;
 use devices::host::{IrqLine, PowerControl};
 use devices::ioapic::{EoiListener, IoApic};
@@ -30,6 +31,7 @@ use vtd::{Audit, Requester, SourceId, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
 use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
+use crate::assign::pinned_reads::PinnedReads;
 use crate::assign::{self, Assigned, Checked, UserRequests};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
@@ -39,7 +41,7 @@ use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
 use crate::kvm::memory::Ram;
-use crate::kvm::slots::KvmSlots;
+use crate::kvm::slots::{FunctionSlots, KvmSlots};
 use crate::kvm::vcpu::{self, Buses};
 use crate::kvm::vm;
 use crate::machine::control::{Control, Stop};
@@ -47,6 +49,7 @@ use crate::machine::legacy::Legacy;
 use crate::open_files;
 use crate::output::OutputWriter;
 use bars::NoPlace;
+use peers::PeerMemory;
 use stats::{Device, Stats};
 
 impl PowerControl for Control {
@@ -128,6 +131,7 @@ pub struct Machine {
     interrupts: Arc<KvmInterrupts>,
     unit: Option<Arc<Unit<Ram>>>,
     bridge: Arc<Bridge>,
+    peers: Arc<PeerMemory>,
     tables: Tables,
     ram: Arc<Ram>,
     ram_size: u64,
@@ -163,6 +167,10 @@ struct Placed {
     requester: Requester,
     /// Of the host's function: its address, and the kernel's number of its group.
     host: Option<(Bdf, GroupId)>,
+    /// The function, if another process emulates it.
+    process: Option<Arc<dyn Function>>,
+    /// Of a device that pins.
+    pins: Option<Arc<PinnedReads>>,
 }
 
 fn insert(bus: &Bus, first: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
@@ -220,18 +228,17 @@ impl Machine {
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { config: wanted, names, slots: places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
-        let for_processes = checked.iter().any(|function| matches!(function, Checked::User(_)));
+        let for_processes = checked.iter().any(|function| matches!(function, Checked::User { .. }));
         let ram = memory::create(wanted.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
 
         let assigned = assign::open(&vm, &ram, wanted.memory, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(wanted.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
-        assign::report(&assigned.limits, wanted.memory);
+        assign::report(&assigned.limits, assigned.pinning, wanted.memory);
         assign::report_functions(&assigned.functions);
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
-        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot));
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output, drained)?;
 
@@ -245,7 +252,7 @@ impl Machine {
                 config.interrupt_remapping = option.interrupt_remapping;
                 config.extended_interrupt_mode = option.extended_interrupt_mode;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
-                let listener: Arc<dyn SpaceListener> = match trace {
+                let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
@@ -258,6 +265,8 @@ impl Machine {
             }
         };
         let bridge = assigned.bridge.clone();
+        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
+        let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
         let mut plug = Plug {
             platform: &platform,
             unit: unit.as_ref(),
@@ -316,6 +325,7 @@ impl Machine {
             interrupts,
             unit,
             bridge,
+            peers,
             tables,
             ram,
             ram_size: wanted.memory,
@@ -406,6 +416,7 @@ impl Machine {
     /// Compares the guest's tables, the shadows, and what the host was handed. A trace gets the ledgers.
     pub fn audit(&self, trace: Option<&Trace>) -> Audit {
         let bridge = &self.bridge;
+        let _unchanged = self.peers.hold();
         if let Some(trace) = trace {
             bridge.trace_ledgers(trace);
         }
@@ -447,6 +458,8 @@ impl Machine {
                 .stats(placed.requester)
                 .zip(self.bridge.backend(placed.requester))
                 .map(|(counts, backend)| stats::Bridge { backend, counts }),
+            dma_messages: placed.process.as_ref().and_then(|function| function.dma_messages()),
+            pins: placed.pins.as_ref().map(|pins| pins.stats()),
         });
         let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
         Stats {
@@ -494,21 +507,39 @@ impl Plug<'_> {
             let place = |source| Error::Slot { id: id.clone(), source };
             let sid = SourceId::new(0, slot.device, slot.function);
             let requester = self.platform.root.requester(sid);
-            let mut host = None;
+            let (mut host, mut process, mut pins) = (None, None, None);
             let function: Arc<dyn PciFunction> = match &option.kind {
                 DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
                     // One open function for each of these devices, in the same order.
                     let Some(function) = functions.next() else { continue };
                     host = function.bdf().map(|bdf| (bdf, function.group()));
+                    process = function.is_emulated().then(|| function.clone());
                     let vfio = self.assign(requester, function, &assigned.bridge)?;
                     assigned.breaker.add(requester, &vfio);
                     self.assigned.push((id.clone(), vfio.clone()));
                     vfio
                 }
                 DeviceKind::Edu => self.edu(requester)?,
+                DeviceKind::PinBlk { file } => {
+                    // It was checked that there is a unit.
+                    let Some(unit) = self.unit else { continue };
+                    let wiring = assign::PinBlkWiring {
+                        requester,
+                        unit,
+                        bridge: &assigned.bridge,
+                        software: &assigned.software,
+                        breaker: assigned.breaker.clone(),
+                        interrupts: self.interrupts.clone(),
+                        decoder: self.platform.root.decoder(),
+                    };
+                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
+                    assigned.breaker.add(requester, &device);
+                    pins = Some(reads);
+                    device
+                }
             };
             self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host });
+            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process, pins });
         }
         Ok(placed)
     }
@@ -522,7 +553,10 @@ impl Plug<'_> {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
         let memory: Box<dyn DmaTarget> = match self.unit {
-            Some(unit) => Box::new(unit.endpoint(requester)),
+            Some(unit) => {
+                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
+                Box::new(BehindUnit { endpoint, decoder })
+            }
             None => Box::new(DirectMemory((**self.ram).clone())),
         };
         let line = self.line(requester, 1);
@@ -554,7 +588,7 @@ impl Plug<'_> {
             requester,
             host: function,
             decoder: self.platform.root.decoder(),
-            slots: self.slots.clone(),
+            slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
             interrupts: self.interrupts.clone(),
             intx,
         })

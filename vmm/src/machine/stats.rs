@@ -39,7 +39,7 @@ pub struct Exit {
 pub struct Device {
     /// Its id.
     pub id: String,
-    /// vfio, vfio-user or edu.
+    /// vfio, vfio-user, edu or pinblk.
     pub kind: &'static str,
     /// Its address in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,15 +49,21 @@ pub struct Device {
     /// Its IOMMU group in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
-    /// What the bridge did, for vfio and vfio-user.
+    /// What the bridge did, for all that are behind it: vfio, vfio-user and pinblk.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<Bridge>,
+    /// What it asked for by message, for vfio-user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma_messages: Option<vfio_bridge::DmaMessages>,
+    /// What it pinned, for pinblk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pins: Option<vfio_bridge::PinStats>,
 }
 
 /// What the bridge did for a device.
 #[derive(Serialize, Default, Debug)]
 pub struct Bridge {
-    /// type1 or vfio-user.
+    /// type1, iommufd, vfio-user or software.
     pub backend: &'static str,
     /// Its counts.
     #[serde(flatten)]
@@ -132,6 +138,8 @@ mod tests {
                 addr: "00:05.0".into(),
                 group: Some(3),
                 bridge: Some(Bridge { backend: "type1", ..Default::default() }),
+                dma_messages: None,
+                pins: Some(vfio_bridge::PinStats { late: 1, ..Default::default() }),
             }],
             units: vec![Unit {
                 id: "vtd0".into(),
@@ -143,7 +151,8 @@ mod tests {
             "devices":[{"id":"vfio0","kind":"vfio","host":"0000:00:09.0","addr":"00:05.0","group":3,"backend":"type1",
               "host_maps":0,"host_unmaps":0,"mapped_bytes_total":0,"unmapped_bytes_total":0,"live_extents":0,"live_bytes":0,
               "peak_extents":0,"refused_maps":{"limit":0,"memlock":0,"range":0,"target":0,"other":0},"host_time_ns":0,
-              "splits":0,"splits_open_ns":0,"unmaps_refused":0,"quarantined":0}],
+              "splits":0,"splits_open_ns":0,"unmaps_refused":0,"quarantined":0,
+              "pins":{"pinned_pages":0,"pins":0,"refused":0,"notices":0,"left_pinned":0,"late":1}}],
             "units":[{"id":"vtd0","descriptors":{"context_cache":0,"iotlb":0,"device_tlb":0,"interrupt_entry":0,"wait":0},
               "register_invalidations":0,"queue_errors":0,"faults":{"0x05":1},"faults_dropped":0,"leaves_walked":0,
               "map_ops":0,"unmap_ops":0,"maps_refused":0,"bounds_exhausted":0}],

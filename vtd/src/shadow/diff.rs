@@ -4,6 +4,7 @@
 //! The diff compares translations, not shapes: where an address leads to the same place with the same permission before
 //! and after, nothing is said about it, whatever leaves or extents it belonged to.
 
+use super::elsewhere::Elsewhere;
 use super::extents::{Extent, Extents};
 use crate::ids::{Gpa, Iova};
 use crate::listener::{MapOp, Mapping};
@@ -13,6 +14,8 @@ use crate::range::{GpaRange, IovaRange};
 #[derive(Default, Debug)]
 pub(crate) struct Shadow {
     extents: Extents,
+    /// Where leaves lead that it was told of and refused.
+    elsewhere: Elsewhere,
 }
 
 /// The changes of one batch. Unmaps are given before maps, whatever order they were found in.
@@ -68,6 +71,27 @@ impl Shadow {
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.extents.clear();
+        self.elsewhere.clear();
+    }
+
+    /// Everything is about to be compared: what was refused is told again, if it is there.
+    pub(crate) fn begin_whole(&mut self) {
+        self.elsewhere.clear();
+    }
+
+    /// Whether something in it leads to `targets`, or something that was refused may.
+    pub(crate) fn leads_into(&self, targets: GpaRange) -> bool {
+        self.elsewhere.meets(targets) || self.iter().any(|extent| extent.leading_into(targets).is_some())
+    }
+
+    /// The listener refused `range`: takes it out.
+    pub(crate) fn refuse(&mut self, range: IovaRange) {
+        let Self { extents, elsewhere } = self;
+        let reached = extents.from(range.first).take_while(|extent| extent.first <= range.last);
+        for extent in reached.map(|extent| extent.within(range.first, range.last)) {
+            elsewhere.add(GpaRange::new(extent.gpa, extent.gpa + (extent.last - extent.first)));
+        }
+        self.remove(range);
     }
 
     /// The extents in ascending order.
@@ -127,6 +151,7 @@ impl Shadow {
     /// What leads to `targets` is to be told anew: takes it out, and takes in `runs`, which lead there, ascending and
     /// disjoint, except where something stays that leads elsewhere. Adds the same to `changes`, which are empty.
     pub(crate) fn renew(&mut self, targets: GpaRange, runs: &[Mapping], changes: &mut Changes) {
+        self.elsewhere.forget(targets);
         // Unmaps are joined over gaps as long as nothing lies between them that stays.
         let mut stays_since_unmap = true;
         for extent in self.iter() {

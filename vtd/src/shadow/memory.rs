@@ -8,8 +8,11 @@
 //! that the guest did not invalidate yet, may come early, where nothing else is mapped: a guest in Caching Mode
 //! promises nothing about an entry between its change and its invalidation.
 //!
-//! What was refused because there was no memory is in no shadow, so each space is walked whole, within the same bounds
-//! as by a global invalidation.
+//! A space of which nothing leads into the range, neither what is in its shadow nor what was refused ([`elsewhere`]),
+//! is left alone: that is found without a look at the tables. What was refused because there was no memory is in no
+//! shadow, so any other space is walked whole, within the same bounds as by a global invalidation.
+//!
+//! [`elsewhere`]: super::elsewhere
 
 use vm_memory::GuestMemoryBackend;
 

@@ -8,6 +8,7 @@
 mod attach;
 mod audit;
 mod diff;
+mod elsewhere;
 mod extents;
 mod flush;
 mod members;

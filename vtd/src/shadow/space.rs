@@ -89,7 +89,7 @@ impl Space {
     /// The listener does not have these.
     pub(crate) fn lose(&mut self, refused: &[Refusal]) {
         if let State::Open(shadow) = &mut self.state {
-            refused.iter().for_each(|refusal| shadow.remove(refusal.range));
+            refused.iter().for_each(|refusal| shadow.refuse(refusal.range));
         }
     }
 
@@ -141,6 +141,9 @@ impl Space {
 
     /// What leads to `targets` is told anew; nothing else is touched (B-15).
     pub(crate) fn renew<M: GuestMemoryBackend>(&mut self, core: &Core<M>, scratch: &mut Scratch, targets: GpaRange) {
+        if !self.shadow().is_some_and(|shadow| shadow.leads_into(targets)) {
+            return;
+        }
         let State::Open(mut shadow) = std::mem::replace(&mut self.state, State::Blocked) else { return };
         match self.comparison(core, scratch, &mut shadow).renewal(targets) {
             Ok(()) => self.state = State::Open(shadow),
@@ -201,6 +204,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
     fn whole(&mut self) -> Result<(), Exhausted> {
         let Scratch { found, changes, .. } = &mut *self.scratch;
         changes.clear();
+        self.shadow.begin_whole();
         found.entries_left = self.core.config.bounds.table_entries;
         walk(self.core, &self.key, IovaRange::ALL, Merge::Aligned, found)?;
         if found.runs.is_empty() && !self.shadow.is_empty() {
@@ -284,7 +288,7 @@ impl<M: GuestMemoryBackend> Comparison<'_, M> {
             let lost = self.scratch.refused.len();
             apply(self.core, self.key, self.scratch);
             for refusal in &self.scratch.refused[lost..] {
-                self.shadow.remove(refusal.range);
+                self.shadow.refuse(refusal.range);
             }
         }
         self.scratch.changes.clear();

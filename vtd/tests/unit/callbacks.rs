@@ -180,6 +180,22 @@ fn rule11_what_takes_the_queue_lock_panics_from_inside() {
     assert_eq!(rig.unit.attachments().len(), 1);
 }
 
+#[cfg(debug_assertions)]
+#[test]
+fn rule11_what_takes_the_queue_lock_panics_on_a_thread_that_a_listener_waits_for() {
+    let (_rig, _, caller) = calling();
+    let unit = caller.unit.lock().unwrap().upgrade().unwrap();
+    let panics = |unit: &Unit<Memory>| catch_unwind(AssertUnwindSafe(|| unit.attachments().len())).is_err();
+    let thread = std::thread::spawn(move || {
+        let outer = vtd::InsideNotification::enter();
+        drop(vtd::InsideNotification::enter());
+        let inside = panics(&unit);
+        drop(outer);
+        (inside, panics(&unit))
+    });
+    assert_eq!(thread.join().unwrap(), (true, false));
+}
+
 #[test]
 fn rule11_another_thread_waits_for_the_drain() {
     let (mut rig, root, caller) = calling();

@@ -122,7 +122,7 @@ fn names_of_tests(packages: &BTreeMap<String, Package>) -> Vec<String> {
         names.extend(packages[package].tests.iter().map(|test| format!("{package}::{test}")));
     }
     let images = functions("tests/images/src/suite");
-    for place in ["vfio_user", "emulated"] {
+    for place in ["vfio_user", "emulated", "confined"] {
         names.extend(images.iter().map(|test| format!("images::{place}::{test}")));
     }
     names

@@ -1,11 +1,9 @@
 //! What is known of a group's writes, until somebody asks; and who is tracked at all.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::tracking::Found;
-use crate::host::GroupId;
 
 /// What an unmap may lose while devices are tracked (E-3).
 ///
@@ -86,6 +84,3 @@ impl GroupLog {
         self.lock().as_mut().map(|logged| std::mem::take(&mut logged.found))
     }
 }
-
-/// The logs of the groups in a host space.
-pub(crate) type Logs = BTreeMap<GroupId, Arc<GroupLog>>;

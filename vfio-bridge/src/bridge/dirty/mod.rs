@@ -18,6 +18,6 @@ mod pages;
 mod tracking;
 
 pub use self::log::DirtyRace;
-pub(crate) use self::log::{All, GroupLog, Logs};
+pub(crate) use self::log::{All, GroupLog};
 pub use self::pages::DirtyPages;
 pub(crate) use self::tracking::{Found, Tracking};

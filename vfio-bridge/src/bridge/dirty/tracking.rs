@@ -92,7 +92,7 @@ impl Tracking {
     /// What is dirty since the last time: of what is mapped, and of what was. Nothing that the host says is believed
     /// once the books are not (`broken`).
     pub fn read(&mut self, host: &dyn HostIommu, space: HostSpaceId, ledger: &Ledger, broken: bool) -> Found {
-        let all: Vec<Extent> = ledger.extents().copied().collect();
+        let all: Vec<Extent> = ledger.extents().collect();
         // Also where nothing can be written: how it is known does not change with what is mapped.
         self.found.knowledge = self.found.knowledge.max(self.knowledge());
         match self.support.filter(|_| !broken) {

@@ -8,7 +8,7 @@ use vtd::IovaRange;
 use super::{Contents, Held, HostOp, Model, State};
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
-use crate::host::{GroupId, HostSpaceId, UnmapRange};
+use crate::host::{GroupId, HostSpaceId, HostStream, UnmapRange};
 
 /// Which IOVAs devices write by cached translations of these mappings, before the IOTLB is flushed.
 pub(super) type Window = Box<dyn FnMut(&[Held]) -> Vec<u64> + Send>;
@@ -55,8 +55,16 @@ impl Model {
 
     /// A device of `group` writes at `iova`. Gives back the host address that it wrote to; `None` if it could not.
     pub fn write(&self, group: GroupId, iova: u64) -> Option<u64> {
+        self.write_in(self.space_of(group)?, iova)
+    }
+
+    /// The same of a device, or a part of one, of a group that is attached device by device.
+    pub fn write_stream(&self, stream: HostStream, iova: u64) -> Option<u64> {
+        self.write_in(self.space_of_stream(stream)?, iova)
+    }
+
+    fn write_in(&self, space: HostSpaceId, iova: u64) -> Option<u64> {
         let mut state = self.state();
-        let space = state.groups.get(&group).copied().flatten()?;
         let (_, held) = state.spaces.get(&space)?.range(..=iova).next_back()?;
         let hva = (iova <= held.last() && held.perm.writable()).then(|| held.hva + (iova - held.iova))?;
         state.tracker.note(space, iova);

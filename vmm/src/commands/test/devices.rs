@@ -10,6 +10,8 @@ pub struct Devices {
     wanted: Vec<(String, DeviceOption)>,
     /// The user named none: each edu gets a process of its own.
     by_processes: bool,
+    /// Those are given no file of the guest's memory.
+    confine: bool,
 }
 
 /// The devices of one machine.
@@ -24,15 +26,22 @@ pub struct Placed {
 }
 
 impl Devices {
-    /// Those that the user asked for: each text, and what it means.
-    pub fn new(wanted: Vec<(String, DeviceOption)>) -> Self {
+    /// Those that the user asked for: each text, and what it means. If there are processes, they are given no file of
+    /// the guest's memory under `confine`.
+    pub fn new(wanted: Vec<(String, DeviceOption)>, confine: bool) -> Self {
         let by_processes = wanted.is_empty();
-        Self { wanted, by_processes }
+        Self { wanted, by_processes, confine }
+    }
+
+    /// `--device` for the edu of another process at the other end of descriptor `fd`, in place of `option`.
+    pub fn of_process(&self, option: &str, fd: i32) -> String {
+        let confine = if self.confine { ",confine=on" } else { "" };
+        option.replacen("edu", &format!("vfio-user,fd={fd}{confine}"), 1)
     }
 
     /// Whether one machine at a time can have them.
     pub fn are_shared(&self) -> bool {
-        self.wanted.iter().any(|(_, option)| !matches!(option.kind, DeviceKind::Edu))
+        self.wanted.iter().any(|(_, option)| !option.kind.is_emulated())
     }
 
     /// The devices of a machine for `test`.
@@ -54,7 +63,7 @@ impl Devices {
             if is_process {
                 placed.processes.push(index);
             }
-            if is_process || option.kind != DeviceKind::Edu {
+            if is_process || !option.kind.is_emulated() {
                 // Where the image is told that it is. A bus without a free slot is refused at the start.
                 if let Some(Slot { device, function }) = option.addr.or_else(|| free.next()) {
                     if option.addr.is_none() {
@@ -86,7 +95,7 @@ mod tests {
 
     fn placed(wanted: &[&str], more: &[&str]) -> (Vec<String>, Vec<usize>, String) {
         let test = Test { name: String::new(), reboots: false, options: Vec::new(), devices: parse(more) };
-        let Placed { options, processes, words } = Devices::new(parse(wanted)).of(&test);
+        let Placed { options, processes, words } = Devices::new(parse(wanted), false).of(&test);
         (options, processes, words)
     }
 
@@ -111,12 +120,19 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_confined_if_that_is_wanted() {
+        let option = |confine| Devices::new(Vec::new(), confine).of_process("edu,addr=01.0", 7);
+        assert_eq!(option(false), "vfio-user,fd=7,addr=01.0");
+        assert_eq!(option(true), "vfio-user,fd=7,confine=on,addr=01.0");
+    }
+
+    #[test]
     fn emulated_devices_need_nothing_said() {
         let emulated = |texts: &[&str]| (texts.iter().map(|text| text.to_string()).collect(), vec![], String::new());
         assert_eq!(placed(&["edu,id=x"], &["edu"]), emulated(&["edu,id=x", "edu"]));
         // Without Caching Mode none could follow.
         let options = vec!["--iommu".to_owned(), "vtd,caching-mode=off".to_owned()];
         let test = Test { name: String::new(), reboots: false, options, devices: Vec::new() };
-        assert!(Devices::new(Vec::new()).of(&test).processes.is_empty());
+        assert!(Devices::new(Vec::new(), false).of(&test).processes.is_empty());
     }
 }

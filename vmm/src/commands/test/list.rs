@@ -55,7 +55,8 @@ fn parse(line: &str) -> Result<Test, String> {
         let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
         match option {
             [key, value] if key == "--device" => {
-                let device = value.parse().ok().filter(|device: &DeviceOption| device.kind == DeviceKind::Edu);
+                let allowed = [DeviceKind::Edu, DeviceKind::PinBlk { file: None }];
+                let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
                 devices.push((value.clone(), device.ok_or_else(refused)?));
             }
             [key, value] if ALLOWED.contains(&key.as_str()) && !value.starts_with('-') => {
@@ -76,12 +77,14 @@ mod tests {
         let test = parse("a1_x --iommu vtd,aw-bits=57 --device edu").unwrap();
         assert_eq!((test.name.as_str(), test.options.len(), test.devices.len()), ("a1_x", 2, 1));
         assert!(test.allows_assigned() && !test.reboots);
+        assert_eq!(parse("d3_x --device pinblk").unwrap().devices.len(), 1);
         assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
         let test = parse("a11_x reboots --cpus 2").unwrap();
         assert_eq!((test.name.as_str(), test.reboots, test.options.len()), ("a11_x", true, 2));
         for line in [
             "a --stats /x",
             "a --device vfio,host=0:1.0",
+            "a --device pinblk,file=/etc/passwd",
             "a --iommu",
             "a --cpus --log",
             "../a",

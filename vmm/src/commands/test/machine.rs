@@ -145,7 +145,7 @@ fn start(image: &ImageFile, test: &Test, devices: &Devices, limit: Duration, out
         // Its client's death is all that it would say.
         command.env("RUST_LOG", "error");
         started.push(command.spawn()?);
-        options[index] = options[index].replacen("edu", &format!("vfio-user,fd={}", ours.as_raw_fd()), 1);
+        options[index] = devices.of_process(&options[index], ours.as_raw_fd());
         sockets.push(ours);
     }
     let mut command = ourselves(&out, &sockets.iter().collect::<Vec<_>>())?;

@@ -45,6 +45,9 @@ pub struct TestArgs {
     /// process of its own, behind the bridge
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     devices: Vec<String>,
+    /// The processes that emulate an edu are given no file of the guest's memory: `confine=on` of `vfio-user`
+    #[arg(long, conflicts_with = "devices")]
+    confine: bool,
     /// Write the results as JUnit XML
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
@@ -113,7 +116,7 @@ impl<'a> Runner<'a> {
             options.push(device.parse().map_err(|e| stopped(USAGE)(format!("--device {device}: {e}")))?);
         }
         options::name_devices(&options).map_err(stopped(USAGE))?;
-        let devices = Devices::new(args.devices.iter().cloned().zip(options).collect());
+        let devices = Devices::new(args.devices.iter().cloned().zip(options).collect(), args.confine);
         let (image, tests) = match &args.image {
             None => (machine::ImageFile::of(SUITE).map_err(stopped(ERROR))?, list::of(SUITE, "suite")),
             Some(path) => {
