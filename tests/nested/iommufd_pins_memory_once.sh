@@ -15,11 +15,12 @@ pinned() { awk '/^nr_foll_pin_acquired/ { n += $2 } /^nr_foll_pin_released/ { n 
 
 # pinned_by DEVICE-OPTIONS: MiB of guest memory that are pinned while a guest of 512 MiB waits, untranslated.
 pinned_by() {
+    rm -f waiting.log
     before=$(pinned)
     causeway run --kernel "$KERNEL" --initrd waiting.cpio --memory 512M --cmdline "$GUEST_CMDLINE intel_iommu=off" --timeout "$(time_left)" \
         --device "vfio,host=$NVME$1" --device "vfio,host=$EDU$1" </dev/null >waiting.log 2>waiting.err &
     vmm=$!
-    wait_until 40 grep -q '^waiting' waiting.log || { cat waiting.log waiting.err; fail "the guest does not come up"; }
+    wait_until 40 grep -qs '^waiting' waiting.log || { cat waiting.log waiting.err; fail "the guest does not come up"; }
     pages=$(($(pinned) - before))
     grep -E '^Vm(Pin|Lck)' /proc/$vmm/status
     kill $vmm
