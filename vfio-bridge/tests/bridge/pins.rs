@@ -339,6 +339,26 @@ fn d3_a_client_that_never_answers_is_cut_off_and_if_it_cannot_be_stopped_the_mac
 }
 
 #[test]
+fn d3_a_client_that_lets_go_and_does_not_return_is_cut_off_too() {
+    let (rig, space) = Rig::one();
+    rig.done(&space, &[map(0x10000, 0, 2 * KIB4)]);
+    let (end, until) = channel::<()>();
+    let until = Mutex::new(until);
+    let limits = PinLimits { deadline: Duration::from_millis(50), ..LIMITS };
+    let answer = move |device: &Device, ranges: &[IovaRange]| {
+        let_go(device, ranges);
+        let _ = until.lock().expect("whole").recv();
+    };
+    let device = rig.device_with(1, limits, Box::new(answer));
+    device.pin(&[0x10000]).expect("mapped");
+    rig.done(&space, &[unmap(0x10000, 0x10fff)]);
+    let stats = device.client().stats();
+    assert_eq!((stats.late, stats.left_pinned, rig.stopped()), (1, 0, vec![requester(1)]));
+    assert_eq!(device.pin(&[0x11000]), Err(PinError::CutOff));
+    drop(end);
+}
+
+#[test]
 fn d3_a_client_that_panics_has_not_answered() {
     let (rig, space) = Rig::one();
     rig.done(&space, &[map(0x10000, 0, KIB4)]);
