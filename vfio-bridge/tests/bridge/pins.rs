@@ -60,6 +60,14 @@ pub struct Rig {
     pub bridge: Arc<Bridge>,
     pub stopped: Arc<Stopped>,
     pub groups: Vec<GroupId>,
+    /// All that were made: each is in the hands of its own thread, which ends when it leaves.
+    devices: Mutex<Vec<Arc<Device>>>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.devices.lock().expect("whole").iter().for_each(|device| device.leave());
+    }
 }
 
 impl Rig {
@@ -69,7 +77,7 @@ impl Rig {
         let groups: Vec<GroupId> = (0..devices).map(|_| software.open()).collect();
         let stopped = Arc::new(Stopped::default());
         let bridge = Arc::new(Bridge::new(vec![software], RAM.map(), stopped.clone()));
-        let rig = Self { bridge, stopped, groups };
+        let rig = Self { bridge, stopped, groups, devices: Mutex::default() };
         let spaces: Vec<SpaceKey> = (1..=devices).map(|device| paged(device.into(), 48)).collect();
         for (device, space) in (1..).zip(&spaces) {
             rig.bridge.register(requester(device), rig.groups[usize::from(device) - 1]).expect("new");
@@ -95,6 +103,7 @@ impl Rig {
         let client = Arc::new(Device { client: Mutex::default(), told: Mutex::default(), answer });
         let handle = self.bridge.register_client(requester(device), client.clone(), limits).expect("software");
         *client.client.lock().expect("whole") = Some(Arc::new(handle));
+        self.devices.lock().expect("whole").push(client.clone());
         client
     }
 
@@ -330,6 +339,26 @@ fn d3_a_client_that_never_answers_is_cut_off_and_if_it_cannot_be_stopped_the_mac
 }
 
 #[test]
+fn d3_a_client_that_lets_go_and_does_not_return_is_cut_off_too() {
+    let (rig, space) = Rig::one();
+    rig.done(&space, &[map(0x10000, 0, 2 * KIB4)]);
+    let (end, until) = channel::<()>();
+    let until = Mutex::new(until);
+    let limits = PinLimits { deadline: Duration::from_millis(50), ..LIMITS };
+    let answer = move |device: &Device, ranges: &[IovaRange]| {
+        let_go(device, ranges);
+        let _ = until.lock().expect("whole").recv();
+    };
+    let device = rig.device_with(1, limits, Box::new(answer));
+    device.pin(&[0x10000]).expect("mapped");
+    rig.done(&space, &[unmap(0x10000, 0x10fff)]);
+    let stats = device.client().stats();
+    assert_eq!((stats.late, stats.left_pinned, rig.stopped()), (1, 0, vec![requester(1)]));
+    assert_eq!(device.pin(&[0x11000]), Err(PinError::CutOff));
+    drop(end);
+}
+
+#[test]
 fn d3_a_client_that_panics_has_not_answered() {
     let (rig, space) = Rig::one();
     rig.done(&space, &[map(0x10000, 0, KIB4)]);
@@ -440,7 +469,7 @@ fn d4_one_of_several_devices_that_is_detached_loses_its_own_pins() {
     let model = Model::new(Kernel::new(48), &[]);
     let world = World::through(software, model, RAM, &[(1, group.0), (2, group.0)]);
     let stopped = world.stopped.clone();
-    let rig = Rig { bridge: Arc::new(world.bridge), stopped, groups: vec![group] };
+    let rig = Rig { bridge: Arc::new(world.bridge), stopped, groups: vec![group], devices: Mutex::default() };
     let space = paged(1, 48);
     let live = [mapping(0x10000, 0, 4 * KIB4)];
     [1, 2].iter().for_each(|device| rig.attach(*device, &space, &live));

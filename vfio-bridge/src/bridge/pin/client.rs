@@ -24,7 +24,8 @@ pub enum Notice {
     },
 }
 
-/// How a client hears that what it has pinned goes away (D-3).
+/// How a client hears that what it has pinned goes away (D-3). The client's thread holds it until the handle is
+/// dropped: one that needs its [`PinClient`](crate::PinClient) has it by `Weak`, or neither ever goes.
 pub trait UnmapNotifier: Send + Sync {
     /// Something is about to happen, and waits until this returns. A kind of notice that the client does not know it
     /// ignores.
