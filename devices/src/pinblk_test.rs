@@ -9,16 +9,18 @@ use crate::testing::FakeInterrupts;
 const SID: SourceId = SourceId::new(0, 3, 0);
 const BAR_GPA: u64 = 0xe000_0000;
 
+type Done = Box<dyn FnOnce(bool) + Send>;
+
 /// Remembers what it is asked for, and ends it when it is told.
 #[derive(Default)]
 struct FakeReads {
     begun: Mutex<Vec<Read>>,
-    done: Mutex<Option<Box<dyn FnOnce(bool) + Send>>>,
+    done: Mutex<Option<Done>>,
     stops: Mutex<u32>,
 }
 
 impl AsyncReads for FakeReads {
-    fn begin(&self, read: Read, done: Box<dyn FnOnce(bool) + Send>) {
+    fn begin(&self, read: Read, done: Done) {
         self.begun.lock().unwrap().push(read);
         assert!(self.done.lock().unwrap().replace(done).is_none());
     }

@@ -229,7 +229,7 @@ pub trait HostIommu: Send + Sync {
     /// any more. On an error nothing may be concluded about what is still mapped.
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64>;
 
-    /// The requests of `stream`, which have a PASID, reach what `space` has, and those of its device with another one or
+    /// The requests of `stream`, which have a PASID, reach what `space` has, and those of its device with another or
     /// with none what they reached before (C-4). They are never seen to reach something else in between.
     ///
     /// # Errors

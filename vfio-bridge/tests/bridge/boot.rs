@@ -1,7 +1,7 @@
 //! A real boot, replayed: what a unit told its bridge while a Linux guest booted, read its assigned NVMe and powered
 //! off (`nvme_boot`, the `notify` lines of `causeway run --trace`, without times). Each host call of it fails
-//! once, in each way in which Linux's type1 and iommufd can fail it, where groups are in a space for life and where they
-//! are attached to spaces.
+//! once, in each way in which Linux's type1 and iommufd can fail it, where groups are in a space for life and where
+//! they are attached to spaces.
 //!
 //! After each operation of the host a function reaches nothing but what its old or its new space grants; after each
 //! notification exactly what is granted and was not refused, and the books say the same. An unmap that failed has had
@@ -40,8 +40,8 @@ fn ways(call: Call) -> &'static [Failure] {
             Refused(libc::ENOENT),
             Refused(libc::EBUSY),
         ],
-        // type1: it would cut, it overflows, no memory for a batch. iommufd: nothing there, an access holds it, and that
-        // in the middle of a range. Then a kernel that is wrong about what it did.
+        // type1: it would cut, it overflows, no memory for a batch. iommufd: nothing there, an access holds it, and
+        // that in the middle of a range. Then a kernel that is wrong about what it did.
         Call::Unmap => &[
             Refused(libc::EINVAL),
             Refused(libc::EOVERFLOW),

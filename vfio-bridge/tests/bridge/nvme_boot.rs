@@ -1,7 +1,7 @@
 //! What a unit told its bridge, and where guest RAM was: lines of `causeway run --trace FILE --memory 512M --device
 //! vfio,host=NVME --device vfio,host=EDU` in the nested bench (Linux 6.12.95, `intel_iommu=on`), of a guest that boots,
-//! reads 2 MiB of its NVMe and powers off: `grep -E ' notify | host memory ' FILE | cut -d' ' -f2-`, without the address
-//! of the memory.
+//! reads 2 MiB of its NVMe and powers off: `grep -E ' notify | host memory ' FILE | cut -d' ' -f2-`, without the
+//! address of the memory.
 
 pub const TRACE: &str = "\
 host memory gpa=0x0-0x1fffffff

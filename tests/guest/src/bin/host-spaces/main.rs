@@ -39,8 +39,8 @@ struct Arguments {
 const EDU: Requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
 const MEMORY: usize = 64 << 20;
 const PAGES: u64 = (MEMORY / PAGE) as u64;
-/// Below 4 GiB, since VFIO cuts what is written to a register into words of 4 bytes, of which the edu takes the first; and
-/// below the interrupt window. Every other page is mapped, so that nothing merges.
+/// Below 4 GiB, since VFIO cuts what is written to a register into words of 4 bytes, of which the edu takes the first;
+/// and below the interrupt window. Every other page is mapped, so that nothing merges.
 const FIRST: u64 = 1 << 28;
 const STEP: u64 = 2 * PAGE as u64;
 /// Where the edu writes what it read; the same page in both spaces.
