@@ -11,7 +11,8 @@ echo "waiting"
 sleep 1000
 GUEST
 
-pinned() { awk '/^nr_foll_pin_acquired/ { n += $2 } /^nr_foll_pin_released/ { n -= $2 } END { print n }' /proc/vmstat; }
+# Of all processors, up to now.
+pinned() { cat /proc/sys/vm/stat_refresh; awk '/^nr_foll_pin_acquired/ { n += $2 } /^nr_foll_pin_released/ { n -= $2 } END { print n }' /proc/vmstat; }
 
 # pinned_by DEVICE-OPTIONS: MiB of guest memory that are pinned while a guest of 512 MiB waits, untranslated.
 pinned_by() {
