@@ -70,6 +70,7 @@ if [ "$(domain_of 0x1b36:0x0010)" != identity ]; then
     mkfifo /churn
     vfio-churn "$(function_of 0x1234:0x11e8)" </churn >/churned &
     exec 4>/churn
+    echo >&4
     until grep -q mappings /churned; do usleep 10000; done
     cat /churned
 fi
