@@ -16,8 +16,9 @@ GUEST
     RESULTS=0
 }
 
-# pinned: pages that are pinned on this host.
+# pinned: pages that are pinned on this host. Each processor counts for itself, and is made to say what it has.
 pinned() {
+    cat /proc/sys/vm/stat_refresh
     awk '/^nr_foll_pin_acquired / { acquired = $2 } /^nr_foll_pin_released / { released = $2 }
         END { if (acquired == "") exit 1; print acquired - released }' /proc/vmstat || fail "this kernel does not count pinned pages"
 }
@@ -119,6 +120,9 @@ without_failure() {
     expect "pages pinned afterwards" "$(pinned)" "$PINNED"
     sed -n 's/^fail-host-call: //p' failing.err
     [ "$MAPS" -ge 40 ] && [ "$UNMAPS" -ge 40 ] || fail "only $MAPS maps and $UNMAPS unmaps"
+    # A guest whose memory lies in larger pieces makes ten times fewer: what every guest makes is spread over.
+    [ "$MAPS" -le 120 ] || MAPS=120
+    [ "$UNMAPS" -le 70 ] || UNMAPS=70
 }
 
 # at PERCENT TOTAL: that far into so many calls, the first one at least. Several percentages, with commas between, are as many calls.
