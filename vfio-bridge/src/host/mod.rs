@@ -196,7 +196,7 @@ pub trait HostIommu: Send + Sync {
     }
 
     /// `group` leaves the space that it is attached to, if it is to one, and reaches what `space` has: all of its
-    /// devices, by what the IOMMU sees of each ([`members`], C-1). None of them is ever seen to reach something else in
+    /// devices, by what the IOMMU sees of each (`members`, C-1). None of them is ever seen to reach something else in
     /// between, but it may reach nothing. Only asked of a host with a [`Placement::PerSpace`].
     ///
     /// # Errors

@@ -400,7 +400,8 @@ mod tests {
         assert_eq!(read(0, 2)[0], 5, "the capability's id is the device's");
 
         let event = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        served.write(RegionKind::Config, 4, &[4, 0]);
+        // Its memory and Bus Master.
+        served.write(RegionKind::Config, 4, &[6, 0]);
         served.set_irqs(IrqKind::Msi, 0, vec![Some(file_of(&event))]);
         served.write(RegionKind::Bar(0), 0x60, &1u32.to_le_bytes());
         assert_eq!(event.read().unwrap(), 1);

@@ -114,7 +114,7 @@ fn device_keys() {
         ("vfio-user,socket=", "a path is expected"),
         ("vfio-user,socket=x,fd=3", "exclude each other"),
         ("vfio-user,fd=2", "standard descriptors"),
-        ("vfio-user,host=00:09.0", "the keys are addr, fd, id, socket"),
+        ("vfio-user,host=00:09.0", "the keys are addr, confine, fd, id, socket"),
         ("edu,addr=00.0", "host bridge"),
         ("edu,addr=1f.0", "kept"),
         ("edu,addr=5", "not a slot"),
