@@ -17,7 +17,7 @@ boot() {
     count_host_operations
     audits=0
     causeway run --kernel "$KERNEL" --initrd "$name.cpio" --memory 512M --timeout "$(time_left)" --cmdline "$GUEST_CMDLINE $2" \
-        --device vfio,host="$NVME" --device vfio,host="$EDU" --stats "$name.json" --trace "$name.trace" \
+        --device vfio,host="$NVME",backend=type1 --device vfio,host="$EDU",backend=type1 --stats "$name.json" --trace "$name.trace" \
         <&3 >"$name.log" 2>"$name.err" &
     vmm=$!
 }
