@@ -40,13 +40,16 @@ paused() {
     wait_until 60 grep -qs "^paused $1" "$name.log" || { tail -n 40 "$name.log" "$name.err"; fail "the guest '$name' before pause $1"; }
 }
 
-# compare [PAGES]: the kernel's tables for both functions, with at least so many pages.
+# compare [PAGES FUNCTION...]: the kernel's tables for both functions, or for these, with at least so many pages.
 compare() {
     wait_until 20 at_rest || fail "the guest does not come to rest"
-    for function in "$NVME" "$EDU"; do
-        kernel-tables "$function" --trace "$name.trace" --pid $vmm --pages "${1:-1}" || fail "the tables of $function"
+    pages=${1:-1}
+    [ $# -gt 0 ] && shift
+    [ $# -gt 0 ] || set -- "$NVME" "$EDU"
+    for function; do
+        kernel-tables "$function" --trace "$name.trace" --pid $vmm --pages "$pages" || fail "the tables of $function"
     done | tee compared
-    [ "$(grep -c 'as handed out' compared)" = 2 ] || fail "guest '$name'"
+    [ "$(grep -c 'as handed out' compared)" = $# ] || fail "guest '$name'"
     kill -CONT $vmm
 }
 
@@ -103,7 +106,8 @@ paused 1
 expect "the guest's kernel" "$(lines passthrough 'kernel ')" "$(uname -r)"
 expect "the domains of NVMe and edu" "$(lines passthrough 'domains ')" "identity identity"
 expect "the checksum" "$(lines passthrough 'sha256 ')" "$DISK_SHA256"
-compare $((512 << 8))
+# The edu also reaches the NVMe's registers, of which no pagemap tells the frames.
+compare $((512 << 8)) "$NVME"
 echo >&3
 wait $vmm || { tail "passthrough.log" "passthrough.err"; fail "the end of the guest"; }
 nothing_mapped "after the power-off"
