@@ -1,6 +1,7 @@
 //! What device models ask of the virtual machine monitor: memory slots and interrupts. `vmm` implements these over KVM;
 //! tests implement them in memory. So no `unsafe` and no KVM is needed here.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct HostWindow {
     pub len: u64,
     /// Whether the guest may write.
     pub writable: bool,
+    /// The same piece as a dma-buf, by which some hosts map it for the DMA of other functions (B-10).
+    pub dma_buf: Option<Arc<File>>,
 }
 
 /// A window that is mapped into the guest, until [`MemorySlots::unmap`].

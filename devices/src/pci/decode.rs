@@ -143,7 +143,7 @@ mod tests {
     /// A target that answers with `answer`, with a window of two pages in its third and fourth one.
     fn target(answer: u8, slots: &Arc<FakeSlots>) -> BarTarget {
         let fd = Arc::new(File::open("/dev/null").unwrap().into());
-        let window = HostWindow { fd, offset: 0x7000, len: 0x2000, writable: true };
+        let window = HostWindow { fd, offset: 0x7000, len: 0x2000, writable: true, dma_buf: None };
         let slots: Arc<dyn MemorySlots> = slots.clone();
         let device = Arc::new(Answer(answer));
         BarTarget { device, windows: Arc::new([(0x2000, window)]), slots: Some(slots) }

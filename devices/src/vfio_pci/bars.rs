@@ -74,8 +74,9 @@ pub fn find(
         let file = host.file(RegionKind::Bar(bar));
         let window = |(offset, len): (u64, u64)| {
             let file_offset = region.file_offset.checked_add(offset)?;
-            let window = HostWindow { fd: file.clone()?, offset: file_offset, len, writable: region.writable };
-            Some((offset, window))
+            let (fd, writable) = (file.clone()?, region.writable);
+            let dma_buf = host.dma_buf(RegionKind::Bar(bar), offset, len);
+            Some((offset, HostWindow { fd, offset: file_offset, len, writable, dma_buf }))
         };
         let windows = windows(&region, &holes).into_iter().filter_map(window).collect();
         let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });

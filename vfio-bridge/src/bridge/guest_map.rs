@@ -39,6 +39,8 @@ pub struct Region {
     len: u64,
     hva: u64,
     backing: Option<Backing>,
+    /// The whole region as a dma-buf.
+    dma_buf: Option<Arc<File>>,
     /// The function whose BAR it is a part of; `None`: it is RAM.
     bar_of: Option<Requester>,
     /// Keeps what is at `hva`.
@@ -83,7 +85,7 @@ impl Region {
         if len == 0 || !whole(gpa) || !whole(len) || !whole(hva) || !ends(gpa) || !ends(hva) {
             return Err(GuestMapError::Unaligned { gpa, len });
         }
-        Ok(Self { gpa, len, hva, backing, bar_of: None, _owner: None })
+        Ok(Self { gpa, len, hva, backing, dma_buf: None, bar_of: None, _owner: None })
     }
 
     /// A part of a BAR of the assigned function `of`, which `owner` keeps mapped at `hva` for as long as it exists
@@ -103,6 +105,13 @@ impl Region {
         // SAFETY: the same promise, but for what keeps it, which is in the region.
         let region = unsafe { Self::ram(gpa, len, hva, None) }?;
         Ok(Self { bar_of: Some(of), _owner: Some(owner), ..region })
+    }
+
+    /// The same, of which `dma_buf` is all (B-10). It is handed to the host's iommufd only: it gives nothing of the
+    /// function but this part.
+    #[must_use]
+    pub fn with_dma_buf(self, dma_buf: Option<Arc<File>>) -> Self {
+        Self { dma_buf, ..self }
     }
 
     /// What it is.
@@ -149,6 +158,10 @@ impl HostMem<'_> {
     /// The file behind it and the offset there.
     pub fn backing(&self) -> Option<(&Arc<File>, u64)> {
         self.region.backing.as_ref().map(|b| (&b.file, b.offset + self.offset))
+    }
+    /// The dma-buf of which it is a part, and the offset there.
+    pub fn dma_buf(&self) -> Option<(&Arc<File>, u64)> {
+        self.region.dma_buf.as_ref().map(|file| (file, self.offset))
     }
     /// What it is.
     pub fn kind(&self) -> MemKind {

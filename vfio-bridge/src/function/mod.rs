@@ -7,6 +7,7 @@ pub(crate) mod reset;
 mod sys;
 pub(crate) mod vfio;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -52,6 +53,13 @@ pub trait Function: Send + Sync {
     /// The file whose parts become windows into `region`, at [`RegionInfo::file_offset`]; without one nothing of it is
     /// mapped into the guest.
     fn file(&self, region: RegionKind) -> Option<Arc<OwnedFd>>;
+
+    /// A dma-buf of `len` bytes at `offset` of `region`, whole pages in one of [`RegionInfo::mappable`]: by such a file
+    /// iommufd maps it for the DMA of others (B-10). While the function's memory is disabled nothing is reached by it.
+    /// `None` where the host makes none, or nobody needs it.
+    fn dma_buf(&self, _region: RegionKind, _offset: u64, _len: u64) -> Option<Arc<File>> {
+        None
+    }
 
     /// How many vectors of `kind` the function has; 0 when it has none or they cannot signal an eventfd.
     fn irq_count(&self, kind: IrqKind) -> u32;

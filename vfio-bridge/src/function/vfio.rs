@@ -14,7 +14,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
     VFIO_REGION_INFO_FLAG_WRITE,
 };
-use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
+use vfio_ioctls::{VfioDevice, VfioError, VfioRegionDmaRange, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Function, IrqKind, RegionInfo, RegionKind, mappable_pages};
@@ -158,6 +158,20 @@ impl Function for HostFunction {
 
     fn file(&self, _: RegionKind) -> Option<Arc<OwnedFd>> {
         Some(Arc::clone(&self.window))
+    }
+
+    fn dma_buf(&self, region: RegionKind, offset: u64, length: u64) -> Option<Arc<File>> {
+        // type1 maps what is mapped in this process.
+        self.device()?;
+        let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
+        let range = VfioRegionDmaRange { offset, length };
+        match self.device.export_dma_buf(region.index(), &[range], flags) {
+            Ok(file) => file.map(Arc::new),
+            Err(e) => {
+                debug!("{}: there is no dma-buf of {length:#x} bytes at {offset:#x} of {region:?}: {e}", self.bdf);
+                None
+            }
+        }
     }
 
     fn irq_count(&self, kind: IrqKind) -> u32 {

@@ -17,12 +17,13 @@ mod sys;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use log::error;
 use vtd::{Pasid, Perm, RefusalCause};
 
-use self::kernel::{Host, Kernel};
+use self::kernel::{DeviceInfo, Host, Kernel};
 use self::sys::{Hwpt, Ioas, Place};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
@@ -109,6 +110,8 @@ pub struct Iommufd<K = Host> {
     groups: Mutex<BTreeMap<GroupId, Arc<Mutex<Group>>>>,
     devices: RwLock<BTreeMap<HostDevice, Arc<Bound>>>,
     spaces: RwLock<BTreeMap<HostSpaceId, Arc<Space>>>,
+    /// The kernel has mapped a dma-buf where a page table was to be filled.
+    takes_dma_bufs: AtomicBool,
 }
 
 impl<K: Kernel> Iommufd<K> {
@@ -116,7 +119,7 @@ impl<K: Kernel> Iommufd<K> {
     fn over(kernel: K, of_ram: Ioas, guest: &GuestMap) -> io::Result<Self> {
         let ram = ram_in(&kernel, of_ram, guest)?;
         let (groups, devices, spaces) = (Mutex::default(), RwLock::default(), RwLock::default());
-        Ok(Self { kernel, ram, groups, devices, spaces })
+        Ok(Self { kernel, ram, groups, devices, spaces, takes_dma_bufs: AtomicBool::default() })
     }
 
     /// Whether memory is pinned and charged once, in whatever number of spaces it is mapped (B-12).
@@ -144,15 +147,12 @@ impl<K: Kernel> Iommufd<K> {
         if self.has(bdf) {
             return Err(Refused::Twice);
         }
-        let (limits, pasid_bits) = self.read_limits(device).map_err(Refused::Limits)?;
+        let (limits, pasid_bits) = match group.at {
+            None => self.read_limits(device).map_err(Refused::Limits),
+            Some(space) => self.join(device, space).map_err(Refused::Group),
+        }?;
         let bound = Arc::new(Bound { bdf, limits, pasid_bits });
         self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(device, bound);
-        if let Some(space) = group.at
-            && let Err(e) = self.attach_stream(self.seen(device), space)
-        {
-            self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&device);
-            return Err(Refused::Group(e));
-        }
         group.members.push(device);
         Ok(())
     }
@@ -167,20 +167,64 @@ impl<K: Kernel> Iommufd<K> {
         let pasid_bits = if for_pasids.is_some() { info.pasid_bits } else { 0 };
         let hwpt = self.object(for_pasids.map_or_else(|| alloc(false), Ok)?.0);
         self.kernel.attach(self.seen(device), Hwpt(hwpt.id))?;
-        let ranges = self.kernel.iova_ranges(Ioas(ioas.id));
+        let limits = self.limits_in(Ioas(ioas.id), info);
         self.kernel.detach(self.seen(device))?;
-        let (iova_ranges, alignment) = ranges?;
+        Ok((limits?, pasid_bits))
+    }
+
+    /// `device` goes where its group is, in `space`: as long as that is anywhere, the kernel attaches it to no other
+    /// page table. Its limits are those of all who are there.
+    fn join(&self, device: HostDevice, space: HostSpaceId) -> io::Result<(Limits, u8)> {
+        let (info, stream, space) = (self.kernel.device_info(device), self.seen(device), self.space(space)?);
+        let tables = lock(&space.tables);
+        let table = tables.iter().find(|table| self.kernel.attach(stream, table.hwpt).is_ok());
+        let table = table.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        match self.limits_in(space.ioas, info) {
+            Ok(limits) => Ok((limits, if table.pasids { info.pasid_bits } else { 0 })),
+            Err(e) => {
+                self.kernel.detach(stream)?;
+                Err(e)
+            }
+        }
+    }
+
+    /// What a device of which the kernel says `info` allows, that is attached to `ioas`.
+    fn limits_in(&self, ioas: Ioas, info: DeviceInfo) -> io::Result<Limits> {
+        let (iova_ranges, alignment) = self.kernel.iova_ranges(ioas)?;
         if alignment > PAGE_SIZE {
             return Err(io::Error::other(format!("it maps no pages of 4 KiB, but of {alignment:#x} bytes")));
         }
-        let limits = Limits {
+        Ok(Limits {
             iova_ranges,
             page_sizes: info.page_sizes.unwrap_or(PAGE_SIZE),
             entries: u64::MAX,
             memlock: Memlock::of_this_process().limit,
             unmap_all: true,
-        };
-        Ok((limits, pasid_bits))
+        })
+    }
+
+    /// Maps a part of a BAR (B-10). What has no pages is mapped by a dma-buf or not at all: by its address, or by a
+    /// file that is none to it, a kernel takes it for a space without a page table, and then refuses to attach anybody.
+    fn map_bar(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
+        let refused = || io::Error::from_raw_os_error(libc::EFAULT);
+        mem.dma_buf().ok_or_else(refused)?;
+        if !self.takes_dma_bufs.load(Ordering::Relaxed) {
+            self.try_dma_buf(mem)?;
+            self.takes_dma_bufs.store(true, Ordering::Relaxed);
+        }
+        self.kernel.map_dma_buf(at, mem, perm)
+    }
+
+    /// Whether the kernel knows what `mem` is, found out by trying it where a page table is filled at once.
+    fn try_dma_buf(&self, mem: &HostMem<'_>) -> io::Result<()> {
+        let device = self.devices.read().unwrap_or_else(PoisonError::into_inner).keys().next().copied();
+        let device = device.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
+        let scratch = self.object(self.kernel.alloc_ioas()?.0);
+        let ioas = Ioas(scratch.id);
+        let table = self.object(self.kernel.alloc_hwpt(device, ioas, false)?.0);
+        let tried = self.kernel.map_dma_buf(Place { ioas, iova: 0 }, mem, Perm::ReadWrite);
+        drop(table);
+        tried
     }
 
     fn object(&self, id: u32) -> Object<'_, K> {
@@ -365,6 +409,7 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
         let at = Place { ioas: self.space(space).map_err(refused)?.ioas, iova };
         match self.ram.as_ref().and_then(|ram| ram.place_of(&mem)) {
+            _ if mem.kind() == MemKind::Bar => self.map_bar(at, &mem, perm),
             Some(from) => self.kernel.copy(at, from, mem.size(), perm),
             None => map_at(&self.kernel, at, &mem, perm),
         }

@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
@@ -28,6 +29,8 @@ pub struct BarWindow {
     /// Where it is in this process. Only the guest and devices touch it.
     hva: u64,
     mapped: Arc<Mapped>,
+    /// All of it as a dma-buf, if the host makes one.
+    pub dma_buf: Option<Arc<File>>,
 }
 
 impl BarWindow {
@@ -134,7 +137,8 @@ impl KvmSlots {
     fn map(&self, of: Requester, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
         let mapped = Arc::new(Mapped::new(window)?);
         let hva = mapped.at.as_ptr() as u64;
-        self.peers.come(&BarWindow { of, gpa, len: window.len, hva, mapped: mapped.clone() })?;
+        let (mapped_too, dma_buf) = (mapped.clone(), window.dma_buf.clone());
+        self.peers.come(&BarWindow { of, gpa, len: window.len, hva, mapped: mapped_too, dma_buf })?;
         self.map_for_guest(gpa, window, mapped).inspect_err(|_| self.peers.go(gpa, window.len))
     }
 

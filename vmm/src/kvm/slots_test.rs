@@ -34,7 +34,7 @@ fn file() -> Arc<OwnedFd> {
 }
 
 fn window(fd: &Arc<OwnedFd>, writable: bool) -> HostWindow {
-    HostWindow { fd: fd.clone(), offset: 0x1000, len: 0x2000, writable }
+    HostWindow { fd: fd.clone(), offset: 0x1000, len: 0x2000, writable, dma_buf: None }
 }
 
 /// Slots whose KVM writes down what it is asked, and refuses what begins at `full`.

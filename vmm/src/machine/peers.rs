@@ -51,6 +51,7 @@ impl Peers for PeerMemory {
         let (hva, owner) = window.host_memory();
         // SAFETY: that is what `host_memory` says of it; the region keeps `owner`.
         let region = unsafe { Region::bar(gpa, len, hva, of, owner) }.map_err(io::Error::other)?;
+        let region = region.with_dma_buf(window.dma_buf.clone());
         let mut map = self.hold();
         let new = map.with(region).map_err(io::Error::other)?;
         if let Some(trace) = &self.trace {

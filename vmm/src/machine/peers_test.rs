@@ -88,7 +88,8 @@ impl World {
     }
 
     fn window(&self) -> HostWindow {
-        HostWindow { fd: self.fd.clone(), offset: 0, len: LEN, writable: true }
+        let dma_buf = Some(Arc::new(File::from(self.fd.try_clone().unwrap())));
+        HostWindow { fd: self.fd.clone(), offset: 0, len: LEN, writable: true, dma_buf }
     }
 
     /// Whether functions 1 (by its IOVA), 2 and 3 (by the address itself) reach the BAR's second page.
@@ -115,6 +116,8 @@ fn f3_b15_a_bar_is_out_of_the_guest_then_of_all_dma_before_it_is_gone_and_comes_
         let id = world.slots.map(BAR, &world.window()).unwrap();
         // Not its own: it reaches its BAR without the host's IOMMU.
         assert_eq!(world.reach(), [true, true, false]);
+        let dma_buf = |map: &GuestMap| map.host_mem(BAR + 0x1000, 0x1000).and_then(|mem| Some(mem.dma_buf()?.1));
+        assert_eq!(dma_buf(&world.peers.hold()), Some(0x1000), "its place in the file, for hosts that map by it");
         assert_eq!(taken(), ["map 0xc0000000", "map 0x5000", "slot 0x2000"]);
         world.slots.unmap(id);
         assert_eq!(world.reach(), [false; 3]);

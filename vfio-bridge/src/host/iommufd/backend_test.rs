@@ -34,7 +34,7 @@ fn kernel() -> Fake {
     };
     Fake::new([
         device(1, 1, 1, (1 << 48) - 1, 0),
-        device(2, 1, 1, (1 << 48) - 1, 0),
+        device(2, 1, 1, (1 << 46) - 1, 0),
         device(3, 2, 1, (1 << 39) - 1, 0),
         device(4, 3, 2, (1 << 48) - 1, 0),
         device(5, 4, 1, (1 << 48) - 1, 20),
@@ -169,20 +169,13 @@ fn c1_a_function_that_is_opened_later_goes_where_its_group_is_or_is_no_member() 
     assert!(matches!(host.add(A, bdf(1), HostDevice(1)), Err(Refused::Twice)));
     let space = space_with(&host, &guest, 0x5000, 1);
     host.attach(A, space).expect("attached");
-    let mut attaches = 0;
-    // Its first attach is to read its limits.
-    host.kernel.refuse(move |call| {
-        let its = matches!(call, Call::Attach(stream, _) if *stream == itself(2));
-        attaches += u32::from(its);
-        (its && attaches > 1).then_some(libc::ENOMEM)
-    });
-    assert!(matches!(host.add(A, bdf(2), HostDevice(2)), Err(Refused::Limits(_) | Refused::Group(_))));
+    host.kernel.refuse(|call| matches!(call, Call::Attach(stream, _) if *stream == itself(2)).then_some(libc::ENOMEM));
+    assert!(matches!(host.add(A, bdf(2), HostDevice(2)), Err(Refused::Group(_))));
     assert!(!host.has(bdf(2)));
     assert_eq!(host.kernel.table_of(itself(2)), None);
-    host.detach(A).expect("detached");
     host.kernel.refuse_nothing();
     host.add(A, bdf(2), HostDevice(2)).expect("added");
-    host.attach(A, space).expect("attached");
+    assert_eq!(host.limits_of(A).expect("open").address_width(), 46);
     assert_eq!([1, 2].map(|device| page_at(&host, itself(device), 0x5000)), [Some(1); 2]);
 }
 
@@ -310,7 +303,7 @@ fn b13_limits_are_read_and_nothing_stays_of_that() {
     assert_eq!(host.kernel.objects(), (1, 0, 1), "the IOAS of RAM");
     assert!((1..=5).all(|device| host.kernel.table_of(itself(device)).is_none()));
     let width = |group| host.limits_of(group).expect("open").address_width();
-    assert_eq!((width(A), width(B)), (48, 39));
+    assert_eq!((width(A), width(B), width(FAR)), (46, 39, 48));
     assert_eq!(host.limits_of(A).expect("open").page_sizes, 0x20_1000);
     assert_eq!(host.limits_of(A).expect("open").iova_ranges.len(), 2);
     assert!(host.limits_of(GroupId(9)).is_none() && host.placement(GroupId(9)).is_none());
@@ -333,6 +326,12 @@ fn b13_a_function_whose_limits_cannot_be_read_is_not_opened() {
         assert!(matches!(host.add(A, bdf(1), HostDevice(1)), Err(Refused::Limits(_))));
         assert_eq!((host.kernel.objects(), host.placement(A)), ((1, 0, 1), None));
     }
+    // One whose pages are larger than the guest's.
+    let mut kernel = kernel();
+    kernel.alignment = 4 * PAGE;
+    let ioas = kernel.alloc_ioas().expect("an IOAS");
+    let host = Iommufd::over(kernel, ioas, &guest).expect("a backend");
+    assert!(matches!(host.add(A, bdf(1), HostDevice(1)), Err(Refused::Limits(e)) if e.to_string().contains("0x4000")));
 }
 
 #[test]
@@ -379,4 +378,90 @@ fn b11_an_attach_without_memory_says_what_helps() {
     host.kernel.refuse(|call| matches!(call, Call::AllocHwpt(..)).then_some(libc::ENOMEM));
     assert!(host.attach(A, space).expect_err("refused").to_string().contains("ulimit -l"));
     assert!(host.attach_part(part(5, 7), space).expect_err("refused").to_string().contains("ulimit -l"));
+}
+
+const BAR: u64 = 0xc000_0000;
+const BAR_HVA: u64 = 0x6000_0000;
+
+/// RAM, and two pages of a BAR of function 00:08.0.
+fn guest_with_bar(with_dma_buf: bool) -> GuestMap {
+    let of = vtd::Requester { segment: 0, sid: vtd::SourceId::new(0, 8, 0) };
+    // SAFETY: nobody uses the address.
+    let bar = unsafe { Region::bar(BAR, 2 * PAGE, BAR_HVA, of, Arc::new(())) }.expect("whole pages");
+    let file = with_dma_buf.then(|| Arc::new(File::open("/dev/null").expect("a file")));
+    guest(None).with(bar.with_dma_buf(file)).expect("there is room")
+}
+
+fn map_bar(host: &Iommufd<Fake>, guest: &GuestMap, space: HostSpaceId, iova: u64) -> Result<(), RefusalCause> {
+    let mem = guest.host_mem(BAR + PAGE, PAGE).expect("in the BAR");
+    host.map(space, iova, mem, Perm::Write).map_err(|refused| refused.cause)
+}
+
+#[test]
+fn b10_a_bar_is_mapped_by_its_dma_buf_and_pins_nothing() {
+    let guest = guest_with_bar(true);
+    assert_eq!(guest.host_mem(BAR + PAGE, PAGE).and_then(|mem| Some(mem.dma_buf()?.1)), Some(PAGE), "its offset");
+    assert!(guest.host_mem(BAR, PAGE).is_some_and(|mem| mem.backing().is_none()), "no file for other processes");
+    let host = host_over(kernel(), &guest);
+    let (before, pinned) = (host.kernel.objects(), host.kernel.pinned());
+    let space = host.create().expect("a space");
+    host.attach(A, space).expect("attached");
+    host.kernel.calls();
+    for iova in [0x5000, 0x9000] {
+        map_bar(&host, &guest, space, iova).expect("mapped");
+        assert_eq!(host.kernel.translate(itself(2), iova + 8), Some((BAR_HVA + PAGE + 8, Perm::Write)));
+    }
+    let maps = host.kernel.calls().into_iter().filter(|call| matches!(call, Call::MapDmaBuf(_))).count();
+    assert_eq!(maps, 3, "whether the kernel can is tried once");
+    assert_eq!(host.kernel.pinned(), pinned);
+    // Without a page table, too.
+    let detached = host.create().expect("a space");
+    map_bar(&host, &guest, detached, 0x5000).expect("mapped");
+    host.attach(FAR, detached).expect("attached");
+    assert_eq!(host.kernel.translate(itself(4), 0x5000), Some((BAR_HVA + PAGE, Perm::Write)));
+    assert_eq!(host.unmap(space, UnmapRange::All).expect("unmapped"), 2 * PAGE);
+    [A, FAR].into_iter().for_each(|group| host.detach(group).expect("detached"));
+    [space, detached].into_iter().for_each(|space| host.destroy(space));
+    assert_eq!(host.kernel.objects(), before, "nothing stays of the trial");
+}
+
+#[test]
+fn b15_a_bar_whose_memory_is_disabled_is_reached_again_when_it_is_mapped_again() {
+    let guest = guest_with_bar(true);
+    let host = host_over(kernel(), &guest);
+    let space = host.create().expect("a space");
+    host.attach(A, space).expect("attached");
+    let reached = || host.kernel.translate(itself(1), 0x5000).is_some();
+    // Before anything was tried.
+    host.kernel.disable_bars();
+    assert_eq!(map_bar(&host, &guest, space, 0x5000), Err(RefusalCause::Other));
+    for _ in 0..2 {
+        host.kernel.enable_bars();
+        map_bar(&host, &guest, space, 0x5000).expect("mapped");
+        assert!(reached());
+        host.kernel.disable_bars();
+        assert!(!reached());
+        assert_eq!(host.unmap(space, UnmapRange::All).expect("it is there to be unmapped"), PAGE);
+        assert_eq!(map_bar(&host, &guest, space, 0x5000), Err(RefusalCause::Other));
+    }
+}
+
+/// Linux takes both for memory with pages as long as no page table is there, and then refuses to fill one.
+#[test]
+fn b10_a_bar_that_the_kernel_cannot_map_is_refused_at_once_and_keeps_nobody_out() {
+    for (has_dma_buf, knows_dma_bufs) in [(true, false), (false, true), (false, false)] {
+        let guest = guest_with_bar(has_dma_buf);
+        let mut kernel = kernel();
+        kernel.knows_dma_bufs = knows_dma_bufs;
+        let host = host_over(kernel, &guest);
+        let before = host.kernel.objects();
+        let space = host.create().expect("a space");
+        for _ in 0..2 {
+            assert_eq!(map_bar(&host, &guest, space, 0x5000), Err(RefusalCause::Target));
+        }
+        host.attach(A, space).expect("the space has nothing that cannot be mapped");
+        host.detach(A).expect("detached");
+        host.destroy(space);
+        assert_eq!(host.kernel.objects(), before);
+    }
 }

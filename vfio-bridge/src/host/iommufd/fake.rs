@@ -9,7 +9,7 @@ use vtd::{IovaRange, Perm};
 
 use super::kernel::{DeviceInfo, Kernel};
 use super::sys::{Hwpt, Ioas, Place};
-use crate::bridge::guest_map::{HostMem, PAGE_SIZE};
+use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::host::{HostDevice, HostStream, UnmapRange};
 
 /// A call that changes something.
@@ -18,6 +18,7 @@ pub enum Call {
     AllocHwpt(HostDevice, Ioas),
     Map(Place),
     MapFile(Place),
+    MapDmaBuf(Place),
     Copy(Place, Place),
     Unmap(Ioas),
     Attach(HostStream, Hwpt),
@@ -31,6 +32,19 @@ struct Area {
     hva: u64,
     perm: Perm,
     pages: u32,
+    /// What is behind it.
+    target: Target,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Target {
+    Pages,
+    /// A BAR whose memory was not disabled since.
+    Bar,
+    /// One whose memory was: nothing is reached any more.
+    Revoked,
+    /// What has no pages, and was taken for such while no page table was there.
+    None,
 }
 
 #[derive(Clone, Copy)]
@@ -63,15 +77,20 @@ struct State {
     at: BTreeMap<HostStream, Hwpt>,
     calls: Vec<Call>,
     refuse: Option<Refuse>,
+    /// The memory of BARs is disabled.
+    revoked: bool,
 }
 
 /// The kernel.
 pub struct Fake {
     devices: BTreeMap<HostDevice, Device>,
-    /// Whether it copies parts of what is mapped, maps by file, and makes page tables for PASIDs.
+    /// Whether it copies parts of what is mapped, maps by file and by dma-buf, and makes page tables for PASIDs.
     pub copies_parts: bool,
     pub maps_files: bool,
+    pub knows_dma_bufs: bool,
     pub makes_pasid_tables: bool,
+    /// What every IOVA must be a multiple of.
+    pub alignment: u64,
     state: Mutex<State>,
 }
 
@@ -81,7 +100,9 @@ impl Fake {
             devices: devices.into_iter().collect(),
             copies_parts: true,
             maps_files: true,
+            knows_dma_bufs: true,
             makes_pasid_tables: true,
+            alignment: PAGE_SIZE,
             state: Mutex::default(),
         }
     }
@@ -99,6 +120,18 @@ impl Fake {
         self.state().refuse = None;
     }
 
+    /// The memory of BARs is disabled: what leads there ends. It does not come back when it is enabled.
+    pub fn disable_bars(&self) {
+        let mut state = self.state();
+        state.revoked = true;
+        let areas = state.ioases.values_mut().flat_map(BTreeMap::values_mut);
+        areas.filter(|area| area.target == Target::Bar).for_each(|area| area.target = Target::Revoked);
+    }
+
+    pub fn enable_bars(&self) {
+        self.state().revoked = false;
+    }
+
     /// What was asked for since the last time.
     pub fn calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.state().calls)
@@ -109,7 +142,7 @@ impl Fake {
         let state = self.state();
         let areas = state.areas_of(*state.at.get(&stream)?);
         let (first, area) = areas.range(..=iova).next_back()?;
-        (iova - first < area.len).then(|| (area.hva + (iova - first), area.perm))
+        (iova - first < area.len && area.target != Target::Revoked).then(|| (area.hva + (iova - first), area.perm))
     }
 
     /// The page table that the requests of `stream` go by.
@@ -129,6 +162,7 @@ impl Fake {
         let filled: BTreeSet<u32> = state.tables.values().map(|table| table.ioas.0).collect();
         let areas = filled.iter().filter_map(|ioas| state.ioases.get(ioas)).flat_map(BTreeMap::values);
         let pages = areas
+            .filter(|area| area.target == Target::Pages)
             .flat_map(|area| (area.hva..area.hva + area.len).step_by(PAGE_SIZE as usize).map(|hva| (area.pages, hva)));
         pages.collect::<BTreeSet<_>>().len()
     }
@@ -165,10 +199,12 @@ impl Fake {
         Ok(())
     }
 
-    fn map_new(&self, state: &mut State, at: Place, mem: &HostMem<'_>, perm: Perm) -> Result<(), i32> {
-        state.made += 1;
-        let area = Area { len: mem.size(), hva: mem.hva(), perm, pages: state.made };
-        self.insert(state, at, area)
+    fn map_new(&self, state: &mut State, at: Place, mem: &HostMem<'_>, perm: Perm, target: Target) -> Result<(), i32> {
+        if target == Target::None && state.tables.values().any(|table| table.ioas == at.ioas) {
+            return Err(libc::EFAULT);
+        }
+        let pages = state.next();
+        self.insert(state, at, Area { len: mem.size(), hva: mem.hva(), perm, pages, target })
     }
 }
 
@@ -204,6 +240,9 @@ impl Kernel for Fake {
             if !state.ioases.contains_key(&ioas.0) {
                 return Err(libc::ENOENT);
             }
+            if state.ioases[&ioas.0].values().any(|area| area.target == Target::None) {
+                return Err(libc::EFAULT);
+            }
             let id = state.next();
             state.tables.insert(id, Table { ioas, unit, pasids });
             Ok(Hwpt(id))
@@ -221,13 +260,25 @@ impl Kernel for Fake {
     }
 
     fn map(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
-        self.serve(Call::Map(at), |state| self.map_new(state, at, mem, perm))
+        let target = if mem.kind() == MemKind::Ram { Target::Pages } else { Target::None };
+        self.serve(Call::Map(at), |state| self.map_new(state, at, mem, perm, target))
     }
 
     fn map_file(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
         self.serve(Call::MapFile(at), |state| {
             mem.backing().ok_or(libc::EBADF)?;
-            if self.maps_files { self.map_new(state, at, mem, perm) } else { Err(libc::ENOTTY) }
+            if self.maps_files { self.map_new(state, at, mem, perm, Target::Pages) } else { Err(libc::ENOTTY) }
+        })
+    }
+
+    fn map_dma_buf(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
+        self.serve(Call::MapDmaBuf(at), |state| {
+            mem.dma_buf().ok_or(libc::EBADF)?;
+            match (self.knows_dma_bufs, state.revoked) {
+                (false, _) => self.map_new(state, at, mem, perm, Target::None),
+                (true, true) => Err(libc::ENODEV),
+                (true, false) => self.map_new(state, at, mem, perm, Target::Bar),
+            }
         })
     }
 
@@ -245,7 +296,7 @@ impl Kernel for Fake {
             if perm.writable() && !area.perm.writable() {
                 return Err(libc::EPERM);
             }
-            self.insert(state, to, Area { len, hva: area.hva + offset, perm, pages: area.pages })
+            self.insert(state, to, Area { len, hva: area.hva + offset, perm, ..area })
         })
     }
 
@@ -271,9 +322,13 @@ impl Kernel for Fake {
 
     fn iova_ranges(&self, ioas: Ioas) -> io::Result<(Vec<IovaRange>, u64)> {
         let state = self.state();
-        let attached = state.at.iter().find(|(_, hwpt)| state.tables[&hwpt.0].ioas == ioas);
-        let all = || vec![IovaRange { first: 0, last: u64::MAX }];
-        Ok((attached.map_or_else(all, |(stream, _)| self.devices[&stream.device].ranges.clone()), PAGE_SIZE))
+        let attached = state.at.iter().filter(|(_, hwpt)| state.tables[&hwpt.0].ioas == ioas);
+        let all = vec![IovaRange { first: 0, last: u64::MAX }];
+        let ranges = attached.fold(all, |ranges, (stream, _)| {
+            let its = &self.devices[&stream.device].ranges;
+            ranges.iter().flat_map(|a| its.iter().filter_map(|b| a.intersection(*b))).collect()
+        });
+        Ok((ranges, self.alignment))
     }
 
     fn device_info(&self, device: HostDevice) -> DeviceInfo {

@@ -41,6 +41,10 @@ pub trait Kernel: Send + Sync {
     /// The same by the file of `mem`, if it has one and the kernel can. Charged as [`Kernel::map`].
     fn map_file(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
 
+    /// `at` leads to `mem`, a part of a BAR, by the dma-buf of that (Linux 6.19). Nothing is pinned or charged. When the
+    /// function's memory is disabled the kernel takes the translation away, and does not bring it back.
+    fn map_dma_buf(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
+
     /// `len` bytes at `to` lead to where those at `from` do. Memory that is pinned there is not pinned again.
     fn copy(&self, to: Place, from: Place, len: u64, perm: Perm) -> io::Result<()>;
 
@@ -127,6 +131,12 @@ impl Kernel for Host {
     fn map_file(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
         let (file, offset) = mem.backing().ok_or(io::ErrorKind::Unsupported)?;
         // SAFETY: as in `map`.
+        unsafe { sys::map_file(self.fd(), at, file, offset, mem.size(), perm) }
+    }
+
+    fn map_dma_buf(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
+        let (file, offset) = mem.dma_buf().ok_or(io::ErrorKind::Unsupported)?;
+        // SAFETY: as in `map`, but that there are no pages: the kernel has a mapping end with what it leads to.
         unsafe { sys::map_file(self.fd(), at, file, offset, mem.size(), perm) }
     }
 

@@ -93,7 +93,8 @@ pub unsafe fn map(fd: &IommuFd, at: Place, hva: u64, len: u64, perm: Perm) -> io
     fd.map_iommu_ioas(&map).map_err(io_error)
 }
 
-/// `len` bytes at `at` lead to those of `file` from `offset` on (Linux 6.13; a memfd). Charged as [`map`].
+/// `len` bytes at `at` lead to those of `file` from `offset` on (Linux 6.13; a memfd, charged as [`map`];
+/// or a dma-buf of VFIO, Linux 6.19).
 ///
 /// # Safety
 /// As [`map`].
@@ -143,11 +144,16 @@ pub fn unmap(fd: &IommuFd, ioas: Ioas, range: UnmapRange) -> io::Result<u64> {
     Ok(unmap.length)
 }
 
+/// The flags of a page table.
+fn table_flags(pasids: bool) -> u32 {
+    if pasids { iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID } else { 0 }
+}
+
 /// A page table for `device`, which has all that `ioas` has now and follows it from then on. With `pasids` it can be
 /// attached to PASIDs, and to a function of which PASIDs are attached (Linux 6.15).
 pub fn alloc_hwpt(fd: &IommuFd, device: u32, ioas: Ioas, pasids: bool) -> io::Result<Hwpt> {
     let size = size_of::<iommu_hwpt_alloc>() as u32;
-    let flags = if pasids { iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID } else { 0 };
+    let flags = table_flags(pasids);
     let mut alloc = iommu_hwpt_alloc { size, flags, dev_id: device, pt_id: ioas.0, ..Default::default() };
     fd.alloc_iommu_hwpt(&mut alloc).map_err(io_error)?;
     Ok(Hwpt(alloc.out_hwpt_id))

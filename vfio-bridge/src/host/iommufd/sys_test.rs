@@ -8,6 +8,11 @@ fn b9_what_a_device_may_do_is_asked_for_exactly() {
 }
 
 #[test]
+fn c4_a_page_table_for_pasids_is_asked_for_as_such() {
+    assert_eq!([false, true].map(table_flags), [0, 8]);
+}
+
+#[test]
 fn b3_an_unmap_of_everything_has_the_length_that_means_it_and_no_other_has() {
     assert_eq!(span(UnmapRange::All).expect("all"), (0, u64::MAX));
     let of = |first, last| span(UnmapRange::Span { first, last });
@@ -36,6 +41,12 @@ fn b13_a_host_with_many_ranges_is_asked_with_more_room() {
     .expect("all");
     assert_eq!((rooms, ranges.len(), alignment), (vec![16, 40], 40, 4096));
     assert!(ranges.is_sorted() && ranges[1] == IovaRange { first: 1 << 20, last: (1 << 20) + 0xfff });
+    let few = ranges_by(|room, asked| {
+        room[0] = iommu_iova_range { start: 0, last: 0xfff };
+        asked.num_iovas = 1;
+        Ok(())
+    });
+    assert_eq!(few.expect("all").0, [IovaRange { first: 0, last: 0xfff }]);
     // A host that never has enough is not asked for ever, and another error ends it at once.
     let mut asked_for = 0;
     let never = ranges_by(|_, asked| {
