@@ -123,7 +123,11 @@ impl Plug<'_> {
         bridge: &Bridge,
     ) -> Result<Arc<VfioPci>, Error> {
         let name = function.name();
-        bridge.register(requester, function.group()).map_err(assign::Error::from)?;
+        match function.device() {
+            Some(device) => bridge.register_device(requester, function.group(), device),
+            None => bridge.register(requester, function.group()),
+        }
+        .map_err(assign::Error::from)?;
         if let Some(unit) = self.unit {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());

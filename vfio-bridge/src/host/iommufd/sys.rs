@@ -10,14 +10,15 @@ use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_hw_info,
     iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD, iommu_hw_info_vtd, iommu_hwpt_alloc, iommu_ioas_alloc,
     iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE,
+    iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE,
 };
 use iommufd_ioctls::{IommuFd, IommufdError};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 use vtd::{IovaRange, Perm};
 
+use super::kernel::DeviceInfo;
 use crate::host::UnmapRange;
 
 ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
@@ -142,10 +143,12 @@ pub fn unmap(fd: &IommuFd, ioas: Ioas, range: UnmapRange) -> io::Result<u64> {
     Ok(unmap.length)
 }
 
-/// A page table for `device`, which has all that `ioas` has now and follows it from then on.
-pub fn alloc_hwpt(fd: &IommuFd, device: u32, ioas: Ioas) -> io::Result<Hwpt> {
+/// A page table for `device`, which has all that `ioas` has now and follows it from then on. With `pasids` it can be
+/// attached to PASIDs, and to a function of which PASIDs are attached (Linux 6.15).
+pub fn alloc_hwpt(fd: &IommuFd, device: u32, ioas: Ioas, pasids: bool) -> io::Result<Hwpt> {
     let size = size_of::<iommu_hwpt_alloc>() as u32;
-    let mut alloc = iommu_hwpt_alloc { size, dev_id: device, pt_id: ioas.0, ..Default::default() };
+    let flags = if pasids { iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID } else { 0 };
+    let mut alloc = iommu_hwpt_alloc { size, flags, dev_id: device, pt_id: ioas.0, ..Default::default() };
     fd.alloc_iommu_hwpt(&mut alloc).map_err(io_error)?;
     Ok(Hwpt(alloc.out_hwpt_id))
 }
@@ -194,8 +197,8 @@ fn ranges_by(
     }
 }
 
-/// Page sizes of the unit above `device`, one bit a size; `None` where it is none that says so.
-pub fn page_sizes(fd: &IommuFd, device: u32) -> Option<u64> {
+/// What is known of `device`: nothing, if the kernel does not say.
+pub fn device_info(fd: &IommuFd, device: u32) -> DeviceInfo {
     let mut vtd = iommu_hw_info_vtd::default();
     let mut info = iommu_hw_info {
         size: size_of::<iommu_hw_info>() as u32,
@@ -204,10 +207,14 @@ pub fn page_sizes(fd: &IommuFd, device: u32) -> Option<u64> {
         data_uptr: std::ptr::from_mut(&mut vtd) as u64,
         ..Default::default()
     };
-    fd.get_hw_info(&mut info).ok()?;
+    if fd.get_hw_info(&mut info).is_err() {
+        return DeviceInfo::default();
+    }
     // SAFETY: the union holds one `__u32` under either name.
     let kind = unsafe { info.__bindgen_anon_1.out_data_type };
-    (kind == iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD).then(|| vtd_page_sizes(vtd.cap_reg))
+    let is_vtd = kind == iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD;
+    // A kernel before 6.15 leaves the width of PASIDs at 0.
+    DeviceInfo { page_sizes: is_vtd.then(|| vtd_page_sizes(vtd.cap_reg)), pasid_bits: info.out_max_pasid_log2 }
 }
 
 /// 4 KiB, and what `CAP.SLLPS` has: bit 34 for 2 MiB, bit 35 for 1 GiB.
