@@ -32,13 +32,14 @@ fn iommu_keys() {
     assert_eq!("none".parse(), Ok(IommuOption::None));
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
-        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off".parse(),
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on".parse(),
         Ok(IommuOption::Vtd(VtdOption {
             aw_bits: Some(39),
             caching_mode: false,
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            scalable: true,
             ioapic_check: false,
         }))
     );
@@ -62,7 +63,7 @@ fn iommu_keys() {
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
-        ("vtd,scalable=on", "not available in this version"),
+        ("vtd,scalable=yes", "neither on nor off"),
     ] {
         let message = error::<IommuOption>(text);
         assert!(message.contains(part), "{text}: {message}");
