@@ -11,6 +11,7 @@
 //! makes by itself is filled anew in each switch. What is made of a space before its first group comes is filled before
 //! that group is switched to it.
 
+mod dirty;
 mod kernel;
 mod open;
 mod sys;
@@ -20,23 +21,29 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use log::error;
+use log::{debug, error};
 use vtd::{Pasid, Perm, RefusalCause};
 
+use self::dirty::PageTables;
+pub use self::kernel::BoundDevice;
 use self::kernel::{DeviceInfo, Host, Kernel};
-use self::sys::{Hwpt, Ioas, Place};
+use self::sys::{Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::Bdf;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
 use crate::host::members::{self, Devices};
 use crate::host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 
 /// A function that is bound to the iommufd, which knows it by a number.
 struct Bound {
-    bdf: Bdf,
+    /// `None`: no function that VFIO has.
+    bdf: Option<Bdf>,
     limits: Limits,
     /// Whether its page tables are such that PASIDs of it can be attached; then how many bits these have, else 0.
     pasid_bits: u8,
+    /// Whether the unit above it has page tables with dirty bits.
+    dirty_bits: bool,
 }
 
 /// A group: those of its functions that are open, all of which are in one space.
@@ -46,20 +53,11 @@ struct Group {
     at: Option<HostSpaceId>,
 }
 
-/// A page table of a space.
-#[derive(Clone, Copy)]
-struct Table {
-    hwpt: Hwpt,
-    /// Whether PASIDs can be attached to it, and functions of which PASIDs are.
-    pasids: bool,
-}
-
 /// A space.
 struct Space {
     ioas: Ioas,
-    /// The page tables that are filled from it. Usually one; one more for functions behind a unit of the host that does
-    /// not take the others.
-    tables: Mutex<Vec<Table>>,
+    /// The page tables that are filled from it.
+    tables: Mutex<PageTables>,
 }
 
 /// Why a function could not be added to its group.
@@ -136,22 +134,24 @@ impl<K: Kernel> Iommufd<K> {
 
     /// Whether `bdf` is open.
     fn has(&self, bdf: Bdf) -> bool {
-        self.devices.read().unwrap_or_else(PoisonError::into_inner).values().any(|bound| bound.bdf == bdf)
+        self.devices.read().unwrap_or_else(PoisonError::into_inner).values().any(|bound| bound.bdf == Some(bdf))
     }
 
     /// `bdf`, of `group`, is bound to the iommufd as `device`, and attached to nothing. It goes where the others of its
     /// group are. On an error it is attached to nothing, and no member.
-    fn add(&self, group: GroupId, bdf: Bdf, device: HostDevice) -> Result<(), Refused> {
+    fn add(&self, group: GroupId, bdf: impl Into<Option<Bdf>>, device: HostDevice) -> Result<(), Refused> {
+        let bdf = bdf.into();
         let group = Arc::clone(lock(&self.groups).entry(group).or_default());
         let mut group = lock(&group);
-        if self.has(bdf) {
+        if bdf.is_some_and(|bdf| self.has(bdf)) {
             return Err(Refused::Twice);
         }
         let (limits, pasid_bits) = match group.at {
             None => self.read_limits(device).map_err(Refused::Limits),
             Some(space) => self.join(device, space).map_err(Refused::Group),
         }?;
-        let bound = Arc::new(Bound { bdf, limits, pasid_bits });
+        let dirty_bits = self.kernel.device_info(device).dirty_bits;
+        let bound = Arc::new(Bound { bdf, limits, pasid_bits, dirty_bits });
         self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(device, bound);
         group.members.push(device);
         Ok(())
@@ -162,7 +162,7 @@ impl<K: Kernel> Iommufd<K> {
     fn read_limits(&self, device: HostDevice) -> io::Result<(Limits, u8)> {
         let info = self.kernel.device_info(device);
         let ioas = self.object(self.kernel.alloc_ioas()?.0);
-        let alloc = |pasids| self.kernel.alloc_hwpt(device, Ioas(ioas.id), pasids);
+        let alloc = |pasids| self.kernel.alloc_hwpt(device, Ioas(ioas.id), With { pasids, dirty_bits: false });
         let for_pasids = if info.pasid_bits > 0 { alloc(true).ok() } else { None };
         let pasid_bits = if for_pasids.is_some() { info.pasid_bits } else { 0 };
         let hwpt = self.object(for_pasids.map_or_else(|| alloc(false), Ok)?.0);
@@ -177,10 +177,11 @@ impl<K: Kernel> Iommufd<K> {
     fn join(&self, device: HostDevice, space: HostSpaceId) -> io::Result<(Limits, u8)> {
         let (info, stream, space) = (self.kernel.device_info(device), self.seen(device), self.space(space)?);
         let tables = lock(&space.tables);
-        let table = tables.iter().find(|table| self.kernel.attach(stream, table.hwpt).is_ok());
-        let table = table.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let hwpt = tables.iter().find(|hwpt| self.kernel.attach(stream, *hwpt).is_ok());
+        let hwpt = hwpt.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let takes_pasids = tables.that_take(true).any(|other| other == hwpt);
         match self.limits_in(space.ioas, info) {
-            Ok(limits) => Ok((limits, if table.pasids { info.pasid_bits } else { 0 })),
+            Ok(limits) => Ok((limits, if takes_pasids { info.pasid_bits } else { 0 })),
             Err(e) => {
                 self.kernel.detach(stream)?;
                 Err(e)
@@ -221,7 +222,7 @@ impl<K: Kernel> Iommufd<K> {
         let device = device.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))?;
         let scratch = self.object(self.kernel.alloc_ioas()?.0);
         let ioas = Ioas(scratch.id);
-        let table = self.object(self.kernel.alloc_hwpt(device, ioas, false)?.0);
+        let table = self.object(self.kernel.alloc_hwpt(device, ioas, With::default())?.0);
         let tried = self.kernel.map_dma_buf(Place { ioas, iova: 0 }, mem, Perm::ReadWrite);
         drop(table);
         tried
@@ -258,18 +259,19 @@ impl<K: Kernel> Devices for Iommufd<K> {
         let (bound, space) = (self.bound(stream.device)?, self.space(space)?);
         let needs_pasids = bound.pasid_bits > 0;
         let mut tables = lock(&space.tables);
-        for table in tables.iter().filter(|table| table.pasids || !needs_pasids) {
+        for hwpt in tables.that_take(needs_pasids) {
             // Whatever the reason is: where another page table would not help either, its attach says so.
-            if self.kernel.attach(stream, table.hwpt).is_ok() {
+            if self.kernel.attach(stream, hwpt).is_ok() {
                 return Ok(());
             }
         }
-        let hwpt = self.kernel.alloc_hwpt(stream.device, space.ioas, needs_pasids)?;
-        if let Err(e) = self.kernel.attach(stream, hwpt) {
-            drop(self.object(hwpt.0));
+        let with = With { pasids: needs_pasids, dirty_bits: bound.dirty_bits };
+        let table = tables.alloc(&self.kernel, stream.device, space.ioas, with)?;
+        if let Err(e) = self.kernel.attach(stream, table.hwpt) {
+            drop(self.object(table.hwpt.0));
             return Err(e);
         }
-        tables.push(Table { hwpt, pasids: needs_pasids });
+        tables.keep(table);
         Ok(())
     }
 
@@ -372,7 +374,7 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
     fn destroy(&self, space: HostSpaceId) {
         let gone = self.spaces.write().unwrap_or_else(PoisonError::into_inner).remove(&space);
         let Some(gone) = gone else { return };
-        for id in lock(&gone.tables).iter().map(|table| table.hwpt.0).chain([gone.ioas.0]) {
+        for id in lock(&gone.tables).iter().map(|hwpt| hwpt.0).chain([gone.ioas.0]) {
             drop(self.object(id));
         }
     }
@@ -418,6 +420,32 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
         self.kernel.unmap(self.space(space)?.ioas, range)
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let space = self.space(space)?;
+        let all_have = self.devices.read().unwrap_or_else(PoisonError::into_inner).values().all(|it| it.dirty_bits);
+        lock(&space.tables).start(&self.kernel, all_have)
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        if let Ok(space) = self.space(space) {
+            lock(&space.tables).stop(&self.kernel);
+        }
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        lock(&self.space(space)?.tables).read(&self.kernel, bitmap, false)
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, _: bool) -> io::Result<u64> {
+        let space = self.space(space)?;
+        let range = bitmap.range();
+        if let Err(e) = lock(&space.tables).read(&self.kernel, bitmap, true) {
+            debug!("iommufd: what was written in {range} before it is unmapped is not known: {e}");
+            bitmap.mark(range);
+        }
+        self.kernel.unmap(space.ioas, UnmapRange::Span { first: range.first, last: range.last })
     }
 
     fn remedy(&self, _: HostSpaceId, cause: RefusalCause) -> String {
@@ -484,6 +512,9 @@ fn remedy(cause: RefusalCause) -> &'static str {
 
 #[cfg(test)]
 mod backend_test;
+#[cfg(test)]
+#[path = "iommufd/dirty_test.rs"]
+mod dirty_test;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

@@ -29,7 +29,7 @@ fn part(device: u32, pasid: u32) -> HostStream {
 fn kernel() -> Fake {
     let ranges = |last| vec![IovaRange { first: 0, last: 0xfedf_ffff }, IovaRange { first: 0xfef0_0000, last }];
     let device = |number, group, unit, last, pasid_bits| {
-        let info = DeviceInfo { page_sizes: Some(0x20_1000), pasid_bits };
+        let info = DeviceInfo { page_sizes: Some(0x20_1000), pasid_bits, dirty_bits: false };
         (HostDevice(number), Device { group, unit, ranges: ranges(last), info })
     };
     Fake::new([

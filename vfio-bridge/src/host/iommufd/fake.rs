@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use vtd::{IovaRange, Perm};
 
 use super::kernel::{DeviceInfo, Kernel};
-use super::sys::{Hwpt, Ioas, Place};
+use super::sys::{Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::host::{HostDevice, HostStream, UnmapRange};
 
@@ -23,6 +23,8 @@ pub enum Call {
     Unmap(Ioas),
     Attach(HostStream, Hwpt),
     Detach(HostStream),
+    Track(Hwpt, bool),
+    Read(Hwpt, IovaRange),
 }
 
 /// What is mapped at an IOVA. Areas that were copied from each other share their pages.
@@ -51,7 +53,8 @@ enum Target {
 struct Table {
     ioas: Ioas,
     unit: u32,
-    pasids: bool,
+    with: With,
+    tracked: bool,
 }
 
 /// A device, and what stands above it.
@@ -75,6 +78,10 @@ struct State {
     ioases: BTreeMap<u32, BTreeMap<u64, Area>>,
     tables: BTreeMap<u32, Table>,
     at: BTreeMap<HostStream, Hwpt>,
+    /// By page table: IOVAs of dirty pages.
+    dirty: BTreeMap<u32, BTreeSet<u64>>,
+    /// What devices write while something is unmapped, before it is.
+    late: Vec<(HostStream, u64)>,
     calls: Vec<Call>,
     refuse: Option<Refuse>,
     /// The memory of BARs is disabled.
@@ -145,6 +152,21 @@ impl Fake {
         (iova - first < area.len && area.target != Target::Revoked).then(|| (area.hva + (iova - first), area.perm))
     }
 
+    /// The requests of `stream` write the page at `iova`.
+    pub fn write(&self, stream: HostStream, iova: u64) {
+        self.state().write(stream, iova);
+    }
+
+    /// The requests of `stream` write the page at `iova` in the next unmap, before it takes anything away.
+    pub fn write_late(&self, stream: HostStream, iova: u64) {
+        self.state().late.push((stream, iova));
+    }
+
+    /// Whether all page tables of `ioas` are tracked, or none.
+    pub fn tracked(&self) -> Vec<bool> {
+        self.state().tables.values().map(|table| table.tracked).collect()
+    }
+
     /// The page table that the requests of `stream` go by.
     pub fn table_of(&self, stream: HostStream) -> Option<Hwpt> {
         self.state().at.get(&stream).copied()
@@ -213,6 +235,15 @@ fn fits(device: &Device, first: u64, last: u64) -> bool {
 }
 
 impl State {
+    /// As hardware: a dirty bit is set in the page table that is used, if that keeps them.
+    fn write(&mut self, stream: HostStream, iova: u64) {
+        let Some(hwpt) = self.at.get(&stream).copied().filter(|hwpt| self.tables[&hwpt.0].tracked) else { return };
+        let area = self.areas_of(hwpt).range(..=iova).next_back();
+        if area.is_some_and(|(first, area)| iova - first < area.len && area.perm.writable()) {
+            self.dirty.entry(hwpt.0).or_default().insert(iova - iova % PAGE_SIZE);
+        }
+    }
+
     fn areas_of(&self, hwpt: Hwpt) -> &BTreeMap<u64, Area> {
         &self.ioases[&self.tables[&hwpt.0].ioas.0]
     }
@@ -231,10 +262,13 @@ impl Kernel for Fake {
         Ok(Ioas(id))
     }
 
-    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, pasids: bool) -> io::Result<Hwpt> {
+    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, with: With) -> io::Result<Hwpt> {
         self.serve(Call::AllocHwpt(device, ioas), |state| {
             let unit = self.device(device)?.unit;
-            if pasids && !self.makes_pasid_tables {
+            if with.dirty_bits && !self.device(device)?.info.dirty_bits {
+                return Err(libc::EOPNOTSUPP);
+            }
+            if with.pasids && !self.makes_pasid_tables {
                 return Err(libc::EOPNOTSUPP);
             }
             if !state.ioases.contains_key(&ioas.0) {
@@ -244,7 +278,7 @@ impl Kernel for Fake {
                 return Err(libc::EFAULT);
             }
             let id = state.next();
-            state.tables.insert(id, Table { ioas, unit, pasids });
+            state.tables.insert(id, Table { ioas, unit, with, tracked: false });
             Ok(Hwpt(id))
         })
     }
@@ -302,6 +336,7 @@ impl Kernel for Fake {
 
     fn unmap(&self, ioas: Ioas, range: UnmapRange) -> io::Result<u64> {
         self.serve(Call::Unmap(ioas), |state| {
+            std::mem::take(&mut state.late).into_iter().for_each(|(stream, iova)| state.write(stream, iova));
             let areas = state.ioases.get_mut(&ioas.0).ok_or(libc::ENOENT)?;
             let (first, last) = match range {
                 UnmapRange::All => (0, u64::MAX),
@@ -314,9 +349,58 @@ impl Kernel for Fake {
                     return Err(libc::ENOENT);
                 }
                 areas.remove(&at);
+                for (hwpt, dirty) in &mut state.dirty {
+                    let filled = state.tables.get(hwpt).is_some_and(|table| table.ioas == ioas);
+                    dirty.retain(|page| !filled || !(at..=end).contains(page));
+                }
                 bytes += end - at + 1;
             }
             if bytes == 0 && range != UnmapRange::All { Err(libc::ENOENT) } else { Ok(bytes) }
+        })
+    }
+
+    fn track_dirty(&self, hwpt: Hwpt, on: bool) -> io::Result<()> {
+        self.serve(Call::Track(hwpt, on), |state| {
+            let table = state.tables.get_mut(&hwpt.0).ok_or(libc::ENOENT)?;
+            if !table.with.dirty_bits {
+                return Err(libc::EOPNOTSUPP);
+            }
+            table.tracked = on;
+            if on {
+                state.dirty.remove(&hwpt.0);
+            }
+            Ok(())
+        })
+    }
+
+    fn dirty_bitmap(&self, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()> {
+        self.serve(Call::Read(hwpt, range), |state| {
+            let table = state.tables.get(&hwpt.0).copied().ok_or(libc::ENOENT)?;
+            if !table.tracked {
+                return if table.with.dirty_bits { Ok(()) } else { Err(libc::EOPNOTSUPP) };
+            }
+            let mut next = range.first;
+            let areas = &state.ioases[&table.ioas.0];
+            while let Some((first, area)) = areas.range(..=next).next_back()
+                && next <= range.last
+                && next - first < area.len
+            {
+                next = first + area.len;
+            }
+            // Without a word, as Linux 6.12.
+            let Some(last) = next.min(range.last.saturating_add(1)).checked_sub(1).filter(|last| *last >= range.first)
+            else {
+                return Ok(());
+            };
+            let Some(dirty) = state.dirty.get_mut(&hwpt.0) else { return Ok(()) };
+            for page in dirty.range(range.first..=last).copied().collect::<Vec<_>>() {
+                let bit = (page - range.first) / PAGE_SIZE;
+                words[(bit / 64) as usize] |= 1 << (bit % 64);
+                if !keep {
+                    dirty.remove(&page);
+                }
+            }
+            Ok(())
         })
     }
 
@@ -339,7 +423,7 @@ impl Kernel for Fake {
         self.serve(Call::Attach(stream, to), |state| {
             let device = self.device(stream.device)?;
             let table = *state.tables.get(&to.0).ok_or(libc::ENOENT)?;
-            if table.unit != device.unit {
+            if table.unit != device.unit || table.with.dirty_bits && !device.info.dirty_bits {
                 return Err(libc::EINVAL);
             }
             if !state.areas_of(to).iter().all(|(first, area)| fits(device, *first, first + (area.len - 1))) {
@@ -347,15 +431,15 @@ impl Kernel for Fake {
             }
             let itself = HostStream { pasid: None, ..stream };
             if stream.pasid.is_some() {
-                let whole = state.at.get(&itself).is_none_or(|hwpt| state.tables[&hwpt.0].pasids);
-                if !table.pasids || !whole {
+                let whole = state.at.get(&itself).is_none_or(|hwpt| state.tables[&hwpt.0].with.pasids);
+                if !table.with.pasids || !whole {
                     return Err(libc::EINVAL);
                 }
                 state.at.insert(stream, to);
                 return Ok(());
             }
             let has_parts = state.at.keys().any(|other| other.device == stream.device && other.pasid.is_some());
-            if has_parts && !table.pasids {
+            if has_parts && !table.with.pasids {
                 return Err(libc::EINVAL);
             }
             let of_group =

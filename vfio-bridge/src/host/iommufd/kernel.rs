@@ -9,7 +9,7 @@ use iommufd_ioctls::IommuFd;
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 use vtd::{IovaRange, Pasid, Perm};
 
-use super::sys::{self, Hwpt, Ioas, Place};
+use super::sys::{self, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::HostMem;
 use crate::host::{HostDevice, HostStream, UnmapRange};
 
@@ -20,6 +20,8 @@ pub struct DeviceInfo {
     pub page_sizes: Option<u64>,
     /// How many bits its PASIDs have, as far as the unit above it tells them apart; 0: it does not.
     pub pasid_bits: u8,
+    /// Whether the unit above it has page tables with dirty bits.
+    pub dirty_bits: bool,
 }
 
 /// A kernel with an iommufd. Its devices have the numbers that it gave them.
@@ -27,9 +29,8 @@ pub trait Kernel: Send + Sync {
     /// A new, empty IOAS.
     fn alloc_ioas(&self) -> io::Result<Ioas>;
 
-    /// A page table for `device`, which has all that `ioas` has now and follows it from then on. With `pasids` it can
-    /// be attached to PASIDs, and to a function of which PASIDs are attached.
-    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, pasids: bool) -> io::Result<Hwpt>;
+    /// A page table for `device`, which has all that `ioas` has now and follows it from then on.
+    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, with: With) -> io::Result<Hwpt>;
 
     /// An IOAS, or a page table, goes. Nothing may use it any more.
     fn destroy(&self, id: u32) -> io::Result<()>;
@@ -52,6 +53,14 @@ pub trait Kernel: Send + Sync {
     /// was nothing, or that a mapping would have to be cut, and then others may have gone: it is an error as any other.
     fn unmap(&self, ioas: Ioas, range: UnmapRange) -> io::Result<u64>;
 
+    /// `hwpt`, which has dirty bits, keeps them, all clean; or no more.
+    fn track_dirty(&self, hwpt: Hwpt, on: bool) -> io::Result<()>;
+
+    /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
+    /// `keep` them. Nothing is said of what is behind the first hole, nor of a page table that is not tracked, and no
+    /// error either.
+    fn dirty_bitmap(&self, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()>;
+
     /// Where mappings may be in `ioas`: the intersection of what the devices that are attached to it allow. And what
     /// every IOVA is a multiple of.
     fn iova_ranges(&self, ioas: Ioas) -> io::Result<(Vec<IovaRange>, u64)>;
@@ -71,7 +80,45 @@ pub trait Kernel: Send + Sync {
 pub struct Host {
     // It keeps the IOAS of RAM and the KVM-VFIO device, too.
     pub(super) vfio: Arc<VfioIommufd>,
-    devices: RwLock<BTreeMap<HostDevice, Arc<VfioDevice>>>,
+    devices: RwLock<BTreeMap<HostDevice, Arc<dyn BoundDevice>>>,
+}
+
+/// A device that is bound to the iommufd, as it is attached to page tables. A HWPT is named by the number that the kernel
+/// gave it.
+pub trait BoundDevice: Send + Sync {
+    /// The requests with `pasid`, or those without one, reach what `hwpt` has, and nothing else from now on, in one step.
+    /// Its group, if the kernel has others in it, is switched with it.
+    ///
+    /// # Errors
+    /// They reach what they did.
+    fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()>;
+
+    /// They reach nothing. No error where they did not.
+    ///
+    /// # Errors
+    /// Nothing may be concluded about what they reach.
+    fn detach(&self, pasid: Option<Pasid>) -> io::Result<()>;
+}
+
+/// VFIO's device file of a function.
+pub struct Cdev(pub Arc<VfioDevice>);
+
+impl BoundDevice for Cdev {
+    fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()> {
+        match pasid {
+            None => self.0.attach_hwpt(hwpt),
+            Some(Pasid(pasid)) => self.0.attach_iommufd_pt_pasid(hwpt, pasid),
+        }
+        .map_err(vfio_error)
+    }
+
+    fn detach(&self, pasid: Option<Pasid>) -> io::Result<()> {
+        match pasid {
+            None => self.0.detach_hwpt(),
+            Some(Pasid(pasid)) => self.0.detach_iommufd_pt_pasid(pasid),
+        }
+        .map_err(vfio_error)
+    }
 }
 
 impl Host {
@@ -80,8 +127,8 @@ impl Host {
     }
 
     /// `device` is bound to the iommufd, which knows it by this number.
-    pub(super) fn bound(&self, number: HostDevice, device: Arc<VfioDevice>) {
-        self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(number, device);
+    pub(super) fn bound(&self, number: HostDevice, device: Box<dyn BoundDevice>) {
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(number, device.into());
     }
 
     /// It could not be used after all.
@@ -93,7 +140,7 @@ impl Host {
         self.vfio.iommufd()
     }
 
-    fn device(&self, number: HostDevice) -> io::Result<Arc<VfioDevice>> {
+    fn device(&self, number: HostDevice) -> io::Result<Arc<dyn BoundDevice>> {
         let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
         devices.get(&number).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
@@ -114,8 +161,8 @@ impl Kernel for Host {
         sys::alloc_ioas(self.fd())
     }
 
-    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, pasids: bool) -> io::Result<Hwpt> {
-        sys::alloc_hwpt(self.fd(), device.0, ioas, pasids)
+    fn alloc_hwpt(&self, device: HostDevice, ioas: Ioas, with: With) -> io::Result<Hwpt> {
+        sys::alloc_hwpt(self.fd(), device.0, ioas, with)
     }
 
     fn destroy(&self, id: u32) -> io::Result<()> {
@@ -148,6 +195,14 @@ impl Kernel for Host {
         sys::unmap(self.fd(), ioas, range)
     }
 
+    fn track_dirty(&self, hwpt: Hwpt, on: bool) -> io::Result<()> {
+        sys::track_dirty(self.fd(), hwpt, on)
+    }
+
+    fn dirty_bitmap(&self, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()> {
+        sys::dirty_bitmap(self.fd(), hwpt, range, words, keep)
+    }
+
     fn iova_ranges(&self, ioas: Ioas) -> io::Result<(Vec<IovaRange>, u64)> {
         sys::iova_ranges(self.fd(), ioas)
     }
@@ -157,20 +212,10 @@ impl Kernel for Host {
     }
 
     fn attach(&self, stream: HostStream, to: Hwpt) -> io::Result<()> {
-        let device = self.device(stream.device)?;
-        match stream.pasid {
-            None => device.attach_hwpt(to.0),
-            Some(Pasid(pasid)) => device.attach_iommufd_pt_pasid(to.0, pasid),
-        }
-        .map_err(vfio_error)
+        self.device(stream.device)?.attach(stream.pasid, to.0)
     }
 
     fn detach(&self, stream: HostStream) -> io::Result<()> {
-        let device = self.device(stream.device)?;
-        match stream.pasid {
-            None => device.detach_hwpt(),
-            Some(Pasid(pasid)) => device.detach_iommufd_pt_pasid(pasid),
-        }
-        .map_err(vfio_error)
+        self.device(stream.device)?.detach(stream.pasid)
     }
 }

@@ -1,20 +1,21 @@
 //! How the iommufd of this host is opened, and functions that are bound to it.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
 use log::debug;
 use vfio_ioctls::{VfioDevice, VfioDeviceFd, VfioError, VfioIommufd};
 
-use super::kernel::Host;
+use super::kernel::{BoundDevice, Cdev, Host};
 use super::sys::{self, Ioas};
 use super::{Iommufd, Refused};
 use crate::bridge::guest_map::GuestMap;
-use crate::function::check::{CheckedFunction, HostPaths, OpenError};
+use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
 use crate::function::of_iommufd::OfThisIommufd;
 use crate::function::vfio::HostFunction;
-use crate::host::HostDevice;
+use crate::host::{GroupId, HostDevice};
 
 impl Iommufd {
     /// A backend without groups, for a guest whose memory is `guest`. `kvm` is the virtual machine's KVM-VFIO device:
@@ -49,7 +50,7 @@ impl Iommufd {
         let number = HostDevice(number);
         let host_function = HostFunction::new(Arc::clone(&device), function, Arc::new(OfThisIommufd));
         let host_function = host_function.map_err(|e| explain(function, e))?;
-        self.kernel.bound(number, device);
+        self.kernel.bound(number, Box::new(Cdev(device)));
         match self.add(group, bdf, number) {
             Ok(()) => Ok(host_function),
             Err(refused) => {
@@ -61,6 +62,33 @@ impl Iommufd {
                 })
             }
         }
+    }
+}
+
+impl Iommufd {
+    /// Adds a device of `group` that is no function of VFIO's: one of Linux's `IOMMUFD_TEST`, for instance. `bind` gets the
+    /// iommufd, binds the device to it, attached to nothing, and gives back the number that the kernel has for it.
+    ///
+    /// # Errors
+    /// That of `bind`; or what its IOMMU allows could not be read, or it could not be attached to where its group is. Then
+    /// it stays bound, and is no member.
+    pub fn add_device(
+        &self,
+        group: GroupId,
+        bind: impl FnOnce(BorrowedFd<'_>) -> io::Result<(HostDevice, Box<dyn BoundDevice>)>,
+    ) -> io::Result<HostDevice> {
+        // SAFETY: the iommufd is open for as long as `self.kernel` is there.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.kernel.vfio.iommufd().as_raw_fd()) };
+        let (number, device) = bind(fd)?;
+        self.kernel.bound(number, device);
+        self.add(group, None::<Bdf>, number).map_err(|refused| {
+            self.kernel.forget(number);
+            match refused {
+                Refused::Twice => io::ErrorKind::AlreadyExists.into(),
+                Refused::Limits(e) | Refused::Group(e) => e,
+            }
+        })?;
+        Ok(number)
     }
 }
 

@@ -9,7 +9,8 @@ fn b9_what_a_device_may_do_is_asked_for_exactly() {
 
 #[test]
 fn c4_a_page_table_for_pasids_is_asked_for_as_such() {
-    assert_eq!([false, true].map(table_flags), [0, 8]);
+    let flags = |pasids, dirty_bits| table_flags(With { pasids, dirty_bits });
+    assert_eq!([flags(false, false), flags(true, false), flags(false, true), flags(true, true)], [0, 8, 2, 10]);
 }
 
 #[test]
@@ -63,6 +64,7 @@ fn b13_a_host_with_many_ranges_is_asked_with_more_room() {
 fn the_calls_made_here_have_the_kernels_numbers() {
     // _IO(';', 0x83) and _IO(';', 0x84).
     assert_eq!((IOMMU_IOAS_COPY(), IOMMU_IOAS_IOVA_RANGES()), (0x3b83, 0x3b84));
+    assert_eq!((IOMMU_HWPT_SET_DIRTY_TRACKING(), IOMMU_HWPT_GET_DIRTY_BITMAP()), (0x3b8b, 0x3b8c));
 }
 
 #[test]
