@@ -107,7 +107,10 @@ edu() {
 serial() {
     ports=$(awk 'NR == 1 { print $1, $2 }' "$path/resource")
     set -- $ports
-    tty=$(ls "$path/tty") && wait-for "/dev/$tty" || return
+    # Newer kernels have devices of the serial core between.
+    tty=$(ls -d "$path"/tty/ttyS* "$path"/*/*/tty/ttyS* 2>/dev/null | head -n 1)
+    tty=${tty##*/}
+    wait-for "/dev/${tty:?no port}" || return
     dd if=/dev/zero of="/dev/$tty" bs=100 count=1 2>/dev/null || return
     port=$(grep "^${tty#ttyS}: " /proc/tty/driver/serial)
     echo "ports $(($2 - $1 + 1)) $(echo "$port" | sed 's/.*uart:\([^ ]*\) .*tx:\([0-9]*\) .*/\1 sent \2/')"
