@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+#[cfg(test)]
+mod bus_test;
 pub mod debug_exit;
 pub mod dma;
 pub mod edu;
@@ -17,6 +19,7 @@ pub mod pit;
 pub mod pm;
 pub mod rtc;
 pub mod serial;
+mod sync;
 #[cfg(test)]
 mod testing;
 pub mod timers;

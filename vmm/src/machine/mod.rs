@@ -171,7 +171,7 @@ impl Platform {
         drained: EventFd,
     ) -> Result<Self, Error> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
-        let root = PciRoot::new(mmio.clone());
+        let root = PciRoot::with_ports(mmio.clone(), pio.clone());
         let ioapic = IoApic::new(irq::ioapic_requester(), interrupts.clone(), Some(interrupts.clone()));
         let power = Arc::new(PmBlock::new(control.clone(), Some(ioapic.line(layout::SCI_GSI as u8))));
         let serial = Arc::new(SerialPort::new(ioapic.line(SerialPort::GSI), Box::new(output), Some(drained)));

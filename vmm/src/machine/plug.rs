@@ -142,14 +142,12 @@ impl Plug<'_> {
             requester,
             host: function,
             decoder: self.platform.root.decoder(),
+            port_decoder: self.platform.root.port_decoder(),
             slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
             interrupts: self.interrupts.clone(),
             intx,
         })
         .map_err(|source| assign::Error::Function { name: name.clone(), source })?;
-        for bar in vfio.io_bars() {
-            log::warn!("{name}: its I/O BAR {bar} is not offered to the guest; a driver that needs it will not work");
-        }
         if let Some(gsi) = gsi {
             let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
             self.platform.ioapic.add_eoi_listener(gsi, listener);
