@@ -9,20 +9,10 @@ use iommufd_ioctls::IommuFd;
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 use vtd::{IovaRange, Pasid, Perm};
 
+pub use super::sys::DeviceInfo;
 use super::sys::{self, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::HostMem;
 use crate::host::{HostDevice, HostStream, UnmapRange};
-
-/// What the kernel says of a function that is bound to its iommufd.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct DeviceInfo {
-    /// Page sizes of the unit above it, one bit a size; `None` where it is none that says so.
-    pub page_sizes: Option<u64>,
-    /// How many bits its PASIDs have, as far as the unit above it tells them apart; 0: it does not.
-    pub pasid_bits: u8,
-    /// Whether the unit above it has page tables with dirty bits.
-    pub dirty_bits: bool,
-}
 
 /// A kernel with an iommufd. Its devices have the numbers that it gave them.
 pub trait Kernel: Send + Sync {
@@ -42,8 +32,8 @@ pub trait Kernel: Send + Sync {
     /// The same by the file of `mem`, if it has one and the kernel can. Charged as [`Kernel::map`].
     fn map_file(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
 
-    /// `at` leads to `mem`, a part of a BAR, by the dma-buf of that (Linux 6.19). Nothing is pinned or charged. When the
-    /// function's memory is disabled the kernel takes the translation away, and does not bring it back.
+    /// `at` leads to `mem`, a part of a BAR, by the dma-buf of that (Linux 6.19). Nothing is pinned or charged. When
+    /// the function's memory is disabled the kernel takes the translation away, and does not bring it back.
     fn map_dma_buf(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
 
     /// `len` bytes at `to` lead to where those at `from` do. Memory that is pinned there is not pinned again.
@@ -56,9 +46,9 @@ pub trait Kernel: Send + Sync {
     /// `hwpt`, which has dirty bits, keeps them, all clean; or no more.
     fn track_dirty(&self, hwpt: Hwpt, on: bool) -> io::Result<()>;
 
-    /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
-    /// `keep` them. Nothing is said of what is behind the first hole, nor of a page table that is not tracked, and no
-    /// error either.
+    /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is
+    /// to `keep` them. Nothing is said of what is behind the first hole, nor of a page table that is not tracked, and
+    /// no error either.
     fn dirty_bitmap(&self, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()>;
 
     /// Where mappings may be in `ioas`: the intersection of what the devices that are attached to it allow. And what
@@ -83,11 +73,11 @@ pub struct Host {
     devices: RwLock<BTreeMap<HostDevice, Arc<dyn BoundDevice>>>,
 }
 
-/// A device that is bound to the iommufd, as it is attached to page tables. A HWPT is named by the number that the kernel
-/// gave it.
+/// A device that is bound to the iommufd, as it is attached to page tables. A HWPT is named by the number that the
+/// kernel gave it.
 pub trait BoundDevice: Send + Sync {
-    /// The requests with `pasid`, or those without one, reach what `hwpt` has, and nothing else from now on, in one step.
-    /// Its group, if the kernel has others in it, is switched with it.
+    /// The requests with `pasid`, or those without one, reach what `hwpt` has, and nothing else from now on, in one
+    /// step. Its group, if the kernel has others in it, is switched with it.
     ///
     /// # Errors
     /// They reach what they did.

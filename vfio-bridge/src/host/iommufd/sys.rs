@@ -23,7 +23,6 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 use vtd::{IovaRange, Perm};
 
-use super::kernel::DeviceInfo;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::host::UnmapRange;
 
@@ -39,6 +38,17 @@ pub struct Ioas(pub u32);
 /// A page table of the host's IOMMU, filled from one IOAS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hwpt(pub u32);
+
+/// What the kernel says of a function that is bound to its iommufd.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DeviceInfo {
+    /// Page sizes of the unit above it, one bit a size; `None` where it is none that says so.
+    pub page_sizes: Option<u64>,
+    /// How many bits its PASIDs have, as far as the unit above it tells them apart; 0: it does not.
+    pub pasid_bits: u8,
+    /// Whether the unit above it has page tables with dirty bits.
+    pub dirty_bits: bool,
+}
 
 /// What a page table is made with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -187,8 +197,8 @@ pub fn track_dirty(fd: &IommuFd, hwpt: Hwpt, on: bool) -> io::Result<()> {
 }
 
 /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
-/// `keep` them. `range` is one of whole pages in which all is mapped: the kernel ends at the first hole, and up to Linux
-/// 6.12 without an error. Nor has it one for a page table that is not tracked, in which nothing is dirty.
+/// `keep` them. `range` is one of whole pages in which all is mapped: the kernel ends at the first hole, and up to
+/// Linux 6.12 without an error. Nor has it one for a page table that is not tracked, in which nothing is dirty.
 pub fn dirty_bitmap(fd: &IommuFd, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()> {
     let (iova, length) = span(UnmapRange::Span { first: range.first, last: range.last })?;
     if words.len() as u64 != length.div_ceil(PAGE_SIZE).div_ceil(64) {
