@@ -6,6 +6,6 @@
 . /causeway/files/lib.sh
 . /causeway/files/mock-lib.sh
 
-mock_ends_well --pasids
+mock_ends_well --larger-pages --pasids
 bind-vfio "$EDU" || fail "binding"
 dirty_bits_are_those_of_the_unit

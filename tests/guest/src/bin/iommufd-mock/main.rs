@@ -17,6 +17,9 @@ struct Arguments {
     /// Random maps, unmaps, writes, switches and reads of each run.
     #[arg(long, default_value_t = 1000)]
     steps: u32,
+    /// The kernel's page tables have larger pages where memory is contiguous, each with one dirty bit: Linux 7.
+    #[arg(long)]
+    larger_pages: bool,
     /// PASIDs too: Linux 6.15.
     #[arg(long)]
     pasids: bool,
@@ -26,11 +29,11 @@ struct Arguments {
 }
 
 fn main() -> Result<()> {
-    let Arguments { steps, pasids, function } = Arguments::parse();
+    let Arguments { steps, larger_pages, pasids, function } = Arguments::parse();
     if let Some(function) = function {
         return dirty::of_function(function);
     }
-    dirty::run(steps)?;
+    dirty::run(steps, larger_pages)?;
     if pasids {
         parts::run()?;
     }
