@@ -1,6 +1,7 @@
 # A virtio-rng gives a Linux guest bytes, its rings behind the unit (strict), and without a unit; none of it faults.
 . /causeway/files/lib.sh
 
+mark
 guest rng <<'GUEST'
 modprobe virtio_rng || fail "no virtio_rng"
 current=/sys/class/misc/hw_random/rng_current
