@@ -50,6 +50,8 @@ pub struct VtdOption {
     pub interrupt_remapping: bool,
     /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Whether scalable mode is offered, with the second stage.
+    pub scalable: bool,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
 }
@@ -62,6 +64,7 @@ impl Default for VtdOption {
             pass_through: true,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
+            scalable: false,
             ioapic_check: true,
         }
     }
@@ -116,6 +119,8 @@ pub enum DeviceKind {
     PinBlk {
         /// The file; none: a pattern in memory.
         file: Option<PathBuf>,
+        /// Past the host's page cache: the host's kernel has pages of the guest pinned while the disk writes to them.
+        direct: bool,
     },
     /// A virtio device, emulated in this process.
     Virtio(VirtioKind),

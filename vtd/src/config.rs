@@ -50,6 +50,8 @@ pub struct UnitConfig {
     pub interrupt_remapping: bool,
     /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Offer scalable mode, with the second stage and pass-through, and abort-DMA mode.
+    pub scalable: bool,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
@@ -75,7 +77,7 @@ pub enum ConfigError {
 }
 
 impl UnitConfig {
-    /// Caching Mode and pass-through on, no interrupt remapping, segment 0, 48 bits of guest-physical address, default
+    /// Caching Mode and pass-through on, no interrupt remapping, legacy mode only, segment 0, 48 bits of guest-physical address, default
     /// bounds.
     pub fn new(id: UnitId, aw_bits: u8) -> Self {
         Self {
@@ -87,6 +89,7 @@ impl UnitConfig {
             pass_through: true,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            scalable: false,
             unchecked_source: None,
             bounds: Bounds::default(),
         }
@@ -147,6 +150,11 @@ impl UnitConfig {
             .with_extended_interrupt_mode(self.extended_interrupt_mode)
             .with_max_handle_mask(if self.interrupt_remapping { MAX_HANDLE_MASK } else { 0 })
             .with_iotlb_offset((offset::IVA / 16) as u16)
+            .with_scalable_mode(self.scalable)
+            .with_second_stage(self.scalable)
+            .with_scalable_coherent(self.scalable)
+            .with_rid_pasid(self.scalable)
+            .with_abort_mode(self.scalable)
     }
 }
 

@@ -18,7 +18,7 @@
 //! Messages of both kinds go through [`Unit::remap`] or [`Unit::deliver`]: interrupt remapping (a [`RemapListener`]
 //! hears when routes are to be made again).
 //!
-//! Legacy mode is offered.
+//! Legacy mode is offered, and scalable mode with the second stage where [`UnitConfig`] asks for it.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]

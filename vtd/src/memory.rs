@@ -31,6 +31,18 @@ pub(crate) fn read_pair<M: GuestMemoryBackend>(memory: &M, gpa: Gpa) -> Option<(
     Some((low, words.get(1)?))
 }
 
+/// A structure of `N` words: the lowest first, as its present bit is there and the guest sets it last.
+pub(crate) fn read_words<M: GuestMemoryBackend, const N: usize>(memory: &M, gpa: Gpa) -> Option<[u64; N]> {
+    let words = Words::at(memory, gpa, N)?;
+    let mut read = [0; N];
+    read[0] = words.get(0)?;
+    std::sync::atomic::fence(Ordering::Acquire);
+    for (index, word) in read.iter_mut().enumerate().skip(1) {
+        *word = words.get(index)?;
+    }
+    Some(read)
+}
+
 /// Writes 32 bits that the guest polls; everything before them is visible first. `false` where there is no memory.
 pub(crate) fn write_word<M: GuestMemoryBackend>(memory: &M, gpa: Gpa, word: u32) -> bool {
     memory.store(word.to_le(), GuestAddress(gpa.0), Ordering::SeqCst).is_ok()

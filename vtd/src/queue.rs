@@ -1,4 +1,4 @@
-//! The invalidation queue, with descriptors of 128 bits. Section 6.5.2.
+//! The invalidation queue, with descriptors of 128 bits, and of 256 where scalable mode is offered. Section 6.5.2.
 //!
 //! It is drained in the vCPU thread that moved the tail. Every descriptor before an erroneous one takes effect; the
 //! head stays at the erroneous one, and the queue goes on from there when the guest clears IQE.
@@ -8,23 +8,26 @@ use vm_memory::GuestMemoryBackend;
 use crate::config::MAX_HANDLE_MASK;
 use crate::core::Core;
 use crate::ids::Gpa;
-use crate::memory::{read_pair, write_word};
-use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of};
+use crate::memory::{read_pair, read_words, write_word};
+use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of, pasid_iotlb_scope_of, pasid_scope_of};
 use crate::shadow::Spaces;
 use crate::spec::invalidation::{
-    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, kind,
+    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, PasidLow, QueueError, WaitHigh, WaitLow, kind,
 };
-use crate::spec::registers::QueueErrorRecord;
+use crate::spec::registers::{QueueErrorRecord, table_mode};
 use crate::tables::interrupt::EntriesChanged;
 
 /// The queue in use.
 struct Queue {
     base: u64,
+    /// Descriptors have 256 bits.
+    wide: bool,
     /// Number of descriptors.
     size: u64,
     head: u64,
     /// What the register of the head says.
     told: u64,
+    /// In bytes.
     tail: u64,
 }
 
@@ -37,24 +40,36 @@ impl Queue {
             return None;
         }
         let address = state.queue_in_use;
+        let wide = address.wide();
+        let head = state.queue_head / Descriptor::size(wide);
         Some(Self {
             base: address.page() << 12,
-            size: 1 << (address.size() + 8),
-            head: state.queue_head / Descriptor::SIZE,
-            told: state.queue_head / Descriptor::SIZE,
-            tail: state.queue_tail / Descriptor::SIZE,
+            wide,
+            size: (4096 << address.size()) / Descriptor::size(wide),
+            head,
+            told: head,
+            tail: state.queue_tail,
         })
     }
 
+    /// Where the head is, in bytes.
+    fn head_offset(&self) -> u64 {
+        self.head * Descriptor::size(self.wide)
+    }
+
     fn tell_head<M: GuestMemoryBackend>(&mut self, core: &Core<M>) {
-        core.registers().state.queue_head = self.head * Descriptor::SIZE;
+        core.registers().state.queue_head = self.head_offset();
         self.told = self.head;
     }
 
     fn fetch<M: GuestMemoryBackend>(&self, memory: &M) -> Result<Descriptor, QueueError> {
-        let address = self.base.checked_add(self.head * Descriptor::SIZE).ok_or(QueueError::Fetch)?;
+        let address = self.base.checked_add(self.head_offset()).ok_or(QueueError::Fetch)?;
+        if self.wide {
+            let [low, high, third, fourth] = read_words(memory, Gpa(address)).ok_or(QueueError::Fetch)?;
+            return Ok(Descriptor { low, high, upper: [third, fourth] });
+        }
         let (low, high) = read_pair(memory, Gpa(address)).ok_or(QueueError::Fetch)?;
-        Ok(Descriptor { low, high })
+        Ok(Descriptor { low, high, upper: [0; 2] })
     }
 }
 
@@ -74,7 +89,7 @@ pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) 
     core.counters.queue_errors.add(1);
     log::debug!("unit {}: the invalidation queue stopped at {}: {error:?}", core.config.id.0, queue.head);
     let mut registers = core.registers();
-    registers.state.queue_head = queue.head * Descriptor::SIZE;
+    registers.state.queue_head = queue.head_offset();
     let before = registers.fault_status();
     registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8);
     registers.set_fault_status(|status| status.with_queue_error(true));
@@ -84,16 +99,25 @@ pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) 
 }
 
 fn process<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces, queue: &mut Queue) -> Result<(), QueueError> {
-    if queue.head == queue.tail {
+    // The head is always in the queue, at a descriptor: see `restore.rs`.
+    if queue.head_offset() == queue.tail {
         return Ok(());
     }
-    // Descriptors have 128 bits, as DW cannot be set, and the head is always in the queue: see `restore.rs`.
-    if queue.tail >= queue.size {
+    // Bit 4 is reserved with wide descriptors.
+    if !queue.tail.is_multiple_of(Descriptor::size(queue.wide)) {
+        return Err(QueueError::UnalignedTail);
+    }
+    let tail = queue.tail / Descriptor::size(queue.wide);
+    if tail >= queue.size {
         return Err(QueueError::InvalidTail);
     }
-    while queue.head != queue.tail {
+    let mode = Mode::of(core)?;
+    if !queue.wide && mode != Mode::Legacy {
+        return Err(QueueError::InvalidWidth);
+    }
+    while queue.head != tail {
         let descriptor = queue.fetch(&core.memory)?;
-        let wait = handle(core, spaces, descriptor)?;
+        let wait = handle(core, spaces, mode, descriptor)?;
         queue.head = (queue.head + 1) % queue.size;
         if let Some(wait) = wait {
             spaces.flush(core);
@@ -104,6 +128,26 @@ fn process<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces, queue: &m
     Ok(())
 }
 
+/// Which descriptors there are, by TTM. Section 6.5.2.11.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Legacy,
+    Scalable,
+    Abort,
+}
+
+impl Mode {
+    fn of<M>(core: &Core<M>) -> Result<Self, QueueError> {
+        match core.translation.load().root.mode() {
+            _ if !core.config.scalable => Ok(Self::Legacy),
+            table_mode::LEGACY => Ok(Self::Legacy),
+            table_mode::SCALABLE => Ok(Self::Scalable),
+            table_mode::ABORT => Ok(Self::Abort),
+            _ => Err(QueueError::InvalidTableMode),
+        }
+    }
+}
+
 /// What a wait descriptor asks for.
 struct Wait {
     status: Option<(Gpa, u32)>,
@@ -111,10 +155,28 @@ struct Wait {
 }
 
 /// Takes one descriptor in; everything but a wait takes effect at the next flush.
-fn handle<M>(core: &Core<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Result<Option<Wait>, QueueError> {
+fn handle<M>(
+    core: &Core<M>,
+    spaces: &mut Spaces,
+    mode: Mode,
+    descriptor: Descriptor,
+) -> Result<Option<Wait>, QueueError> {
+    let is_known = match descriptor.kind() {
+        kind::CONTEXT_CACHE | kind::IOTLB | kind::WAIT => true,
+        kind::INTERRUPT_ENTRY => core.config.interrupt_remapping,
+        kind::PASID_CACHE | kind::PASID_IOTLB => mode != Mode::Legacy,
+        // Device-TLB descriptors belong to a capability that is not offered.
+        _ => false,
+    };
+    if !is_known {
+        return Err(QueueError::InvalidType);
+    }
+    if descriptor.upper != [0; 2] {
+        return Err(QueueError::Reserved);
+    }
     match descriptor.kind() {
         kind::CONTEXT_CACHE => {
-            let scope = context_scope(descriptor)?;
+            let scope = context_scope(descriptor, mode == Mode::Scalable)?;
             core.counters.context_cache.add(1);
             spaces.invalidate_contexts(scope);
             Ok(None)
@@ -122,6 +184,18 @@ fn handle<M>(core: &Core<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Res
         kind::IOTLB => {
             let scope = iotlb_scope(descriptor)?;
             core.counters.iotlb.add(1);
+            spaces.invalidate_iotlb(scope);
+            Ok(None)
+        }
+        kind::PASID_CACHE => {
+            let scope = pasid_scope(descriptor)?;
+            core.counters.pasid_cache.add(1);
+            spaces.invalidate_contexts(scope);
+            Ok(None)
+        }
+        kind::PASID_IOTLB => {
+            let scope = pasid_iotlb_scope(descriptor)?;
+            core.counters.pasid_iotlb.add(1);
             spaces.invalidate_iotlb(scope);
             Ok(None)
         }
@@ -134,23 +208,39 @@ fn handle<M>(core: &Core<M>, spaces: &mut Spaces, descriptor: Descriptor) -> Res
             let status = low.status_write().then_some((Gpa(high.address() << 2), low.status()));
             Ok(Some(Wait { status, interrupt: low.interrupt() }))
         }
-        kind::INTERRUPT_ENTRY if core.config.interrupt_remapping => {
+        kind::INTERRUPT_ENTRY => {
             let changed = changed_entries(descriptor)?;
             core.counters.interrupt_entry.add(1);
             spaces.invalidate_interrupt_entries(changed);
             Ok(None)
         }
-        // Device-TLB descriptors belong to a capability that is not offered.
         _ => Err(QueueError::InvalidType),
     }
 }
 
-fn context_scope(descriptor: Descriptor) -> Result<ContextScope, QueueError> {
+fn context_scope(descriptor: Descriptor, scalable: bool) -> Result<ContextScope, QueueError> {
     let low = ContextCacheLow::from_bits(descriptor.low);
     if low.reserved() != 0 || low.reserved_high() != 0 || descriptor.high != 0 {
         return Err(QueueError::Reserved);
     }
-    context_scope_of(low.granularity(), low.domain(), low.source(), low.function_mask()).ok_or(QueueError::Reserved)
+    context_scope_of(low.granularity(), low.domain(), low.source(), low.function_mask(), scalable)
+        .ok_or(QueueError::Reserved)
+}
+
+fn pasid_scope(descriptor: Descriptor) -> Result<ContextScope, QueueError> {
+    let low = PasidLow::from_bits(descriptor.low);
+    if low.reserved() != 0 || low.reserved_high() != 0 || descriptor.high != 0 {
+        return Err(QueueError::Reserved);
+    }
+    pasid_scope_of(low.granularity(), low.domain()).ok_or(QueueError::Reserved)
+}
+
+fn pasid_iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {
+    let (low, high) = (PasidLow::from_bits(descriptor.low), IotlbHigh::from_bits(descriptor.high));
+    if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+        return Err(QueueError::Reserved);
+    }
+    pasid_iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask()).ok_or(QueueError::Reserved)
 }
 
 fn iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {

@@ -3,7 +3,7 @@
 use crate::config::MAX_ADDRESS_MASK;
 use crate::ids::{DomainId, SourceId};
 use crate::range::IovaRange;
-use crate::spec::invalidation::granularity;
+use crate::spec::invalidation::{granularity, pasid_cache, pasid_iotlb};
 
 /// Which cached translations an invalidation reaches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,6 +21,12 @@ pub(crate) enum Scope {
 pub(crate) enum ContextScope {
     Everything,
     Domain(DomainId),
+    /// By a PASID-cache invalidation: all of a domain, and those that have none because no entry is present for them.
+    Pasids {
+        domain: DomainId,
+        /// One PASID of the domain is named. Which one is not looked at, so that more is reached than need be.
+        named: bool,
+    },
     /// A source id, and the function bits that are ignored in it.
     Device {
         source: SourceId,
@@ -28,15 +34,58 @@ pub(crate) enum ContextScope {
     },
 }
 
-/// The scope of a context-cache invalidation by descriptor or by register; `None` for the reserved granularity.
-pub(crate) fn context_scope_of(given: u8, domain: u16, source: u16, function_mask: u8) -> Option<ContextScope> {
+impl ContextScope {
+    /// Whether it names what a guest attaches a function with: the function, or the PASID of its requests.
+    pub(crate) fn names_a_function(self) -> bool {
+        matches!(self, Self::Device { .. } | Self::Pasids { named: true, .. })
+    }
+}
+
+/// The scope of a context-cache invalidation by descriptor or by register; `None` for the reserved granularity. In
+/// scalable mode, where context entries have no domain, that of a domain is one of everything (section 6.5.2.1).
+pub(crate) fn context_scope_of(
+    given: u8,
+    domain: u16,
+    source: u16,
+    function_mask: u8,
+    scalable: bool,
+) -> Option<ContextScope> {
     match given {
+        granularity::DOMAIN if scalable => Some(ContextScope::Everything),
         granularity::GLOBAL => Some(ContextScope::Everything),
         granularity::DOMAIN => Some(ContextScope::Domain(DomainId(domain))),
         granularity::SELECTIVE => {
             // 1 ignores bit 2 of the function number, 2 bits 2:1, 3 all of it. Section 6.5.2.1.
             let ignored = [0, 0b100, 0b110, 0b111][usize::from(function_mask & 3)];
             Some(ContextScope::Device { source: SourceId(source), ignored })
+        }
+        _ => None,
+    }
+}
+
+/// The scope of a PASID-cache invalidation; `None` for the reserved granularity.
+pub(crate) fn pasid_scope_of(given: u8, domain: u16) -> Option<ContextScope> {
+    let domain = DomainId(domain);
+    match given {
+        pasid_cache::GLOBAL => Some(ContextScope::Everything),
+        pasid_cache::DOMAIN => Some(ContextScope::Pasids { domain, named: false }),
+        pasid_cache::PASID => Some(ContextScope::Pasids { domain, named: true }),
+        _ => None,
+    }
+}
+
+/// The scope of a PASID-based IOTLB invalidation, in whose domain every PASID is reached; `None` for a reserved
+/// granularity. Address masks have no bound other than the address space.
+pub(crate) fn pasid_iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8) -> Option<Scope> {
+    let domain = DomainId(domain);
+    match given {
+        pasid_iotlb::PASID => Some(Scope::Domain(domain)),
+        pasid_iotlb::PAGES => {
+            let pages = 1u64.checked_shl(address_mask.into()).filter(|pages| *pages <= 1 << 51);
+            Some(pages.map_or(Scope::Domain(domain), |pages| {
+                let first = (page & !(pages - 1)) << 12;
+                Scope::Pages(domain, IovaRange::new(first, first + ((pages << 12) - 1)))
+            }))
         }
         _ => None,
     }

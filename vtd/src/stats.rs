@@ -41,6 +41,10 @@ pub struct DescriptorStats {
     pub iotlb: u64,
     /// Device-TLB invalidate.
     pub device_tlb: u64,
+    /// PASID-cache invalidate.
+    pub pasid_cache: u64,
+    /// PASID-based IOTLB invalidate.
+    pub pasid_iotlb: u64,
     /// Interrupt-entry-cache invalidate.
     pub interrupt_entry: u64,
     /// Invalidation wait.
@@ -73,17 +77,29 @@ impl QueueCounter {
     }
 }
 
+/// One counter a reason.
+#[derive(Debug)]
+pub(crate) struct ByReason<const REASONS: usize>([Counter; REASONS]);
+
+impl<const REASONS: usize> Default for ByReason<REASONS> {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
+
 /// The living counters.
 #[derive(Default, Debug)]
 pub(crate) struct Counters {
     pub(crate) context_cache: QueueCounter,
     pub(crate) iotlb: QueueCounter,
+    pub(crate) pasid_cache: QueueCounter,
+    pub(crate) pasid_iotlb: QueueCounter,
     pub(crate) interrupt_entry: QueueCounter,
     pub(crate) wait: QueueCounter,
     pub(crate) register_invalidations: QueueCounter,
     pub(crate) queue_errors: QueueCounter,
-    pub(crate) faults: [Counter; FaultReason::ALL.len()],
-    pub(crate) interrupt_faults: [Counter; InterruptFaultReason::ALL.len()],
+    pub(crate) faults: ByReason<{ FaultReason::ALL.len() }>,
+    pub(crate) interrupt_faults: ByReason<{ InterruptFaultReason::ALL.len() }>,
     pub(crate) faults_dropped: Counter,
     pub(crate) leaves_walked: QueueCounter,
     pub(crate) map_ops: QueueCounter,
@@ -95,19 +111,19 @@ pub(crate) struct Counters {
 impl Counters {
     pub(crate) fn fault(&self, reason: FaultReason) {
         if let Some(index) = FaultReason::ALL.iter().position(|each| *each == reason) {
-            self.faults[index].add(1);
+            self.faults.0[index].add(1);
         }
     }
 
     pub(crate) fn interrupt_fault(&self, reason: InterruptFaultReason) {
         if let Some(index) = InterruptFaultReason::ALL.iter().position(|each| *each == reason) {
-            self.interrupt_faults[index].add(1);
+            self.interrupt_faults.0[index].add(1);
         }
     }
 
     pub(crate) fn snapshot(&self) -> UnitStats {
-        let faults = FaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.faults);
-        let interrupts = InterruptFaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.interrupt_faults);
+        let faults = FaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.faults.0);
+        let interrupts = InterruptFaultReason::ALL.iter().map(|reason| reason.code()).zip(&self.interrupt_faults.0);
         let faults = faults.chain(interrupts).filter(|(_, counter)| counter.get() > 0);
         UnitStats {
             descriptors: DescriptorStats {
@@ -115,6 +131,8 @@ impl Counters {
                 iotlb: self.iotlb.get(),
                 // Not offered yet: a descriptor of it is a queue error.
                 device_tlb: 0,
+                pasid_cache: self.pasid_cache.get(),
+                pasid_iotlb: self.pasid_iotlb.get(),
                 interrupt_entry: self.interrupt_entry.get(),
                 wait: self.wait.get(),
             },

@@ -352,7 +352,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let command = self.core.registers().state.context_command;
         let scope = (!self.queue_is_on())
             .then(|| {
-                context_scope_of(command.granularity(), command.domain(), command.source(), command.function_mask())
+                let scalable = self.core.translation.load().is_scalable();
+                let (granularity, mask) = (command.granularity(), command.function_mask());
+                context_scope_of(granularity, command.domain(), command.source(), mask, scalable)
             })
             .flatten();
         let done = scope.map_or(0, |scope| {

@@ -22,11 +22,6 @@ fn bad<T>(message: impl Into<String>) -> Result<T, BadOption> {
     Err(BadOption(message.into()))
 }
 
-/// Something that the interface names and this version does not have.
-fn unavailable<T>(what: &str) -> Result<T, BadOption> {
-    bad(format!("{what} is not available in this version"))
-}
-
 /// A decimal or 0x number.
 pub fn number(text: &str) -> Result<u64, BadOption> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
@@ -121,9 +116,6 @@ impl std::str::FromStr for IommuOption {
             }
             "vtd" => {
                 let keys = Keys::parse(kind, rest, &KEYS)?;
-                if keys.switch("scalable")? == Some(true) {
-                    return unavailable("vtd: scalable=on");
-                }
                 let aw_bits = keys.get("aw-bits", |value| match number(value)? {
                     bits @ (39 | 48 | 57) => Ok(bits as u8),
                     _ => bad(format!("`{value}` is not 39, 48 or 57")),
@@ -140,6 +132,7 @@ impl std::str::FromStr for IommuOption {
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
                     interrupt_remapping,
                     extended_interrupt_mode,
+                    scalable: keys.switch("scalable")?.unwrap_or(default.scalable),
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }
@@ -221,9 +214,13 @@ impl std::str::FromStr for DeviceOption {
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
             "pinblk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "file", "id"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id"])?;
                 let file = keys.get("file", path)?;
-                (keys, DeviceKind::PinBlk { file })
+                let direct = keys.switch("direct")?.unwrap_or(false);
+                if direct && file.is_none() {
+                    return bad("pinblk: direct=on needs file=PATH");
+                }
+                (keys, DeviceKind::PinBlk { file, direct })
             }
             "vfio-user" => {
                 let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;

@@ -32,13 +32,14 @@ fn iommu_keys() {
     assert_eq!("none".parse(), Ok(IommuOption::None));
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
-        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off".parse(),
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on".parse(),
         Ok(IommuOption::Vtd(VtdOption {
             aw_bits: Some(39),
             caching_mode: false,
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            scalable: true,
             ioapic_check: false,
         }))
     );
@@ -62,7 +63,7 @@ fn iommu_keys() {
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
-        ("vtd,scalable=on", "not available in this version"),
+        ("vtd,scalable=yes", "neither on nor off"),
     ] {
         let message = error::<IommuOption>(text);
         assert!(message.contains(part), "{text}: {message}");
@@ -73,8 +74,9 @@ fn iommu_keys() {
 fn device_keys() {
     assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
-    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None });
-    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()) });
+    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None, direct: false });
+    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });
+    assert_eq!(pinblk("pinblk,file=/x,direct=on"), DeviceKind::PinBlk { file: Some("/x".into()), direct: true });
 
     let virtio = |text: &str| match text.parse::<DeviceOption>().unwrap().kind {
         DeviceKind::Virtio(kind) => kind,
@@ -133,7 +135,8 @@ fn device_keys() {
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
-        ("pinblk,host=00:09.0", "the keys are addr, file, id"),
+        ("pinblk,host=00:09.0", "the keys are addr, direct, file, id"),
+        ("pinblk,direct=on", "direct=on needs file=PATH"),
         ("pinblk,file=", "a path is expected"),
         ("virtio-blk", "file=PATH is missing"),
         ("virtio-blk,file=", "a path is expected"),

@@ -242,6 +242,7 @@ impl Machine {
                 config.pass_through = option.pass_through;
                 config.interrupt_remapping = option.interrupt_remapping;
                 config.extended_interrupt_mode = option.extended_interrupt_mode;
+                config.scalable = option.scalable;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),

@@ -19,7 +19,7 @@ use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
 use crate::tables::context::{Resolved, Unresolved, resolve};
-use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Translated, permits};
+use crate::tables::second_stage::{Blocked, DIRECTORY_SPAN, Directory, Translated, permits};
 use crate::unit::Unit;
 
 pub(super) const PAGE: u64 = 4096;
@@ -66,10 +66,10 @@ impl Wanted {
         }
     }
 
-    /// Whether `perm` lets all of it through; else the access that it does not, and the reason.
-    fn permitted(self, perm: Perm) -> Result<(), (Access, FaultReason)> {
+    /// Whether `perm` lets all of it through; else the access that it does not.
+    fn permitted(self, perm: Perm) -> Result<(), (Access, Blocked)> {
         let mut accesses = iter::once(self.first).chain(self.also);
-        accesses.try_for_each(|access| permits(perm, access).map_err(|reason| (access, reason)))
+        accesses.try_for_each(|access| permits(perm, access).map_err(|blocked| (access, blocked)))
     }
 }
 
@@ -167,9 +167,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         self.iotlb.note_domain(resolved.domain());
         self.iotlb.insert_context(sampled, resolved.pack());
         let disabled = resolved.fault_processing_disable();
+        let blocked =
+            |access, blocked: Blocked| fault(access, blocked.reason(access, translation.is_scalable()), disabled);
         let found = self.walk_from(sampled, resolved, iova, wanted.first);
-        let found = found.map_err(|reason| fault(wanted.first, reason, disabled))?;
-        wanted.permitted(found.perm).map_err(|(access, reason)| fault(access, reason, disabled))?;
+        let found = found.map_err(|why| blocked(wanted.first, why))?;
+        wanted.permitted(found.perm).map_err(|(access, why)| blocked(access, why))?;
         self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
         Ok(found.page)
     }
@@ -181,18 +183,16 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         resolved: Resolved,
         iova: Iova,
         access: Access,
-    ) -> Result<Translated, FaultReason> {
+    ) -> Result<Translated, Blocked> {
         let Core { memory, config, .. } = &self.unit.core;
         let untranslated = Translated { page: Gpa(iova.0 & !(PAGE - 1)), perm: Perm::ReadWrite };
         match resolved {
             Resolved::Off => Ok(untranslated),
             // Pass-through is for addresses of the unit's width, too. Section 3.9.
-            Resolved::PassThrough { .. } if iova.0 >> config.host_address_width != 0 => {
-                Err(FaultReason::AddressBeyondWidth)
-            }
+            Resolved::PassThrough { .. } if iova.0 >> config.host_address_width != 0 => Err(Blocked::BeyondHostWidth),
             Resolved::PassThrough { .. } => Ok(untranslated),
             Resolved::Paged { space, .. } => {
-                let directory = Directory::find(memory, config, &space, iova, access)?;
+                let directory = Directory::find(memory, config, &space, iova)?;
                 if directory.large() {
                     self.iotlb.note_large();
                 }

@@ -6,9 +6,7 @@ use super::writable;
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::invalidation::Descriptor;
-use crate::spec::registers::{
-    ContextCommand, EventControl, FaultStatus, Global, IotlbInvalidate, QueueAddress, QueueErrorRecord,
-};
+use crate::spec::registers::{ContextCommand, EventControl, FaultStatus, Global, IotlbInvalidate, QueueErrorRecord};
 
 /// Why a state cannot be restored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -108,9 +106,9 @@ impl State {
         check_event(["FECTL", "FEDATA", "FEADDR"], fault_event)?;
         check_event(["IECTL", "IEDATA", "IEADDR"], completion_event)?;
         fault_records.into_iter().try_for_each(check_record)?;
-        let len = if global_status.queued_invalidation() { queue_len(queue_in_use) } else { 0 };
+        let len = if global_status.queued_invalidation() { 4096 << queue_in_use.size() } else { 0 };
         // The head is 0 while the queue is off.
-        if queue_head != 0 && queue_head >= len || queue_head % Descriptor::SIZE != 0 {
+        if queue_head != 0 && queue_head >= len || !queue_head.is_multiple_of(Descriptor::size(queue_in_use.wide())) {
             return Err(RestoreError::QueueHead { head: queue_head, len });
         }
         Ok(())
@@ -135,9 +133,4 @@ fn check_record(FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreErr
     let possible = FaultRecordHigh::new().with_source(u16::MAX).with_reason(u8::MAX).with_type_1(true).with_fault(true);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())
-}
-
-/// Bytes of the queue that an address says.
-fn queue_len(address: QueueAddress) -> u64 {
-    Descriptor::SIZE << (address.size() + 8)
 }

@@ -1,7 +1,7 @@
 //! The bits of each register that a guest can write; the others stay 0. Sections 11.4.4 to 11.4.8.
 
 use crate::config::UnitConfig;
-use crate::spec::registers::{ContextCommand, InterruptTableAddress, IotlbInvalidate};
+use crate::spec::registers::{ContextCommand, InterruptTableAddress, IotlbInvalidate, QueueAddress};
 
 /// RTADDR: the mode, and the page.
 pub(super) const ROOT_TABLE_ADDRESS: u64 = !0x3ff;
@@ -30,9 +30,10 @@ pub(super) const IOTLB_INVALIDATE: u64 = IotlbInvalidate::new()
     .with_invalidate(true)
     .into_bits();
 
-/// IQA: DW is reserved without scalable mode, and there are no address bits beyond the width of the unit.
+/// IQA: DW is of scalable mode, and there are no address bits beyond the width of the unit.
 pub(super) const fn queue_address(config: &UnitConfig) -> u64 {
-    ((1 << config.host_address_width) - 1) & !0xff8
+    let wide = if config.scalable { QueueAddress::new().with_wide(true).into_bits() } else { 0 };
+    ((1 << config.host_address_width) - 1) & !0xff8 | wide
 }
 
 /// IRTA, where interrupt remapping is offered.

@@ -20,7 +20,7 @@ pub(super) struct Member {
     pub(super) attached: SpaceKey,
     /// What its requests carry.
     pub(super) source: Option<SourceId>,
-    /// The domain id of its context entry, if it has one.
+    /// The domain id of its context entry, or of the PASID table's entry, if it has one.
     pub(super) domain: Option<DomainId>,
     /// The round in which its context entry was resolved last.
     pub(super) resolved_in: u64,
@@ -34,6 +34,7 @@ impl ContextScope {
     fn reaches(self, member: &Member) -> bool {
         match self {
             Self::Everything => true,
+            Self::Pasids { domain, .. } => member.domain.is_none_or(|of_member| of_member == domain),
             // With Caching Mode, what was not present is tagged with domain 0. Section 6.1.
             Self::Domain(domain) => member.domain == Some(domain) || member.domain.is_none() && domain == DomainId(0),
             Self::Device { source, ignored } => member.source.is_some_and(|id| (id.0 ^ source.0) & !ignored == 0),
@@ -134,7 +135,7 @@ impl Spaces {
             member.domain = domain;
             member.resolved_in = self.round;
             let waits = member.waiting.is_some_and(|waiting| waiting.for_room && waiting.space == key);
-            if waits && !matches!(scope, ContextScope::Device { .. }) {
+            if waits && !scope.names_a_function() {
                 // Nothing says that there is room: it is tried when it is due. Who names the device has it tried at
                 // once.
                 continue;
@@ -164,7 +165,7 @@ impl Spaces {
     /// waits for room is reached by its name all the same, unless it was tried already: what came before it did not
     /// have it tried.
     pub(crate) fn reached_by(&self, scope: ContextScope) -> impl Iterator<Item = Requester> + '_ {
-        let named = matches!(scope, ContextScope::Device { .. });
+        let named = scope.names_a_function();
         let reached = move |(_, member): &(&Requester, &Member)| {
             let waits = named && member.waiting.is_some() && member.attached_in != self.round;
             (member.resolved_in != self.round || waits) && scope.reaches(member)

@@ -3,7 +3,7 @@
 use bitfield_struct::bitfield;
 use serde::{Deserialize, Serialize};
 
-/// Why a request was blocked. Legacy mode; section 7.1.3.
+/// Why a request was blocked. Section 7.1.3; the condition code of those of scalable mode stands in brackets.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub enum FaultReason {
@@ -35,11 +35,61 @@ pub enum FaultReason {
     RequestTypeBlocked = 0xd,
     /// The translation leads into the interrupt address range.
     OutputInInterruptRange = 0xe,
+    /// The table mode of RTADDR is none that this unit has (RTA.1).
+    TableModeInvalid = 0x30,
+    /// Abort-DMA mode (RTA.4).
+    AbortMode = 0x33,
+    /// The root table could not be read (SRT.1).
+    ScalableRootAccess = 0x38,
+    /// The half of the root entry that the request needs is not present (SRT.2).
+    ScalableRootNotPresent = 0x39,
+    /// A reserved field of that half is not zero (SRT.3).
+    ScalableRootReserved = 0x3a,
+    /// The context table could not be read (SCT.1).
+    ScalableContextAccess = 0x40,
+    /// The context entry is not present (SCT.2).
+    ScalableContextNotPresent = 0x41,
+    /// A reserved field of a present context entry is not zero (SCT.3).
+    ScalableContextReserved = 0x42,
+    /// The context entry's RID_PASID is beyond its PASID directory (SCT.4).
+    ScalableContextInvalid = 0x43,
+    /// The PASID directory could not be read (SPD.1).
+    PasidDirectoryAccess = 0x50,
+    /// The entry of the PASID directory is not present (SPD.2).
+    PasidDirectoryNotPresent = 0x51,
+    /// A reserved field of a present entry of the PASID directory is not zero (SPD.3).
+    PasidDirectoryReserved = 0x52,
+    /// The PASID table could not be read (SPT.1).
+    PasidEntryAccess = 0x58,
+    /// The entry of the PASID table is not present (SPT.2).
+    PasidEntryNotPresent = 0x59,
+    /// A reserved field of a present entry of the PASID table is not zero (SPT.3).
+    PasidEntryReserved = 0x5a,
+    /// The entry of the PASID table has a width or a type that this unit does not have (SPT.4).
+    PasidEntryInvalid = 0x5b,
+    /// A second-stage table below the topmost could not be read (SSS.1).
+    SecondStageAccess = 0x78,
+    /// A second-stage entry, or all entries together, permit neither read nor write (SSS.2).
+    SecondStageNotPermitted = 0x79,
+    /// A reserved field of a present second-stage entry is not zero (SSS.3).
+    SecondStageReserved = 0x7a,
+    /// The topmost second-stage table could not be read (SSS.4).
+    SecondStageRootAccess = 0x7b,
+    /// The address of a request that passes through is beyond the host address width (SGN.4).
+    BeyondHostWidth = 0x83,
+    /// The address is beyond the width of the PASID table's entry or of the unit (SGN.5).
+    BeyondSecondStageWidth = 0x84,
+    /// A write without write permission, in scalable mode (SGN.6).
+    ScalableWriteNotPermitted = 0x85,
+    /// A read without read permission, in scalable mode (SGN.7).
+    ScalableReadNotPermitted = 0x86,
+    /// The translation leads into the interrupt address range, in scalable mode (SGN.8).
+    ScalableOutputInInterruptRange = 0x87,
 }
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 39] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -54,6 +104,31 @@ impl FaultReason {
         Self::PagingReserved,
         Self::RequestTypeBlocked,
         Self::OutputInInterruptRange,
+        Self::TableModeInvalid,
+        Self::AbortMode,
+        Self::ScalableRootAccess,
+        Self::ScalableRootNotPresent,
+        Self::ScalableRootReserved,
+        Self::ScalableContextAccess,
+        Self::ScalableContextNotPresent,
+        Self::ScalableContextReserved,
+        Self::ScalableContextInvalid,
+        Self::PasidDirectoryAccess,
+        Self::PasidDirectoryNotPresent,
+        Self::PasidDirectoryReserved,
+        Self::PasidEntryAccess,
+        Self::PasidEntryNotPresent,
+        Self::PasidEntryReserved,
+        Self::PasidEntryInvalid,
+        Self::SecondStageAccess,
+        Self::SecondStageNotPermitted,
+        Self::SecondStageReserved,
+        Self::SecondStageRootAccess,
+        Self::BeyondHostWidth,
+        Self::BeyondSecondStageWidth,
+        Self::ScalableWriteNotPermitted,
+        Self::ScalableReadNotPermitted,
+        Self::ScalableOutputInInterruptRange,
     ];
 
     /// The code that stands in a fault record.
@@ -61,10 +136,24 @@ impl FaultReason {
         self as u8
     }
 
-    /// Whether FPD of the context entry silences it (the "qualified" faults of section 7.1.3): all that are found at or
-    /// after a context entry that could be read.
+    /// Whether FPD silences it (the "qualified" faults of section 7.1.3): all that are found at or after a context
+    /// entry that could be read, but for a PASID directory or table that could not.
     pub const fn qualified(self) -> bool {
-        !matches!(self, Self::RootNotPresent | Self::RootTableAccess | Self::ContextTableAccess | Self::RootReserved)
+        !matches!(
+            self,
+            Self::RootNotPresent
+                | Self::RootTableAccess
+                | Self::ContextTableAccess
+                | Self::RootReserved
+                | Self::TableModeInvalid
+                | Self::AbortMode
+                | Self::ScalableRootAccess
+                | Self::ScalableRootNotPresent
+                | Self::ScalableRootReserved
+                | Self::ScalableContextAccess
+                | Self::PasidDirectoryAccess
+                | Self::PasidEntryAccess
+        )
     }
 }
 

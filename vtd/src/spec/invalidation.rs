@@ -1,4 +1,5 @@
-//! Descriptors of the invalidation queue, 128 bits wide. Section 6.5.2.
+//! Descriptors of the invalidation queue: 128 bits, or 256, of which those that need no more than 128 leave the upper
+//! half zero. Section 6.5.2.
 
 use bitfield_struct::bitfield;
 
@@ -14,6 +15,10 @@ pub mod kind {
     pub const INTERRUPT_ENTRY: u8 = 4;
     /// Invalidation wait. Section 6.5.2.8.
     pub const WAIT: u8 = 5;
+    /// PASID-based IOTLB invalidate, 256 bits. Section 6.5.2.4.
+    pub const PASID_IOTLB: u8 = 6;
+    /// PASID-cache invalidate, 256 bits. Section 6.5.2.2.
+    pub const PASID_CACHE: u8 = 7;
 }
 
 /// A descriptor as it lies in memory.
@@ -23,11 +28,15 @@ pub struct Descriptor {
     pub low: u64,
     /// Bits 127:64.
     pub high: u64,
+    /// Bits 255:128, which no descriptor uses; zero in a queue of 128-bit descriptors.
+    pub upper: [u64; 2],
 }
 
 impl Descriptor {
-    /// Size in bytes.
-    pub const SIZE: u64 = 16;
+    /// Size in bytes, of 256 bits or of 128.
+    pub const fn size(wide: bool) -> u64 {
+        if wide { 32 } else { 16 }
+    }
 
     /// The seven bits of the type.
     pub const fn kind(self) -> u8 {
@@ -92,6 +101,42 @@ pub struct IotlbHigh {
     pub page: u64,
 }
 
+/// G of a PASID-cache invalidate descriptor. Section 6.5.2.2.
+pub mod pasid_cache {
+    /// All PASIDs of one domain.
+    pub const DOMAIN: u8 = 0;
+    /// One PASID of one domain.
+    pub const PASID: u8 = 1;
+    /// Everything.
+    pub const GLOBAL: u8 = 3;
+}
+
+/// G of a PASID-based IOTLB invalidate descriptor. Section 6.5.2.4.
+pub mod pasid_iotlb {
+    /// One PASID of one domain.
+    pub const PASID: u8 = 2;
+    /// A range of pages of one PASID.
+    pub const PAGES: u8 = 3;
+}
+
+/// Bits 63:0 of a PASID-cache and of a PASID-based IOTLB invalidate descriptor; the other bits of the first are
+/// reserved, and bits 127:64 of the second are [`IotlbHigh`]. Sections 6.5.2.2 and 6.5.2.4.
+#[bitfield(u64)]
+pub struct PasidLow {
+    #[bits(4)]
+    pub kind: u8,
+    /// See [`pasid_cache`] and [`pasid_iotlb`].
+    #[bits(2)]
+    pub granularity: u8,
+    #[bits(10)]
+    pub reserved: u16,
+    pub domain: u16,
+    #[bits(20)]
+    pub pasid: u32,
+    #[bits(12)]
+    pub reserved_high: u16,
+}
+
 /// Bits 63:0 of an interrupt-entry-cache invalidate descriptor; bits 127:64 are reserved. Section 6.5.2.7.
 #[bitfield(u64)]
 pub struct InterruptEntryLow {
@@ -151,4 +196,8 @@ pub enum QueueError {
     Reserved = 4,
     /// The descriptor width does not go with the mode.
     InvalidWidth = 5,
+    /// The tail is inside a descriptor of 256 bits.
+    UnalignedTail = 6,
+    /// The table mode of RTADDR is a reserved one.
+    InvalidTableMode = 7,
 }

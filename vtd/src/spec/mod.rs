@@ -6,6 +6,7 @@
 pub mod fault;
 pub mod invalidation;
 pub mod irte;
+pub mod pasid;
 pub mod registers;
 pub mod root_context;
 pub mod second_stage;

@@ -145,8 +145,25 @@ pub struct ExtendedCapability {
     /// MHMV.
     #[bits(4)]
     pub max_handle_mask: u8,
-    #[bits(40)]
-    __: u64,
+    #[bits(19)]
+    __: u32,
+    /// SMTS: scalable mode.
+    pub scalable_mode: bool,
+    #[bits(2)]
+    __: u8,
+    /// SSTS: second-stage translation in scalable mode.
+    pub second_stage: bool,
+    __: bool,
+    /// SMPWC: page walks of scalable mode snoop the processor's caches where the entry of the PASID table asks for it.
+    pub scalable_coherent: bool,
+    /// RPS: RID_PASID of the scalable-mode context entry is honoured.
+    pub rid_pasid: bool,
+    #[bits(2)]
+    __: u8,
+    /// ADMS: abort-DMA mode.
+    pub abort_mode: bool,
+    #[bits(11)]
+    __: u16,
 }
 
 /// Global command and global status, which have their bits in the same places (32 bits; WO and RO). Sections 11.4.4.1
@@ -176,13 +193,23 @@ pub struct Global {
     pub translation: bool,
 }
 
+/// TTM of [`RootTableAddress`]. Section 11.4.5.
+pub mod table_mode {
+    /// Root and context tables of legacy mode.
+    pub const LEGACY: u8 = 0b00;
+    /// Root, context and PASID tables of scalable mode.
+    pub const SCALABLE: u8 = 0b01;
+    /// Every request is blocked, whatever the tables say.
+    pub const ABORT: u8 = 0b11;
+}
+
 /// Root table address register (64 bits, RW). Section 11.4.5.
 #[bitfield(u64)]
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootTableAddress {
     #[bits(10)]
     __: u16,
-    /// TTM: 0 is legacy mode.
+    /// TTM: see [`table_mode`].
     #[bits(2)]
     pub mode: u8,
     /// RTA: page number of the root table.
@@ -294,7 +321,7 @@ pub struct EventControl {
 #[bitfield(u64)]
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueAddress {
-    /// QS: the queue has `2^(size + 8)` descriptors of 128 bits.
+    /// QS: the queue has `2^size` pages of 4 KiB.
     #[bits(3)]
     pub size: u8,
     __: u8,

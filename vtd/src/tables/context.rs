@@ -1,15 +1,16 @@
-//! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
-//! and 3.4.3.
+//! From a requester to what it is attached to: the table mode, and root table and context tables of legacy mode (A-1,
+//! Sections 3.4.2 and 3.4.3.
 
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
+use super::pasid;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, SourceId};
 use crate::memory::read_pair;
 use crate::space::{PagedSpace, Tables};
 use crate::spec::fault::FaultReason;
-use crate::spec::registers::RootTableAddress;
+use crate::spec::registers::{RootTableAddress, table_mode};
 use crate::spec::root_context::{ContextEntryHigh, ContextEntryLow, RootEntryLow, TranslationType};
 
 /// What the guest has the unit do: the part of its state that every translation begins with.
@@ -19,6 +20,13 @@ pub(crate) struct Translation {
     pub(crate) enabled: bool,
     /// The root table in use.
     pub(crate) root: RootTableAddress,
+}
+
+impl Translation {
+    /// TTM says scalable mode; only a unit that offers it takes any notice.
+    pub(crate) fn is_scalable(self) -> bool {
+        self.root.mode() == table_mode::SCALABLE
+    }
 }
 
 /// What the tables say about a requester.
@@ -42,7 +50,7 @@ impl Resolved {
         }
     }
 
-    /// FPD of its context entry.
+    /// FPD of the entries that led to it.
     pub(crate) fn fault_processing_disable(&self) -> bool {
         match self {
             Self::Off => false,
@@ -107,7 +115,7 @@ impl From<FaultReason> for Unresolved {
 }
 
 /// Bits of a table address beyond the host address width.
-const fn beyond_width(config: &UnitConfig, address: u64) -> bool {
+pub(super) const fn beyond_width(config: &UnitConfig, address: u64) -> bool {
     address >> config.host_address_width != 0
 }
 
@@ -122,8 +130,15 @@ pub(crate) fn resolve<M: GuestMemoryBackend>(
         return Ok(Resolved::Off);
     }
     let root_table = translation.root.page() << 12;
-    // Only legacy mode is offered: any other table mode makes the pointer one that cannot be used.
-    if translation.root.mode() != 0 || beyond_width(config, root_table) {
+    match translation.root.mode() {
+        table_mode::LEGACY => {}
+        // Where only legacy mode is offered, any other table mode makes the pointer one that cannot be used.
+        _ if !config.scalable => return Err(FaultReason::RootTableAccess.into()),
+        table_mode::SCALABLE => return pasid::resolve(memory, config, Gpa(root_table), source),
+        table_mode::ABORT => return Err(FaultReason::AbortMode.into()),
+        _ => return Err(FaultReason::TableModeInvalid.into()),
+    }
+    if beyond_width(config, root_table) {
         return Err(FaultReason::RootTableAccess.into());
     }
     let (low, high) =
@@ -171,7 +186,7 @@ pub(crate) fn resolve<M: GuestMemoryBackend>(
 }
 
 /// The width that AW names, when SAGAW has it.
-fn supported_width(config: &UnitConfig, address_width: u8) -> Option<u8> {
+pub(super) fn supported_width(config: &UnitConfig, address_width: u8) -> Option<u8> {
     let offered = config.capability().adjusted_widths() >> address_width & 1 != 0;
     offered.then_some(30 + 9 * address_width)
 }

@@ -2,4 +2,5 @@
 
 pub(crate) mod context;
 pub(crate) mod interrupt;
+mod pasid;
 pub(crate) mod second_stage;

@@ -34,19 +34,19 @@ enum Entry {
 
 impl Reserved {
     /// What `entry`, of `level`, is; an error if a reserved bit is set.
-    fn check(self, entry: SecondStageEntry, level: u8) -> Result<Entry, FaultReason> {
+    fn check(self, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
         let address = entry.page() << 12;
         // Neither snoop control nor a device-TLB is offered, so SNP and TM are reserved everywhere.
         if address >> self.host_address_width != 0 || entry.snoop() || entry.transient() {
-            return Err(FaultReason::PagingReserved);
+            return Err(Blocked::Reserved);
         }
         match level {
             1 => Ok(Entry::Leaf(Gpa(address))),
             2 | 3 if entry.page_size() => match address & (entry_span(level) - 1) {
                 0 => Ok(Entry::Leaf(Gpa(address))),
-                _ => Err(FaultReason::PagingReserved),
+                _ => Err(Blocked::Reserved),
             },
-            _ if entry.page_size() => Err(FaultReason::PagingReserved),
+            _ if entry.page_size() => Err(Blocked::Reserved),
             _ => Ok(Entry::Table(Gpa(address))),
         }
     }
@@ -60,19 +60,62 @@ pub(crate) struct Translated {
     pub(crate) perm: Perm,
 }
 
-/// Whether `perm` lets `access` through; else the reason.
-pub(crate) const fn permits(perm: Perm, access: Access) -> Result<(), FaultReason> {
-    match access {
-        Access::Read if !perm.readable() => Err(FaultReason::ReadNotPermitted),
-        Access::Write if !perm.writable() => Err(FaultReason::WriteNotPermitted),
-        _ => Ok(()),
+/// Why a translation does not let a request through. Which reason that is depends on the table mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Blocked {
+    /// Pass-through, and the address is beyond the host address width.
+    BeyondHostWidth,
+    /// The address is beyond the width of the tables.
+    BeyondWidth,
+    /// The topmost table could not be read.
+    RootAccess,
+    /// Another one.
+    TableAccess,
+    /// A reserved field of a present entry is not zero.
+    Reserved,
+    /// An entry, or all of them together, permit nothing.
+    NothingPermitted,
+    /// They do not permit to read.
+    ReadNotPermitted,
+    /// They do not permit to write.
+    WriteNotPermitted,
+    /// The translation leads into the interrupt address range.
+    OutputInInterruptRange,
+}
+
+impl Blocked {
+    /// The reason in a fault record. Section 7.1.3.
+    pub(crate) const fn reason(self, access: Access, scalable: bool) -> FaultReason {
+        match (self, scalable) {
+            (Self::BeyondHostWidth | Self::BeyondWidth, false) => FaultReason::AddressBeyondWidth,
+            (Self::RootAccess | Self::TableAccess, false) => FaultReason::PagingTableAccess,
+            (Self::Reserved, false) => FaultReason::PagingReserved,
+            (Self::NothingPermitted, false) => match access {
+                Access::Write => FaultReason::WriteNotPermitted,
+                Access::Read | Access::ZeroLengthRead => FaultReason::ReadNotPermitted,
+            },
+            (Self::ReadNotPermitted, false) => FaultReason::ReadNotPermitted,
+            (Self::WriteNotPermitted, false) => FaultReason::WriteNotPermitted,
+            (Self::OutputInInterruptRange, false) => FaultReason::OutputInInterruptRange,
+            (Self::BeyondHostWidth, true) => FaultReason::BeyondHostWidth,
+            (Self::BeyondWidth, true) => FaultReason::BeyondSecondStageWidth,
+            (Self::RootAccess, true) => FaultReason::SecondStageRootAccess,
+            (Self::TableAccess, true) => FaultReason::SecondStageAccess,
+            (Self::Reserved, true) => FaultReason::SecondStageReserved,
+            (Self::NothingPermitted, true) => FaultReason::SecondStageNotPermitted,
+            (Self::ReadNotPermitted, true) => FaultReason::ScalableReadNotPermitted,
+            (Self::WriteNotPermitted, true) => FaultReason::ScalableWriteNotPermitted,
+            (Self::OutputInInterruptRange, true) => FaultReason::ScalableOutputInInterruptRange,
+        }
     }
 }
 
-const fn denied(access: Access) -> FaultReason {
+/// Whether `perm` lets `access` through.
+pub(crate) const fn permits(perm: Perm, access: Access) -> Result<(), Blocked> {
     match access {
-        Access::Write => FaultReason::WriteNotPermitted,
-        Access::Read | Access::ZeroLengthRead => FaultReason::ReadNotPermitted,
+        Access::Read if !perm.readable() => Err(Blocked::ReadNotPermitted),
+        Access::Write if !perm.writable() => Err(Blocked::WriteNotPermitted),
+        _ => Ok(()),
     }
 }
 
@@ -93,21 +136,24 @@ pub(crate) struct Directory {
 pub(crate) const DIRECTORY_SPAN: u64 = entry_span(2);
 
 impl Directory {
-    /// Walks from the root of `space` down to level 2. Section 3.7; each fault with its reason of section 7.1.3.
+    /// Walks from the root of `space` down to level 2. Section 3.7.
     pub(crate) fn find<M: GuestMemoryBackend>(
         memory: &M,
         config: &UnitConfig,
         space: &PagedSpace,
         iova: Iova,
-        access: Access,
-    ) -> Result<Self, FaultReason> {
+    ) -> Result<Self, Blocked> {
         let Tables::Second { root, width } = space.tables;
         if iova.0 >> width != 0 {
-            return Err(FaultReason::AddressBeyondWidth);
+            return Err(Blocked::BeyondWidth);
         }
         let mut found = Self { base: root, large: false, read: true, write: true };
         for level in (2..=levels(width)).rev() {
-            match found.step(memory, config, level, iova, access)? {
+            let at_root = |blocked| match blocked {
+                Blocked::TableAccess if level == levels(width) => Blocked::RootAccess,
+                other => other,
+            };
+            match found.step(memory, config, level, iova).map_err(at_root)? {
                 Entry::Table(table) => found.base = table,
                 Entry::Leaf(leaf) => {
                     let inside = iova.0 & (entry_span(level) - 1) & !(DIRECTORY_SPAN - 1);
@@ -126,18 +172,18 @@ impl Directory {
         config: &UnitConfig,
         iova: Iova,
         access: Access,
-    ) -> Result<Translated, FaultReason> {
+    ) -> Result<Translated, Blocked> {
         let page = if self.large {
             Gpa(self.base.0 + (iova.0 & (DIRECTORY_SPAN - 1) & !(PAGE_SIZE - 1)))
         } else {
-            match self.step(memory, config, 1, iova, access)? {
+            match self.step(memory, config, 1, iova)? {
                 Entry::Leaf(page) | Entry::Table(page) => page,
             }
         };
-        let perm = Perm::from_bits(self.read, self.write).ok_or(denied(access))?;
+        let perm = Perm::from_bits(self.read, self.write).ok_or(Blocked::NothingPermitted)?;
         permits(perm, access)?;
         if INTERRUPT_WINDOW.contains(page.0) {
-            return Err(FaultReason::OutputInInterruptRange);
+            return Err(Blocked::OutputInInterruptRange);
         }
         Ok(Translated { page, perm })
     }
@@ -149,13 +195,12 @@ impl Directory {
         config: &UnitConfig,
         level: u8,
         iova: Iova,
-        access: Access,
-    ) -> Result<Entry, FaultReason> {
+    ) -> Result<Entry, Blocked> {
         let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
         let word = Words::at(memory, Gpa(self.base.0 + index * 8), 1).and_then(|words| words.get(0));
-        let entry = SecondStageEntry::from_bits(word.ok_or(FaultReason::PagingTableAccess)?);
+        let entry = SecondStageEntry::from_bits(word.ok_or(Blocked::TableAccess)?);
         if !entry.read() && !entry.write() {
-            return Err(denied(access));
+            return Err(Blocked::NothingPermitted);
         }
         let next = Reserved { host_address_width: config.host_address_width }.check(entry, level)?;
         (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());

@@ -203,17 +203,25 @@ fn registers_are_where_the_specification_has_them() {
 
 #[test]
 fn codes_are_the_specifications() {
-    assert_eq!(FaultReason::ALL.map(FaultReason::code).to_vec(), (0x1..=0xe).collect::<Vec<u8>>());
+    let scalable = [
+        0x30, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x41, 0x42, 0x43, 0x50, 0x51, 0x52, 0x58, 0x59, 0x5a, 0x5b, 0x78, 0x79,
+        0x7a, 0x7b, 0x83, 0x84, 0x85, 0x86, 0x87,
+    ];
+    let codes: Vec<u8> = (0x1..=0xe).chain(scalable).collect();
+    assert_eq!(FaultReason::ALL.map(FaultReason::code).to_vec(), codes);
     assert_eq!(InterruptFaultReason::ALL.map(InterruptFaultReason::code).to_vec(), (0x20..=0x26).collect::<Vec<u8>>());
     let unqualified: Vec<u8> =
         FaultReason::ALL.into_iter().filter(|reason| !reason.qualified()).map(FaultReason::code).collect();
-    assert_eq!(unqualified, [0x1, 0x8, 0x9, 0xa], "what is found before the context entry");
+    let of_scalable_mode = [0x30, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x50, 0x58];
+    assert_eq!(unqualified[..4], [0x1, 0x8, 0x9, 0xa], "what is found before the context entry");
+    assert_eq!(unqualified[4..], of_scalable_mode, "and a PASID directory or table that cannot be read");
     let of_entry = InterruptFaultReason::ALL.into_iter().filter(|reason| reason.qualified());
     assert_eq!(of_entry.map(InterruptFaultReason::code).collect::<Vec<_>>(), [0x22, 0x24, 0x26]);
     assert_eq!(
         [kind::CONTEXT_CACHE, kind::IOTLB, kind::DEVICE_TLB, kind::INTERRUPT_ENTRY, kind::WAIT],
         [1, 2, 3, 4, 5]
     );
+    assert_eq!([kind::PASID_IOTLB, kind::PASID_CACHE], [6, 7]);
     assert_eq!([granularity::GLOBAL, granularity::DOMAIN, granularity::SELECTIVE], [1, 2, 3]);
     let errors = [
         QueueError::InvalidTail,
@@ -221,11 +229,13 @@ fn codes_are_the_specifications() {
         QueueError::InvalidType,
         QueueError::Reserved,
         QueueError::InvalidWidth,
+        QueueError::UnalignedTail,
+        QueueError::InvalidTableMode,
     ];
-    assert_eq!(errors.map(|error| error as u8), [1, 2, 3, 4, 5]);
+    assert_eq!(errors.map(|error| error as u8), [1, 2, 3, 4, 5, 6, 7]);
     // The type of a descriptor has four bits below and three more from bit 9 on.
     for (low, number) in [(0xf, 0xf), (1 << 9, 0x10), (7 << 9, 0x70), (!(0xf | 7 << 9), 0)] {
-        assert_eq!(Descriptor { low, high: u64::MAX }.kind(), number, "{low:#x}");
+        assert_eq!(Descriptor { low, high: u64::MAX, upper: [u64::MAX; 2] }.kind(), number, "{low:#x}");
     }
     let types =
         [Some(TranslationType::Untranslated), Some(TranslationType::DeviceTlb), Some(TranslationType::PassThrough)];

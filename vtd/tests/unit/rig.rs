@@ -269,6 +269,9 @@ pub struct Rig {
     pub listener: Arc<Listener>,
     pub messages: Arc<Messages>,
     pub root_table: u64,
+    /// TTM, and DW of the queue.
+    pub table_mode: u64,
+    pub wide: bool,
     next_table: u64,
     tail: u64,
     next_status: u32,
@@ -283,8 +286,9 @@ impl Rig {
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
         let (listener, messages) = (Arc::new(Listener::default()), Arc::new(Messages::default()));
         let unit = Unit::new(config, memory.clone(), listener.clone(), messages.clone()).unwrap();
+        let (root_table, table_mode, wide, next_table, tail, next_status) = (0, 0, false, TABLES, 0, 0);
         let mut rig =
-            Self { unit, memory, listener, messages, root_table: 0, next_table: TABLES, tail: 0, next_status: 0 };
+            Self { unit, memory, listener, messages, root_table, table_mode, wide, next_table, tail, next_status };
         rig.root_table = rig.table();
         rig
     }
@@ -349,13 +353,13 @@ impl Rig {
 
     pub fn enable_queue(&mut self) {
         self.write64(offset::IQT, 0);
-        self.write64(offset::IQA, QUEUE);
+        self.write64(offset::IQA, QUEUE | u64::from(self.wide) << 11);
         self.command(|on| on.with_queued_invalidation(true));
         self.tail = 0;
     }
 
     pub fn set_root(&self) {
-        self.write64(offset::RTADDR, self.root_table);
+        self.write64(offset::RTADDR, self.root_table | self.table_mode << 10);
         self.command(|on| on.with_root_table_pointer(true));
     }
 
@@ -440,6 +444,22 @@ impl Rig {
         }
     }
 
+    /// The same, unless a table is not where it would be made.
+    pub fn try_entry_address(&mut self, root: u64, width: u8, iova: u64, level: u8) -> Option<u64> {
+        let mut table = root;
+        for at in (level..=levels(width)).rev() {
+            let entry = table + iova / entry_span(at) % 512 * 8;
+            if at == level {
+                return Some(entry);
+            }
+            table = SecondStageEntry::from_bits(self.load(entry)).page() << 12;
+            if !(TABLES..self.next_table).contains(&table) {
+                return None;
+            }
+        }
+        None
+    }
+
     /// Sets a leaf of `level` in a table of `width` bits.
     pub fn leaf(&mut self, root: u64, width: u8, iova: u64, gpa: u64, perm: Option<Perm>, level: u8) {
         let address = self.entry_address(root, width, iova, level);
@@ -471,16 +491,22 @@ impl Rig {
 
     /// Puts descriptors on the queue without moving the tail.
     pub fn push(&mut self, descriptors: &[(u64, u64)]) {
+        let size = self.descriptor_size();
         for (low, high) in descriptors {
-            self.store(QUEUE + self.tail * 16, *low);
-            self.store(QUEUE + self.tail * 16 + 8, *high);
-            self.tail = (self.tail + 1) % 256;
+            let words = [*low, *high, 0, 0];
+            let words = words.into_iter().zip((0..size).step_by(8));
+            words.for_each(|(word, at)| self.store(QUEUE + self.tail * size + at, word));
+            self.tail = (self.tail + 1) % (4096 / size);
         }
+    }
+
+    fn descriptor_size(&self) -> u64 {
+        if self.wide { 32 } else { 16 }
     }
 
     /// Moves the tail to what was pushed.
     pub fn ring(&self) {
-        self.write64(offset::IQT, self.tail * 16);
+        self.write64(offset::IQT, self.tail * self.descriptor_size());
     }
 
     /// Puts descriptors on the queue, then a wait; `true` when the wait wrote its status.
