@@ -163,11 +163,6 @@ impl Ring {
         self.queue.add_used(memory, head, written).map_err(|e| broken(&e))
     }
 
-    /// Asks for no kick until [`Ring::enable_kicks`].
-    pub fn disable_kicks<M: GuestMemory>(&mut self, memory: &M) -> Result<(), Broken> {
-        self.queue.disable_notification(memory).map_err(|e| broken(&e))
-    }
-
     /// Asks for a kick when a buffer comes; `true` when one has come already.
     pub fn enable_kicks<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, Broken> {
         self.queue.enable_notification(memory).map_err(|e| broken(&e))
