@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+#[cfg(test)]
+mod bus_test;
 pub mod debug_exit;
 pub mod dma;
 pub mod edu;
@@ -17,11 +19,13 @@ pub mod pit;
 pub mod pm;
 pub mod rtc;
 pub mod serial;
+mod sync;
 #[cfg(test)]
 mod testing;
 pub mod timers;
 mod told;
 pub mod vfio_pci;
+pub mod virtio;
 
 pub use bus::{Bus, BusDevice};
 pub use told::Told;

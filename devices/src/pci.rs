@@ -2,6 +2,8 @@
 
 pub mod config;
 pub mod decode;
+#[cfg(test)]
+mod decode_test;
 pub mod host_bridge;
 pub mod root;
 

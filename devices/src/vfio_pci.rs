@@ -1,19 +1,16 @@
 //! A PCI function of the host, assigned to the guest through VFIO.
 //!
 //! Configuration space is the host's, as VFIO virtualises it, but for what is ours: BARs, MSI, MSI-X, the interrupt
-//! line, the command register's enables, and the capabilities that are hidden. I/O BARs and the expansion ROM are not
-//! offered.
+//! line, the command register's enables, and the capabilities that are hidden.
 //!
-//! # Order (F-3)
-//! Memory off: close the gate, which waits for trapped accesses in flight; take the windows out of the guest, and out
-//! of the DMA of other functions ([`MemorySlots::unmap`] does both, in this order); take the BARs off the bus; then
-//! write the host's configuration space. Memory on runs in reverse.
+//! Whether BARs are reached, and the order in which that begins and ends (F-3), is [`reach`]'s.
 //!
 //! # Locks
 //! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped, which waits
-//! for the queue of the unit: nothing that a drain calls may take it. `HostCommand` is held for one host access only,
-//! so [`VfioPci::quarantine`], which takes nothing else, can be called from inside anything that an unmapped window
-//! leads to.
+//! for the queue of the unit: nothing that a drain calls may take it, and no access of a BAR. Under it come, one after
+//! the other and not inside each other, a gate and the decoder; an access has a gate, and takes MSI-X under it.
+//! `HostCommand` is held for one host access only, so [`VfioPci::quarantine`], which takes nothing else, can be called
+//! from inside anything that an unmapped window leads to.
 
 mod bars;
 mod capabilities;
@@ -21,6 +18,8 @@ mod command;
 mod intx;
 mod msi;
 mod msix;
+mod reach;
+mod rom;
 mod vectors;
 
 use std::io;
@@ -30,11 +29,13 @@ use vfio_bridge::{Function, IrqKind, RegionKind, ResetScope};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::Requester;
 
-use self::bars::{Bars, Trapped};
+use self::bars::{Bar, Decoders, Trapped, Wiring};
 use self::command::HostCommand;
 use self::intx::Intx;
 use self::msi::MsiCapability;
 use self::msix::{Layout, Msix};
+use self::reach::{Change, Closed, Decoded, Enables, Gates, Places as BarPlaces, ROM_BAR, Reach, Space};
+use self::rom::Rom;
 use self::vectors::Vectors;
 use crate::host::{Interrupts, IrqLine, MemorySlots};
 use crate::ioapic::EoiListener;
@@ -42,7 +43,7 @@ use crate::pci::config::{
     BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE,
     INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
-use crate::pci::{BarKind, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -50,8 +51,10 @@ pub struct VfioPciWiring {
     pub requester: Requester,
     /// The function of the host.
     pub host: Arc<dyn Function>,
-    /// Puts its BARs on the MMIO bus.
+    /// Puts its memory BARs on the MMIO bus.
     pub decoder: Arc<Decoder>,
+    /// Puts its I/O BARs on the bus of ports.
+    pub port_decoder: Arc<Decoder>,
     /// Puts its BARs into the guest's memory.
     pub slots: Arc<dyn MemorySlots>,
     /// Message routes.
@@ -81,9 +84,8 @@ pub enum VfioPciError {
 pub struct VfioPci {
     requester: Requester,
     host: Arc<dyn Function>,
-    decoder: Arc<Decoder>,
     trapped: Arc<Trapped>,
-    bars: Bars,
+    bars: Vec<Bar>,
     intx: Option<Intx>,
     error: Option<EventFd>,
     request: Option<EventFd>,
@@ -116,8 +118,7 @@ struct Config {
     /// In power state D0.
     is_d0: bool,
     msi: Option<MsiCapability>,
-    /// Where each BAR is decoded now.
-    decoded: [Option<(u64, u64)>; 6],
+    reach: Reach,
 }
 
 impl VfioPci {
@@ -130,7 +131,7 @@ impl VfioPci {
 
     /// Assigns the function. Its memory is disabled, it masters no bus, and no vector is enabled.
     pub fn new(wiring: VfioPciWiring) -> Result<Arc<Self>, VfioPciError> {
-        let VfioPciWiring { requester, host, decoder, slots, interrupts, intx } = wiring;
+        let VfioPciWiring { requester, host, decoder, port_decoder, slots, interrupts, intx } = wiring;
         let mut snapshot = [0xff; CONFIG_SIZE];
         let size = host.region(RegionKind::Config).size.min(CONFIG_SIZE as u64) as usize;
         for (index, word) in snapshot[..size & !3].chunks_mut(4).enumerate() {
@@ -195,8 +196,17 @@ impl VfioPci {
         }
 
         let layout = msix.as_ref().map(|(layout, _)| layout.clone());
-        let trapped = Trapped::new(host.clone(), msix);
-        let bars = bars::find(&host, &snapshot, layout.as_ref(), &trapped, &slots, &mut space)?;
+        let gates = Gates::new(host.clone());
+        let trapped = Trapped::new(gates.clone(), msix);
+        let decoders = Decoders { memory: &decoder, io: &port_decoder };
+        let wiring = Wiring { host: &host, trapped: &trapped, slots: &slots, decoders };
+        let (bars, mut decoded) = bars::find(&wiring, &snapshot, layout.as_ref(), &mut space)?;
+        if let Some(size) = rom::size(&*host, dword(0)) {
+            space.add_rom(size);
+            let target = BarTarget::of_device(Arc::new(Rom::new(gates.clone(), size)));
+            decoded[ROM_BAR] = Some(Decoded::new(Space::Memory, decoder.clone(), target));
+        }
+        let reach = Reach::new(requester.sid, gates, decoded);
         let intx = match intx {
             Some((line, _)) => Some(Intx::new(host.clone(), line).map_err(VfioPciError::Event)?),
             None => None,
@@ -212,25 +222,12 @@ impl VfioPci {
 
         let command = HostCommand::new(host.clone());
         let is_d0 = places.power.is_none_or(|at| word(at) & 3 == 0);
-        let config = Config { space, command: 0, is_d0, msi, decoded: [None; 6] };
+        let config = Config { space, command: 0, is_d0, msi, reach };
         let config = Mutex::new(config);
         if let Some(intx) = &intx {
             intx.enable(&command);
         }
-        Ok(Arc::new(Self {
-            requester,
-            host,
-            decoder,
-            trapped,
-            bars,
-            intx,
-            error,
-            request,
-            owned,
-            places,
-            command,
-            config,
-        }))
+        Ok(Arc::new(Self { requester, host, trapped, bars, intx, error, request, owned, places, command, config }))
     }
 
     /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls
@@ -264,17 +261,7 @@ impl VfioPci {
 
     /// The BARs: number, kind, size in bytes.
     pub fn bar_sizes(&self) -> Vec<(u8, BarKind, u64)> {
-        self.bars
-            .memory
-            .iter()
-            .zip(0..)
-            .filter_map(|(bar, i)| bar.as_ref().map(|bar| (i, bar.kind, bar.size)))
-            .collect()
-    }
-
-    /// The numbers of the I/O BARs that the function has, which are not offered to the guest.
-    pub fn io_bars(&self) -> &[u8] {
-        &self.bars.io
+        self.bars.iter().map(|bar| (bar.index, bar.kind, bar.size)).collect()
     }
 
     /// Stops the function's DMA for good (B-11): Bus Master off, then reset. After `Ok` it does none, whatever the
@@ -284,85 +271,75 @@ impl VfioPci {
         self.command.quarantine()
     }
 
-    /// Where BAR `index` belongs with the guest's registers as they are (F-1).
-    fn wanted(config: &Config) -> [Option<(u64, u64)>; 6] {
-        let on = config.command & COMMAND_MEMORY != 0 && config.is_d0;
-        std::array::from_fn(|index| config.space.decoded(index).filter(|_| on))
-    }
-
     /// Makes the change `host_write` of the host's configuration space between taking away what must not be there after
-    /// it and putting in place what must not be there before it.
-    fn change(&self, config: &mut Config, host_write: impl FnOnce()) {
-        let on = config.command & COMMAND_MEMORY != 0 && config.is_d0;
-        // The overlay decodes by its own copy of the bit.
-        config.space.put(COMMAND, &config.command.to_le_bytes());
-        let wanted = Self::wanted(config);
-        if !on {
-            self.trapped.close();
-        }
-        for (index, wanted) in wanted.iter().enumerate() {
-            if config.decoded[index] != *wanted {
-                self.decode(config, index, None);
-            }
-        }
-        host_write();
-        for (index, wanted) in wanted.iter().enumerate() {
-            if config.decoded[index] != *wanted {
-                self.decode(config, index, *wanted);
-            }
-        }
-        if on {
-            self.trapped.open();
-        }
-    }
-
-    fn decode(&self, config: &mut Config, index: usize, range: Option<(u64, u64)>) {
-        if let Some(bar) = &self.bars.memory[index] {
-            self.decoder.set(self.requester.sid, index as u8, range, &bar.target);
-        }
-        config.decoded[index] = range;
+    /// it and putting in place what must not be there before it, with the guest's registers as they are.
+    fn change(config: &mut Config, host_write: impl FnOnce(&Change)) {
+        let Config { space, command, is_d0, reach, .. } = config;
+        // The overlay decodes by its own copy of the bits.
+        space.put(COMMAND, &command.to_le_bytes());
+        let on = |bit| *is_d0 && *command & bit != 0;
+        let enables = Enables { memory: on(COMMAND_MEMORY), io: on(COMMAND_IO) };
+        let places: BarPlaces =
+            std::array::from_fn(|index| if index == ROM_BAR { space.decoded_rom() } else { space.decoded(index) });
+        reach.change(enables, &places, host_write);
     }
 
     /// Mappings out, no bus mastering, no interrupt.
-    fn quiesce_function(&self, config: &mut Config) {
-        config.command = 0;
-        self.change(config, || self.write_host_command(0));
+    fn quiesce_function<'a>(
+        &self,
+        reach: &'a mut Reach,
+        command: &mut u16,
+        space: &mut ConfigSpace,
+        msi: &mut Option<MsiCapability>,
+    ) -> Closed<'a> {
+        let closed = reach.close();
+        *command = 0;
+        space.put(COMMAND, &command.to_le_bytes());
+        self.write_host_command(0, closed.change());
         if let Some(msix) = self.trapped.msix() {
             msix.lock().unwrap().reset();
         }
-        if let Some(msi) = &mut config.msi {
+        if let Some(msi) = msi {
             msi.disable();
         }
         if let Some(intx) = &self.intx {
             intx.disable(&self.command);
         }
+        closed
     }
 
     /// Everything to the state after a reset (F-4): mappings out, quiesce, reset, restore.
     fn reset_function(&self, config: &mut Config, scope: ResetScope) {
-        self.quiesce_function(config);
-        if let Some(at) = self.places.power.filter(|_| !config.is_d0) {
+        let Config { space, command, is_d0, msi, reach } = config;
+        let closed = self.quiesce_function(reach, command, space, msi);
+        if let Some(at) = self.places.power.filter(|_| !*is_d0) {
             // A reset that goes by power state, or none, would leave it asleep.
             let mut power = [0; 2];
             self.host.read(RegionKind::Config, at.into(), &mut power);
             // The whole register: libvfio-user takes no part of it. A 1 would clear PME Status.
-            self.forward(at, &[power[0] & !3, power[1] & !0x80]);
+            self.write_power(at, &[power[0] & !3, power[1] & !0x80], closed.change());
         }
-        self.command.reset(scope, self.requester);
-        config.space.reset();
-        config.is_d0 = true;
+        self.command.reset(scope, self.requester, &closed);
+        space.reset();
+        *is_d0 = true;
         if let Some(intx) = &self.intx {
             intx.enable(&self.command);
         }
     }
 
-    fn write_host_command(&self, value: u16) {
+    fn write_host_command(&self, value: u16, change: &Change) {
         match &self.intx {
-            Some(intx) => intx.write_command(&self.command, value),
-            None => self.command.write(value),
+            Some(intx) => intx.write_command(&self.command, value, change),
+            None => self.command.write(value, change),
         }
     }
 
+    /// Writes of the power-management control and status register, which may put the function to sleep.
+    fn write_power(&self, offset: u16, data: &[u8], _: &Change) {
+        self.forward(offset, data);
+    }
+
+    /// Writes what decides nothing about BARs.
     fn forward(&self, offset: u16, data: &[u8]) {
         if let Err(e) = self.host.write(RegionKind::Config, offset.into(), data) {
             log::debug!("{}: a configuration write at {offset:#x} was dropped: {e}", self.requester);
@@ -374,8 +351,8 @@ impl VfioPci {
         let touches = |at: u16, len: u16| offset < at + len && at < offset + data.len() as u16;
         if self.owned[usize::from(offset)] {
             config.space.write(offset, data);
-            if touches(BAR0, 24) {
-                self.change(config, || {});
+            if touches(BAR0, 24) || touches(ROM, 4) {
+                Self::change(config, |_| {});
             }
             if let Some(at) = self.places.msix.filter(|at| touches(*at, 2)) {
                 self.switch_msix(config, config.space.u16(at));
@@ -396,7 +373,7 @@ impl VfioPci {
         }
         if let Some(at) = self.places.power.filter(|at| touches(*at, 1)) {
             config.is_d0 = data[usize::from(at - offset)] & 3 == 0;
-            self.change(config, || self.forward(offset, data));
+            Self::change(config, |change| self.write_power(offset, data, change));
             return;
         }
         self.forward(offset, data);
@@ -407,10 +384,12 @@ impl VfioPci {
         for (i, byte) in data.iter().enumerate() {
             bytes[usize::from(offset - COMMAND) + i] = *byte;
         }
-        // No I/O BAR is offered, so there is nothing to enable.
-        config.command = u16::from_le_bytes(bytes) & COMMAND_BITS & !COMMAND_IO;
+        // Without an I/O BAR there is nothing to enable.
+        let has_io = self.bars.iter().any(|bar| bar.kind == BarKind::Io);
+        let absent = if has_io { 0 } else { COMMAND_IO };
+        config.command = u16::from_le_bytes(bytes) & COMMAND_BITS & !absent;
         let command = config.command;
-        self.change(config, || self.write_host_command(command));
+        Self::change(config, |change| self.write_host_command(command, change));
     }
 
     /// VFIO has one kind of interrupt at a time: the legacy one gives way to messages and comes back after them.
@@ -501,7 +480,9 @@ impl PciFunction for VfioPci {
     }
 
     fn quiesce(&self) {
-        self.quiesce_function(&mut self.config.lock().unwrap());
+        let config = &mut *self.config.lock().unwrap();
+        let Config { space, command, msi, reach, .. } = config;
+        self.quiesce_function(reach, command, space, msi);
     }
 
     fn reset(&self) {
@@ -519,17 +500,9 @@ impl EoiListener for VfioPci {
 
 impl Drop for VfioPci {
     fn drop(&mut self) {
-        let config = self.config.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let decoded = std::mem::take(&mut config.decoded);
-        self.trapped.close();
-        for (index, (bar, _)) in
-            self.bars.memory.iter().zip(decoded).enumerate().filter(|(_, (_, range))| range.is_some())
-        {
-            if let Some(bar) = bar {
-                self.decoder.set(self.requester.sid, index as u8, None, &bar.target);
-            }
-        }
-        self.write_host_command(0);
+        let mut config = self.config.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let closed = config.reach.close();
+        self.write_host_command(0, closed.change());
     }
 }
 

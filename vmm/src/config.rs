@@ -122,6 +122,31 @@ pub enum DeviceKind {
         /// Past the host's page cache: the host's kernel has pages of the guest pinned while the disk writes to them.
         direct: bool,
     },
+    /// A virtio device, emulated in this process.
+    Virtio(VirtioKind),
+}
+
+/// Which virtio device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VirtioKind {
+    /// Entropy of the host.
+    Rng,
+    /// A disk.
+    Blk {
+        /// Its data: a file, or a block device.
+        file: PathBuf,
+        /// Writes are refused.
+        read_only: bool,
+    },
+    /// A network interface.
+    Net {
+        /// The name of the tap: 1 to 15 bytes, no `/`.
+        tap: String,
+        /// Its address; `None`: one that goes by its slot.
+        mac: Option<[u8; 6]>,
+    },
+    /// A console, at stdout and stdin as the serial port.
+    Console,
 }
 
 /// By which of the host's interfaces a function's memory is mapped.
@@ -178,21 +203,38 @@ impl DeviceKind {
             Self::VfioUser { .. } => "vfio-user",
             Self::Edu => "edu",
             Self::PinBlk { .. } => "pinblk",
+            Self::Virtio(VirtioKind::Rng) => "virtio-rng",
+            Self::Virtio(VirtioKind::Console) => "virtio-console",
+            Self::Virtio(VirtioKind::Blk { .. }) => "virtio-blk",
+            Self::Virtio(VirtioKind::Net { .. }) => "virtio-net",
         }
     }
 
-    /// What it is outside, which two devices cannot share: the host's function, or the socket.
+    /// What it is outside, which two devices cannot share: the host's function, the socket, a disk that
+    /// both write, a tap, or stdin.
     pub fn outside(&self) -> Option<String> {
         match self {
             Self::Vfio { host, .. } => Some(format!("host={host}")),
             Self::VfioUser { socket: UserSocket::Path(path), .. } => Some(format!("socket={}", path.display())),
             Self::VfioUser { socket: UserSocket::Fd(fd), .. } => Some(format!("fd={fd}")),
-            Self::Edu | Self::PinBlk { .. } => None,
+            Self::Virtio(VirtioKind::Blk { file, read_only: false }) => Some(format!("file={}", file.display())),
+            Self::Virtio(VirtioKind::Net { tap, .. }) => Some(format!("tap={tap}")),
+            Self::Virtio(VirtioKind::Console) => Some("stdin".to_owned()),
+            Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
         }
     }
 
     /// Whether it needs nothing from outside but what can be read.
     pub fn is_emulated(&self) -> bool {
-        matches!(self, Self::Edu | Self::PinBlk { .. })
+        matches!(self, Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
+    }
+
+    /// Whether its DMA follows what the guest's unit tells: it is refused without a unit, and without Caching Mode.
+    pub fn follows_unit(&self) -> bool {
+        match self {
+            Self::Vfio { .. } | Self::VfioUser { .. } | Self::PinBlk { .. } => true,
+            Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Net { .. }) => true,
+            Self::Edu | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
+        }
     }
 }

@@ -14,6 +14,8 @@ pub const HEADER_TYPE: u16 = 0x0e;
 pub const BAR0: u16 = 0x10;
 /// Offset of the expansion ROM's base address.
 pub const ROM: u16 = 0x30;
+/// Expansion ROM: it is decoded, while memory is.
+pub const ROM_ENABLE: u32 = 1;
 /// Offset of the pointer to the first capability.
 pub const CAPABILITIES: u16 = 0x34;
 /// Offset of the interrupt line.
@@ -60,7 +62,7 @@ pub struct Identity {
     pub subsystem: (u16, u16),
 }
 
-/// What a memory BAR is.
+/// What a BAR is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BarKind {
     /// 32-bit, not prefetchable.
@@ -71,21 +73,26 @@ pub enum BarKind {
     Memory64,
     /// 64-bit, prefetchable.
     Prefetchable64,
+    /// Ports.
+    Io,
 }
 
 impl BarKind {
-    /// Bits 3:0 of the BAR.
+    /// What of the BAR software cannot write, whatever its size is: bits 3:0, or 1:0 of ports.
     pub(crate) const fn flags(self) -> u32 {
         match self {
             Self::Memory32 => 0x0,
             Self::Prefetchable32 => 0x8,
             Self::Memory64 => 0x4,
             Self::Prefetchable64 => 0xc,
+            Self::Io => 0x1,
         }
     }
-    /// The kind that bits 3:0 of a BAR say; `None` for an I/O BAR and for reserved types.
+    /// The kind that bits 3:0 of a BAR say; `None` for reserved types.
     pub const fn of(bar: u32) -> Option<Self> {
         match bar & 0xf {
+            // Bits 3:2 are bits of its address.
+            0x1 | 0x5 | 0x9 | 0xd => Some(Self::Io),
             0x0 => Some(Self::Memory32),
             0x8 => Some(Self::Prefetchable32),
             0x4 => Some(Self::Memory64),
@@ -93,9 +100,22 @@ impl BarKind {
             _ => None,
         }
     }
+    /// The bits of the register that are none of an address.
+    const fn address_less(self) -> u32 {
+        if matches!(self, Self::Io) { 0x3 } else { 0xf }
+    }
     /// Whether the next BAR holds the upper half.
     pub const fn is_64(self) -> bool {
         matches!(self, Self::Memory64 | Self::Prefetchable64)
+    }
+    /// The smallest and the largest number of bytes that such a BAR has.
+    pub const fn sizes(self) -> (u64, u64) {
+        match self {
+            Self::Memory32 | Self::Prefetchable32 => (16, 1 << 31),
+            Self::Memory64 | Self::Prefetchable64 => (16, 1 << 63),
+            // PCI allows 256 on behalf of other machines; a PC has 64 Ki ports.
+            Self::Io => (4, 1 << 15),
+        }
     }
 }
 
@@ -105,6 +125,7 @@ pub struct ConfigSpace {
     writable: Box<[u8; CONFIG_SIZE]>,
     clear_on_one: Box<[u8; CONFIG_SIZE]>,
     bars: [Option<(BarKind, u64)>; 6],
+    rom: Option<u64>,
     next_capability: u16,
     last_link: u16,
 }
@@ -118,6 +139,7 @@ impl ConfigSpace {
             writable: Box::new([0; CONFIG_SIZE]),
             clear_on_one: Box::new([0; CONFIG_SIZE]),
             bars: [None; 6],
+            rom: None,
             next_capability: 0x40,
             last_link: CAPABILITIES,
         };
@@ -139,22 +161,35 @@ impl ConfigSpace {
         self.put(INTERRUPT_LINE, &[line]);
     }
 
-    /// Adds memory BAR `index` (0 to 5) of `size` bytes, a power of two of at least 16.
+    /// Adds BAR `index` (0 to 5) of `size` bytes, a power of two that its kind [can have](BarKind::sizes).
     ///
     /// # Panics
     /// When the index or the size is not as said, or the BAR is there already: mistakes of the model's author.
     pub fn add_bar(&mut self, index: usize, kind: BarKind, size: u64) {
-        assert!(size.is_power_of_two() && size >= 16 && self.bars[index].is_none());
-        assert!(kind.is_64() || size <= 1 << 31);
+        let (smallest, largest) = kind.sizes();
+        assert!(size.is_power_of_two() && (smallest..=largest).contains(&size) && self.bars[index].is_none());
         let at = BAR0 + 4 * index as u16;
         let mask = !(size - 1);
         self.put(at, &kind.flags().to_le_bytes());
-        self.allow(at, &((mask as u32) & !0xf).to_le_bytes());
+        self.allow(at, &(mask as u32).to_le_bytes());
+        if kind == BarKind::Io {
+            self.writable[usize::from(COMMAND)] |= COMMAND_IO as u8;
+        }
         if kind.is_64() {
             assert!(index < 5 && self.bars[index + 1].is_none());
             self.allow(at + 4, &((mask >> 32) as u32).to_le_bytes());
         }
         self.bars[index] = Some((kind, size));
+    }
+
+    /// Adds an expansion ROM of `size` bytes, a power of two of 2 KiB to 16 MiB.
+    ///
+    /// # Panics
+    /// When the size is another: a mistake of the model's author.
+    pub fn add_rom(&mut self, size: u64) {
+        assert!(size.is_power_of_two() && (1 << 11..=1 << 24).contains(&size));
+        self.allow(ROM, &(!(size as u32 - 1) | ROM_ENABLE).to_le_bytes());
+        self.rom = Some(size);
     }
 
     /// Appends a capability with `body` after its two-byte header; `writable` masks what software may write of the body
@@ -223,22 +258,35 @@ impl ConfigSpace {
         self.u16(COMMAND)
     }
 
-    /// Where BAR `index` is decoded now, first and last address: `None` while Memory Enable is clear, when there is no
-    /// such BAR, or when software has not given it an address.
+    /// Where BAR `index` is decoded now, first and last address (of memory, or of ports): `None` while Memory Enable,
+    /// or I/O Enable, is clear, when there is no such BAR, or when software has not given it an address.
     pub fn decoded(&self, index: usize) -> Option<(u64, u64)> {
         let (kind, size) = (*self.bars.get(index)?)?;
-        if self.command() & COMMAND_MEMORY == 0 {
+        let enable = if kind == BarKind::Io { COMMAND_IO } else { COMMAND_MEMORY };
+        if self.command() & enable == 0 {
             return None;
         }
         let at = BAR0 + 4 * index as u16;
-        let mut first = u64::from(self.u32(at) & !0xf);
+        let mut first = u64::from(self.u32(at) & !kind.address_less());
         if kind.is_64() {
             first |= u64::from(self.u32(at + 4)) << 32;
         }
         // Address 0 is what an unassigned BAR holds, and ones in all writable bits is a sizing probe.
         let last = first.checked_add(size - 1)?;
         let probed = if kind.is_64() { u64::MAX } else { u64::from(u32::MAX) };
-        (first != 0 && last != probed).then_some((first, last))
+        let exists = kind != BarKind::Io || last <= 0xffff;
+        (first != 0 && last != probed && exists).then_some((first, last))
+    }
+
+    /// Where the expansion ROM is decoded now: `None` while Memory Enable or its own enable is clear, when there is
+    /// none, or when software has not given it an address.
+    pub fn decoded_rom(&self) -> Option<(u64, u64)> {
+        let (register, size) = (self.u32(ROM), self.rom?);
+        let first = u64::from(register & !0x7ff);
+        let last = first + (size - 1);
+        let enabled = register & ROM_ENABLE != 0 && self.command() & COMMAND_MEMORY != 0;
+        // Ones in all bits is a sizing probe, without the enable in most guests.
+        (enabled && first != 0 && last != u64::from(u32::MAX)).then_some((first, last))
     }
 
     /// Gives BAR `index` an address before the guest runs (a guest without its own PCI assignment needs that).

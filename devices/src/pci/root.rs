@@ -36,20 +36,32 @@ pub enum SlotError {
 /// Segment 0 of the PCI hierarchy.
 pub struct PciRoot {
     decoder: Arc<Decoder>,
+    port_decoder: Arc<Decoder>,
     functions: RwLock<BTreeMap<SourceId, Arc<dyn PciFunction>>>,
 }
 
 impl PciRoot {
-    /// A root bus with the host bridge on it. BARs of functions are decoded on `mmio`.
+    /// A root bus with the host bridge on it. Memory BARs of functions are decoded on `mmio`; I/O BARs nowhere.
     pub fn new(mmio: Arc<Bus>) -> Arc<Self> {
-        let host_bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
-        let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
-        Arc::new(Self { decoder: Arc::new(Decoder::new(mmio)), functions })
+        Self::with_ports(mmio, Arc::default())
     }
 
-    /// The decoder that functions put their BARs on the bus with.
+    /// The same, with I/O BARs on `ports`.
+    pub fn with_ports(mmio: Arc<Bus>, ports: Arc<Bus>) -> Arc<Self> {
+        let host_bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
+        let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
+        let (decoder, port_decoder) = (Arc::new(Decoder::new(mmio)), Arc::new(Decoder::new(ports)));
+        Arc::new(Self { decoder, port_decoder, functions })
+    }
+
+    /// The decoder that functions put their memory BARs on the bus with.
     pub fn decoder(&self) -> Arc<Decoder> {
         self.decoder.clone()
+    }
+
+    /// The same for I/O BARs.
+    pub fn port_decoder(&self) -> Arc<Decoder> {
+        self.port_decoder.clone()
     }
 
     /// The requester of the function at `sid`.

@@ -286,13 +286,19 @@ fn f6_kinds_of_bars_are_told_by_their_low_bits() {
     let kinds: Vec<_> = (0..16).filter_map(|bits| Some((bits, BarKind::of(bits)?))).collect();
     let wanted = [
         (0x0, BarKind::Memory32),
+        (0x1, BarKind::Io),
         (0x4, BarKind::Memory64),
+        (0x5, BarKind::Io),
         (0x8, BarKind::Prefetchable32),
+        (0x9, BarKind::Io),
         (0xc, BarKind::Prefetchable64),
+        (0xd, BarKind::Io),
     ];
     assert_eq!(kinds, wanted);
     for (bits, kind) in wanted {
-        assert_eq!((kind.flags(), kind.is_64()), (bits, bits & 4 != 0));
+        // Of ports bits 3:2 are bits of the address.
+        let (flags, is_64) = if bits & 1 != 0 { (1, false) } else { (bits, bits & 4 != 0) };
+        assert_eq!((kind.flags(), kind.is_64()), (flags, is_64));
     }
 }
 

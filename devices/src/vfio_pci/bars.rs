@@ -1,89 +1,101 @@
-//! BARs of the assigned function: what of them can be mapped into the guest, and the gate in front of what is trapped.
-//!
-//! The gate is a lock around one bit, "memory is enabled" (F-3). An access tests the bit and reaches the device under
-//! the shared side; whoever closes the gate takes the exclusive side for the moment of clearing the bit, which waits
-//! for the accesses in flight. Under the exclusive side nothing else happens: no guest memory, no BAR, no vCPU is
-//! touched.
+//! BARs of the assigned function: what of them can be mapped into the guest, and what answers for the rest.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 
 use vfio_bridge::{Function, RegionInfo, RegionKind};
 
 use super::VfioPciError;
 use super::capabilities::Snapshot;
 use super::msix::{Layout, Msix};
+use super::reach::{Access, BARS, Decoded, Gates, Space};
 use crate::BusDevice;
 use crate::host::{HostWindow, MemorySlots};
 use crate::pci::config::BAR0;
-use crate::pci::{BarKind, BarTarget, ConfigSpace};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder};
 
 const PAGE: u64 = 4096;
 
-/// A memory BAR.
+/// A BAR.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bar {
+    /// Its number.
+    pub index: u8,
     /// What kind.
     pub kind: BarKind,
     /// Bytes, a power of two.
     pub size: u64,
-    /// What answers: the windows are what of it can be mapped.
-    pub target: BarTarget,
 }
 
-/// The BARs of a function, by their numbers.
-#[derive(Default)]
-pub struct Bars {
-    /// Those in memory.
-    pub memory: [Option<Bar>; 6],
-    /// The numbers of those in I/O space, which are not offered.
-    pub io: Vec<u8>,
+/// What BARs are wired to.
+pub struct Wiring<'a> {
+    /// Their function.
+    pub host: &'a Arc<dyn Function>,
+    /// What answers for what is not mapped.
+    pub trapped: &'a Arc<Trapped>,
+    /// Puts windows into the guest.
+    pub slots: &'a Arc<dyn MemorySlots>,
+    /// Put BARs on their bus.
+    pub decoders: Decoders<'a>,
 }
 
-/// The BARs that `host` has, put into `space` for the guest.
+/// The decoders of memory and of ports.
+pub struct Decoders<'a> {
+    /// Memory.
+    pub memory: &'a Arc<Decoder>,
+    /// Ports.
+    pub io: &'a Arc<Decoder>,
+}
+
+/// The BARs that the host's function has, put into `space` for the guest, and how each is decoded.
 pub fn find(
-    host: &Arc<dyn Function>,
+    wiring: &Wiring<'_>,
     snapshot: &Snapshot,
     layout: Option<&Layout>,
-    trapped: &Arc<Trapped>,
-    slots: &Arc<dyn MemorySlots>,
     space: &mut ConfigSpace,
-) -> Result<Bars, VfioPciError> {
-    let mut found = Bars::default();
+) -> Result<(Vec<Bar>, [Option<Decoded>; BARS]), VfioPciError> {
+    let (mut found, mut decoded) = (Vec::new(), [const { None }; BARS]);
     let mut upper_half = false;
     for bar in 0..6u8 {
         if std::mem::take(&mut upper_half) {
             continue;
         }
-        let region = host.region(RegionKind::Bar(bar));
+        let region = wiring.host.region(RegionKind::Bar(bar));
         let register = snapshot[usize::from(BAR0) + 4 * usize::from(bar)];
-        if region.size == 0 {
-            continue;
-        }
-        let Some(kind) = BarKind::of(register.into()) else {
-            // Reserved types have bit 0 clear.
-            found.io.extend(Some(bar).filter(|_| register & 1 != 0));
-            continue;
-        };
+        let Some(kind) = BarKind::of(register.into()).filter(|_| region.size != 0) else { continue };
         upper_half = kind.is_64();
-        let fits = if kind.is_64() { bar < 5 } else { region.size <= 1 << 31 };
-        if !region.size.is_power_of_two() || region.size < 16 || !fits {
+        let (smallest, largest) = kind.sizes();
+        let fits = (smallest..=largest).contains(&region.size) && (!kind.is_64() || bar < 5);
+        if !region.size.is_power_of_two() || !fits {
             return Err(VfioPciError::BarSize { bar, size: region.size });
         }
         space.add_bar(bar.into(), kind, region.size);
-        let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
-        let file = host.file(RegionKind::Bar(bar));
-        let window = |(offset, len): (u64, u64)| {
-            let file_offset = region.file_offset.checked_add(offset)?;
-            let (fd, writable) = (file.clone()?, region.writable);
-            let dma_buf = host.dma_buf(RegionKind::Bar(bar), offset, len);
-            Some((offset, HostWindow { fd, offset: file_offset, len, writable, dma_buf }))
-        };
-        let windows = windows(&region, &holes).into_iter().filter_map(window).collect();
-        let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { shared: trapped.clone(), bar });
-        let target = BarTarget { device, windows, slots: Some(slots.clone()) };
-        found.memory[usize::from(bar)] = Some(Bar { kind, size: region.size, target });
+        found.push(Bar { index: bar, kind, size: region.size });
+        decoded[usize::from(bar)] = Some(decode(wiring, bar, kind, &region, layout));
     }
-    Ok(found)
+    Ok((found, decoded))
+}
+
+fn decode(wiring: &Wiring<'_>, bar: u8, kind: BarKind, region: &RegionInfo, layout: Option<&Layout>) -> Decoded {
+    let trapped = wiring.trapped.clone();
+    if kind == BarKind::Io {
+        // Ports cannot be mapped.
+        let target = BarTarget::of_device(Arc::new(TrappedBar { trapped, bar, space: Space::Io }));
+        return Decoded::new(Space::Io, wiring.decoders.io.clone(), target);
+    }
+    let holes: Vec<_> = layout.map(|layout| layout.trapped(bar).cloned().collect()).unwrap_or_default();
+    let file = wiring.host.file(RegionKind::Bar(bar));
+    let window = |(offset, len): (u64, u64)| {
+        let file_offset = region.file_offset.checked_add(offset)?;
+        let (fd, writable) = (file.clone()?, region.writable);
+        let dma_buf = wiring.host.dma_buf(RegionKind::Bar(bar), offset, len);
+        let window = HostWindow { fd, offset: file_offset, len, writable, dma_buf };
+        Some((offset, window))
+    };
+    let windows = windows(region, &holes).into_iter().filter_map(window).collect();
+    let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { trapped, bar, space: Space::Memory });
+    let target = BarTarget { device, windows, slots: Some(wiring.slots.clone()) };
+    Decoded::new(Space::Memory, wiring.decoders.memory.clone(), target)
 }
 
 /// The parts of a region that can be mapped into the guest (F-1): what the host lets be mapped, less the pages with
@@ -106,32 +118,20 @@ pub fn windows(region: &RegionInfo, trapped: &[Range<u64>]) -> Vec<(u64, u64)> {
 
 /// What trapped accesses need: shared by all BARs of the function.
 pub struct Trapped {
-    host: Arc<dyn Function>,
-    /// Whether memory is enabled.
-    gate: RwLock<bool>,
+    gates: Arc<Gates>,
     msix: Option<(Layout, Mutex<Msix>)>,
 }
 
 impl Trapped {
-    /// With the gate closed.
-    pub fn new(host: Arc<dyn Function>, msix: Option<(Layout, Msix)>) -> Arc<Self> {
+    /// Through `gates`.
+    pub fn new(gates: Arc<Gates>, msix: Option<(Layout, Msix)>) -> Arc<Self> {
         let msix = msix.map(|(layout, msix)| (layout, Mutex::new(msix)));
-        Arc::new(Self { host, gate: RwLock::new(false), msix })
+        Arc::new(Self { gates, msix })
     }
 
     /// MSI-X, if the function has it.
     pub fn msix(&self) -> Option<&Mutex<Msix>> {
         self.msix.as_ref().map(|(_, msix)| msix)
-    }
-
-    /// No access reaches the device after this returns, until [`Trapped::open`].
-    pub fn close(&self) {
-        *self.gate.write().unwrap() = false;
-    }
-
-    /// Accesses reach the device again.
-    pub fn open(&self) {
-        *self.gate.write().unwrap() = true;
     }
 
     /// The table or pending-bit part of `bar` that `offset` lies in: `true` for the table, and the offset into it.
@@ -153,12 +153,11 @@ impl Trapped {
     }
 }
 
-/// One BAR on the bus: while memory is disabled it reads as ones, and writes to it are dropped (F-2).
-pub struct TrappedBar {
-    /// What it shares with the others.
-    pub shared: Arc<Trapped>,
-    /// Which BAR.
-    pub bar: u8,
+/// One BAR on a bus: while its space is disabled it reads as ones, and writes to it are dropped (F-2).
+struct TrappedBar {
+    trapped: Arc<Trapped>,
+    bar: u8,
+    space: Space,
 }
 
 /// Lengths of the pieces of an access that each lie in one aligned 32-bit word.
@@ -171,54 +170,51 @@ fn pieces(offset: u64, len: usize) -> impl Iterator<Item = Range<usize>> {
     })
 }
 
+impl TrappedBar {
+    /// Writes what is the device's.
+    fn write_device(&self, access: &Access<'_>, at: u64, data: &[u8]) {
+        if let Err(e) = access.write(RegionKind::Bar(self.bar), at, data) {
+            log::debug!("a write to BAR {} at {at:#x} was dropped: {e}", self.bar);
+        }
+    }
+}
+
 impl BusDevice for TrappedBar {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        let Self { shared, bar } = self;
-        let open = shared.gate.read().unwrap();
-        if !*open {
-            return;
-        }
-        if !shared.touches_msix(*bar, offset, data.len()) {
-            shared.host.read(RegionKind::Bar(*bar), offset, data);
+        let Self { trapped, bar, space } = self;
+        let Some(access) = trapped.gates.enter(*space) else { return };
+        if !trapped.touches_msix(*bar, offset, data.len()) {
+            access.read(RegionKind::Bar(*bar), offset, data);
             return;
         }
         for piece in pieces(offset, data.len()) {
             let at = offset + piece.start as u64;
             let data = &mut data[piece];
-            match shared.msix_part(*bar, at) {
+            let device = |data: &mut [u8]| access.read(RegionKind::Bar(*bar), at, data);
+            match trapped.msix_part(*bar, at) {
                 Some((msix, true, at)) => msix.lock().unwrap().read_table(at, data),
-                Some((msix, false, in_pba)) => {
-                    msix.lock().unwrap().read_pba((RegionKind::Bar(*bar), at), in_pba, data);
-                }
-                None => shared.host.read(RegionKind::Bar(*bar), at, data),
+                Some((msix, false, at)) => msix.lock().unwrap().read_pba(at, data, device),
+                None => device(data),
             }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let Self { shared, bar } = self;
-        let open = shared.gate.read().unwrap();
-        if !*open {
-            return;
-        }
-        let to_host = |at, data: &[u8]| {
-            if let Err(e) = shared.host.write(RegionKind::Bar(*bar), at, data) {
-                log::debug!("a write to BAR {bar} at {at:#x} was dropped: {e}");
-            }
-        };
-        if !shared.touches_msix(*bar, offset, data.len()) {
-            to_host(offset, data);
+        let Self { trapped, bar, space } = self;
+        let Some(access) = trapped.gates.enter(*space) else { return };
+        if !trapped.touches_msix(*bar, offset, data.len()) {
+            self.write_device(&access, offset, data);
             return;
         }
         for piece in pieces(offset, data.len()) {
             let at = offset + piece.start as u64;
             let data = &data[piece];
-            match shared.msix_part(*bar, at) {
+            match trapped.msix_part(*bar, at) {
                 Some((msix, true, at)) => msix.lock().unwrap().write_table(at, data),
                 // Pending bits are read-only.
                 Some((_, false, _)) => {}
-                None => to_host(at, data),
+                None => self.write_device(&access, at, data),
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The command register of the host's function, which stops its DMA for good when that has to be (B-11), and its legacy
-//! interrupt while nobody hears it.
+//! interrupt while nobody hears it; and its reset. What of them ends accesses of BARs needs the proof that there are
+//! none ([`super::reach`]).
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use vfio_bridge::{Function, RegionKind, ResetScope};
 use vtd::Requester;
 
+use super::reach::{Change, Closed};
 use crate::pci::config::{COMMAND, COMMAND_INTX_OFF, COMMAND_MASTER};
 use crate::told::Told;
 
@@ -30,14 +32,14 @@ impl HostCommand {
     pub fn new(host: Arc<dyn Function>) -> Self {
         let state = State { value: 0, quarantined: false, holds_line: true };
         let command = Self { host, state: Mutex::new(state), told: Told::default() };
-        command.write(0);
+        command.put(&command.state.lock().unwrap());
         command
     }
 
-    /// Writes what the guest wants, as far as it can be.
-    pub fn write(&self, value: u16) {
+    /// Writes what the guest wants, as far as it can be. Memory and I/O stay on as long as they are reached.
+    pub fn write(&self, value: u16, change: &Change) {
         let mut state = self.state.lock().unwrap();
-        state.value = value;
+        state.value = value | change.keeps().bits();
         self.put(&state);
     }
 
@@ -88,8 +90,8 @@ impl HostCommand {
         Ok(())
     }
 
-    /// Resets the function.
-    pub fn reset(&self, scope: ResetScope, requester: Requester) {
+    /// Resets the function, of which nothing is reached meanwhile.
+    pub fn reset(&self, scope: ResetScope, requester: Requester, _: &Closed<'_>) {
         // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.
         let _state = self.state.lock().unwrap();
         // That nothing can reset it was said at start.

@@ -2,22 +2,88 @@
 
 use super::test_bench::*;
 use super::*;
+use crate::pci::config::ROM_ENABLE;
+
+/// With an I/O BAR of 32 ports, and what is none: a reserved type of memory, one of I/O, and one without a region.
+fn with_ports() -> Bench {
+    Bench::with(|host| {
+        let mut config = host.config.lock().unwrap();
+        (config[0x18], config[0x1c], config[0x20], config[0x24]) = (0x0d, 0x02, 0x01, 0x03);
+        drop(config);
+        *host.other_bars.lock().unwrap() = [(2, 0x20), (3, 0x1000), (5, 0x20)].into();
+    })
+}
 
 #[test]
-fn f6_io_bars_are_not_offered_and_named() {
-    let bench = Bench::with(|host| {
-        let mut config = host.config.lock().unwrap();
-        // An I/O BAR, and a type that is reserved; BAR 4 says I/O and has nothing behind it.
-        config[0x18] = 0x01;
-        config[0x1c] = 0x02;
-        config[0x20] = 0x01;
-        drop(config);
-        *host.other_bars.lock().unwrap() = [(2, 0x20), (3, 0x1000)].into();
-    });
-    assert_eq!(bench.function.io_bars(), [2]);
-    assert_eq!(bench.function.bar_sizes(), [(0, BarKind::Memory64, 0x4000)]);
-    bench.config32(0x18, u32::MAX);
-    assert_eq!(bench.config(0x18), 0);
+fn f6_io_bars_are_sized_and_others_are_not_there() {
+    let bench = with_ports();
+    assert_eq!(bench.function.bar_sizes(), [(0, BarKind::Memory64, 0x4000), (2, BarKind::Io, 0x20)]);
+    (2..6).for_each(|bar| bench.config32(0x10 + 4 * bar, u32::MAX));
+    assert_eq!([2, 3, 4, 5].map(|bar| bench.config(0x10 + 4 * bar)), [0xffff_ffe1, 0, 0, 0]);
+}
+
+#[test]
+fn f2_ports_are_reached_only_while_io_is_enabled() {
+    let bench = with_ports();
+    bench.config32(0x18, 0x3000);
+    let read = |port: u64| {
+        let mut data = [0; 4];
+        bench.ports.read(port, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let bar = bench.bar(2);
+    let direct = || {
+        let mut data = [0; 4];
+        bar.read(0x10, &mut data);
+        bar.write(0x10, &[0x66; 4]);
+        u32::from_le_bytes(data)
+    };
+    // Memory alone does not open them.
+    bench.command(COMMAND_MEMORY);
+    let before = bench.host.accesses.load(Ordering::SeqCst);
+    assert_eq!((read(0x3000), direct()), (u32::MAX, u32::MAX));
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
+    bench.command(COMMAND_IO);
+    assert_eq!(bench.host.command() & 3, COMMAND_IO);
+    bench.ports.write(0x3004, &0x1234_5678u32.to_le_bytes());
+    bench.ports.write(0x3020, &[0x55; 4]);
+    assert_eq!((read(0x3004), read(0x3020), direct(), direct()), (0x1234_5678, u32::MAX, 0, 0x6666_6666));
+    // Nor do they open memory.
+    let mut memory = [0; 4];
+    bench.bar(0).read(0, &mut memory);
+    assert_eq!(memory, [0xff; 4]);
+    // Asleep, moved, reset.
+    bench.config16(POWER + 4, 3);
+    assert_eq!((read(0x3004), direct()), (u32::MAX, u32::MAX));
+    bench.config16(POWER + 4, 0);
+    bench.config32(0x18, 0x4000);
+    assert_eq!((read(0x3004), read(0x4004)), (u32::MAX, 0x1234_5678));
+    bench.root.reset();
+    assert_eq!((read(0x4004), direct(), bench.host.command() & 3, bench.config(0x18)), (u32::MAX, u32::MAX, 0, 1));
+}
+
+#[test]
+fn f6_ports_that_a_machine_does_not_have_are_decoded_nowhere() {
+    let bench = with_ports();
+    bench.command(COMMAND_IO);
+    for address in [0, 0x1_0000, 0xffff_fff0, 0x7000_3000] {
+        bench.config32(0x18, address);
+        for port in [0, 0x3000, 0xffe0, 0x1_0000, 0xffff_ffe0, 0x7000_3000] {
+            assert!(!bench.ports.read(port, &mut [0]), "{address:#x} at {port:#x}");
+        }
+    }
+    bench.config32(0x18, 0xffe0);
+    assert!(bench.ports.read(0xffff, &mut [0]) && !bench.ports.read(0xffdf, &mut [0]));
+}
+
+#[test]
+fn f6_io_enable_is_there_with_an_io_bar_only() {
+    let bench = Bench::new();
+    bench.command(COMMAND_IO | COMMAND_MEMORY);
+    assert_eq!((bench.config(4) & 3, bench.host.command() & 3), (2, 2));
+    let bench = with_ports();
+    bench.command(COMMAND_IO | COMMAND_MEMORY);
+    assert_eq!((bench.config(4) & 3, bench.host.command() & 3), (3, 3));
 }
 
 #[test]
@@ -29,8 +95,59 @@ fn f6_identity_is_the_hosts_and_bars_rom_line_and_topology_are_ours() {
         bench.config32(offset, u32::MAX);
     }
     let bars = [0x10, 0x14, 0x18, 0x30].map(|offset| bench.config(offset));
-    assert_eq!(bars, [0xffff_c004, u32::MAX, 0, 0]);
+    assert_eq!(bars, [0xffff_c004, u32::MAX, 0, 0xffff_e001]);
     assert_eq!(bench.config(0x3c) & 0xffff, 0x0115);
+}
+
+const ROM_AT: u64 = 0xc080_0000;
+
+#[test]
+fn f6_the_rom_is_there_while_it_and_memory_are_enabled_and_is_read_once() {
+    let bench = Bench::new();
+    bench.config32(ROM, ROM_AT as u32 | ROM_ENABLE);
+    assert_eq!((bench.config(ROM), bench.read(ROM_AT)), (ROM_AT as u32 | 1, u32::MAX), "memory is off");
+    assert_eq!(bench.host.accesses.load(Ordering::SeqCst), 0);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!([0, 0x1ffc, 0x2000].map(|at| bench.read(ROM_AT + at)), [0x0302_aa55, 0xfffe_fdfc, u32::MAX]);
+    let before = bench.host.accesses.load(Ordering::SeqCst);
+    bench.write(ROM_AT + 0x100, 0);
+    let mut wide = [0; 8];
+    bench.bus.read(ROM_AT + 0x100, &mut wide);
+    assert_eq!((wide, bench.host.accesses.load(Ordering::SeqCst)), ([0, 1, 2, 3, 4, 5, 6, 7], before));
+    bench.config32(ROM, ROM_AT as u32);
+    assert_eq!(bench.read(ROM_AT), u32::MAX, "it is disabled");
+    bench.config32(ROM, ROM_AT as u32 | ROM_ENABLE);
+    bench.config16(POWER + 4, 3);
+    assert_eq!(bench.read(ROM_AT), u32::MAX, "the function is asleep");
+    bench.config16(POWER + 4, 0);
+    assert_eq!(bench.read(ROM_AT), 0x0302_aa55);
+    bench.root.reset();
+    assert_eq!((bench.read(ROM_AT), bench.config(ROM)), (u32::MAX, 0));
+}
+
+#[test]
+fn f2_a_rom_without_an_image_may_have_one_later() {
+    let bench = Bench::with(|host| host.rom.lock().unwrap()[..2].fill(0xff));
+    bench.config32(ROM, ROM_AT as u32 | ROM_ENABLE);
+    bench.command(COMMAND_MEMORY);
+    assert_eq!(bench.read(ROM_AT), 0x0302_ffff);
+    bench.host.rom.lock().unwrap()[..2].copy_from_slice(&[0x55, 0xaa]);
+    assert_eq!(bench.read(ROM_AT), 0x0302_aa55);
+}
+
+#[test]
+fn f6_a_rom_that_cannot_be_read_is_not_there() {
+    let refused: [fn(&FakeHost); 4] = [
+        |host| host.rom.lock().unwrap().clear(),
+        |host| host.rom.lock().unwrap().truncate(0x1800),
+        |host| host.rom.lock().unwrap().truncate(0x400),
+        |host| host.put(0, &[0xe4, 0x14, 0x8e, 0x16]),
+    ];
+    for prepare in refused {
+        let bench = Bench::with(prepare);
+        bench.config32(ROM, u32::MAX);
+        assert_eq!(bench.config(ROM), 0);
+    }
 }
 
 #[test]

@@ -69,14 +69,16 @@ fn f1_a_window_that_cannot_be_mapped_stays_trapped() {
 #[test]
 fn f1_a_window_says_whether_the_guest_may_write() {
     let bench = Bench::new();
-    let windows = &bench.function.bars.memory[0].as_ref().unwrap().target.windows;
+    let config = bench.function.config.lock().unwrap();
+    let windows = &config.reach.target(0).expect("a BAR").windows;
     assert!(windows.len() == 1 && windows[0].1.writable);
 }
 
 #[test]
 fn b10_a_window_has_the_dma_buf_of_its_part_of_the_bar() {
     let bench = Bench::new();
-    let windows = &bench.function.bars.memory[0].as_ref().unwrap().target.windows;
+    let config = bench.function.config.lock().unwrap();
+    let windows = &config.reach.target(0).expect("a BAR").windows;
     for (offset, window) in windows.iter() {
         let dma_buf = window.dma_buf.as_ref().expect("the host makes one");
         assert_eq!(dma_buf.metadata().unwrap().len(), (offset >> 12) << 16 | window.len >> 12);
@@ -193,6 +195,18 @@ fn f2_while_memory_is_disabled_reads_are_ones_and_writes_are_dropped() {
     assert_eq!(bench.host.accesses.load(Ordering::SeqCst), before);
     bench.command(COMMAND_MEMORY);
     assert_eq!((bench.read(BAR_GPA + 0x100), bench.read(TABLE)), (0x1234_5678, 0));
+}
+
+#[test]
+fn f1_what_may_stay_on_stays_on_in_the_host() {
+    let bench = Bench::running();
+    let mut config = bench.function.config.lock().unwrap();
+    // Whatever is written, memory is on in the host's function while it is reached.
+    VfioPci::change(&mut config, |change| bench.function.write_host_command(COMMAND_MASTER, change));
+    assert_eq!(bench.host.command(), COMMAND_MASTER | COMMAND_MEMORY);
+    let closed = config.reach.close();
+    bench.function.write_host_command(COMMAND_MASTER, closed.change());
+    assert_eq!((bench.host.command(), bench.slots.mapped()), (COMMAND_MASTER, vec![]));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use vfio_bridge::{Function, IrqKind};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::command::HostCommand;
+use super::reach::Change;
 use crate::host::IrqLine;
 use crate::told::Told;
 
@@ -78,10 +79,10 @@ impl Intx {
     /// Writes the command register. VFIO reads it, changes it and writes it back, and its handler that sets INTx
     /// Disable can come in between: the bit would be lost, and a level that VFIO takes for masked would stay on the
     /// host's line. So it is masked meanwhile.
-    pub fn write_command(&self, command: &HostCommand, value: u16) {
+    pub fn write_command(&self, command: &HostCommand, value: u16, change: &Change) {
         let state = self.state.lock().unwrap();
         let masked = state.enabled && self.host.mask_intx().is_ok();
-        command.write(value);
+        command.write(value, change);
         // What fired, and is not the guest's yet, VFIO signals once more.
         if masked
             && !state.pending

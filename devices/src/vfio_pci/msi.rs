@@ -3,7 +3,6 @@
 //! those two bytes are written, Linux's vfio (6.12) also writes the control register that it keeps itself, in which MSI
 //! is off.
 
-use vfio_bridge::RegionKind;
 use vtd::Msi;
 
 use super::vectors::Vectors;
@@ -104,7 +103,7 @@ impl MsiCapability {
         let at = self.mask_at() + 4;
         let mut device = [0; 4];
         if self.vectors.is_enabled() {
-            self.vectors.read_device(RegionKind::Config, at.into(), &mut device);
+            self.vectors.read_device(at, &mut device);
         }
         let device = u32::from_le_bytes(device);
         let pending = |i: u16| self.vectors.is_pending(i.into(), device >> i & 1 != 0);

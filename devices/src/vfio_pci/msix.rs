@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 
-use vfio_bridge::RegionKind;
 use vtd::Msi;
 
 use super::vectors::Vectors;
@@ -123,11 +122,11 @@ impl Msix {
         self.vectors.program(index, self.message(index));
     }
 
-    /// Reads 1, 2 or 4 bytes of the pending bits, which are at `at` of `region` in the device.
-    pub fn read_pba(&mut self, (region, at): (RegionKind, u64), offset: u64, data: &mut [u8]) {
+    /// Reads 1, 2 or 4 bytes of the pending bits. `device` reads the device's own.
+    pub fn read_pba(&mut self, offset: u64, data: &mut [u8], device: impl FnOnce(&mut [u8])) {
         data.fill(0);
         if self.vectors.is_enabled() {
-            self.vectors.read_device(region, at, data);
+            device(data);
         }
         for (i, byte) in data.iter_mut().enumerate() {
             let (first, device) = (8 * (offset as usize + i), *byte);

@@ -26,6 +26,7 @@ pub const PBA: u64 = BAR_GPA + 0x3000;
 pub struct FakeHost {
     pub config: Mutex<[u8; CONFIG_SIZE]>,
     pub bar: Mutex<Vec<u8>>,
+    pub rom: Mutex<Vec<u8>>,
     pub slots: Arc<FakeSlots>,
     /// What is enabled: of each vector that is allocated, what it signals.
     pub irqs: Mutex<Vec<(IrqKind, Vec<Option<EventFd>>)>>,
@@ -83,6 +84,7 @@ impl FakeHost {
         Self {
             config: Mutex::new(config),
             bar: Mutex::new(vec![0; 0x4000]),
+            rom: Mutex::new((0..0x2000u32).map(|at| [0x55, 0xaa].get(at as usize).map_or(at as u8, |b| *b)).collect()),
             slots,
             irqs: Mutex::default(),
             enables: AtomicU32::new(0),
@@ -117,6 +119,13 @@ impl FakeHost {
     }
     pub fn is_enabled(&self) -> bool {
         self.command() & COMMAND_MEMORY != 0 && self.config.lock().unwrap()[usize::from(POWER) + 4] & 3 == 0
+    }
+    /// Whether accesses of `region` may come: those of ports are enabled by a bit of their own.
+    pub fn answers(&self, region: RegionKind) -> bool {
+        let RegionKind::Bar(bar) = region else { return self.is_enabled() };
+        let is_io = self.config.lock().unwrap()[0x10 + 4 * usize::from(bar)] & 3 == 1;
+        let awake = self.config.lock().unwrap()[usize::from(POWER) + 4] & 3 == 0;
+        if is_io { self.command() & COMMAND_IO != 0 && awake } else { self.is_enabled() }
     }
     /// Changes its configuration space, as before it is assigned.
     pub fn put(&self, at: u16, bytes: &[u8]) {
@@ -176,7 +185,7 @@ impl Function for FakeHost {
             |size, mappable| RegionInfo { size, file_offset: FILE_OFFSET, readable: true, writable: true, mappable };
         match region {
             RegionKind::Bar(0) => info(0x4000, vec![(0, 0x4000)]),
-            RegionKind::Rom => info(0x1000, vec![]),
+            RegionKind::Rom => info(self.rom.lock().unwrap().len() as u64, vec![]),
             RegionKind::Config => info(self.config_size.load(Ordering::SeqCst).into(), vec![]),
             RegionKind::Bar(bar) => info(self.other_bars.lock().unwrap().get(&bar).copied().unwrap_or(0), vec![]),
         }
@@ -191,12 +200,13 @@ impl Function for FakeHost {
             return;
         }
         self.accesses.fetch_add(1, Ordering::SeqCst);
-        self.check(self.is_enabled());
+        self.check(self.answers(region));
         if let Some(hook) = &*self.on_access.lock().unwrap() {
             hook();
         }
-        data.copy_from_slice(&self.bar.lock().unwrap()[at..at + data.len()]);
-        self.check(self.is_enabled());
+        let memory = if region == RegionKind::Rom { &self.rom } else { &self.bar };
+        data.copy_from_slice(&memory.lock().unwrap()[at..at + data.len()]);
+        self.check(self.answers(region));
     }
     fn write(&self, region: RegionKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let at = offset as usize;
@@ -237,7 +247,7 @@ impl Function for FakeHost {
             return Ok(());
         }
         self.accesses.fetch_add(1, Ordering::SeqCst);
-        self.check(self.is_enabled());
+        self.check(self.answers(region));
         self.bar.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
         Ok(())
     }
@@ -350,6 +360,7 @@ impl Function for FakeHost {
 
 pub struct Bench {
     pub bus: Arc<Bus>,
+    pub ports: Arc<Bus>,
     pub root: Arc<PciRoot>,
     pub host: Arc<FakeHost>,
     pub slots: Arc<FakeSlots>,
@@ -364,8 +375,8 @@ impl Bench {
     }
     /// With a function of the host that `prepare` changed.
     pub fn with(prepare: impl FnOnce(&FakeHost)) -> Self {
-        let bus = Arc::new(Bus::default());
-        let root = PciRoot::new(bus.clone());
+        let (bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
+        let root = PciRoot::with_ports(bus.clone(), ports.clone());
         let (slots, interrupts, line) =
             (Arc::new(FakeSlots::default()), Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
         let host = Arc::new(FakeHost::new(slots.clone()));
@@ -374,13 +385,14 @@ impl Bench {
             requester: root.requester(SID),
             host: host.clone(),
             decoder: root.decoder(),
+            port_decoder: root.port_decoder(),
             slots: slots.clone(),
             interrupts: interrupts.clone(),
             intx: Some((line.clone(), 21)),
         })
         .unwrap();
         root.insert(SID, function.clone()).unwrap();
-        Self { bus, root, host, slots, interrupts, line, function }
+        Self { bus, ports, root, host, slots, interrupts, line, function }
     }
     /// With BAR 0 placed and memory on.
     pub fn running() -> Self {
@@ -424,7 +436,7 @@ impl Bench {
     }
     /// What answers for BAR `index`, wherever it is.
     pub fn bar(&self, index: usize) -> Arc<dyn crate::BusDevice> {
-        self.function.bars.memory[index].as_ref().expect("a BAR").target.device.clone()
+        self.function.config.lock().unwrap().reach.target(index).expect("a BAR").device.clone()
     }
     pub fn delivered(&self) -> Vec<u32> {
         self.interrupts.take().iter().map(|msi| msi.data).collect()
@@ -445,6 +457,7 @@ pub fn function_of(host: FakeHost) -> Result<Arc<VfioPci>, VfioPciError> {
         slots: host.slots.clone(),
         host: Arc::new(host),
         decoder: root.decoder(),
+        port_decoder: root.port_decoder(),
         interrupts: Arc::new(FakeInterrupts::default()),
         intx: None,
     })
@@ -459,6 +472,7 @@ pub fn second(bench: &Bench) -> (Arc<FakeSlots>, Arc<FakeHost>, SourceId) {
         requester: bench.root.requester(sid),
         host: host.clone(),
         decoder: bench.root.decoder(),
+        port_decoder: bench.root.port_decoder(),
         slots: slots.clone(),
         interrupts: bench.interrupts.clone(),
         intx: None,

@@ -225,8 +225,8 @@ impl Vectors {
         }
     }
 
-    /// Reads the device's own pending bits.
-    pub fn read_device(&self, region: RegionKind, offset: u64, data: &mut [u8]) {
-        self.host.read(region, offset, data);
+    /// Reads the device's own pending bits, if they are in its configuration space.
+    pub fn read_device(&self, offset: u16, data: &mut [u8]) {
+        self.host.read(RegionKind::Config, offset.into(), data);
     }
 }

@@ -44,8 +44,7 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let assigned = |device: &&DeviceOption| device.kind != DeviceKind::Edu;
-    let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
+    let Some(first) = devices.iter().find(|device| device.kind.follows_unit()) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
         None => return Err(Error::NoUnit { kind }),
@@ -57,7 +56,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::Vfio { host: bdf, backend: asked } => {
             Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
         }
-        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
+        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
@@ -68,7 +67,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::VfioUser { socket, confine } => {
             Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
         }
-        DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
+        DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups_by = |backend: Backend| -> BTreeSet<GroupId> {

@@ -3,12 +3,16 @@
 
 mod backend;
 mod check;
+mod disk;
 mod open;
 mod pinblk;
+mod pinned_io;
 pub mod pinned_reads;
 mod quarantine;
 mod report;
 mod requests;
+mod tap;
+mod virtio;
 
 use devices::vfio_pci::VfioPciError;
 use vfio_bridge::vfio_user::ConnectError;
@@ -21,6 +25,7 @@ pub use self::open::{Assigned, open};
 pub use self::pinblk::{PinBlkWiring, plug_pinblk};
 pub use self::report::{report, report_functions};
 pub use self::requests::UserRequests;
+pub use self::virtio::{VirtioWiring, plug_virtio};
 use crate::config::UserSocket;
 use crate::kvm::vm;
 
@@ -145,6 +150,14 @@ pub enum Error {
     /// A thread that reads for a pinblk could not be started.
     #[error("a thread of a pinblk device could not be started: {0}")]
     PinBlkThread(std::io::Error),
+    /// What a virtio device needs of the host is not there.
+    #[error("{name} cannot be had: {source}")]
+    Virtio {
+        /// Which, and what of it.
+        name: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The host did not take the identity mappings.
     #[error("{name} could not be given the guest's memory: {source}")]
     Attach {

@@ -1,9 +1,9 @@
-//! The memory BARs of the machine's functions, and the windows that have room for them.
+//! The BARs of the machine's functions, and the windows that have room for them.
 
 use std::cmp::Reverse;
 
 use devices::pci::PciRoot;
-use devices::pci::config::{BAR0, COMMAND, COMMAND_MEMORY};
+use devices::pci::config::{BAR0, COMMAND, COMMAND_IO, COMMAND_MEMORY};
 use vtd::SourceId;
 
 use crate::boot::layout::{self, Window};
@@ -79,10 +79,12 @@ fn writable(root: &PciRoot, sid: SourceId, offset: u16) -> u32 {
     mask
 }
 
+const ENABLES: u16 = COMMAND_IO | COMMAND_MEMORY;
+
 /// Does something to a function's BARs while it does not decode them.
 fn undecoded<T>(root: &PciRoot, sid: SourceId, what: impl FnOnce() -> T) -> T {
     let command = read32(root, sid, COMMAND) as u16;
-    root.config_write(sid, COMMAND, &(command & !COMMAND_MEMORY).to_le_bytes());
+    root.config_write(sid, COMMAND, &(command & !ENABLES).to_le_bytes());
     let result = what();
     root.config_write(sid, COMMAND, &command.to_le_bytes());
     result
@@ -90,11 +92,28 @@ fn undecoded<T>(root: &PciRoot, sid: SourceId, what: impl FnOnce() -> T) -> T {
 
 /// The memory BARs of all functions, found as software finds them. No vCPU may run.
 pub fn all(root: &PciRoot) -> Vec<Bar> {
-    root.functions().into_iter().flat_map(|(sid, _)| undecoded(root, sid, || of(root, sid))).collect()
+    found(root).0
 }
 
-fn of(root: &PciRoot, sid: SourceId) -> Vec<Bar> {
-    let mut bars = Vec::new();
+/// An I/O BAR.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Ports {
+    sid: SourceId,
+    index: u8,
+    /// How many, a power of two.
+    count: u64,
+}
+
+/// The memory BARs and the I/O BARs of all functions.
+fn found(root: &PciRoot) -> (Vec<Bar>, Vec<Ports>) {
+    let (mut bars, mut ports) = (Vec::new(), Vec::new());
+    for (sid, _) in root.functions() {
+        undecoded(root, sid, || of(root, sid, &mut bars, &mut ports));
+    }
+    (bars, ports)
+}
+
+fn of(root: &PciRoot, sid: SourceId, bars: &mut Vec<Bar>, ports: &mut Vec<Ports>) {
     let mut index = 0;
     while index < 6 {
         let low = writable(root, sid, register(index));
@@ -103,13 +122,17 @@ fn of(root: &PciRoot, sid: SourceId) -> Vec<Bar> {
         index += if is_64 { 2 } else { 1 };
         let high = if is_64 { writable(root, sid, register(this + 1)) } else { u32::MAX };
         let mask = u64::from(high) << 32 | u64::from(low & !0xf);
+        // The upper half may be read-only: there are 64 Ki ports.
+        let port_mask = low & 0xfffc;
+        if is_io && port_mask != 0 {
+            ports.push(Ports { sid, index: this, count: 1 << port_mask.trailing_zeros() });
+        }
         // A register of which nothing can be set is no BAR: its mask has no bit in the lower half.
         if is_io || (low & !0xf == 0 && !is_64) || mask == 0 {
             continue;
         }
         bars.push(Bar { sid, index: this, size: 1 << mask.trailing_zeros(), is_64 });
     }
-    bars
 }
 
 /// A window of which addresses are handed out from below.
@@ -117,9 +140,14 @@ fn of(root: &PciRoot, sid: SourceId) -> Vec<Bar> {
 struct Room(Window);
 
 impl Room {
+    /// Of memory.
     fn take(&mut self, size: u64) -> Option<u64> {
-        let first = self.0.first.checked_next_multiple_of(size.max(PAGE))?;
-        let last = first.checked_add(size.max(PAGE) - 1).filter(|last| *last <= self.0.last)?;
+        self.take_aligned(size.max(PAGE))
+    }
+
+    fn take_aligned(&mut self, size: u64) -> Option<u64> {
+        let first = self.0.first.checked_next_multiple_of(size)?;
+        let last = first.checked_add(size - 1).filter(|last| *last <= self.0.last)?;
         // Beyond the last address there is nothing left to take.
         self.0.first = last.saturating_add(1);
         Some(first)
@@ -132,6 +160,9 @@ fn in_order(bars: &[Bar]) -> Vec<Bar> {
     sorted.sort_by_key(|bar| (bar.is_64, Reverse(bar.size), bar.sid, bar.index));
     sorted
 }
+
+/// The ports above those of the machine's own devices.
+const PORTS: Window = Window { first: 0x1000, last: 0xffff };
 
 const LOW: Window = Window { first: layout::PCI32_FIRST, last: layout::PCI32_LAST };
 
@@ -154,11 +185,13 @@ pub fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPla
     Ok(window)
 }
 
-/// Gives every memory BAR an address and sets Memory Enable, as firmware does. 64-bit BARs go above 4 GiB only when
-/// they do not fit below. I/O BARs stay without an address. No vCPU may run.
+/// Gives every BAR an address and sets Memory Enable, and I/O Enable where there is an I/O BAR, as firmware does.
+/// 64-bit BARs go above 4 GiB only when they do not fit below. No vCPU may run.
 pub fn assign(root: &PciRoot, above: Option<Window>) {
     let (mut low, mut high) = (Room(LOW), above.map(Room));
-    for bar in in_order(&all(root)) {
+    let (bars, mut ports) = found(root);
+    assign_ports(root, &mut ports);
+    for bar in in_order(&bars) {
         let place = low.take(bar.size).or_else(|| high.as_mut().filter(|_| bar.is_64)?.take(bar.size));
         let Some(address) = place else {
             // The start made sure that this does not happen.
@@ -173,8 +206,23 @@ pub fn assign(root: &PciRoot, above: Option<Window>) {
         });
     }
     for (sid, _) in root.functions() {
+        let has_ports = ports.iter().any(|bar| bar.sid == sid);
+        let enables = if has_ports { ENABLES } else { COMMAND_MEMORY };
         let command = read32(root, sid, COMMAND) as u16;
-        root.config_write(sid, COMMAND, &(command | COMMAND_MEMORY).to_le_bytes());
+        root.config_write(sid, COMMAND, &(command | enables).to_le_bytes());
+    }
+}
+
+fn assign_ports(root: &PciRoot, bars: &mut [Ports]) {
+    bars.sort_by_key(|bar| (Reverse(bar.count), bar.sid, bar.index));
+    let mut room = Room(PORTS);
+    for bar in bars {
+        // One without an address is decoded nowhere.
+        let Some(first) = room.take_aligned(bar.count) else {
+            log::warn!("BAR {} of {} ({} ports) has no room", bar.index, bar.sid, bar.count);
+            continue;
+        };
+        undecoded(root, bar.sid, || write32(root, bar.sid, register(bar.index), first as u32));
     }
 }
 

@@ -120,6 +120,34 @@ fn window_above_is_not_needed_for_what_fits_below() {
 }
 
 #[test]
+fn ports_are_given_to_io_bars_and_enabled_where_there_are_some() {
+    let root = root(&[
+        &[(0, BarKind::Io, 8), (1, BarKind::Memory32, 0x1000), (5, BarKind::Io, 0x100)],
+        &[(0, BarKind::Memory32, 0x1000)],
+        &[(2, BarKind::Io, 4), (3, BarKind::Io, 0x100)],
+    ]);
+    // Sizing leaves what was there.
+    write32(&root, sid(1), register(0), 0x3000);
+    write32(&root, sid(1), COMMAND, COMMAND_IO.into());
+    assert_eq!(all(&root).len(), 2);
+    assert_eq!((read32(&root, sid(1), register(0)), read32(&root, sid(1), COMMAND)), (0x3001, COMMAND_IO.into()));
+    assign(&root, None);
+    let port = |device, index| read32(&root, sid(device), register(index));
+    assert_eq!([port(1, 5), port(3, 3), port(1, 0), port(3, 2)], [0x1001, 0x1101, 0x1201, 0x1209]);
+    let enables = [1, 2, 3].map(|device| read32(&root, sid(device), COMMAND) as u16 & ENABLES);
+    assert_eq!(enables, [ENABLES, COMMAND_MEMORY, ENABLES]);
+}
+
+#[test]
+fn ports_that_are_too_many_stay_without_an_address() {
+    let most: &[_] = &[(0, BarKind::Io, 0x8000), (1, BarKind::Io, 0x8000), (2, BarKind::Io, 0x4000)];
+    let root = root(&[most, &[(0, BarKind::Io, 4)]]);
+    assign(&root, None);
+    let port = |device, index| read32(&root, sid(device), register(index));
+    assert_eq!([port(1, 0), port(1, 1), port(1, 2), port(2, 0)], [0x8001, 1, 1, 1]);
+}
+
+#[test]
 fn rooms_hand_out_aligned_disjoint_ranges_until_they_are_full() {
     let mut room = Room(Window { first: 0xc000_1000, last: 0xc03f_ffff });
     assert_eq!(room.take(0x10_0000), Some(0xc010_0000));

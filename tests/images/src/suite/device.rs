@@ -1,15 +1,21 @@
-//! F-1, F-2 and F-6: BARs and Memory Enable, Bus Master, and configuration space.
+//! F-1, F-2, F-3 and F-6: BARs and Memory Enable, Bus Master, and configuration space.
+
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use images::memory::{load, page, store};
 use images::pci::{BAR0, MASTER, MEMORY, SourceId};
+use images::smp::beside;
 use images::world::{UNTOUCHED, WRITTEN};
 use images::x86::{read, write};
 use images::{World, check, check_eq};
+
+use super::concurrent::rounds;
 
 images::tests!(
     f1_bar_answers_only_while_memory_is_enabled,
     f1_bar_moves,
     f2_disabled_memory_reads_ones_and_drops_writes,
+    f3_memory_goes_off_and_on_under_accesses => "--cpus 2",
     f6_bus_master_off_stops_dma,
     f6_bar_size_is_told,
     f6_ecam_and_ports_agree => "--device edu",
@@ -55,6 +61,53 @@ fn f2_disabled_memory_reads_ones_and_drops_writes() {
     check_eq!(read::<u32>(address), u32::MAX, "a BAR without Memory Enable");
     world.edu.sid.command(MEMORY, 0);
     check_eq!(read::<u32>(address), !5, "the liveness register after a write that nobody heard");
+}
+
+/// Memory is enabled, disabled, or neither for certain: what the second processor relies on, and what it marks as its
+/// value is written then.
+const CHANGING: u32 = 0;
+const ENABLED: u32 = 1;
+const DISABLED: u32 = 2;
+
+/// The second processor writes and reads a register without a pause. While memory is disabled it reads ones, and what
+/// it wrote is never there; while it is enabled, what it wrote is there.
+fn f3_memory_goes_off_and_on_under_accesses() {
+    static PHASE: AtomicU32 = AtomicU32::new(CHANGING);
+    let world = World::new();
+    let (sid, register) = (world.edu.sid, bar(world.edu.sid) + LIVENESS);
+    // Reads as the inverse of what was written.
+    let content = move || !read::<u32>(register);
+    let mut number = 0u32;
+    let accesses = move || {
+        let phase = PHASE.load(Ordering::SeqCst);
+        number = number.wrapping_add(1);
+        let value = number << 2 | phase;
+        write::<u32>(register, value);
+        let found = content();
+        let right = match phase {
+            ENABLED => found == value,
+            DISABLED => found == !u32::MAX,
+            _ => found & 3 != DISABLED,
+        };
+        check!(right, "{value:#x} was written, and {found:#x} is there");
+    };
+    beside(accesses, |second| {
+        let mut go_on = rounds(2000, second);
+        while go_on() {
+            PHASE.store(ENABLED, Ordering::SeqCst);
+            second.wait_for_rounds(1);
+            PHASE.store(CHANGING, Ordering::SeqCst);
+            second.wait_for_rounds(1);
+            sid.command(0, MEMORY);
+            PHASE.store(DISABLED, Ordering::SeqCst);
+            second.wait_for_rounds(1);
+            PHASE.store(CHANGING, Ordering::SeqCst);
+            second.wait_for_rounds(1);
+            sid.command(MEMORY, 0);
+            let found = content();
+            check!(found != !u32::MAX && found & 3 != DISABLED, "{found:#x} was written while memory was disabled");
+        }
+    });
 }
 
 fn f6_bus_master_off_stops_dma() {

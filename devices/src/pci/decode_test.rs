@@ -1,0 +1,77 @@
+use std::fs::File;
+use std::sync::Arc;
+
+use vtd::SourceId;
+
+use super::decode::{BarTarget, Decoder};
+use crate::host::{HostWindow, MemorySlots};
+use crate::testing::FakeSlots;
+use crate::{Bus, BusDevice};
+
+struct Answer(u8);
+impl BusDevice for Answer {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(self.0);
+    }
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+/// A target that answers with `answer`, with a window of two pages in its third and fourth one.
+fn target(answer: u8, slots: &Arc<FakeSlots>) -> BarTarget {
+    let fd = Arc::new(File::open("/dev/null").unwrap().into());
+    let window = HostWindow { fd, offset: 0x7000, len: 0x2000, writable: true, dma_buf: None };
+    let slots: Arc<dyn MemorySlots> = slots.clone();
+    let device = Arc::new(Answer(answer));
+    BarTarget { device, windows: Arc::new([(0x2000, window)]), slots: Some(slots) }
+}
+
+const A: SourceId = SourceId::new(0, 1, 0);
+const B: SourceId = SourceId::new(0, 2, 0);
+
+fn decoder() -> (Decoder, Arc<Bus>, Arc<FakeSlots>) {
+    let (bus, slots) = (Arc::new(Bus::default()), Arc::new(FakeSlots::default()));
+    (Decoder::new(bus.clone()), bus, slots)
+}
+
+fn who(bus: &Bus, address: u64) -> u8 {
+    let mut data = [0];
+    bus.read(address, &mut data);
+    data[0]
+}
+
+#[test]
+fn f3_a_bar_and_its_windows_come_and_go_together() {
+    let (decoder, bus, slots) = decoder();
+    let one = target(1, &slots);
+    assert!(decoder.set(A, 0, Some((0x10_0000, 0x10_ffff)), &one));
+    assert_eq!((who(&bus, 0x10_ffff), slots.mapped()), (1, vec![(0x10_2000, 0x7000, 0x2000)]));
+    // Told again what is so, it stays as it is: its windows are not taken from a guest that uses them.
+    *slots.on_unmap.lock().unwrap() = Some(Box::new(|| panic!("a window was taken away")));
+    assert!(decoder.set(A, 0, Some((0x10_0000, 0x10_ffff)), &one));
+    *slots.on_unmap.lock().unwrap() = None;
+    assert!(decoder.set(A, 0, Some((0x20_0000, 0x20_ffff)), &one));
+    assert_eq!((who(&bus, 0x10_0000), who(&bus, 0x20_0000)), (0xff, 1));
+    assert_eq!(slots.mapped(), [(0x20_2000, 0x7000, 0x2000)]);
+    assert!(decoder.set(A, 0, None, &one));
+    assert_eq!((who(&bus, 0x20_0000), slots.mapped()), (0xff, vec![]));
+}
+
+#[test]
+fn f6_a_bar_that_waits_takes_nothing_from_the_one_that_is_there() {
+    let (decoder, bus, slots) = decoder();
+    let (one, two) = (target(1, &slots), target(2, &slots));
+    let at = 0x10_0000;
+    assert!(decoder.set(B, 0, Some((at, at + 0xfff)), &two));
+    assert!(!decoder.set(A, 0, Some((at, at + 0xfff)), &one), "the range is taken");
+    assert!(!decoder.set(A, 0, Some((at, at + 0xfff)), &one), "and still is");
+    // One that moves over itself keeps its place, whoever else waits for it.
+    assert!(decoder.set(B, 0, Some((at, at + 0x1fff)), &two));
+    assert_eq!((who(&bus, at), slots.mapped().len()), (2, 1));
+    // Who gives up waiting leaves the other one alone.
+    assert!(decoder.set(A, 0, None, &one));
+    assert_eq!(who(&bus, at), 2);
+    assert!(!decoder.set(A, 0, Some((at + 0x1000, at + 0x1fff)), &one));
+    assert!(decoder.set(B, 0, Some((at + 0x8000, at + 0x8fff)), &two));
+    assert_eq!((who(&bus, at + 0x1000), who(&bus, at), who(&bus, at + 0x8000)), (1, 0xff, 2));
+    assert!(decoder.set(A, 0, Some((at + 0x1000, at + 0x1fff)), &one), "it has its place now");
+}
