@@ -26,8 +26,8 @@ use vtd::{Pasid, Perm, RefusalCause};
 
 use self::dirty::PageTables;
 pub use self::kernel::BoundDevice;
-use self::kernel::{DeviceInfo, Host, Kernel};
-use self::sys::{Hwpt, Ioas, Place, With};
+use self::kernel::{Host, Kernel};
+use self::sys::{DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::Bdf;

@@ -9,20 +9,9 @@ use iommufd_ioctls::IommuFd;
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 use vtd::{IovaRange, Pasid, Perm};
 
-use super::sys::{self, Hwpt, Ioas, Place, With};
+use super::sys::{self, DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::HostMem;
 use crate::host::{HostDevice, HostStream, UnmapRange};
-
-/// What the kernel says of a function that is bound to its iommufd.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct DeviceInfo {
-    /// Page sizes of the unit above it, one bit a size; `None` where it is none that says so.
-    pub page_sizes: Option<u64>,
-    /// How many bits its PASIDs have, as far as the unit above it tells them apart; 0: it does not.
-    pub pasid_bits: u8,
-    /// Whether the unit above it has page tables with dirty bits.
-    pub dirty_bits: bool,
-}
 
 /// A kernel with an iommufd. Its devices have the numbers that it gave them.
 pub trait Kernel: Send + Sync {
@@ -42,8 +31,8 @@ pub trait Kernel: Send + Sync {
     /// The same by the file of `mem`, if it has one and the kernel can. Charged as [`Kernel::map`].
     fn map_file(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
 
-    /// `at` leads to `mem`, a part of a BAR, by the dma-buf of that (Linux 6.19). Nothing is pinned or charged. When the
-    /// function's memory is disabled the kernel takes the translation away, and does not bring it back.
+    /// `at` leads to `mem`, a part of a BAR, by the dma-buf of that (Linux 6.19). Nothing is pinned or charged. When
+    /// the function's memory is disabled the kernel takes the translation away, and does not bring it back.
     fn map_dma_buf(&self, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()>;
 
     /// `len` bytes at `to` lead to where those at `from` do. Memory that is pinned there is not pinned again.

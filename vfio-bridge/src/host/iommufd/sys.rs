@@ -23,7 +23,6 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 use vtd::{IovaRange, Perm};
 
-use super::kernel::DeviceInfo;
 use crate::bridge::guest_map::PAGE_SIZE;
 use crate::host::UnmapRange;
 
@@ -39,6 +38,17 @@ pub struct Ioas(pub u32);
 /// A page table of the host's IOMMU, filled from one IOAS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hwpt(pub u32);
+
+/// What the kernel says of a function that is bound to its iommufd.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DeviceInfo {
+    /// Page sizes of the unit above it, one bit a size; `None` where it is none that says so.
+    pub page_sizes: Option<u64>,
+    /// How many bits its PASIDs have, as far as the unit above it tells them apart; 0: it does not.
+    pub pasid_bits: u8,
+    /// Whether the unit above it has page tables with dirty bits.
+    pub dirty_bits: bool,
+}
 
 /// What a page table is made with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
