@@ -1,5 +1,5 @@
 # The devices of IOMMUFD_TEST on the newer host's kernel: what they write (iommufd_mock_dirty), and the requests of one of them with two PASIDs
-# in two spaces beside its own, each moved by itself, each undone after a failure.
+# in two spaces beside its own, each moved by itself, each undone after a failure. Of a real function it is known if its unit has dirty bits.
 # host: new
 # kernel: own
 # needs: CONFIG_IOMMUFD_TEST
@@ -7,4 +7,5 @@
 . /causeway/files/mock-lib.sh
 
 mock_ends_well --pasids
+bind-vfio "$EDU" || fail "binding"
 dirty_bits_are_those_of_the_unit

@@ -376,6 +376,18 @@ impl HostIommu for TracedHost {
         self.trace.line(format_args!("host dirty-stop container={} result=ok", self.trace.container(space)));
     }
 
+    fn dirty_close(&self, space: HostSpaceId, mapped: &mut dyn Iterator<Item = (IovaRange, Perm)>) -> io::Result<()> {
+        let start = Instant::now();
+        let result = self.inner.dirty_close(space, mapped);
+        let (container, ns) = (self.trace.container(space), start.elapsed().as_nanos());
+        let said: &dyn fmt::Display = match &result {
+            Ok(()) => &"ok",
+            Err(e) => &Word(e),
+        };
+        self.trace.line(format_args!("host dirty-close container={container} ns={ns} result={said}"));
+        result
+    }
+
     fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
         let start = Instant::now();
         let result = self.inner.dirty_read(space, bitmap);

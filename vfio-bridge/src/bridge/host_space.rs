@@ -115,8 +115,13 @@ impl HostSpace {
     /// Whether the host tracks what is written, and if so whether unmaps are to close their window (E-3).
     pub fn track(&mut self, close: Option<bool>) {
         match (close, &mut self.tracking) {
-            (Some(close), Some(tracking)) => tracking.set_close(close),
-            (Some(close), None) => self.tracking = Some(Tracking::start(&*self.host, self.id, close, &self.owner)),
+            (Some(close), Some(tracking)) => {
+                tracking.set_close(&*self.host, self.id, close, &self.ledger, &self.owner);
+            }
+            (Some(close), None) => {
+                let tracking = Tracking::start(&*self.host, self.id, close, &self.ledger, &self.owner);
+                self.tracking = Some(tracking);
+            }
             (None, Some(_)) => {
                 self.tracking = None;
                 self.host.dirty_stop(self.id);

@@ -32,8 +32,8 @@ impl DirtyKnowledge {
 pub enum UnmapWindow {
     /// It is reported: there is no such moment, or everything that was mapped is reported anyway.
     Reported,
-    /// It is lost, unless the unmap is asked to close the window: then write permission goes first, the IOTLB is
-    /// flushed, and what is dirty is read when nothing can be written any more.
+    /// It is lost, unless the unmap is asked to close the window: then write permission goes first, or the translations
+    /// that have it, the IOTLB is flushed, and what is dirty is read when nothing can be written any more.
     Closable,
     /// It is lost, and the host has no way to prevent that.
     Lost,
@@ -59,6 +59,8 @@ pub struct DirtyBitmap {
     last: u64,
     page_size: u64,
     words: Vec<u64>,
+    /// All of it is marked, because the host could not tell.
+    unknown: bool,
 }
 
 impl DirtyBitmap {
@@ -75,7 +77,7 @@ impl DirtyBitmap {
         }
         let pages = range.last / page_size - range.first / page_size + 1;
         let words = (pages <= Self::MOST_PAGES).then(|| vec![0; pages.div_ceil(64) as usize])?;
-        Some(Self { first: range.first, last: range.last, page_size, words })
+        Some(Self { first: range.first, last: range.last, page_size, words, unknown: false })
     }
 
     /// The range.
@@ -104,6 +106,17 @@ impl DirtyBitmap {
         let Some(range) = range.intersection(self.range()) else { return };
         let page = |iova: u64| iova / self.page_size - self.first / self.page_size;
         set_bits(&mut self.words, page(range.first), page(range.last));
+    }
+
+    /// The host could not tell: all of it is dirty.
+    pub fn mark_unknown(&mut self) {
+        self.mark(self.range());
+        self.unknown = true;
+    }
+
+    /// Whether it is dirty because the host could not tell.
+    pub fn is_unknown(&self) -> bool {
+        self.unknown
     }
 
     /// Takes over what a host says in pages of its own size, a power of two: bit `n` of `words` is the page `n` of

@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vtd::{Perm, RefusalCause};
+use vtd::{IovaRange, Perm, RefusalCause};
 
 use super::{GroupId, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 use crate::bridge::guest_map::{HostMem, PAGE_SIZE};
@@ -214,6 +214,10 @@ impl HostIommu for Faulty {
 
     fn dirty_stop(&self, space: HostSpaceId) {
         self.inner.dirty_stop(space);
+    }
+
+    fn dirty_close(&self, space: HostSpaceId, mapped: &mut dyn Iterator<Item = (IovaRange, Perm)>) -> io::Result<()> {
+        self.simple(Call::Dirty, || self.inner.dirty_close(space, mapped))
     }
 
     fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {

@@ -14,19 +14,19 @@
 mod dirty;
 mod kernel;
 mod open;
+mod space;
 mod sys;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use log::{debug, error};
-use vtd::{Pasid, Perm, RefusalCause};
+use vtd::{IovaRange, Pasid, Perm, RefusalCause};
 
-use self::dirty::PageTables;
 pub use self::kernel::BoundDevice;
 use self::kernel::{Host, Kernel};
+use self::space::{Half, Space, give_back};
 use self::sys::{DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
@@ -46,18 +46,18 @@ struct Bound {
     dirty_bits: bool,
 }
 
+impl Bound {
+    /// What its page tables are made with.
+    fn with(&self) -> With {
+        With { pasids: self.pasid_bits > 0, dirty_bits: self.dirty_bits }
+    }
+}
+
 /// A group: those of its functions that are open, all of which are in one space.
 #[derive(Default)]
 struct Group {
     members: Vec<HostDevice>,
     at: Option<HostSpaceId>,
-}
-
-/// A space.
-struct Space {
-    ioas: Ioas,
-    /// The page tables that are filled from it.
-    tables: Mutex<PageTables>,
 }
 
 /// Why a function could not be added to its group.
@@ -107,7 +107,12 @@ pub struct Iommufd<K = Host> {
     ram: Option<Ram>,
     groups: Mutex<BTreeMap<GroupId, Arc<Mutex<Group>>>>,
     devices: RwLock<BTreeMap<HostDevice, Arc<Bound>>>,
-    spaces: RwLock<BTreeMap<HostSpaceId, Arc<Space>>>,
+    spaces: RwLock<BTreeMap<HostSpaceId, Arc<Mutex<Space>>>>,
+    /// Who is attached to what.
+    places: Mutex<BTreeMap<HostStream, HostSpaceId>>,
+    /// Held, shared, while somebody moves: not while all of a space go from one page table to another. Taken before all
+    /// other locks.
+    moves: RwLock<()>,
     /// The kernel has mapped a dma-buf where a page table was to be filled.
     takes_dma_bufs: AtomicBool,
 }
@@ -117,7 +122,8 @@ impl<K: Kernel> Iommufd<K> {
     fn over(kernel: K, of_ram: Ioas, guest: &GuestMap) -> io::Result<Self> {
         let ram = ram_in(&kernel, of_ram, guest)?;
         let (groups, devices, spaces) = (Mutex::default(), RwLock::default(), RwLock::default());
-        Ok(Self { kernel, ram, groups, devices, spaces, takes_dma_bufs: AtomicBool::default() })
+        let (places, moves, takes_dma_bufs) = (Mutex::default(), RwLock::default(), AtomicBool::default());
+        Ok(Self { kernel, ram, groups, devices, spaces, places, moves, takes_dma_bufs })
     }
 
     /// Whether memory is pinned and charged once, in whatever number of spaces it is mapped (B-12).
@@ -141,6 +147,7 @@ impl<K: Kernel> Iommufd<K> {
     /// group are. On an error it is attached to nothing, and no member.
     fn add(&self, group: GroupId, bdf: impl Into<Option<Bdf>>, device: HostDevice) -> Result<(), Refused> {
         let bdf = bdf.into();
+        let _moving = self.moving();
         let group = Arc::clone(lock(&self.groups).entry(group).or_default());
         let mut group = lock(&group);
         if bdf.is_some_and(|bdf| self.has(bdf)) {
@@ -175,13 +182,17 @@ impl<K: Kernel> Iommufd<K> {
     /// `device` goes where its group is, in `space`: as long as that is anywhere, the kernel attaches it to no other
     /// page table. Its limits are those of all who are there.
     fn join(&self, device: HostDevice, space: HostSpaceId) -> io::Result<(Limits, u8)> {
-        let (info, stream, space) = (self.kernel.device_info(device), self.seen(device), self.space(space)?);
-        let tables = lock(&space.tables);
+        let (info, stream, held) = (self.kernel.device_info(device), self.seen(device), self.space(space)?);
+        let mut held = lock(&held);
+        let Half { ioas, tables } = held.front();
         let hwpt = tables.iter().find(|hwpt| self.kernel.attach(stream, *hwpt).is_ok());
         let hwpt = hwpt.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
         let takes_pasids = tables.that_take(true).any(|other| other == hwpt);
-        match self.limits_in(space.ioas, info) {
-            Ok(limits) => Ok((limits, if takes_pasids { info.pasid_bits } else { 0 })),
+        match self.limits_in(*ioas, info) {
+            Ok(limits) => {
+                lock(&self.places).insert(stream, space);
+                Ok((limits, if takes_pasids { info.pasid_bits } else { 0 }))
+            }
             Err(e) => {
                 self.kernel.detach(stream)?;
                 Err(e)
@@ -241,7 +252,18 @@ impl<K: Kernel> Iommufd<K> {
         devices.get(&device).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    fn space(&self, space: HostSpaceId) -> io::Result<Arc<Space>> {
+    fn moving(&self) -> RwLockReadGuard<'_, ()> {
+        self.moves.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who is attached to `space`, and what page tables each needs.
+    fn attached_to(&self, space: HostSpaceId) -> io::Result<Vec<(HostStream, With)>> {
+        let places = lock(&self.places);
+        let there = places.iter().filter(|(_, at)| **at == space).map(|(stream, _)| *stream);
+        there.map(|stream| Ok((stream, self.bound(stream.device)?.with()))).collect()
+    }
+
+    fn space(&self, space: HostSpaceId) -> io::Result<Arc<Mutex<Space>>> {
         let spaces = self.spaces.read().unwrap_or_else(PoisonError::into_inner);
         spaces.get(&space).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -253,29 +275,15 @@ impl<K: Kernel> Devices for Iommufd<K> {
         HostStream { device, pasid: None }
     }
 
-    /// Attaches it to a page table of `space`: to one that there is, or, if its unit takes none of these, to one that
-    /// is made for it and has all that the space holds before it is switched to it.
     fn attach_stream(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
-        let (bound, space) = (self.bound(stream.device)?, self.space(space)?);
-        let needs_pasids = bound.pasid_bits > 0;
-        let mut tables = lock(&space.tables);
-        for hwpt in tables.that_take(needs_pasids) {
-            // Whatever the reason is: where another page table would not help either, its attach says so.
-            if self.kernel.attach(stream, hwpt).is_ok() {
-                return Ok(());
-            }
-        }
-        let with = With { pasids: needs_pasids, dirty_bits: bound.dirty_bits };
-        let table = tables.alloc(&self.kernel, stream.device, space.ioas, with)?;
-        if let Err(e) = self.kernel.attach(stream, table.hwpt) {
-            drop(self.object(table.hwpt.0));
-            return Err(e);
-        }
-        tables.keep(table);
+        let (with, to) = (self.bound(stream.device)?.with(), self.space(space)?);
+        lock(&to).front().attach(&self.kernel, stream, with)?;
+        lock(&self.places).insert(stream, space);
         Ok(())
     }
 
     fn detach_stream(&self, stream: HostStream) -> io::Result<()> {
+        lock(&self.places).remove(&stream);
         self.kernel.detach(stream)
     }
 }
@@ -292,9 +300,7 @@ struct Object<'a, K: Kernel> {
 
 impl<K: Kernel> Drop for Object<'_, K> {
     fn drop(&mut self) {
-        if let Err(e) = self.kernel.destroy(self.id) {
-            error!("iommufd: object {} could not be given back: {e}", self.id);
-        }
+        give_back(self.kernel, self.id);
     }
 }
 
@@ -364,22 +370,21 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
     }
 
     fn create(&self) -> io::Result<HostSpaceId> {
-        let ioas = self.kernel.alloc_ioas()?;
+        let space = Arc::new(Mutex::new(Space::new(&self.kernel)?));
         let id = HostSpaceId::next();
-        let mut spaces = self.spaces.write().unwrap_or_else(PoisonError::into_inner);
-        spaces.insert(id, Arc::new(Space { ioas, tables: Mutex::default() }));
+        self.spaces.write().unwrap_or_else(PoisonError::into_inner).insert(id, space);
         Ok(id)
     }
 
     fn destroy(&self, space: HostSpaceId) {
         let gone = self.spaces.write().unwrap_or_else(PoisonError::into_inner).remove(&space);
-        let Some(gone) = gone else { return };
-        for id in lock(&gone.tables).iter().map(|hwpt| hwpt.0).chain([gone.ioas.0]) {
-            drop(self.object(id));
+        if let Some(gone) = gone {
+            lock(&gone).destroy(&self.kernel);
         }
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
+        let _moving = self.moving();
         let group = self.group(group)?;
         let mut group = lock(&group);
         members::attach(self, &group.members, group.at, space).map_err(with_help)?;
@@ -388,6 +393,7 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
+        let _moving = self.moving();
         let group = self.group(group)?;
         let mut group = lock(&group);
         members::detach(self, &group.members)?;
@@ -396,12 +402,14 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
     }
 
     fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let _moving = self.moving();
         let bound = self.bound(stream.device)?;
         check_pasid(stream, bound.pasid_bits).map_err(io::Error::other)?;
         self.attach_stream(stream, space).map_err(with_help)
     }
 
     fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        let _moving = self.moving();
         let bound = self.bound(stream.device)?;
         // What cannot be attached never was.
         if check_pasid(stream, bound.pasid_bits).is_err() { Ok(()) } else { self.detach_stream(stream) }
@@ -409,43 +417,48 @@ impl<K: Kernel> HostIommu for Iommufd<K> {
 
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
-        let at = Place { ioas: self.space(space).map_err(refused)?.ioas, iova };
-        match self.ram.as_ref().and_then(|ram| ram.place_of(&mem)) {
+        let of_ram = self.ram.as_ref().and_then(|ram| ram.place_of(&mem));
+        let map = |at| match of_ram {
             _ if mem.kind() == MemKind::Bar => self.map_bar(at, &mem, perm),
             Some(from) => self.kernel.copy(at, from, mem.size(), perm),
             None => map_at(&self.kernel, at, &mem, perm),
-        }
-        .map_err(refused)
+        };
+        let space = self.space(space).map_err(refused)?;
+        lock(&space).map(&self.kernel, iova, mem.size(), perm, map).map_err(refused)
     }
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
-        self.kernel.unmap(self.space(space)?.ioas, range)
+        lock(&*self.space(space)?).unmap(&self.kernel, range)
     }
 
     fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
         let space = self.space(space)?;
         let all_have = self.devices.read().unwrap_or_else(PoisonError::into_inner).values().all(|it| it.dirty_bits);
-        lock(&space.tables).start(&self.kernel, all_have)
+        lock(&space).track(&self.kernel, all_have)
     }
 
     fn dirty_stop(&self, space: HostSpaceId) {
         if let Ok(space) = self.space(space) {
-            lock(&space.tables).stop(&self.kernel);
+            lock(&space).untrack(&self.kernel);
         }
+    }
+
+    fn dirty_close(&self, space: HostSpaceId, mapped: &mut dyn Iterator<Item = (IovaRange, Perm)>) -> io::Result<()> {
+        lock(&*self.space(space)?).close(&self.kernel, mapped)
     }
 
     fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
-        lock(&self.space(space)?.tables).read(&self.kernel, bitmap, false)
+        lock(&*self.space(space)?).read(&self.kernel, bitmap, false)
     }
 
-    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, _: bool) -> io::Result<u64> {
-        let space = self.space(space)?;
-        let range = bitmap.range();
-        if let Err(e) = lock(&space.tables).read(&self.kernel, bitmap, true) {
-            debug!("iommufd: what was written in {range} before it is unmapped is not known: {e}");
-            bitmap.mark(range);
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, close: bool) -> io::Result<u64> {
+        let held = self.space(space)?;
+        if !close {
+            return lock(&held).unmap_dirty(&self.kernel, bitmap, None);
         }
-        self.kernel.unmap(space.ioas, UnmapRange::Span { first: range.first, last: range.last })
+        let _nobody_moves = self.moves.write().unwrap_or_else(PoisonError::into_inner);
+        let attached = self.attached_to(space)?;
+        lock(&held).unmap_dirty(&self.kernel, bitmap, Some(&attached))
     }
 
     fn remedy(&self, _: HostSpaceId, cause: RefusalCause) -> String {

@@ -15,7 +15,7 @@ pub(crate) mod type1;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use vtd::{Pasid, Perm, RefusalCause};
+use vtd::{IovaRange, Pasid, Perm, RefusalCause};
 
 use crate::bridge::guest_map::HostMem;
 use crate::bridge::limits::Limits;
@@ -270,9 +270,21 @@ pub trait HostIommu: Send + Sync {
         let _ = space;
     }
 
+    /// From now on unmaps in `space`, which is tracked, can be asked to close their window (E-3). `mapped` is all that
+    /// it holds. Only asked of a host whose [`UnmapWindow`](dirty::UnmapWindow) is `Closable`; what it takes to be
+    /// able to is given up by [`HostIommu::dirty_stop`].
+    ///
+    /// # Errors
+    /// It cannot. An unmap that is asked all the same says that everything was dirty.
+    fn dirty_close(&self, space: HostSpaceId, mapped: &mut dyn Iterator<Item = (IovaRange, Perm)>) -> io::Result<()> {
+        let _ = (space, mapped);
+        Ok(())
+    }
+
     /// What was written in the range of `bitmap` since it was last asked for is marked there, and is clean again. The
     /// range is one of whole mappings, and has the mappings in it, with holes between them if
-    /// [`DirtySupport::holes`] is set; what `bitmap` has of the holes means nothing. Read-only mappings may be marked, too.
+    /// [`DirtySupport::holes`] is set; what `bitmap` has of the holes means nothing. Read-only mappings may be
+    /// marked, too.
     ///
     /// # Errors
     /// Nothing may be concluded about what was written.

@@ -36,15 +36,27 @@ pub(crate) struct Tracking {
 }
 
 impl Tracking {
-    /// The host is asked to track. One that cannot is one that cannot tell (E-1).
-    pub fn start(host: &dyn HostIommu, space: HostSpaceId, close: bool, owner: &str) -> Self {
+    /// The host is asked to track. One that cannot is one that cannot tell (E-1). `ledger` is what `space` holds.
+    pub fn start(host: &dyn HostIommu, space: HostSpaceId, close: bool, ledger: &Ledger, owner: &str) -> Self {
         let support = host.dirty_start(space).inspect_err(|e| {
             warn!("{owner}: the host cannot tell what is written ({e}): everything that can be is taken for dirty");
         });
-        Self { support: support.ok(), close, found: Found::default() }
+        let mut tracking = Self { support: support.ok(), close: false, found: Found::default() };
+        tracking.set_close(host, space, close, ledger, owner);
+        tracking
     }
 
-    pub fn set_close(&mut self, close: bool) {
+    /// Unmaps are to lose nothing, or may.
+    pub fn set_close(&mut self, host: &dyn HostIommu, space: HostSpaceId, close: bool, ledger: &Ledger, owner: &str) {
+        let closable = self.support.is_some_and(|support| support.window == UnmapWindow::Closable);
+        if close && !self.close && closable {
+            let mut mapped = ledger.extents().map(|extent| (extent.range(), extent.perm));
+            if let Err(e) = host.dirty_close(space, &mut mapped) {
+                warn!(
+                    "{owner}: what is written in the moment of an unmap cannot be told ({e}): all of it is taken for dirty"
+                );
+            }
+        }
         self.close = close;
     }
 
@@ -122,6 +134,7 @@ impl Tracking {
     /// What `bitmap` says of `extents`. What cannot be written is not dirty, whatever the host says: type1 marks all
     /// that is mapped.
     fn note(&mut self, extents: &[Extent], bitmap: &DirtyBitmap, knowledge: DirtyKnowledge) {
+        let knowledge = if bitmap.is_unknown() { DirtyKnowledge::CannotTell } else { knowledge };
         for extent in extents.iter().filter(|extent| extent.perm.writable()) {
             for dirty in bitmap.ranges(extent.range()) {
                 let part = extent.part(dirty.first, dirty.last);

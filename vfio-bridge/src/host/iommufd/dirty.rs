@@ -5,7 +5,7 @@
 //! another: a page table stays for as long as its space does.
 //!
 //! The kernel has no unmap that reads. What is dirty is read, and then it is unmapped: what a device writes between the
-//! two is not known ([`UnmapWindow::Lost`]), so who must not lose it has all of an unmapped mapping for dirty (E-3).
+//! two is lost, unless the window is closed (the space of two sides).
 
 use std::io;
 
@@ -34,6 +34,11 @@ pub struct PageTables {
 }
 
 impl PageTables {
+    /// None, tracked if these are.
+    pub fn of_the_same_kind(&self) -> Self {
+        Self { tables: Vec::new(), tracked: self.tracked }
+    }
+
     /// Each.
     pub fn iter(&self) -> impl Iterator<Item = Hwpt> {
         self.tables.iter().map(|table| table.hwpt)
@@ -44,8 +49,8 @@ impl PageTables {
         self.tables.iter().filter(move |table| table.with.pasids || !pasids).map(|table| table.hwpt)
     }
 
-    /// One more, for `device`, filled from `ioas`, with dirty bits if it can have them: one that has none is better than
-    /// none. It is one of them once [`PageTables::keep`] is told so.
+    /// One more, for `device`, filled from `ioas`, with dirty bits if it can have them: one that has none is better
+    /// than none. It is one of them once [`PageTables::keep`] is told so.
     pub fn alloc(&self, kernel: &impl Kernel, device: HostDevice, ioas: Ioas, with: With) -> io::Result<Table> {
         let made = kernel.alloc_hwpt(device, ioas, with).map(|hwpt| (hwpt, with));
         let (hwpt, with) = made.or_else(|e| {
@@ -76,7 +81,7 @@ impl PageTables {
             table.tracked = true;
         }
         self.tracked = true;
-        Ok(DirtySupport { knowledge: DirtyKnowledge::Exact, window: UnmapWindow::Lost, holes: false })
+        Ok(DirtySupport { knowledge: DirtyKnowledge::Exact, window: UnmapWindow::Closable, holes: false })
     }
 
     /// Tracks no more.
@@ -94,8 +99,8 @@ impl PageTables {
     /// to `keep` its bits, which is what the next call, an unmap, does away with.
     ///
     /// # Errors
-    /// One of them could not tell, which is never taken for nothing: the kernel says of a page table that is not tracked
-    /// that nothing is dirty.
+    /// One of them could not tell, which is never taken for nothing: the kernel says of a page table that is not
+    /// tracked that nothing is dirty.
     pub fn read(&self, kernel: &impl Kernel, bitmap: &mut DirtyBitmap, keep: bool) -> io::Result<()> {
         if !self.tracked || self.tables.iter().any(|table| !table.tracked) {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));

@@ -19,7 +19,8 @@ fn itself((_, device): (GroupId, HostDevice)) -> HostStream {
     HostStream { device, pasid: None }
 }
 
-/// A backend over a kernel that has all, with these, and a space in which each even page of 8 from `FIRST` on is mapped, and pages 4 and 5.
+/// A backend over a kernel that has all, with these, and a space in which each even page of 8 from `FIRST` on is
+/// mapped, and pages 4 and 5.
 fn host(devices: &[(GroupId, HostDevice)]) -> (Iommufd<Fake>, HostSpaceId) {
     let device = |of: &(GroupId, HostDevice)| {
         let info = DeviceInfo { page_sizes: None, pasid_bits: 0, dirty_bits: *of != WITHOUT };
@@ -28,20 +29,26 @@ fn host(devices: &[(GroupId, HostDevice)]) -> (Iommufd<Fake>, HostSpaceId) {
     };
     let kernel = Fake::new([NEAR, FAR, WITHOUT].iter().map(device));
     let ioas = kernel.alloc_ioas().expect("an IOAS");
-    // SAFETY: nobody uses the address.
-    let ram = unsafe { Region::ram(0, 64 * PAGE, 0x7000_0000, None) };
-    let guest = GuestMap::new(vec![ram.expect("whole pages")]).expect("one region");
-    let host = Iommufd::over(kernel, ioas, &guest).expect("a backend");
+    let host = Iommufd::over(kernel, ioas, &ram()).expect("a backend");
     for (group, device) in devices {
         host.add(*group, None::<Bdf>, *device).expect("added");
     }
     let space = host.create().expect("a space");
-    for page in [0, 2, 4, 5, 6] {
-        let mem = guest.host_mem(page * PAGE, PAGE).expect("memory");
-        host.map(space, FIRST + page * PAGE, mem, Perm::ReadWrite).expect("mapped");
-    }
+    [0, 2, 4, 5, 6].into_iter().for_each(|page| map_page(&host, space, page));
     host.kernel.calls();
     (host, space)
+}
+
+fn ram() -> GuestMap {
+    // SAFETY: nobody uses the address.
+    let ram = unsafe { Region::ram(0, 64 * PAGE, 0x7000_0000, None) };
+    GuestMap::new(vec![ram.expect("whole pages")]).expect("one region")
+}
+
+fn map_page(host: &Iommufd<Fake>, space: HostSpaceId, page: u64) {
+    let guest = ram();
+    let mem = guest.host_mem(page * PAGE, PAGE).expect("memory");
+    host.map(space, FIRST + page * PAGE, mem, Perm::ReadWrite).expect("mapped");
 }
 
 fn range(first: u64, last: u64) -> IovaRange {
@@ -72,7 +79,10 @@ fn e1_what_was_written_is_read_once_and_page_by_page() {
     host.attach(NEAR.0, space).expect("attached");
     host.kernel.write(itself(NEAR), FIRST + 4 * PAGE);
     let support = host.dirty_start(space).expect("it has dirty bits");
-    assert_eq!((support.knowledge, support.window, support.holes), (DirtyKnowledge::Exact, UnmapWindow::Lost, false));
+    assert_eq!(
+        (support.knowledge, support.window, support.holes),
+        (DirtyKnowledge::Exact, UnmapWindow::Closable, false)
+    );
     assert_eq!(read(&host, space, 4, 6).expect("tracked"), [0; 0], "it was written before");
     host.kernel.write(itself(NEAR), FIRST + 5 * PAGE + 7);
     host.kernel.write(itself(NEAR), FIRST + 6 * PAGE);
@@ -183,11 +193,115 @@ fn e2_a_bitmap_has_whole_pages_of_the_host() {
     assert_eq!(host.dirty_read(space, &mut bitmap).map_err(|e| e.kind()), Err(io::ErrorKind::InvalidInput));
 }
 
+/// All that is mapped.
+fn mapped() -> impl Iterator<Item = (IovaRange, Perm)> {
+    [0, 2, 4, 5, 6].map(|page| (range(page, page), Perm::ReadWrite)).into_iter()
+}
+
+/// The same unmap with the window closed, and whether it says that it could not tell.
+fn closed(host: &Iommufd<Fake>, space: HostSpaceId, first: u64, last: u64) -> (Vec<u64>, bool) {
+    let mut bitmap = DirtyBitmap::new(range(first, last), PAGE).expect("a bitmap");
+    let bytes = host.unmap_dirty(space, &mut bitmap, true).expect("unmapped");
+    assert_eq!(bytes, (last - first + 1) * PAGE);
+    (pages(&bitmap, first, last), bitmap.is_unknown())
+}
+
 #[test]
-fn e3_what_comes_between_the_read_and_the_unmap_is_what_the_window_says_is_lost() {
+fn e3_what_is_written_in_the_last_moment_is_lost_unless_the_window_is_closed() {
+    let (host, space) = host(&[NEAR, FAR]);
+    host.attach(NEAR.0, space).expect("attached");
+    host.attach(FAR.0, space).expect("attached");
+    let support = host.dirty_start(space).expect("both have dirty bits");
+    assert_eq!(support.window, UnmapWindow::Closable);
+    host.kernel.write_late(itself(NEAR), FIRST);
+    assert_eq!(unmap(&host, space, 0, 0), [0; 0]);
+    host.dirty_close(space, &mut mapped().skip(1)).expect("copied");
+    // Early, in the last moment, and by the other page table.
+    host.kernel.write(itself(NEAR), FIRST + 4 * PAGE);
+    host.kernel.write(itself(FAR), FIRST + 6 * PAGE);
+    host.kernel.write_late(itself(FAR), FIRST + 5 * PAGE);
+    assert_eq!(closed(&host, space, 4, 5), (vec![4, 5], false));
+    for device in [NEAR, FAR] {
+        let reaches = |page| host.kernel.translate(itself(device), FIRST + page * PAGE).is_some();
+        assert_eq!([2, 4, 5, 6].map(reaches), [true, false, false, true]);
+    }
+    // What was written before the turn is in the page table that nobody uses now; it is found all the same, once.
+    assert_eq!(read(&host, space, 6, 6).expect("tracked"), [6]);
+    assert_eq!(read(&host, space, 6, 6).expect("tracked"), [0; 0]);
+}
+
+#[test]
+fn e3_bits_are_kept_through_turns_whichever_side_has_them() {
     let (host, space) = host(&[NEAR]);
     host.attach(NEAR.0, space).expect("attached");
-    assert_eq!(host.dirty_start(space).expect("it has dirty bits").window, UnmapWindow::Lost);
-    host.kernel.write_late(itself(NEAR), FIRST + 4 * PAGE);
-    assert_eq!(unmap(&host, space, 4, 5), [0; 0]);
+    host.dirty_start(space).expect("it has dirty bits");
+    host.dirty_close(space, &mut mapped()).expect("copied");
+    host.kernel.write(itself(NEAR), FIRST + 2 * PAGE);
+    assert_eq!(closed(&host, space, 0, 0), (vec![], false));
+    // 2 was written by what is the back now, 6 by the front.
+    host.kernel.write(itself(NEAR), FIRST + 6 * PAGE);
+    assert_eq!(closed(&host, space, 2, 2), (vec![2], false));
+    assert_eq!(closed(&host, space, 6, 6), (vec![6], false));
+    // What comes meanwhile is on both sides.
+    map_page(&host, space, 9);
+    host.kernel.write_late(itself(NEAR), FIRST + 9 * PAGE);
+    assert_eq!(closed(&host, space, 9, 9), (vec![9], false));
+    host.dirty_stop(space);
+    let (ioases, _, areas) = host.kernel.objects();
+    assert_eq!((ioases, areas), (2, 3), "RAM, and the two that are still mapped: there is no second side any more");
+}
+
+#[test]
+fn e3_a_window_that_cannot_be_closed_has_all_dirty() {
+    // It was not made ready; a map that goes to one side only; a device that does not go along.
+    for case in 0..3 {
+        let (host, space) = host(&[NEAR, FAR]);
+        host.attach(NEAR.0, space).expect("attached");
+        host.attach(FAR.0, space).expect("attached");
+        host.dirty_start(space).expect("both have dirty bits");
+        if case > 0 {
+            host.dirty_close(space, &mut mapped()).expect("copied");
+        }
+        let before = [NEAR, FAR].map(|device| host.kernel.table_of(itself(device)));
+        if case == 1 {
+            let mut copies = 0;
+            host.kernel.refuse(move |call| {
+                copies += u32::from(matches!(call, Call::Copy(..)));
+                (copies == 2 && matches!(call, Call::Copy(..))).then_some(libc::ENOMEM)
+            });
+            map_page(&host, space, 9);
+        }
+        if case == 2 {
+            host.kernel.refuse(move |call| {
+                let far = matches!(call, Call::Attach(stream, to) if *stream == itself(FAR) && Some(*to) != before[1]);
+                far.then_some(libc::EINVAL)
+            });
+        }
+        assert_eq!(closed(&host, space, 4, 5), (vec![4, 5], true), "case {case}");
+        let after = [NEAR, FAR].map(|device| host.kernel.table_of(itself(device)));
+        assert_eq!(after, before, "they are where they were");
+        assert!(host.kernel.translate(itself(NEAR), FIRST + 4 * PAGE).is_none());
+        assert_eq!(host.kernel.objects().0, 2, "RAM, and one side");
+    }
+}
+
+#[test]
+fn e3_a_device_that_does_not_come_back_is_one_of_which_nothing_is_known() {
+    let (host, space) = host(&[NEAR, FAR]);
+    host.attach(NEAR.0, space).expect("attached");
+    host.attach(FAR.0, space).expect("attached");
+    host.dirty_start(space).expect("both have dirty bits");
+    host.dirty_close(space, &mut mapped()).expect("copied");
+    let before = [NEAR, FAR].map(|device| host.kernel.table_of(itself(device)));
+    // The one goes along, the other does not, and the one does not come back.
+    let mut moved = false;
+    host.kernel.refuse(move |call| match call {
+        Call::Attach(stream, to) if *stream == itself(FAR) && Some(*to) != before[1] => Some(libc::EINVAL),
+        Call::Attach(stream, _) if *stream == itself(NEAR) => {
+            std::mem::replace(&mut moved, true).then_some(libc::ENOMEM)
+        }
+        _ => None,
+    });
+    let mut bitmap = DirtyBitmap::new(range(4, 5), PAGE).expect("a bitmap");
+    host.unmap_dirty(space, &mut bitmap, true).expect_err("its functions are to be stopped");
 }

@@ -80,7 +80,7 @@ struct State {
     at: BTreeMap<HostStream, Hwpt>,
     /// By page table: IOVAs of dirty pages.
     dirty: BTreeMap<u32, BTreeSet<u64>>,
-    /// What devices write while something is unmapped, before it is.
+    /// What devices write in the last moment.
     late: Vec<(HostStream, u64)>,
     calls: Vec<Call>,
     refuse: Option<Refuse>,
@@ -157,7 +157,7 @@ impl Fake {
         self.state().write(stream, iova);
     }
 
-    /// The requests of `stream` write the page at `iova` in the next unmap, before it takes anything away.
+    /// The requests of `stream` write the page at `iova` in the next attach or unmap, before it changes anything.
     pub fn write_late(&self, stream: HostStream, iova: u64) {
         self.state().late.push((stream, iova));
     }
@@ -235,6 +235,10 @@ fn fits(device: &Device, first: u64, last: u64) -> bool {
 }
 
 impl State {
+    fn write_what_is_late(&mut self) {
+        std::mem::take(&mut self.late).into_iter().for_each(|(stream, iova)| self.write(stream, iova));
+    }
+
     /// As hardware: a dirty bit is set in the page table that is used, if that keeps them.
     fn write(&mut self, stream: HostStream, iova: u64) {
         let Some(hwpt) = self.at.get(&stream).copied().filter(|hwpt| self.tables[&hwpt.0].tracked) else { return };
@@ -336,7 +340,7 @@ impl Kernel for Fake {
 
     fn unmap(&self, ioas: Ioas, range: UnmapRange) -> io::Result<u64> {
         self.serve(Call::Unmap(ioas), |state| {
-            std::mem::take(&mut state.late).into_iter().for_each(|(stream, iova)| state.write(stream, iova));
+            state.write_what_is_late();
             let areas = state.ioases.get_mut(&ioas.0).ok_or(libc::ENOENT)?;
             let (first, last) = match range {
                 UnmapRange::All => (0, u64::MAX),
@@ -421,6 +425,7 @@ impl Kernel for Fake {
 
     fn attach(&self, stream: HostStream, to: Hwpt) -> io::Result<()> {
         self.serve(Call::Attach(stream, to), |state| {
+            state.write_what_is_late();
             let device = self.device(stream.device)?;
             let table = *state.tables.get(&to.0).ok_or(libc::ENOENT)?;
             if table.unit != device.unit || table.with.dirty_bits && !device.info.dirty_bits {

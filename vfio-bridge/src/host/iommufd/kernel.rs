@@ -45,9 +45,9 @@ pub trait Kernel: Send + Sync {
     /// `hwpt`, which has dirty bits, keeps them, all clean; or no more.
     fn track_dirty(&self, hwpt: Hwpt, on: bool) -> io::Result<()>;
 
-    /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
-    /// `keep` them. Nothing is said of what is behind the first hole, nor of a page table that is not tracked, and no
-    /// error either.
+    /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is
+    /// to `keep` them. Nothing is said of what is behind the first hole, nor of a page table that is not tracked, and
+    /// no error either.
     fn dirty_bitmap(&self, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()>;
 
     /// Where mappings may be in `ioas`: the intersection of what the devices that are attached to it allow. And what
@@ -72,11 +72,11 @@ pub struct Host {
     devices: RwLock<BTreeMap<HostDevice, Arc<dyn BoundDevice>>>,
 }
 
-/// A device that is bound to the iommufd, as it is attached to page tables. A HWPT is named by the number that the kernel
-/// gave it.
+/// A device that is bound to the iommufd, as it is attached to page tables. A HWPT is named by the number that the
+/// kernel gave it.
 pub trait BoundDevice: Send + Sync {
-    /// The requests with `pasid`, or those without one, reach what `hwpt` has, and nothing else from now on, in one step.
-    /// Its group, if the kernel has others in it, is switched with it.
+    /// The requests with `pasid`, or those without one, reach what `hwpt` has, and nothing else from now on, in one
+    /// step. Its group, if the kernel has others in it, is switched with it.
     ///
     /// # Errors
     /// They reach what they did.

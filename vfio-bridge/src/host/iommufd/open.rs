@@ -66,12 +66,13 @@ impl Iommufd {
 }
 
 impl Iommufd {
-    /// Adds a device of `group` that is no function of VFIO's: one of Linux's `IOMMUFD_TEST`, for instance. `bind` gets the
-    /// iommufd, binds the device to it, attached to nothing, and gives back the number that the kernel has for it.
+    /// Adds a device of `group` that is no function of VFIO's: one of Linux's `IOMMUFD_TEST`, for instance. `bind`
+    /// gets the iommufd, binds the device to it, attached to nothing, and gives back the number that the kernel has
+    /// for it.
     ///
     /// # Errors
-    /// That of `bind`; or what its IOMMU allows could not be read, or it could not be attached to where its group is. Then
-    /// it stays bound, and is no member.
+    /// That of `bind`; or what its IOMMU allows could not be read, or it could not be attached to where its group is.
+    /// Then it stays bound, and is no member.
     pub fn add_device(
         &self,
         group: GroupId,

@@ -197,8 +197,8 @@ pub fn track_dirty(fd: &IommuFd, hwpt: Hwpt, on: bool) -> io::Result<()> {
 }
 
 /// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
-/// `keep` them. `range` is one of whole pages in which all is mapped: the kernel ends at the first hole, and up to Linux
-/// 6.12 without an error. Nor has it one for a page table that is not tracked, in which nothing is dirty.
+/// `keep` them. `range` is one of whole pages in which all is mapped: the kernel ends at the first hole, and up to
+/// Linux 6.12 without an error. Nor has it one for a page table that is not tracked, in which nothing is dirty.
 pub fn dirty_bitmap(fd: &IommuFd, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()> {
     let (iova, length) = span(UnmapRange::Span { first: range.first, last: range.last })?;
     if words.len() as u64 != length.div_ceil(PAGE_SIZE).div_ceil(64) {

@@ -15,7 +15,7 @@ use vfio_bridge::Bdf;
 #[derive(Parser)]
 struct Arguments {
     /// Random maps, unmaps, writes, switches and reads of each run.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 1000)]
     steps: u32,
     /// PASIDs too: Linux 6.15.
     #[arg(long)]

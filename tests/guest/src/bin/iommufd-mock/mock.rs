@@ -117,6 +117,8 @@ pub struct Mock {
     /// An empty page table: the kernel has no detach of a mock.
     nowhere: u32,
     places: Mutex<Places>,
+    /// Where it writes just before it is attached to something else.
+    last: Mutex<Option<u64>>,
 }
 
 impl Mock {
@@ -133,7 +135,7 @@ impl Mock {
         let mut hwpt = HwptAlloc { size, flags, device: id, ioas: ioas.ioas, ..Default::default() };
         ioctl(&iommufd, HWPT_ALLOC, &mut hwpt)?;
         test(&iommufd, OP_MOCK_DOMAIN_REPLACE, object, Body::words(&[hwpt.hwpt]))?;
-        Ok(Self { iommufd, object, id, nowhere: hwpt.hwpt, places: Mutex::default() })
+        Ok(Self { iommufd, object, id, nowhere: hwpt.hwpt, places: Mutex::default(), last: Mutex::default() })
     }
 
     /// As the bridge numbers it.
@@ -145,12 +147,17 @@ impl Mock {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its requests with `pasid` write the byte at `iova`, whatever the mapping permits; a mock does not ask. Gives back
-    /// whether something was mapped there. While it writes it is attached nowhere else.
+    /// Its requests with `pasid` write the byte at `iova`, whatever the mapping permits; a mock does not ask. Gives
+    /// back whether something was mapped there. While it writes it is attached nowhere else.
     pub fn write(&self, pasid: Option<u32>, iova: u64) -> io::Result<bool> {
         let places = self.places();
         let Some(hwpt) = places.get(&pasid) else { return Ok(false) };
         self.write_by(*hwpt, iova)
+    }
+
+    /// Its requests without PASID write the byte at `iova` just before it is attached to something else.
+    pub fn write_last(&self, iova: u64) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(iova);
     }
 
     fn write_by(&self, hwpt: u32, iova: u64) -> io::Result<bool> {
@@ -183,6 +190,10 @@ impl BoundDevice for Attached {
     fn attach(&self, pasid: Option<Pasid>, hwpt: u32) -> io::Result<()> {
         let pasid = pasid.map(|Pasid(pasid)| pasid);
         let mut places = self.0.places();
+        let last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner).take().filter(|_| pasid.is_none());
+        if let Some((iova, hwpt)) = last.zip(places.get(&None)) {
+            self.0.write_by(*hwpt, iova)?;
+        }
         let (op, body) = match pasid {
             None => (OP_MOCK_DOMAIN_REPLACE, Body::words(&[hwpt])),
             Some(pasid) if places.contains_key(&Some(pasid)) => (OP_PASID_REPLACE, Body::words(&[pasid, hwpt])),
@@ -218,7 +229,8 @@ fn test(iommufd: &OwnedFd, op: u32, id: u32, body: Body) -> io::Result<Body> {
 
 fn ioctl<T>(iommufd: &OwnedFd, request: libc::c_ulong, argument: &mut T) -> io::Result<()> {
     // SAFETY: each caller passes the structure that `request` is defined with, with its size in it, so the kernel reads
-    // and writes inside `argument`, and reads the bitmap of `OP_DIRTY`, which has the one word that its length asks for.
+    // and writes inside `argument`, and reads the bitmap of `OP_DIRTY`, which has the one word that its length asks
+    // for.
     let result = unsafe { libc::ioctl(iommufd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
