@@ -139,7 +139,7 @@ enum Mode {
 impl Mode {
     fn of<M>(core: &Core<M>) -> Result<Self, QueueError> {
         match core.translation.load().root.mode() {
-            _ if !core.config.scalable => Ok(Self::Legacy),
+            _ if core.config.scalable.is_none() => Ok(Self::Legacy),
             table_mode::LEGACY => Ok(Self::Legacy),
             table_mode::SCALABLE => Ok(Self::Scalable),
             table_mode::ABORT => Ok(Self::Abort),

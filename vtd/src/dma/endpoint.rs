@@ -18,8 +18,10 @@ use crate::source_ids::Source;
 use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
+use crate::tables::blocked::Blocked;
 use crate::tables::context::{Resolved, Unresolved, resolve};
-use crate::tables::second_stage::{Blocked, DIRECTORY_SPAN, Directory, Translated, permits};
+use crate::tables::first_stage;
+use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Translated, permits};
 use crate::unit::Unit;
 
 pub(super) const PAGE: u64 = 4096;
@@ -64,6 +66,10 @@ impl Wanted {
             Permissions::Write => Some(Access::Write.into()),
             Permissions::ReadWrite => Some(Self { first: Access::Read, also: Some(Access::Write) }),
         }
+    }
+
+    fn writes(self) -> bool {
+        self.first == Access::Write || self.also == Some(Access::Write)
     }
 
     /// Whether `perm` lets all of it through; else the access that it does not.
@@ -137,7 +143,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let Core { memory, config, .. } = &self.unit.core;
         let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN) {
             Some(word) => Directory::unpack(word).translate(memory, config, iova, wanted.first),
-            None => self.walk_from(sampled, Resolved::unpack(self.iotlb.context(sampled)?, config), iova, wanted.first),
+            None => self.walk_from(sampled, Resolved::unpack(self.iotlb.context(sampled)?, config), iova, wanted),
         };
         let found = found.ok().filter(|found| wanted.permitted(found.perm).is_ok())?;
         self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
@@ -169,7 +175,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let disabled = resolved.fault_processing_disable();
         let blocked =
             |access, blocked: Blocked| fault(access, blocked.reason(access, translation.is_scalable()), disabled);
-        let found = self.walk_from(sampled, resolved, iova, wanted.first);
+        let found = self.walk_from(sampled, resolved, iova, wanted);
         let found = found.map_err(|why| blocked(wanted.first, why))?;
         wanted.permitted(found.perm).map_err(|(access, why)| blocked(access, why))?;
         self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
@@ -182,7 +188,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         sampled: Sampled,
         resolved: Resolved,
         iova: Iova,
-        access: Access,
+        wanted: Wanted,
     ) -> Result<Translated, Blocked> {
         let Core { memory, config, .. } = &self.unit.core;
         let untranslated = Translated { page: Gpa(iova.0 & !(PAGE - 1)), perm: Perm::ReadWrite };
@@ -197,7 +203,14 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
                     self.iotlb.note_large();
                 }
                 self.iotlb.insert_directory(sampled, iova.0 / DIRECTORY_SPAN, directory.pack());
-                directory.translate(memory, config, iova, access)
+                directory.translate(memory, config, iova, wanted.first)
+            }
+            Resolved::First { tables, .. } => {
+                let found = first_stage::translate(memory, config, tables, iova, wanted.writes())?;
+                // An IOTLB invalidation of pages, whose addresses are those of the second stage, reaches all of a first
+                // stage's domain (section 6.5.2.3). So does then one of a PASID's pages, which need not.
+                self.iotlb.note_large();
+                Ok(found)
             }
         }
     }

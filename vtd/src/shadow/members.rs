@@ -193,6 +193,8 @@ pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
         Ok(Resolved::Off) => (SpaceKey::Identity, None),
         Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
         Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),
+        // What a first stage adds need not be invalidated: there is no moment to tell the listener of it.
+        Ok(Resolved::First { domain, .. }) => (SpaceKey::Blocked, Some(domain)),
         Err(_) => (SpaceKey::Blocked, None),
     }
 }

@@ -67,6 +67,14 @@ pub enum FaultReason {
     PasidEntryReserved = 0x5a,
     /// The entry of the PASID table has a width or a type that this unit does not have (SPT.4).
     PasidEntryInvalid = 0x5b,
+    /// A first-stage table below the topmost could not be read (SFS.1).
+    FirstStageAccess = 0x70,
+    /// A first-stage entry is not present (SFS.2).
+    FirstStageNotPresent = 0x71,
+    /// A reserved field of a present first-stage entry is not zero (SFS.3).
+    FirstStageReserved = 0x72,
+    /// The topmost first-stage table could not be read (SFS.4).
+    FirstStageRootAccess = 0x73,
     /// A second-stage table below the topmost could not be read (SSS.1).
     SecondStageAccess = 0x78,
     /// A second-stage entry, or all entries together, permit neither read nor write (SSS.2).
@@ -75,6 +83,10 @@ pub enum FaultReason {
     SecondStageReserved = 0x7a,
     /// The topmost second-stage table could not be read (SSS.4).
     SecondStageRootAccess = 0x7b,
+    /// The address is not canonical in the first stage (SGN.1).
+    NotCanonical = 0x80,
+    /// A first-stage entry keeps user requests out, as all of ours are (SGN.2).
+    SupervisorPage = 0x81,
     /// The address of a request that passes through is beyond the host address width (SGN.4).
     BeyondHostWidth = 0x83,
     /// The address is beyond the width of the PASID table's entry or of the unit (SGN.5).
@@ -85,11 +97,15 @@ pub enum FaultReason {
     ScalableReadNotPermitted = 0x86,
     /// The translation leads into the interrupt address range, in scalable mode (SGN.8).
     ScalableOutputInInterruptRange = 0x87,
+    /// A first-stage flag is to be set, and PWSNP says that walks do not snoop (SFS.9).
+    FirstStageFlagsNotSnooped = 0x90,
+    /// A first-stage flag could not be set (SFS.10).
+    FirstStageFlagsNotSet = 0x91,
 }
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 39] = [
+    pub const ALL: [Self; 47] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -120,15 +136,23 @@ impl FaultReason {
         Self::PasidEntryNotPresent,
         Self::PasidEntryReserved,
         Self::PasidEntryInvalid,
+        Self::FirstStageAccess,
+        Self::FirstStageNotPresent,
+        Self::FirstStageReserved,
+        Self::FirstStageRootAccess,
         Self::SecondStageAccess,
         Self::SecondStageNotPermitted,
         Self::SecondStageReserved,
         Self::SecondStageRootAccess,
+        Self::NotCanonical,
+        Self::SupervisorPage,
         Self::BeyondHostWidth,
         Self::BeyondSecondStageWidth,
         Self::ScalableWriteNotPermitted,
         Self::ScalableReadNotPermitted,
         Self::ScalableOutputInInterruptRange,
+        Self::FirstStageFlagsNotSnooped,
+        Self::FirstStageFlagsNotSet,
     ];
 
     /// The code that stands in a fault record.

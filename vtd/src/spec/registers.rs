@@ -153,7 +153,8 @@ pub struct ExtendedCapability {
     __: u8,
     /// SSTS: second-stage translation in scalable mode.
     pub second_stage: bool,
-    __: bool,
+    /// FSTS: first-stage translation in scalable mode.
+    pub first_stage: bool,
     /// SMPWC: page walks of scalable mode snoop the processor's caches where the entry of the PASID table asks for it.
     pub scalable_coherent: bool,
     /// RPS: RID_PASID of the scalable-mode context entry is honoured.

@@ -4,6 +4,7 @@
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
+use super::first_stage::FirstStage;
 use super::pasid;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, SourceId};
@@ -38,6 +39,8 @@ pub(crate) enum Resolved {
     PassThrough { domain: DomainId, fault_processing_disable: bool },
     /// A page table.
     Paged { space: PagedSpace, fault_processing_disable: bool },
+    /// A page table of the first stage.
+    First { tables: FirstStage, domain: DomainId, fault_processing_disable: bool },
 }
 
 impl Resolved {
@@ -45,7 +48,7 @@ impl Resolved {
     pub(crate) fn domain(&self) -> Option<DomainId> {
         match self {
             Self::Off => None,
-            Self::PassThrough { domain, .. } => Some(*domain),
+            Self::PassThrough { domain, .. } | Self::First { domain, .. } => Some(*domain),
             Self::Paged { space, .. } => Some(space.domain),
         }
     }
@@ -54,9 +57,9 @@ impl Resolved {
     pub(crate) fn fault_processing_disable(&self) -> bool {
         match self {
             Self::Off => false,
-            Self::PassThrough { fault_processing_disable, .. } | Self::Paged { fault_processing_disable, .. } => {
-                *fault_processing_disable
-            }
+            Self::PassThrough { fault_processing_disable, .. }
+            | Self::Paged { fault_processing_disable, .. }
+            | Self::First { fault_processing_disable, .. } => *fault_processing_disable,
         }
     }
 
@@ -70,6 +73,12 @@ impl Resolved {
                 let Tables::Second { root, width } = space.tables;
                 packed.with_width(width).with_domain(space.domain.0).with_root_page(root.0 >> 12)
             }
+            // No second stage is as narrow.
+            Self::First { tables, domain, .. } => packed
+                .with_width(tables.levels)
+                .with_pass_through(!tables.snoops)
+                .with_domain(domain.0)
+                .with_root_page(tables.root.0 >> 12),
         }
         .into_bits()
     }
@@ -81,6 +90,11 @@ impl Resolved {
         match packed.width() {
             0 if packed.pass_through() => Self::PassThrough { domain, fault_processing_disable },
             0 => Self::Off,
+            levels @ (4 | 5) => {
+                let root = Gpa(packed.root_page() << 12);
+                let tables = FirstStage { root, levels, snoops: !packed.pass_through() };
+                Self::First { tables, domain, fault_processing_disable }
+            }
             width => {
                 let root = Gpa(packed.root_page() << 12);
                 let space = PagedSpace { unit: config.id, tables: Tables::Second { root, width }, domain };
@@ -93,9 +107,10 @@ impl Resolved {
 #[bitfield(u64)]
 struct PackedContext {
     domain: u16,
-    /// Guest address width in bits, 0 without a page table.
+    /// Guest address width in bits, levels of a first stage, 0 without a page table.
     #[bits(7)]
     width: u8,
+    /// Of a first stage: its walks do not snoop.
     pass_through: bool,
     #[bits(40)]
     root_page: u64,
@@ -133,7 +148,7 @@ pub(crate) fn resolve<M: GuestMemoryBackend>(
     match translation.root.mode() {
         table_mode::LEGACY => {}
         // Where only legacy mode is offered, any other table mode makes the pointer one that cannot be used.
-        _ if !config.scalable => return Err(FaultReason::RootTableAccess.into()),
+        _ if config.scalable.is_none() => return Err(FaultReason::RootTableAccess.into()),
         table_mode::SCALABLE => return pasid::resolve(memory, config, Gpa(root_table), source),
         table_mode::ABORT => return Err(FaultReason::AbortMode.into()),
         _ => return Err(FaultReason::TableModeInvalid.into()),

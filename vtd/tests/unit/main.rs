@@ -7,6 +7,7 @@ mod dirty;
 mod edits;
 mod endpoints;
 mod faults;
+mod first_stage;
 mod floods;
 mod layout;
 mod memory_changes;

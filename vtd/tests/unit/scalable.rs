@@ -25,7 +25,7 @@ fn a4_scalable_mode_is_offered_when_asked_for() {
     assert_eq!([43, 46, 48, 49, 52].map(bit), [1; 5], "SMTS, SSTS, SMPWC, RPS, ADMS");
     // DT, SC, MTS, NEST, PRS, ERS, SRS, NWFS, EAFS, PASID, PDS, SSADS, FSTS, RPRIVS.
     assert_eq!([2, 7, 25, 26, 29, 30, 31, 33, 34, 40, 42, 45, 47, 53].map(bit), [0; 14]);
-    let legacy = vtd::UnitConfig { scalable: false, ..config(48) };
+    let legacy = vtd::UnitConfig { scalable: None, ..config(48) };
     assert_eq!(legacy.extended_capability().into_bits() >> 24, 0);
     assert_eq!(config(48).capability(), legacy.capability());
 }
