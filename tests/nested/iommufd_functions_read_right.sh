@@ -4,6 +4,7 @@
 # limit: 480
 # needs: CONFIG_INTEL_IOMMU_DEBUGFS
 . /causeway/files/lib.sh
+. /causeway/files/tables-lib.sh
 
 modprobe iommufd || fail "no iommufd"
 bind-vfio "$NVME" "$EDU" || fail "binding"
@@ -25,37 +26,19 @@ boot() {
     wait_until 60 grep -qs "^paused" "$name.log" || { tail -n 40 "$name.log" "$name.err"; fail "the guest '$name'"; }
 }
 
-traced() { grep -c "^[0-9.]* host $1 " "$name.trace"; }
 refused_bars() { grep "^[0-9.]* host map " "$name.trace" | grep -vc "result=ok$"; }
-audited() { [ "$(grep -c 'audit:.* pending' "$name.err")" -ge $audits ]; }
-stopped() { ! grep -h '^State:' /proc/$vmm/task/*/status | grep -qv stopped; }
 
-# at_rest: the VMM is stopped, and its trace has all that L1's kernel was asked for. There is one copy more at the start: whether the kernel
-# does it. BARs of the other function are no copies, and this kernel refuses them: it maps what has pages of memory.
-at_rest() {
-    kill -CONT $vmm
-    audits=$((audits + 1))
-    kill -USR1 $vmm && wait_until 20 audited || fail "no audit"
-    kill -STOP $vmm && wait_until 20 stopped || fail "the VMM does not stop"
+# There is one copy more at the start: whether the kernel does it. BARs of the other function are no copies, and this kernel refuses them: it
+# maps what has pages of memory.
+all_is_traced() {
     [ $(($(traced map) - $(refused_bars) + 1)) = "$(host_operations $COPY)" ] && [ "$(traced unmap)" = "$(host_operations $UNMAP)" ]
-}
-
-# compare PAGES: the kernel's tables for both functions, with at least so many pages.
-compare() {
-    wait_until 20 at_rest || fail "the guest does not come to rest"
-    for function in "$NVME" "$EDU"; do
-        kernel-tables "$function" --trace "$name.trace" --pid $vmm --pages "$1" || fail "the tables of $function"
-    done
-    kill -CONT $vmm
 }
 
 # ended: the guest powers off, nothing is mapped, and the statistics say what they were.
 ended() {
     echo >&3
     wait $vmm || { tail "$name.log" "$name.err"; fail "the end of the guest"; }
-    for function in "$NVME" "$EDU"; do
-        kernel-tables "$function" --empty || fail "after the power-off of '$name'"
-    done
+    nothing_mapped "after the power-off of '$name'" "$NVME" "$EDU"
     expect "the checksums" "$(lines "$name" 'sha256 ' | sort -u)" "$DISK_SHA256"
     expect "the backends" "$(grep -oE '"backend":"[a-z0-9]*"' "$name.json" | sort | uniq -c | awk '{ print $1, $2 }')" '2 "backend":"iommufd"'
     expect_line "$name.err" "0000:.* is assigned by iommufd: " "pins the guest's memory once for its 2 host group"
@@ -86,7 +69,7 @@ echo "paused"
 read -r key
 GUEST
     boot $mode "intel_iommu=on $options"
-    compare $pages
+    compare $pages "$NVME" "$EDU"
     ended
 done
 expect "the domain in passthrough" "$(lines passthrough 'domains ')" identity

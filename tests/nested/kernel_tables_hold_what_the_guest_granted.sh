@@ -5,6 +5,7 @@
 # limit: 480
 # needs: CONFIG_INTEL_IOMMU_DEBUGFS
 . /causeway/files/lib.sh
+. /causeway/files/tables-lib.sh
 
 bind-vfio "$NVME" "$EDU" || fail "binding"
 mkfifo keys
@@ -22,41 +23,11 @@ boot() {
     vmm=$!
 }
 
-traced() { grep -c "^[0-9.]* host $1 " "$name.trace"; }
-audited() { [ "$(grep -c 'audit:.* pending' "$name.err")" -ge $audits ]; }
-stopped() { ! grep -h '^State:' /proc/$vmm/task/*/status | grep -qv stopped; }
-
-# at_rest: the VMM is stopped, and its trace has all that L1's kernel was asked for.
-at_rest() {
-    kill -CONT $vmm
-    audits=$((audits + 1))
-    kill -USR1 $vmm && wait_until 20 audited || fail "no audit"
-    kill -STOP $vmm && wait_until 20 stopped || fail "the VMM does not stop"
-    [ "$(traced map)" = "$(host_operations 3b71)" ] && [ "$(traced unmap)" = "$(host_operations 3b72)" ]
-}
+all_is_traced() { [ "$(traced map)" = "$(host_operations 3b71)" ] && [ "$(traced unmap)" = "$(host_operations 3b72)" ]; }
 
 # paused NUMBER: the guest has done its work up to there, and waits for a key.
 paused() {
     wait_until 60 grep -qs "^paused $1" "$name.log" || { tail -n 40 "$name.log" "$name.err"; fail "the guest '$name' before pause $1"; }
-}
-
-# compare [PAGES FUNCTION...]: the kernel's tables for both functions, or for these, with at least so many pages.
-compare() {
-    wait_until 20 at_rest || fail "the guest does not come to rest"
-    pages=${1:-1}
-    [ $# -gt 0 ] && shift
-    [ $# -gt 0 ] || set -- "$NVME" "$EDU"
-    for function; do
-        kernel-tables "$function" --trace "$name.trace" --pid $vmm --pages "$pages" || fail "the tables of $function"
-    done | tee compared
-    [ "$(grep -c 'as handed out' compared)" = $# ] || fail "guest '$name'"
-    kill -CONT $vmm
-}
-
-nothing_mapped() {
-    for function in "$NVME" "$EDU"; do
-        kernel-tables "$function" --empty || fail "$1"
-    done
 }
 
 guest strict "$(command -v vfio-churn)" <<'GUEST'
@@ -80,7 +51,7 @@ mark
 boot strict "intel_iommu=on iommu.strict=1"
 for round in 1 2 3; do
     paused $round
-    compare
+    compare 1 "$NVME" "$EDU"
     # What the guest's own vfio counted.
     expect "the edu's pages" "$(sed -n "s/.*$EDU: \([0-9]*\) pages.*/\1/p" compared)" \
         "$(lines strict "paused $round: " | sed 's/.*mappings of \([0-9]*\) pages.*/\1/')"
@@ -90,7 +61,7 @@ expect "the checksums" "$(lines strict 'sha256 ' | sort -u)" "$DISK_SHA256"
 ! grep 'audit:' strict.err | grep -v 'no difference' || fail "an audit with a difference"
 kill -KILL $vmm
 wait $vmm 2>/dev/null
-nothing_mapped "after SIGKILL"
+nothing_mapped "after SIGKILL" "$NVME" "$EDU"
 
 guest passthrough <<'GUEST'
 checksum buffered
@@ -110,5 +81,5 @@ expect "the checksum" "$(lines passthrough 'sha256 ')" "$DISK_SHA256"
 compare $((512 << 8)) "$NVME"
 echo >&3
 wait $vmm || { tail "passthrough.log" "passthrough.err"; fail "the end of the guest"; }
-nothing_mapped "after the power-off"
+nothing_mapped "after the power-off" "$NVME" "$EDU"
 ! host_faults || fail "faults in the host's log"

@@ -27,7 +27,7 @@ pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
 pub use function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests};
 pub use host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
-pub use host::iommufd::Iommufd;
+pub use host::iommufd::{BoundDevice, Iommufd};
 pub use host::software::Software;
 pub use host::type1::Type1;
 pub use host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, Map, MapRefused, Placement, UnmapRange};

@@ -127,6 +127,8 @@ pub enum DeviceKind {
     PinBlk {
         /// The file; none: a pattern in memory.
         file: Option<PathBuf>,
+        /// Past the host's page cache: the host's kernel has pages of the guest pinned while the disk writes to them.
+        direct: bool,
     },
 }
 

@@ -131,7 +131,7 @@ impl Write for Tee {
 }
 
 fn nested(args: &BenchArgs) -> Result<Nested> {
-    let programs = programs::build(args.causeway.as_deref())?;
+    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Release)?;
     let cache = Cache::open()?;
     let images = l1::prepare(&cache, Host::Default)?;
     let out = cache.path("bench");

@@ -56,7 +56,7 @@ pub struct Facts {
 pub fn command(args: &DemoArgs) -> Result<u8> {
     let translated = args.intel_iommu == "on";
     let options = format!("intel_iommu={}", args.intel_iommu);
-    let programs = programs::build(args.causeway.as_deref())?;
+    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Programs)?;
     let cache = Cache::open()?;
     let images = l1::prepare(&cache, Host::Default)?;
     let guests = match &args.device {

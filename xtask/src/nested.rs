@@ -184,7 +184,7 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
         let name = file.file_name().with_context(|| format!("{} has no name", file.display()))?;
         files.push((format!("causeway/files/{}", name.to_string_lossy()), file.clone()));
     }
-    let programs = programs::build(args.causeway.as_deref())?;
+    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Programs)?;
     let cache = Cache::open()?;
     let images = l1::prepare(&cache, args.host)?;
     let kernel = match &args.kernel {

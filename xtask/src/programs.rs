@@ -4,7 +4,9 @@ use crate::cache::{progress, target};
 use crate::crate_tests::cargo;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// A program and its name in `/causeway/bin`.
 #[derive(Debug, Clone)]
@@ -13,18 +15,29 @@ pub struct Program {
     pub file: PathBuf,
 }
 
+/// How the programs are optimized.
+#[derive(Debug, Clone, Copy)]
+pub enum Profile {
+    /// As users have it, for what is measured.
+    Release,
+    /// Without optimization across crates, which takes most of the time of a build.
+    Programs,
+}
+
 /// `causeway` (or the one given instead of building it) and every program of `guest-programs`.
-pub fn build(causeway: Option<&Path>) -> Result<Vec<Program>> {
+pub fn build(causeway: Option<&Path>, profile: Profile) -> Result<Vec<Program>> {
     let mut programs = Vec::new();
-    match causeway {
-        Some(file) => {
-            ensure!(file.is_file(), "{} is not a file", file.display());
-            programs.push(Program { name: "causeway".to_owned(), file: file.to_owned() });
-        }
-        None => programs.push(build_one("vmm", "causeway")?),
+    let mut packages = vec!["guest-programs"];
+    if let Some(file) = causeway {
+        ensure!(file.is_file(), "{} is not a file", file.display());
+        programs.push(Program { name: "causeway".to_owned(), file: file.to_owned() });
+    } else {
+        packages.push("vmm");
     }
-    for name in binaries("guest-programs")? {
-        programs.push(build_one("guest-programs", &name)?);
+    let folder = build_static(&packages, profile)?;
+    for package in packages {
+        let built = binaries(package)?.into_iter();
+        programs.extend(built.map(|name| Program { file: folder.join(&name), name }));
     }
     Ok(programs)
 }
@@ -44,16 +57,30 @@ fn binaries(package: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// A target folder of its own: the flag is this build's only, and must not make others build again.
-fn build_one(package: &str, name: &str) -> Result<Program> {
-    let folder = target().join("static");
-    progress(format_args!("building {name}"));
-    let result = cargo()
-        .args(["rustc", "--quiet", "--release", "--package", package, "--bin", name, "--target-dir"])
-        .arg(&folder)
-        .args(["--", "-Ctarget-feature=+crt-static"])
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(result.status.success(), "cannot build {name}:\n{}", String::from_utf8_lossy(&result.stderr));
-    Ok(Program { name: name.to_owned(), file: folder.join("release").join(name) })
+/// Builds the programs of these packages; the folder they are in. It is of their own: the flag must not make others build
+/// again. With a target named, the flag is not for what runs while they are built, which cannot be static.
+fn build_static(packages: &[&str], profile: Profile) -> Result<PathBuf> {
+    let profile = match profile {
+        Profile::Release => "release",
+        Profile::Programs => "programs",
+    };
+    let (folder, host) = (target().join("static"), host()?);
+    let flags = [env::var("RUSTFLAGS").unwrap_or_default(), "-Ctarget-feature=+crt-static".to_owned()].join(" ");
+    progress(format_args!("building the static programs of {}", packages.join(" and ")));
+    let mut cargo = cargo();
+    cargo.env("RUSTFLAGS", flags.trim()).env_remove("CARGO_ENCODED_RUSTFLAGS");
+    cargo.args(["build", "--quiet", "--bins", "--profile", profile, "--target", &host, "--target-dir"]).arg(&folder);
+    cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+    let result = cargo.output().context("cannot run cargo")?;
+    ensure!(result.status.success(), "cannot build them:\n{}", String::from_utf8_lossy(&result.stderr));
+    Ok(folder.join(host).join(profile))
+}
+
+/// The target that the compiler builds for by itself.
+fn host() -> Result<String> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let result = Command::new(rustc).arg("-vV").output().context("cannot run rustc")?;
+    let text = String::from_utf8(result.stdout).context("rustc -vV")?;
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc does not say what it builds for")?.to_owned())
 }

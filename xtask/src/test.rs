@@ -186,7 +186,7 @@ fn available(program: &str) -> bool {
 
 fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], mut cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
-    let programs = programs::build(args.causeway.as_deref())?;
+    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Programs)?;
     reporter.took("building the static programs", start.elapsed());
     let start = Instant::now();
     let cache = Cache::open()?;

@@ -23,7 +23,7 @@ use vtd::Iova;
 use self::check::Bdf;
 use self::reset::{ResetScope, ResetWay};
 use crate::bridge::guest_map::PAGE_SIZE;
-use crate::host::GroupId;
+use crate::host::{GroupId, HostDevice};
 
 /// An assigned function, open. [`crate::HostFunction`] is one of the host, [`crate::vfio_user::UserFunction`] one that
 /// another process emulates.
@@ -34,6 +34,11 @@ pub trait Function: Send + Sync {
     fn group(&self) -> GroupId;
     /// Its address on the host, if it has one.
     fn bdf(&self) -> Option<Bdf> {
+        None
+    }
+
+    /// Which device of its host it is, if its PASIDs may be attached there (C-4).
+    fn device(&self) -> Option<HostDevice> {
         None
     }
 

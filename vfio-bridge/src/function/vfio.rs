@@ -21,7 +21,7 @@ use super::{Function, IrqKind, RegionInfo, RegionKind, mappable_pages};
 use crate::function::check::{Bdf, CheckedFunction};
 use crate::function::reset::{ResetOwner, ResetScope, ResetWay, Resetter};
 use crate::function::sys;
-use crate::host::GroupId;
+use crate::host::{GroupId, HostDevice};
 
 /// Where the `len` bytes at `offset` of a region are in the device file. `None` unless all of them are in the region.
 fn place(file_offset: u64, size: u64, offset: u64, len: usize) -> Option<u64> {
@@ -109,6 +109,11 @@ impl Function for HostFunction {
 
     fn bdf(&self) -> Option<Bdf> {
         Some(self.bdf)
+    }
+
+    fn device(&self) -> Option<HostDevice> {
+        // One that was opened through its group has none.
+        self.device.iommufd_dev_id().map(HostDevice)
     }
 
     fn region(&self, region: RegionKind) -> RegionInfo {

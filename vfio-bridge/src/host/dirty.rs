@@ -47,6 +47,9 @@ pub struct DirtySupport {
     pub knowledge: DirtyKnowledge,
     /// What an unmap loses.
     pub window: UnmapWindow,
+    /// Whether a bitmap may have holes between its mappings. A host that ends at the first hole, perhaps without a word
+    /// (Linux's iommufd up to 6.12 at least), is asked for each range without one.
+    pub holes: bool,
 }
 
 /// Which pages of a range are dirty.

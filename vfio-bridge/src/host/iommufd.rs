@@ -11,68 +11,63 @@
 //! makes by itself is filled anew in each switch. What is made of a space before its first group comes is filled before
 //! that group is switched to it.
 
-mod members;
+mod dirty;
+mod kernel;
+mod open;
 mod sys;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use iommufd_ioctls::{IommuFd, IommufdError, IommufdIoas};
 use log::{debug, error};
-use vfio_ioctls::{VfioDevice, VfioDeviceFd, VfioError, VfioIommufd};
-use vtd::{Perm, RefusalCause};
+use vtd::{Pasid, Perm, RefusalCause};
 
-use self::members::{Failed, Member, Members};
-use self::sys::{Hwpt, Ioas, Place};
+use self::dirty::PageTables;
+pub use self::kernel::BoundDevice;
+use self::kernel::{Host, Kernel};
+use self::sys::{Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
-use crate::function::check::{Bdf, CheckedFunction, HostPaths, OpenError};
-use crate::function::of_iommufd::OfThisIommufd;
-use crate::function::vfio::HostFunction;
-use crate::host::{GroupId, HostIommu, HostSpaceId, MapRefused, Placement, UnmapRange};
+use crate::function::check::Bdf;
+use crate::host::dirty::{DirtyBitmap, DirtySupport};
+use crate::host::members::{self, Devices};
+use crate::host::{GroupId, HostDevice, HostIommu, HostSpaceId, HostStream, MapRefused, Placement, UnmapRange};
 
-/// A function that is bound to the iommufd.
+/// A function that is bound to the iommufd, which knows it by a number.
 struct Bound {
-    bdf: Bdf,
-    device: Arc<VfioDevice>,
-    /// The iommufd's number of it.
-    id: u32,
+    /// `None`: no function that VFIO has.
+    bdf: Option<Bdf>,
     limits: Limits,
+    /// Whether its page tables are such that PASIDs of it can be attached; then how many bits these have, else 0.
+    pasid_bits: u8,
+    /// Whether the unit above it has page tables with dirty bits.
+    dirty_bits: bool,
 }
 
-impl Member for Bound {
-    fn attach(&self, to: Hwpt) -> io::Result<()> {
-        self.device.attach_hwpt(to.0).map_err(vfio_error)
-    }
-
-    fn detach(&self) -> io::Result<()> {
-        self.device.detach_hwpt().map_err(vfio_error)
-    }
-}
-
-/// The errno of a call of vfio-ioctls on a device of an iommufd.
-fn vfio_error(error: VfioError) -> io::Error {
-    match error {
-        VfioError::VfioDeviceAttachIommufdPt(e)
-        | VfioError::VfioDeviceDetachIommufdPt(e)
-        | VfioError::VfioDeviceBindIommufd(e) => io::Error::from_raw_os_error(e.errno()),
-        other => io::Error::other(other),
-    }
-}
-
-/// A group, with those of its functions that are open.
+/// A group: those of its functions that are open, all of which are in one space.
 #[derive(Default)]
 struct Group {
-    members: Members<Bound>,
+    members: Vec<HostDevice>,
+    at: Option<HostSpaceId>,
 }
 
 /// A space.
 struct Space {
     ioas: Ioas,
-    /// The page tables that are filled from it. Usually one; one more for functions behind a unit of the host that does
-    /// not take the others.
-    hwpts: Mutex<Vec<Hwpt>>,
+    /// The page tables that are filled from it.
+    tables: Mutex<PageTables>,
+}
+
+/// Why a function could not be added to its group.
+#[derive(Debug)]
+enum Refused {
+    /// It is there.
+    Twice,
+    /// What its IOMMU allows could not be read.
+    Limits(io::Error),
+    /// It could not be attached to where its group is.
+    Group(io::Error),
 }
 
 /// RAM in its IOAS: guest-physical addresses are IOVAs there.
@@ -105,32 +100,21 @@ fn place_in(regions: &[RamRegion], gpa: u64, hva: u64, len: u64) -> Option<u64> 
 }
 
 /// The iommufd backend.
-pub struct Iommufd {
-    // It keeps the IOAS of RAM and the KVM-VFIO device, too.
-    vfio: Arc<VfioIommufd>,
+pub struct Iommufd<K = Host> {
+    kernel: K,
     /// `None` where the kernel does not copy parts of what is mapped: then each space maps for itself.
     ram: Option<Ram>,
     groups: Mutex<BTreeMap<GroupId, Arc<Mutex<Group>>>>,
+    devices: RwLock<BTreeMap<HostDevice, Arc<Bound>>>,
     spaces: RwLock<BTreeMap<HostSpaceId, Arc<Space>>>,
 }
 
-impl Iommufd {
-    /// A backend without groups, for a guest whose memory is `guest`. `kvm` is the virtual machine's KVM-VFIO device:
-    /// the file of each function is added to it before the function can be used (F-7).
-    pub fn new(kvm: Option<Arc<VfioDeviceFd>>, guest: &GuestMap) -> Result<Self, OpenError> {
-        let node = HostPaths::default().dev_iommu;
-        let file = |source: io::Error| match source.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM) => OpenError::Permission(node.clone()),
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => OpenError::NoIommufd(node.clone()),
-            _ => OpenError::File { path: node.clone(), source },
-        };
-        let crate_error = |e: IommufdError| file(sys::io_error(e));
-        let fd = Arc::new(IommuFd::new().map_err(crate_error)?);
-        let ioas = Arc::new(IommufdIoas::new(Arc::clone(&fd)).map_err(crate_error)?);
-        let ram = ram_in(&fd, Ioas(ioas.id()), guest).map_err(file)?;
-        debug!("iommufd: guest memory is {}", if ram.is_some() { "pinned once" } else { "pinned by each space" });
-        let vfio = VfioIommufd::new(fd, Some(ioas), kvm).map_err(|e| file(io::Error::other(e)))?;
-        Ok(Self { vfio: Arc::new(vfio), ram, groups: Mutex::default(), spaces: RwLock::default() })
+impl<K: Kernel> Iommufd<K> {
+    /// A backend over `kernel`, whose IOAS `of_ram` is empty and gets the RAM of `guest`.
+    fn over(kernel: K, of_ram: Ioas, guest: &GuestMap) -> io::Result<Self> {
+        let ram = ram_in(&kernel, of_ram, guest)?;
+        let (groups, devices, spaces) = (Mutex::default(), RwLock::default(), RwLock::default());
+        Ok(Self { kernel, ram, groups, devices, spaces })
     }
 
     /// Whether memory is pinned and charged once, in whatever number of spaces it is mapped (B-12).
@@ -138,106 +122,132 @@ impl Iommufd {
         self.ram.is_some()
     }
 
-    /// Opens `function` by its own device file. On an error nothing of it stays attached.
-    pub fn open(&self, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
-        let bdf = function.bdf();
-        let group = Arc::clone(self.groups().entry(function.group()).or_default());
-        let mut group = group.lock().unwrap_or_else(PoisonError::into_inner);
-        if group.members.iter().any(|member| member.bdf == bdf) {
-            return Err(OpenError::AssignedTwice(bdf));
-        }
-        let vfio = |reason: String| OpenError::Vfio { bdf, reason };
-        let device = VfioDevice::new(function.path(), self.vfio.clone(), false).map_err(|e| explain(function, e))?;
-        let device = Arc::new(device);
-        let id = device.iommufd_dev_id().ok_or_else(|| vfio("it is not bound to the iommufd".to_owned()))?;
-        let limits = self.read_limits(&device, id);
-        let limits = limits.map_err(|e| vfio(format!("what its IOMMU allows could not be read: {e}")))?;
-        let host_function = HostFunction::new(Arc::clone(&device), function, Arc::new(OfThisIommufd));
-        let host_function = host_function.map_err(|e| explain(function, e))?;
-        let bound = Bound { bdf, device, id, limits };
-        group.members.add(bound).map_err(|e| vfio(format!("it could not follow its group: {e}")))?;
-        Ok(host_function)
-    }
-
     /// What the host allows for `group`, `None` when it is not open.
     pub fn limits_of(&self, group: GroupId) -> Option<Limits> {
-        let group = self.group(group).ok()?;
-        let group = lock(&group);
-        group.members.iter().map(|member| member.limits.clone()).reduce(both)
+        let members = lock(&*self.group(group).ok()?).members.clone();
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        members.iter().filter_map(|member| Some(devices.get(member)?.limits.clone())).reduce(both)
+    }
+
+    /// Whether `bdf` is open.
+    fn has(&self, bdf: Bdf) -> bool {
+        self.devices.read().unwrap_or_else(PoisonError::into_inner).values().any(|bound| bound.bdf == Some(bdf))
+    }
+
+    /// `bdf`, of `group`, is bound to the iommufd as `device`, and attached to nothing. It goes where the others of its
+    /// group are. On an error it is attached to nothing, and no member.
+    fn add(&self, group: GroupId, bdf: impl Into<Option<Bdf>>, device: HostDevice) -> Result<(), Refused> {
+        let bdf = bdf.into();
+        let group = Arc::clone(lock(&self.groups).entry(group).or_default());
+        let mut group = lock(&group);
+        if bdf.is_some_and(|bdf| self.has(bdf)) {
+            return Err(Refused::Twice);
+        }
+        let (limits, pasid_bits) = self.read_limits(device).map_err(Refused::Limits)?;
+        let dirty_bits = self.kernel.device_info(device).dirty_bits;
+        let bound = Arc::new(Bound { bdf, limits, pasid_bits, dirty_bits });
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(device, bound);
+        if let Some(space) = group.at
+            && let Err(e) = self.attach_stream(self.seen(device), space)
+        {
+            self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&device);
+            return Err(Refused::Group(e));
+        }
+        group.members.push(device);
+        Ok(())
     }
 
     /// Asks an empty IOAS that `device` is attached to for a moment: one that it is not attached to does not know its
-    /// limits.
-    fn read_limits(&self, device: &VfioDevice, id: u32) -> io::Result<Limits> {
-        let fd = self.fd();
-        let ioas = Object { fd, id: sys::alloc_ioas(fd)?.0 };
-        let hwpt = Object { fd, id: sys::alloc_hwpt(fd, id, Ioas(ioas.id))?.0 };
-        device.attach_hwpt(hwpt.id).map_err(vfio_error)?;
-        let ranges = sys::iova_ranges(fd, Ioas(ioas.id));
-        device.detach_hwpt().map_err(vfio_error)?;
+    /// limits. Whether its PASIDs can be attached is found out by trying, too.
+    fn read_limits(&self, device: HostDevice) -> io::Result<(Limits, u8)> {
+        let info = self.kernel.device_info(device);
+        let ioas = self.object(self.kernel.alloc_ioas()?.0);
+        let alloc = |pasids| self.kernel.alloc_hwpt(device, Ioas(ioas.id), With { pasids, dirty_bits: false });
+        let for_pasids = if info.pasid_bits > 0 { alloc(true).ok() } else { None };
+        let pasid_bits = if for_pasids.is_some() { info.pasid_bits } else { 0 };
+        let hwpt = self.object(for_pasids.map_or_else(|| alloc(false), Ok)?.0);
+        self.kernel.attach(self.seen(device), Hwpt(hwpt.id))?;
+        let ranges = self.kernel.iova_ranges(Ioas(ioas.id));
+        self.kernel.detach(self.seen(device))?;
         let (iova_ranges, alignment) = ranges?;
         if alignment > PAGE_SIZE {
             return Err(io::Error::other(format!("it maps no pages of 4 KiB, but of {alignment:#x} bytes")));
         }
-        Ok(Limits {
+        let limits = Limits {
             iova_ranges,
-            page_sizes: sys::page_sizes(fd, id).unwrap_or(PAGE_SIZE),
+            page_sizes: info.page_sizes.unwrap_or(PAGE_SIZE),
             entries: u64::MAX,
             memlock: Memlock::of_this_process().limit,
             unmap_all: true,
-        })
+        };
+        Ok((limits, pasid_bits))
     }
 
-    fn fd(&self) -> &IommuFd {
-        self.vfio.iommufd()
-    }
-
-    fn groups(&self) -> MutexGuard<'_, BTreeMap<GroupId, Arc<Mutex<Group>>>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    fn object(&self, id: u32) -> Object<'_, K> {
+        Object { kernel: &self.kernel, id }
     }
 
     fn group(&self, group: GroupId) -> io::Result<Arc<Mutex<Group>>> {
-        self.groups().get(&group).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+        lock(&self.groups).get(&group).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn bound(&self, device: HostDevice) -> io::Result<Arc<Bound>> {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        devices.get(&device).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
     fn space(&self, space: HostSpaceId) -> io::Result<Arc<Space>> {
         let spaces = self.spaces.read().unwrap_or_else(PoisonError::into_inner);
         spaces.get(&space).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
+}
 
-    /// Attaches `member` to a page table of `space`: to one that there is, or, if its unit takes none of these, to one
-    /// that is made for it and has all that the space holds before it is switched to it.
-    fn attach_member(&self, member: &Bound, space: &Space) -> io::Result<Hwpt> {
-        let mut hwpts = space.hwpts.lock().unwrap_or_else(PoisonError::into_inner);
-        for hwpt in hwpts.iter() {
+impl<K: Kernel> Devices for Iommufd<K> {
+    /// Itself: what VFIO opens by a device file makes its own requests.
+    fn seen(&self, device: HostDevice) -> HostStream {
+        HostStream { device, pasid: None }
+    }
+
+    /// Attaches it to a page table of `space`: to one that there is, or, if its unit takes none of these, to one that
+    /// is made for it and has all that the space holds before it is switched to it.
+    fn attach_stream(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let (bound, space) = (self.bound(stream.device)?, self.space(space)?);
+        let needs_pasids = bound.pasid_bits > 0;
+        let mut tables = lock(&space.tables);
+        for hwpt in tables.that_take(needs_pasids) {
             // Whatever the reason is: where another page table would not help either, its attach says so.
-            if member.attach(*hwpt).is_ok() {
-                return Ok(*hwpt);
+            if self.kernel.attach(stream, hwpt).is_ok() {
+                return Ok(());
             }
         }
-        let hwpt = sys::alloc_hwpt(self.fd(), member.id, space.ioas)?;
-        if let Err(e) = member.attach(hwpt) {
-            drop(Object { fd: self.fd(), id: hwpt.0 });
+        let with = With { pasids: needs_pasids, dirty_bits: bound.dirty_bits };
+        let table = tables.alloc(&self.kernel, stream.device, space.ioas, with)?;
+        if let Err(e) = self.kernel.attach(stream, table.hwpt) {
+            drop(self.object(table.hwpt.0));
             return Err(e);
         }
-        hwpts.push(hwpt);
-        Ok(hwpt)
+        tables.keep(table);
+        Ok(())
+    }
+
+    fn detach_stream(&self, stream: HostStream) -> io::Result<()> {
+        self.kernel.detach(stream)
     }
 }
 
-fn lock(group: &Mutex<Group>) -> MutexGuard<'_, Group> {
-    group.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An object of the iommufd that goes when this does.
-struct Object<'a> {
-    fd: &'a IommuFd,
+struct Object<'a, K: Kernel> {
+    kernel: &'a K,
     id: u32,
 }
 
-impl Drop for Object<'_> {
+impl<K: Kernel> Drop for Object<'_, K> {
     fn drop(&mut self) {
-        if let Err(e) = sys::destroy(self.fd, self.id) {
+        if let Err(e) = self.kernel.destroy(self.id) {
             error!("iommufd: object {} could not be given back: {e}", self.id);
         }
     }
@@ -257,134 +267,186 @@ fn both(one: Limits, other: Limits) -> Limits {
 
 /// Puts all RAM of `guest` into `ioas`, where nothing is pinned yet. `None`, and nothing is there, if the kernel does
 /// not copy parts of it to another IOAS: the header of `IOMMU_IOAS_COPY` does not promise that it does.
-fn ram_in(fd: &IommuFd, ioas: Ioas, guest: &GuestMap) -> io::Result<Option<Ram>> {
+fn ram_in(kernel: &impl Kernel, ioas: Ioas, guest: &GuestMap) -> io::Result<Option<Ram>> {
     let mut regions = Vec::new();
     for region in guest.regions() {
         let Some(mem) = guest.host_mem(region.gpa(), region.size()).filter(|mem| mem.kind() == MemKind::Ram) else {
             continue;
         };
-        map_at(fd, Place { ioas, iova: mem.gpa() }, &mem, Perm::ReadWrite)?;
+        map_at(kernel, Place { ioas, iova: mem.gpa() }, &mem, Perm::ReadWrite)?;
         regions.push(RamRegion { gpa: mem.gpa(), len: mem.size(), hva: mem.hva() });
     }
     let ram = Ram { ioas, regions };
-    if copies_parts(fd, &ram)? {
+    if copies_parts(kernel, &ram)? {
         return Ok(Some(ram));
     }
-    sys::unmap(fd, ioas, UnmapRange::All)?;
+    kernel.unmap(ioas, UnmapRange::All)?;
     Ok(None)
 }
 
 /// Whether a page from the midst of RAM can be copied, found out by trying. Nothing is pinned for it.
-fn copies_parts(fd: &IommuFd, ram: &Ram) -> io::Result<bool> {
+fn copies_parts(kernel: &impl Kernel, ram: &Ram) -> io::Result<bool> {
     let Some(region) = ram.regions.iter().max_by_key(|region| region.len) else { return Ok(false) };
-    let scratch = Object { fd, id: sys::alloc_ioas(fd)?.0 };
+    let scratch = Object { kernel, id: kernel.alloc_ioas()?.0 };
     let middle = region.gpa + (region.len / 2) / PAGE_SIZE * PAGE_SIZE;
     let (to, from) = (Place { ioas: Ioas(scratch.id), iova: 0 }, Place { ioas: ram.ioas, iova: middle });
-    Ok(sys::copy(fd, to, from, PAGE_SIZE, Perm::Read).is_ok())
+    Ok(kernel.copy(to, from, PAGE_SIZE, Perm::Read).is_ok())
 }
 
 /// Maps `mem` by its file, where the kernel can, or else by its address.
-fn map_at(fd: &IommuFd, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
-    if let Some((file, offset)) = mem.backing() {
-        // SAFETY: `mem` is the guest's alone, without Rust references into it: that is the promise of whoever made the
-        // `GuestMap` that it is from. The kernel pins its pages, so they outlive their mapping here.
-        if unsafe { sys::map_file(fd, at, file, offset, mem.size(), perm) }.is_ok() {
-            return Ok(());
-        }
+fn map_at(kernel: &impl Kernel, at: Place, mem: &HostMem<'_>, perm: Perm) -> io::Result<()> {
+    if mem.backing().is_some() && kernel.map_file(at, mem, perm).is_ok() {
+        return Ok(());
     }
-    // SAFETY: as above.
-    unsafe { sys::map(fd, at, mem.hva(), mem.size(), perm) }
+    kernel.map(at, mem, perm)
 }
 
-/// What a refusal of VFIO means to the user.
-fn explain(function: &CheckedFunction, error: VfioError) -> OpenError {
-    let (bdf, group) = (function.bdf(), function.group());
-    let node = HostPaths::default().device_file(bdf).unwrap_or_else(|_| function.path().to_owned());
-    let errno = match &error {
-        VfioError::OpenDeviceCdev(e) => e.raw_os_error(),
-        VfioError::VfioDeviceBindIommufd(e) => Some(e.errno()),
-        _ => None,
-    };
-    match (error, errno) {
-        (_, Some(libc::EBUSY)) => OpenError::DeviceBusy { bdf, group },
-        (VfioError::VfioDeviceBindIommufd(_), Some(libc::EPERM)) => OpenError::UnsafeInterruptsOfIommufd(bdf),
-        (VfioError::OpenDeviceCdev(_), Some(libc::EACCES | libc::EPERM)) => OpenError::Permission(node),
-        (VfioError::OpenDeviceCdev(source), _) => OpenError::File { path: node, source },
-        (VfioError::InvalidVfioDev, _) => OpenError::NoDeviceFiles(bdf),
-        (other, _) => OpenError::Vfio { bdf, reason: other.to_string() },
-    }
-}
-
-impl HostIommu for Iommufd {
+impl<K: Kernel> HostIommu for Iommufd<K> {
     fn name(&self) -> &'static str {
         "iommufd"
     }
 
     fn placement(&self, group: GroupId) -> Option<Placement> {
         let group = self.group(group).ok()?;
-        let is_open = lock(&group).members.iter().next().is_some();
+        let is_open = !lock(&group).members.is_empty();
         is_open.then_some(Placement::PerSpace)
     }
 
     /// What all functions allow that may come into it.
     fn limits(&self, _: HostSpaceId) -> Limits {
-        let groups: Vec<GroupId> = self.groups().keys().copied().collect();
+        let groups: Vec<GroupId> = lock(&self.groups).keys().copied().collect();
         groups.into_iter().filter_map(|group| self.limits_of(group)).reduce(both).unwrap_or_default()
     }
 
     fn create(&self) -> io::Result<HostSpaceId> {
-        let ioas = sys::alloc_ioas(self.fd())?;
+        let ioas = self.kernel.alloc_ioas()?;
         let id = HostSpaceId::next();
         let mut spaces = self.spaces.write().unwrap_or_else(PoisonError::into_inner);
-        spaces.insert(id, Arc::new(Space { ioas, hwpts: Mutex::default() }));
+        spaces.insert(id, Arc::new(Space { ioas, tables: Mutex::default() }));
         Ok(id)
     }
 
     fn destroy(&self, space: HostSpaceId) {
         let gone = self.spaces.write().unwrap_or_else(PoisonError::into_inner).remove(&space);
         let Some(gone) = gone else { return };
-        let hwpts = gone.hwpts.lock().unwrap_or_else(PoisonError::into_inner);
-        for id in hwpts.iter().map(|hwpt| hwpt.0).chain([gone.ioas.0]) {
-            drop(Object { fd: self.fd(), id });
+        for id in lock(&gone.tables).iter().map(|hwpt| hwpt.0).chain([gone.ioas.0]) {
+            drop(self.object(id));
         }
     }
 
     fn attach(&self, group: GroupId, space: HostSpaceId) -> io::Result<()> {
-        let (group, space) = (self.group(group)?, self.space(space)?);
+        let group = self.group(group)?;
         let mut group = lock(&group);
-        match group.members.attach(|member| self.attach_member(member, &space)) {
-            Ok(()) => Ok(()),
-            Err(Failed::Undone(e)) if e.raw_os_error() == Some(libc::ENOMEM) => {
-                Err(io::Error::new(e.kind(), format!("{e}. {}", remedy(RefusalCause::Memlock))))
-            }
-            Err(Failed::Undone(e)) => Err(e),
-            Err(Failed::Astray(why)) => Err(io::Error::other(why)),
-        }
+        members::attach(self, &group.members, group.at, space).map_err(with_help)?;
+        group.at = Some(space);
+        Ok(())
     }
 
     fn detach(&self, group: GroupId) -> io::Result<()> {
         let group = self.group(group)?;
         let mut group = lock(&group);
-        group.members.detach()
+        members::detach(self, &group.members)?;
+        group.at = None;
+        Ok(())
+    }
+
+    fn attach_part(&self, stream: HostStream, space: HostSpaceId) -> io::Result<()> {
+        let bound = self.bound(stream.device)?;
+        check_pasid(stream, bound.pasid_bits).map_err(io::Error::other)?;
+        self.attach_stream(stream, space).map_err(with_help)
+    }
+
+    fn detach_part(&self, stream: HostStream) -> io::Result<()> {
+        let bound = self.bound(stream.device)?;
+        // What cannot be attached never was.
+        if check_pasid(stream, bound.pasid_bits).is_err() { Ok(()) } else { self.detach_stream(stream) }
     }
 
     fn map(&self, space: HostSpaceId, iova: u64, mem: HostMem<'_>, perm: Perm) -> Result<(), MapRefused> {
         let refused = |e: io::Error| MapRefused::from_errno(e.raw_os_error().unwrap_or(libc::EIO));
         let at = Place { ioas: self.space(space).map_err(refused)?.ioas, iova };
         match self.ram.as_ref().and_then(|ram| ram.place_of(&mem)) {
-            Some(from) => sys::copy(self.fd(), at, from, mem.size(), perm),
-            None => map_at(self.fd(), at, &mem, perm),
+            Some(from) => self.kernel.copy(at, from, mem.size(), perm),
+            None => map_at(&self.kernel, at, &mem, perm),
         }
         .map_err(refused)
     }
 
     fn unmap(&self, space: HostSpaceId, range: UnmapRange) -> io::Result<u64> {
-        sys::unmap(self.fd(), self.space(space)?.ioas, range)
+        self.kernel.unmap(self.space(space)?.ioas, range)
+    }
+
+    fn dirty_start(&self, space: HostSpaceId) -> io::Result<DirtySupport> {
+        let space = self.space(space)?;
+        let all_have = self.devices.read().unwrap_or_else(PoisonError::into_inner).values().all(|it| it.dirty_bits);
+        lock(&space.tables).start(&self.kernel, all_have)
+    }
+
+    fn dirty_stop(&self, space: HostSpaceId) {
+        if let Ok(space) = self.space(space) {
+            lock(&space.tables).stop(&self.kernel);
+        }
+    }
+
+    fn dirty_read(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap) -> io::Result<()> {
+        lock(&self.space(space)?.tables).read(&self.kernel, bitmap, false)
+    }
+
+    fn unmap_dirty(&self, space: HostSpaceId, bitmap: &mut DirtyBitmap, _: bool) -> io::Result<u64> {
+        let space = self.space(space)?;
+        let range = bitmap.range();
+        if let Err(e) = lock(&space.tables).read(&self.kernel, bitmap, true) {
+            debug!("iommufd: what was written in {range} before it is unmapped is not known: {e}");
+            bitmap.mark(range);
+        }
+        self.kernel.unmap(space.ioas, UnmapRange::Span { first: range.first, last: range.last })
     }
 
     fn remedy(&self, _: HostSpaceId, cause: RefusalCause) -> String {
         remedy(cause).to_owned()
     }
+}
+
+/// Whether a part of a function of which PASIDs have `bits` bits can be attached as `stream`.
+///
+/// The kernel means the requests without PASID by PASID 0, so that part would take these along.
+fn check_pasid(stream: HostStream, bits: u8) -> Result<(), NoPasid> {
+    match stream.pasid {
+        None | Some(Pasid(0)) => Err(NoPasid::Whole),
+        Some(_) if bits == 0 => Err(NoPasid::Unsupported),
+        Some(Pasid(pasid)) if pasid.checked_shr(bits.into()).unwrap_or(0) != 0 => Err(NoPasid::TooWide { pasid, bits }),
+        Some(_) => Ok(()),
+    }
+}
+
+/// Why a PASID is not attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+enum NoPasid {
+    /// It is none, to the kernel.
+    #[error("the host's kernel does not tell PASID 0 from requests without a PASID; use another one")]
+    Whole,
+    /// Nobody tells its PASIDs apart.
+    #[error(
+        "the host attaches no PASIDs of this function: that takes Linux 6.15, an IOMMU that tells them apart (Intel's in scalable mode: \
+         intel_iommu=on,sm_on), and a function with the PASID capability"
+    )]
+    Unsupported,
+    /// There are not so many.
+    #[error("PASID {pasid:#x} has more than the {bits} bits that the function and its IOMMU have; use a smaller one")]
+    TooWide {
+        /// Which.
+        pasid: u32,
+        /// How many bits there are.
+        bits: u8,
+    },
+}
+
+/// An attach that failed, with what helps.
+fn with_help(e: io::Error) -> io::Error {
+    if e.raw_os_error() == Some(libc::ENOMEM) {
+        return io::Error::new(e.kind(), format!("{e}. {}", remedy(RefusalCause::Memlock)));
+    }
+    e
 }
 
 /// What the user can do about a map that was refused for `cause`. There is no limit on the number of mappings.
@@ -402,6 +464,13 @@ fn remedy(cause: RefusalCause) -> &'static str {
     }
 }
 
+#[cfg(test)]
+mod backend_test;
+#[cfg(test)]
+#[path = "iommufd/dirty_test.rs"]
+mod dirty_test;
+#[cfg(test)]
+mod fake;
 #[cfg(test)]
 #[path = "iommufd_test.rs"]
 mod iommufd_test;

@@ -271,8 +271,8 @@ pub trait HostIommu: Send + Sync {
     }
 
     /// What was written in the range of `bitmap` since it was last asked for is marked there, and is clean again. The
-    /// range is one of whole mappings, and has the mappings in it, with holes between them; what `bitmap` has of the
-    /// holes means nothing. Read-only mappings may be marked, too.
+    /// range is one of whole mappings, and has the mappings in it, with holes between them if
+    /// [`DirtySupport::holes`] is set; what `bitmap` has of the holes means nothing. Read-only mappings may be marked, too.
     ///
     /// # Errors
     /// Nothing may be concluded about what was written.

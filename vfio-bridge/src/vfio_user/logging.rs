@@ -44,7 +44,7 @@ pub(super) fn start(connection: &Connection) -> io::Result<DirtySupport> {
         connection.granted().stop_log();
         return Err(e.into());
     }
-    Ok(DirtySupport { knowledge: DirtyKnowledge::Exact, window: UnmapWindow::Lost })
+    Ok(DirtySupport { knowledge: DirtyKnowledge::Exact, window: UnmapWindow::Lost, holes: true })
 }
 
 /// Nobody logs any more.

@@ -134,6 +134,25 @@ fn e1_where_whole_mappings_are_dirty_what_is_read_only_is_not() {
 }
 
 #[test]
+fn e1_a_host_that_ends_at_the_first_hole_is_asked_for_what_has_none() {
+    let (world, space) = one();
+    world.model.stop_at_holes();
+    // Two that touch, one behind a hole of a page, and one far away.
+    world.done(&space, &[map(GIB, 0, 2 * KIB4), map(GIB + 2 * KIB4, 8 * KIB4, KIB4)]);
+    world.done(&space, &[map(GIB + 4 * KIB4, 16 * KIB4, KIB4), map(8 * GIB, 24 * KIB4, 2 * KIB4)]);
+    let all = [GIB, GIB + KIB4, GIB + 2 * KIB4, GIB + 4 * KIB4, 8 * GIB, 8 * GIB + KIB4];
+    let gpas = [0, KIB4, 8 * KIB4, 16 * KIB4, 24 * KIB4, 25 * KIB4];
+    world.start(DirtyRace::Open);
+    all.iter().for_each(|iova| world.write(1, *iova));
+    assert_eq!(world.read_dirty(), (gpas.to_vec(), DirtyKnowledge::Exact));
+    // And when they go, together.
+    all.iter().for_each(|iova| world.write(1, *iova));
+    world.done(&space, &[unmap(0, u64::MAX)]);
+    assert_eq!(world.dirty(), gpas);
+    assert_eq!(world.dirty(), NOTHING);
+}
+
+#[test]
 fn e1_what_cannot_be_started_or_read_is_never_clean() {
     for nth in 1..3 {
         let model = Model::new(Kernel::new(48), &GROUPS[..1]);

@@ -142,10 +142,16 @@ proptest! {
 
     #[test]
     fn e4_a_read_gives_back_exactly_what_was_written_since_the_one_before(
-        (host, acts) in acts(), per_space: bool, closed: bool,
+        (host, acts) in acts(), per_space: bool, closed: bool, holes: bool,
     ) {
         let race = if closed { DirtyRace::Closed } else { DirtyRace::Open };
         let mut writes = Writes::new(&Host { per_space, ..host }, DirtyKnowledge::Exact, race);
+        if !holes {
+            writes.run.world.model.stop_at_holes();
+            // It is told when it starts.
+            writes.run.world.bridge.dirty_stop(None).expect("all");
+            writes.run.world.bridge.dirty_start(None, race).expect("all");
+        }
         for act in acts.iter().chain([&Act::Read]) {
             writes.act(act, DirtyKnowledge::Exact)?;
         }

@@ -33,9 +33,14 @@ pub struct PinBlkWiring<'a> {
 }
 
 /// A device that reads `file`; a pattern in memory, if there is none. It is behind the unit when this returns.
-pub fn plug_pinblk(file: Option<&Path>, wiring: PinBlkWiring<'_>) -> Result<(Arc<PinBlk>, Arc<PinnedReads>), Error> {
+/// `direct`: past the host's page cache.
+pub fn plug_pinblk(
+    file: Option<&Path>,
+    direct: bool,
+    wiring: PinBlkWiring<'_>,
+) -> Result<(Arc<PinBlk>, Arc<PinnedReads>), Error> {
     let PinBlkWiring { requester, unit, bridge, software, breaker, interrupts, decoder } = wiring;
-    let source = file.map_or_else(FileSource::in_memory, FileSource::open);
+    let source = file.map_or_else(FileSource::in_memory, |file| FileSource::open(file, direct));
     let name = || file.map_or_else(|| "in memory".to_owned(), |file| file.display().to_string());
     let source = source.map_err(|source| Error::PinBlkFile { name: name(), source })?;
     bridge.register(requester, software.open())?;

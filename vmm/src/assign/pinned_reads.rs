@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
@@ -47,9 +47,11 @@ pub struct FileSource {
 }
 
 impl FileSource {
-    /// The file at `path`: a regular one, or a block device. What is behind its last whole page is not read.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+    /// The file at `path`: a regular one, or a block device. What is behind its last whole page is not read. `direct`:
+    /// past the page cache (`O_DIRECT`), so that the kernel pins the guest's pages, too, until the disk wrote them.
+    pub fn open(path: &Path, direct: bool) -> io::Result<Self> {
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        let file = File::options().read(true).custom_flags(flags).open(path)?;
         let metadata = file.metadata()?;
         if !metadata.is_file() && !metadata.file_type().is_block_device() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"));

@@ -128,6 +128,26 @@ fn d1_a_read_arrives_and_leaves_nothing_pinned() {
     assert_eq!((stats.pinned_pages, stats.pins, bench.reads.arrived()), (0, 5 << 8, 5 << 20));
 }
 
+/// The target folder has a file system on a disk, which the folder for temporary files may not have.
+#[test]
+fn d1_a_direct_read_arrives_where_the_cached_one_does() {
+    let exe = std::env::current_exe().unwrap();
+    let file = vmm_sys_util::tempfile::TempFile::new_in(exe.parent().unwrap()).unwrap();
+    let content: Vec<u8> = (0..1u64 << 18).flat_map(|word| word.to_le_bytes()).collect();
+    // The last page is not whole: it is not read.
+    file.as_file().write_all_at(&content, 0).unwrap();
+    file.as_file().write_all_at(&[0xff; 100], content.len() as u64).unwrap();
+    for direct in [false, true] {
+        let bench = bench(Box::new(FileSource::open(file.as_path(), direct).unwrap()), PATIENCE);
+        assert!(bench.begin(0x3000, 5 << 12, 3 << 20).recv().unwrap(), "direct: {direct}");
+        for at in (0..3 << 20).step_by(8) {
+            assert_eq!(bench.word(0x3000 + at), (at + (5 << 12)) % (1 << 21) / 8, "direct: {direct}");
+        }
+        assert_eq!((bench.word(0x2ff8), bench.word(0x3000 + (3 << 20))), (0, 0));
+        assert_eq!((bench.reads.stats().pinned_pages, bench.reads.arrived()), (0, 3 << 20));
+    }
+}
+
 #[test]
 fn d1_what_cannot_be_pinned_is_told_and_ends_the_transfer() {
     let bench = bench(Box::new(FileSource::in_memory().unwrap()), PATIENCE);

@@ -49,7 +49,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
   --device edu[,addr=DD.F][,id=NAME]
-  --device pinblk[,file=PATH][,addr=DD.F][,id=NAME]
+  --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
 
 Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;
 8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit; odd: an image wrote V to isa-debug-exit,

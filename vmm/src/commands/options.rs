@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 
 use vtd::Stages;
 
@@ -204,12 +205,16 @@ impl std::str::FromStr for DeviceOption {
             }
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
             "pinblk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "file", "id"])?;
-                let file = keys.get("file", |text| match text {
+                let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id"])?;
+                let file: Option<PathBuf> = keys.get("file", |text| match text {
                     "" => bad("a path is expected"),
                     path => Ok(path.into()),
                 })?;
-                (keys, DeviceKind::PinBlk { file })
+                let direct = keys.switch("direct")?.unwrap_or(false);
+                if direct && file.is_none() {
+                    return bad("pinblk: direct=on needs file=PATH");
+                }
+                (keys, DeviceKind::PinBlk { file, direct })
             }
             "vfio-user" => {
                 let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;

@@ -81,8 +81,9 @@ fn iommu_keys() {
 fn device_keys() {
     assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
-    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None });
-    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()) });
+    assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None, direct: false });
+    assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });
+    assert_eq!(pinblk("pinblk,file=/x,direct=on"), DeviceKind::PinBlk { file: Some("/x".into()), direct: true });
 
     let host = Bdf { domain: 0, bus: 0, device: 9, function: 0 };
     assert_eq!(
@@ -129,7 +130,8 @@ fn device_keys() {
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
-        ("pinblk,host=00:09.0", "the keys are addr, file, id"),
+        ("pinblk,host=00:09.0", "the keys are addr, direct, file, id"),
+        ("pinblk,direct=on", "direct=on needs file=PATH"),
         ("pinblk,file=", "a path is expected"),
         ("floppy", "vfio, vfio-user, edu or pinblk"),
     ] {

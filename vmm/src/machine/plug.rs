@@ -70,7 +70,7 @@ impl Plug<'_> {
                     vfio
                 }
                 DeviceKind::Edu => self.edu(requester)?,
-                DeviceKind::PinBlk { file } => {
+                DeviceKind::PinBlk { file, direct } => {
                     // It was checked that there is a unit.
                     let Some(unit) = self.unit else { continue };
                     let wiring = assign::PinBlkWiring {
@@ -82,7 +82,7 @@ impl Plug<'_> {
                         interrupts: self.interrupts.clone(),
                         decoder: self.platform.root.decoder(),
                     };
-                    let (device, reads) = assign::plug_pinblk(file.as_deref(), wiring)?;
+                    let (device, reads) = assign::plug_pinblk(file.as_deref(), *direct, wiring)?;
                     assigned.breaker.add(requester, &device);
                     pins = Some(reads);
                     device
@@ -123,7 +123,11 @@ impl Plug<'_> {
         bridge: &Bridge,
     ) -> Result<Arc<VfioPci>, Error> {
         let name = function.name();
-        bridge.register(requester, function.group()).map_err(assign::Error::from)?;
+        match function.device() {
+            Some(device) => bridge.register_device(requester, function.group(), device),
+            None => bridge.register(requester, function.group()),
+        }
+        .map_err(assign::Error::from)?;
         if let Some(unit) = self.unit {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());

@@ -71,7 +71,7 @@ impl Tracking {
         };
         let close = self.close && support.window == UnmapWindow::Closable;
         let mut total = 0u64;
-        for extents in spans(&run.extents) {
+        for extents in spans(&run.extents, support.holes) {
             let mut bitmap = bitmap_of(extents)?;
             let expected = size(extents);
             let bytes = counters.time_unmap(expected, || host.unmap_dirty(space, &mut bitmap, close))?;
@@ -101,7 +101,7 @@ impl Tracking {
                 self.all_of(&all, DirtyKnowledge::CannotTell);
             }
             Some(support) => {
-                for extents in spans(&all) {
+                for extents in spans(&all, support.holes) {
                     let read = bitmap_of(extents).and_then(|mut bitmap| {
                         host.dirty_read(space, &mut bitmap)?;
                         Ok(bitmap)
@@ -139,12 +139,19 @@ impl Tracking {
     }
 }
 
-/// Cuts `extents` (ascending) into what one bitmap is asked for: several in [`SPAN`], or one.
-fn spans(extents: &[Extent]) -> impl Iterator<Item = &[Extent]> {
+/// Cuts `extents` (ascending) into what one bitmap is asked for: several in [`SPAN`], with `holes` between them or
+/// without, or one.
+fn spans(extents: &[Extent], holes: bool) -> impl Iterator<Item = &[Extent]> {
     let mut rest = extents;
     std::iter::from_fn(move || {
         let first = rest.first()?.first;
-        let count = rest.iter().take_while(|extent| extent.last - first < SPAN).count().max(1);
+        let mut next = first;
+        let fits = |extent: &&Extent| {
+            let goes_on = holes || extent.first == next;
+            next = extent.last.wrapping_add(1);
+            goes_on && extent.last - first < SPAN
+        };
+        let count = rest.iter().take_while(fits).count().max(1);
         let (span, after) = rest.split_at(count);
         rest = after;
         Some(span)

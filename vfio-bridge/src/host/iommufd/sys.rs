@@ -7,9 +7,14 @@ use std::mem::size_of;
 use std::os::fd::AsRawFd;
 
 use iommufd_bindings::iommufd::{
-    IOMMUFD_CMD_IOAS_COPY, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_hw_info,
-    iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD, iommu_hw_info_vtd, iommu_hwpt_alloc, iommu_ioas_alloc,
+    IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING, IOMMUFD_CMD_IOAS_COPY,
+    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_hw_info, iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD,
+    iommu_hw_info_vtd, iommu_hwpt_alloc, iommu_hwpt_get_dirty_bitmap, iommu_hwpt_set_dirty_tracking, iommu_ioas_alloc,
     iommu_ioas_copy, iommu_ioas_iova_ranges, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range,
+    iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING, iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
+    iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID,
+    iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
+    iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE,
 };
@@ -18,10 +23,14 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::ioctl_io_nr;
 use vtd::{IovaRange, Perm};
 
+use super::kernel::DeviceInfo;
+use crate::bridge::guest_map::PAGE_SIZE;
 use crate::host::UnmapRange;
 
 ioctl_io_nr!(IOMMU_IOAS_COPY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_COPY);
 ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, IOMMUFD_TYPE as u32, IOMMUFD_CMD_IOAS_IOVA_RANGES);
+ioctl_io_nr!(IOMMU_HWPT_SET_DIRTY_TRACKING, IOMMUFD_TYPE as u32, IOMMUFD_CMD_HWPT_SET_DIRTY_TRACKING);
+ioctl_io_nr!(IOMMU_HWPT_GET_DIRTY_BITMAP, IOMMUFD_TYPE as u32, IOMMUFD_CMD_HWPT_GET_DIRTY_BITMAP);
 
 /// An IOAS, by the number that the iommufd gave it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,6 +39,15 @@ pub struct Ioas(pub u32);
 /// A page table of the host's IOMMU, filled from one IOAS.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hwpt(pub u32);
+
+/// What a page table is made with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct With {
+    /// It can be attached to PASIDs, and to a function of which PASIDs are attached (Linux 6.15).
+    pub pasids: bool,
+    /// What is written through it can be tracked.
+    pub dirty_bits: bool,
+}
 
 /// Memory in an IOAS: where it begins there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -143,11 +161,46 @@ pub fn unmap(fd: &IommuFd, ioas: Ioas, range: UnmapRange) -> io::Result<u64> {
 }
 
 /// A page table for `device`, which has all that `ioas` has now and follows it from then on.
-pub fn alloc_hwpt(fd: &IommuFd, device: u32, ioas: Ioas) -> io::Result<Hwpt> {
+pub fn alloc_hwpt(fd: &IommuFd, device: u32, ioas: Ioas, with: With) -> io::Result<Hwpt> {
     let size = size_of::<iommu_hwpt_alloc>() as u32;
-    let mut alloc = iommu_hwpt_alloc { size, dev_id: device, pt_id: ioas.0, ..Default::default() };
+    let pasids = if with.pasids { iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_PASID } else { 0 };
+    let dirty_bits = if with.dirty_bits { iommufd_hwpt_alloc_flags_IOMMU_HWPT_ALLOC_DIRTY_TRACKING } else { 0 };
+    let flags = pasids | dirty_bits;
+    let mut alloc = iommu_hwpt_alloc { size, flags, dev_id: device, pt_id: ioas.0, ..Default::default() };
     fd.alloc_iommu_hwpt(&mut alloc).map_err(io_error)?;
     Ok(Hwpt(alloc.out_hwpt_id))
+}
+
+/// Has `hwpt`, which was made with dirty bits, keep them, all clean; or no more.
+pub fn track_dirty(fd: &IommuFd, hwpt: Hwpt, on: bool) -> io::Result<()> {
+    let flags = if on { iommufd_hwpt_set_dirty_tracking_flags_IOMMU_HWPT_DIRTY_TRACKING_ENABLE } else { 0 };
+    let size = size_of::<iommu_hwpt_set_dirty_tracking>() as u32;
+    let track = iommu_hwpt_set_dirty_tracking { size, flags, hwpt_id: hwpt.0, ..Default::default() };
+    // SAFETY: `track` is what the call takes; the kernel only reads it.
+    check(unsafe { ioctl_with_ref(fd, IOMMU_HWPT_SET_DIRTY_TRACKING(), &track) })
+}
+
+/// Sets a bit of `words` for each page of 4 KiB of `range` that `hwpt` has dirty, and makes it clean unless it is to
+/// `keep` them. `range` is one of whole pages in which all is mapped: the kernel ends at the first hole, and up to Linux
+/// 6.12 without an error. Nor has it one for a page table that is not tracked, in which nothing is dirty.
+pub fn dirty_bitmap(fd: &IommuFd, hwpt: Hwpt, range: IovaRange, words: &mut [u64], keep: bool) -> io::Result<()> {
+    let (iova, length) = span(UnmapRange::Span { first: range.first, last: range.last })?;
+    if words.len() as u64 != length.div_ceil(PAGE_SIZE).div_ceil(64) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let get = iommu_hwpt_get_dirty_bitmap {
+        size: size_of::<iommu_hwpt_get_dirty_bitmap>() as u32,
+        hwpt_id: hwpt.0,
+        flags: if keep { iommufd_hwpt_get_dirty_bitmap_flags_IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR } else { 0 },
+        __reserved: 0,
+        iova,
+        length,
+        page_size: PAGE_SIZE,
+        data: words.as_mut_ptr() as u64,
+    };
+    // SAFETY: `get` is what the call takes. The kernel sets bits at `data`, as many as there are pages and no others;
+    // `words` has room for them, and outlives the call.
+    check(unsafe { ioctl_with_ref(fd, IOMMU_HWPT_GET_DIRTY_BITMAP(), &get) })
 }
 
 /// More ranges than any host has.
@@ -194,8 +247,8 @@ fn ranges_by(
     }
 }
 
-/// Page sizes of the unit above `device`, one bit a size; `None` where it is none that says so.
-pub fn page_sizes(fd: &IommuFd, device: u32) -> Option<u64> {
+/// What is known of `device`: nothing, if the kernel does not say.
+pub fn device_info(fd: &IommuFd, device: u32) -> DeviceInfo {
     let mut vtd = iommu_hw_info_vtd::default();
     let mut info = iommu_hw_info {
         size: size_of::<iommu_hw_info>() as u32,
@@ -204,10 +257,19 @@ pub fn page_sizes(fd: &IommuFd, device: u32) -> Option<u64> {
         data_uptr: std::ptr::from_mut(&mut vtd) as u64,
         ..Default::default()
     };
-    fd.get_hw_info(&mut info).ok()?;
+    if fd.get_hw_info(&mut info).is_err() {
+        return DeviceInfo::default();
+    }
     // SAFETY: the union holds one `__u32` under either name.
     let kind = unsafe { info.__bindgen_anon_1.out_data_type };
-    (kind == iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD).then(|| vtd_page_sizes(vtd.cap_reg))
+    let is_vtd = kind == iommu_hw_info_type_IOMMU_HW_INFO_TYPE_INTEL_VTD;
+    let dirty_bits = u64::from(iommufd_hw_capabilities_IOMMU_HW_CAP_DIRTY_TRACKING);
+    DeviceInfo {
+        page_sizes: is_vtd.then(|| vtd_page_sizes(vtd.cap_reg)),
+        // A kernel before 6.15 leaves it at 0.
+        pasid_bits: info.out_max_pasid_log2,
+        dirty_bits: info.out_capabilities & dirty_bits != 0,
+    }
 }
 
 /// 4 KiB, and what `CAP.SLLPS` has: bit 34 for 2 MiB, bit 35 for 1 GiB.

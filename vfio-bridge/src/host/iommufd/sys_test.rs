@@ -52,6 +52,7 @@ fn b13_a_host_with_many_ranges_is_asked_with_more_room() {
 fn the_calls_made_here_have_the_kernels_numbers() {
     // _IO(';', 0x83) and _IO(';', 0x84).
     assert_eq!((IOMMU_IOAS_COPY(), IOMMU_IOAS_IOVA_RANGES()), (0x3b83, 0x3b84));
+    assert_eq!((IOMMU_HWPT_SET_DIRTY_TRACKING(), IOMMU_HWPT_GET_DIRTY_BITMAP()), (0x3b8b, 0x3b8c));
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub(super) struct Tracker {
     window: Option<Window>,
     /// Unmaps cannot close it.
     cannot_close: bool,
+    /// Nothing is read behind the first hole of a range, and no error says so.
+    stops_at_holes: bool,
 }
 
 fn pages(range: IovaRange) -> impl Iterator<Item = u64> {
@@ -46,6 +48,11 @@ impl Model {
     /// It has no way to prevent that they are lost.
     pub fn cannot_close_window(&self) {
         self.state().tracker.cannot_close = true;
+    }
+
+    /// A read ends at the first hole in its range, and says nothing of it.
+    pub fn stop_at_holes(&self) {
+        self.state().tracker.stops_at_holes = true;
     }
 
     /// Whether `space` is tracked.
@@ -83,7 +90,7 @@ impl Model {
             DirtyKnowledge::CannotTell => return Err(libc::EOPNOTSUPP),
         };
         tracker.spaces.insert(space, BTreeSet::new());
-        Ok(DirtySupport { knowledge: tracker.knowledge, window })
+        Ok(DirtySupport { knowledge: tracker.knowledge, window, holes: !tracker.stops_at_holes })
     }
 
     pub(super) fn stop_tracking(&self, space: HostSpaceId) {
@@ -144,12 +151,20 @@ impl Tracker {
 
     fn read(&mut self, space: HostSpaceId, contents: &Contents, bitmap: &mut DirtyBitmap) -> Result<(), i32> {
         let dirty = self.spaces.get_mut(&space).ok_or(libc::EINVAL)?;
-        let range = bitmap.range();
+        let mut range = bitmap.range();
         // As type1, which has its bits by mapping.
         let cut = |held: &Held| held.last() >= range.first && (held.iova < range.first || held.last() > range.last);
         let edges = [contents.range(..range.first).next_back(), contents.range(..=range.last).next_back()];
         if edges.into_iter().flatten().any(|(_, held)| cut(held)) {
             return Err(libc::EINVAL);
+        }
+        if self.stops_at_holes {
+            let held = inside(contents, range).map(|held| IovaRange { first: held.iova, last: held.last() });
+            match range.without(held).first() {
+                Some(hole) if hole.first == range.first => return Ok(()),
+                Some(hole) => range.last = hole.first - 1,
+                None => {}
+            }
         }
         if self.knowledge == DirtyKnowledge::WholeMappings {
             let all = inside(contents, range).map(|held| IovaRange { first: held.iova, last: held.last() });

@@ -79,7 +79,7 @@ fn switch(container: &VfioContainer, flags: u32) -> io::Result<()> {
 pub(super) fn start(container: &VfioContainer, migration: Option<Migration>) -> io::Result<DirtySupport> {
     migration.ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
     switch(container, VFIO_IOMMU_DIRTY_PAGES_FLAG_START)?;
-    Ok(DirtySupport { knowledge: DirtyKnowledge::WholeMappings, window: UnmapWindow::Reported })
+    Ok(DirtySupport { knowledge: DirtyKnowledge::WholeMappings, window: UnmapWindow::Reported, holes: true })
 }
 
 /// Has it keep none.

@@ -57,7 +57,7 @@ fn parse(line: &str) -> Result<Test, String> {
         let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
         match option {
             [key, value] if key == "--device" => {
-                let allowed = [DeviceKind::Edu, DeviceKind::PinBlk { file: None }];
+                let allowed = [DeviceKind::Edu, DeviceKind::PinBlk { file: None, direct: false }];
                 let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
                 devices.push((value.clone(), device.ok_or_else(refused)?));
             }
