@@ -67,6 +67,9 @@ pub struct UnitConfig {
     pub extended_interrupt_mode: bool,
     /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
     pub scalable: Option<Stages>,
+    /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode, and
+    /// of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
+    pub pasid_bits: u8,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
@@ -86,6 +89,12 @@ pub enum ConfigError {
     /// Extended interrupt mode is a mode of interrupt remapping.
     #[error("extended interrupt mode needs interrupt remapping")]
     ExtendedModeAlone,
+    /// More bits than a PASID has.
+    #[error("a PASID of {0} bits does not exist: it has 20 at most")]
+    PasidBits(u8),
+    /// PASIDs are of scalable mode.
+    #[error("requests with a PASID need scalable mode")]
+    PasidsAlone,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
@@ -105,6 +114,7 @@ impl UnitConfig {
             interrupt_remapping: false,
             extended_interrupt_mode: false,
             scalable: None,
+            pasid_bits: 0,
             unchecked_source: None,
             bounds: Bounds::default(),
         }
@@ -120,6 +130,12 @@ impl UnitConfig {
         }
         if self.extended_interrupt_mode && !self.interrupt_remapping {
             return Err(ConfigError::ExtendedModeAlone);
+        }
+        if self.pasid_bits > 20 {
+            return Err(ConfigError::PasidBits(self.pasid_bits));
+        }
+        if self.pasid_bits != 0 && self.scalable.is_none() {
+            return Err(ConfigError::PasidsAlone);
         }
         let bounds = [
             (self.bounds.shadow_entries as u64, "shadow entries"),
@@ -187,6 +203,8 @@ impl UnitConfig {
             .with_max_handle_mask(if self.interrupt_remapping { MAX_HANDLE_MASK } else { 0 })
             .with_iotlb_offset((offset::IVA / 16) as u16)
             .with_scalable_mode(self.scalable.is_some())
+            .with_pasid(self.pasid_bits != 0)
+            .with_pasid_size(self.pasid_bits.saturating_sub(1))
             .with_second_stage(self.second_stage())
             .with_first_stage(self.first_stage())
             .with_scalable_coherent(self.scalable.is_some())

@@ -13,7 +13,7 @@ use vm_memory::{GuestMemoryBackend, Permissions};
 use super::iotlb::{Iotlb, Sampled};
 use crate::core::Core;
 use crate::faults::{Access, Fault};
-use crate::ids::{Gpa, Iova, Requester};
+use crate::ids::{Gpa, Iova, Pasid, Requester, Stream};
 use crate::source_ids::Source;
 use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
@@ -90,9 +90,17 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// dropped, another function that core its source id has that alone. So it is not to be dropped inside a
     /// [`crate::DmaSession`] of another endpoint, or by a listener or a sink that the unit calls.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
+        self.endpoint_of(requester.into())
+    }
+
+    /// The same for requests that carry a PASID, or that do not.
+    ///
+    /// Each endpoint caches translations of its own, some 80 KiB, so a device has as many of them as it uses at a time.
+    pub fn endpoint_of(self: &Arc<Self>, stream: Stream) -> Endpoint<M> {
         let iotlb = Arc::default();
+        let Stream { requester, pasid } = stream;
         self.spaces().add_endpoint(&self.core, requester, &iotlb);
-        Endpoint { unit: self.clone(), requester, iotlb }
+        Endpoint { unit: self.clone(), requester, pasid, iotlb }
     }
 }
 
@@ -100,6 +108,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
     pub(super) unit: Arc<Unit<M>>,
     requester: Requester,
+    pasid: Option<Pasid>,
     pub(super) iotlb: Arc<Iotlb>,
 }
 
@@ -129,8 +138,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
 
     /// The slow way. The cache's epoch is sampled before the first table read.
     fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
-        // Untranslated requests to this range are interrupts, also with translation off. Section 3.14.
-        if INTERRUPT_WINDOW.contains(iova.0) {
+        // Requests without PASID to this range are interrupts, also with translation off, when a PASID is ignored.
+        // Section 3.15.
+        if INTERRUPT_WINDOW.contains(iova.0) && (self.pasid.is_none() || !self.unit.core.translation.load().enabled) {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();
@@ -157,7 +167,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let source = core.sources.load().of(self.requester);
         let translation = **core.translation.load();
         let resolved = match source {
-            Source::Own(id) => resolve(&core.memory, &core.config, translation, id),
+            Source::Own(id) => resolve(&core.memory, &core.config, translation, id, self.pasid),
             Source::Shared(_) | Source::None if !translation.enabled => Ok(Resolved::Off),
             // Of two entries, neither is said to be for it.
             Source::Shared(_) => Err(FaultReason::ContextInvalid.into()),
@@ -165,7 +175,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         };
         let fault = |access: Access, reason: FaultReason, disabled: bool| {
             let silenced = disabled && reason.qualified();
-            DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
+            let (requester, pasid) = (source.seen(self.requester), self.pasid);
+            DmaError::Fault(Fault { requester, pasid, iova, access, reason, silenced })
         };
         let resolved = resolved.map_err(|Unresolved { reason, fault_processing_disable }| {
             fault(wanted.first, reason, fault_processing_disable)
@@ -196,6 +207,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             Resolved::Off => Ok(untranslated),
             // Pass-through is for addresses of the unit's width, too. Section 3.9.
             Resolved::PassThrough { .. } if iova.0 >> config.host_address_width != 0 => Err(Blocked::BeyondHostWidth),
+            // Of requests with a PASID.
+            Resolved::PassThrough { .. } if INTERRUPT_WINDOW.contains(iova.0) => Err(Blocked::OutputInInterruptRange),
             Resolved::PassThrough { .. } => Ok(untranslated),
             Resolved::Paged { space, .. } => {
                 let directory = Directory::find(memory, config, &space, iova)?;

@@ -189,7 +189,8 @@ pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
         // With translation off nobody looks at the id.
         return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None);
     };
-    match resolve(&core.memory, &core.config, translation, source) {
+    // Only these requests of an assigned function are attached: see `UnitConfig::pasid_bits`.
+    match resolve(&core.memory, &core.config, translation, source, None) {
         Ok(Resolved::Off) => (SpaceKey::Identity, None),
         Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
         Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),

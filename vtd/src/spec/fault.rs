@@ -37,6 +37,8 @@ pub enum FaultReason {
     OutputInInterruptRange = 0xe,
     /// The table mode of RTADDR is none that this unit has (RTA.1).
     TableModeInvalid = 0x30,
+    /// A request with a PASID in legacy mode (RTA.2).
+    PasidInLegacyMode = 0x31,
     /// Abort-DMA mode (RTA.4).
     AbortMode = 0x33,
     /// The root table could not be read (SRT.1).
@@ -53,6 +55,12 @@ pub enum FaultReason {
     ScalableContextReserved = 0x42,
     /// The context entry's RID_PASID is beyond its PASID directory (SCT.4).
     ScalableContextInvalid = 0x43,
+    /// The context entry permits no requests with a PASID (SCT.6).
+    PasidNotEnabled = 0x45,
+    /// The PASID is beyond the context entry's PASID directory (SCT.7).
+    PasidBeyondDirectory = 0x46,
+    /// The PASID is the one that requests without PASID have (SCT.9).
+    PasidIsRidPasid = 0x48,
     /// The PASID directory could not be read (SPD.1).
     PasidDirectoryAccess = 0x50,
     /// The entry of the PASID directory is not present (SPD.2).
@@ -97,6 +105,8 @@ pub enum FaultReason {
     ScalableReadNotPermitted = 0x86,
     /// The translation leads into the interrupt address range, in scalable mode (SGN.8).
     ScalableOutputInInterruptRange = 0x87,
+    /// The PASID has more bits than this unit's (SGN.10).
+    PasidBeyondSize = 0x89,
     /// A first-stage flag is to be set, and PWSNP says that walks do not snoop (SFS.9).
     FirstStageFlagsNotSnooped = 0x90,
     /// A first-stage flag could not be set (SFS.10).
@@ -105,7 +115,7 @@ pub enum FaultReason {
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 52] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -121,6 +131,7 @@ impl FaultReason {
         Self::RequestTypeBlocked,
         Self::OutputInInterruptRange,
         Self::TableModeInvalid,
+        Self::PasidInLegacyMode,
         Self::AbortMode,
         Self::ScalableRootAccess,
         Self::ScalableRootNotPresent,
@@ -129,6 +140,9 @@ impl FaultReason {
         Self::ScalableContextNotPresent,
         Self::ScalableContextReserved,
         Self::ScalableContextInvalid,
+        Self::PasidNotEnabled,
+        Self::PasidBeyondDirectory,
+        Self::PasidIsRidPasid,
         Self::PasidDirectoryAccess,
         Self::PasidDirectoryNotPresent,
         Self::PasidDirectoryReserved,
@@ -151,6 +165,7 @@ impl FaultReason {
         Self::ScalableWriteNotPermitted,
         Self::ScalableReadNotPermitted,
         Self::ScalableOutputInInterruptRange,
+        Self::PasidBeyondSize,
         Self::FirstStageFlagsNotSnooped,
         Self::FirstStageFlagsNotSet,
     ];
@@ -170,6 +185,7 @@ impl FaultReason {
                 | Self::ContextTableAccess
                 | Self::RootReserved
                 | Self::TableModeInvalid
+                | Self::PasidInLegacyMode
                 | Self::AbortMode
                 | Self::ScalableRootAccess
                 | Self::ScalableRootNotPresent

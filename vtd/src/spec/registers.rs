@@ -145,8 +145,15 @@ pub struct ExtendedCapability {
     /// MHMV.
     #[bits(4)]
     pub max_handle_mask: u8,
-    #[bits(19)]
-    __: u32,
+    #[bits(11)]
+    __: u16,
+    /// PSS: bits of a PASID, less 1.
+    #[bits(5)]
+    pub pasid_size: u8,
+    /// PASID: requests may carry one.
+    pub pasid: bool,
+    #[bits(2)]
+    __: u8,
     /// SMTS: scalable mode.
     pub scalable_mode: bool,
     #[bits(2)]

@@ -29,13 +29,29 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     config: &UnitConfig,
     root_table: Gpa,
     source: SourceId,
+    pasid: Option<Pasid>,
 ) -> Result<Resolved, Unresolved> {
     let context = context(memory, config, root_table, source)?;
-    let pasid = Pasid(context.high.rid_pasid());
-    if pasid.0 > context.low.max_pasid() {
-        return Err(unresolved(FaultReason::ScalableContextInvalid, context.low.fault_processing_disable()));
+    let unresolved = |reason| unresolved(reason, context.low.fault_processing_disable());
+    let rid_pasid = Pasid(context.high.rid_pasid());
+    if rid_pasid.0 > context.low.max_pasid() {
+        return Err(unresolved(FaultReason::ScalableContextInvalid));
     }
-    entry(memory, config, context.low, pasid)
+    if let Some(pasid) = pasid {
+        if pasid.0 >> config.pasid_bits != 0 {
+            return Err(unresolved(FaultReason::PasidBeyondSize));
+        }
+        if !context.low.pasid() {
+            return Err(unresolved(FaultReason::PasidNotEnabled));
+        }
+        if pasid.0 > context.low.max_pasid() {
+            return Err(unresolved(FaultReason::PasidBeyondDirectory));
+        }
+        if pasid == rid_pasid {
+            return Err(unresolved(FaultReason::PasidIsRidPasid));
+        }
+    }
+    entry(memory, config, context.low, pasid.unwrap_or(rid_pasid))
 }
 
 const fn unresolved(reason: FaultReason, fault_processing_disable: bool) -> Unresolved {
@@ -71,8 +87,9 @@ fn context<M: GuestMemoryBackend>(
     if !low.present() {
         return Err(unresolved(FaultReason::ScalableContextNotPresent, disabled));
     }
-    // Neither a device-TLB nor page requests nor PASIDs are offered.
-    let reserved = low.device_tlb() || low.page_request() || low.pasid() || low.reserved() != 0;
+    // Neither a device-TLB nor page requests are offered.
+    let reserved = low.device_tlb() || low.page_request() || low.reserved() != 0;
+    let reserved = reserved || low.pasid() && config.pasid_bits == 0;
     let reserved = reserved || high.reserved() != 0 || rest != [0, 0];
     if reserved || beyond_width(config, low.directory() << 12) {
         return Err(unresolved(FaultReason::ScalableContextReserved, disabled));

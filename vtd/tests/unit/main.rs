@@ -12,6 +12,7 @@ mod floods;
 mod layout;
 mod memory_changes;
 mod pasid_tables;
+mod pasids;
 mod queue;
 mod random;
 mod registers;
