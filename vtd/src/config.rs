@@ -34,8 +34,8 @@ impl Default for Bounds {
 /// The stages of translation that scalable mode offers.
 ///
 /// The first stage is for emulated functions. An assigned one that the guest's tables put into it is blocked: in
-/// Caching Mode, too, a guest need not say when it adds a first-stage mapping (section 6.1), so there would be no moment
-/// to give it to the host.
+/// Caching Mode, too, a guest need not say when it adds a first-stage mapping (section 6.1), so there would be no
+/// moment to give it to the host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stages {
     /// The second only.
@@ -67,8 +67,8 @@ pub struct UnitConfig {
     pub extended_interrupt_mode: bool,
     /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
     pub scalable: Option<Stages>,
-    /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode, and
-    /// of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
+    /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode,
+    /// and of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
     pub pasid_bits: u8,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
@@ -101,8 +101,8 @@ pub enum ConfigError {
 }
 
 impl UnitConfig {
-    /// Caching Mode and pass-through on, no interrupt remapping, legacy mode only, segment 0, 48 bits of guest-physical address, default
-    /// bounds.
+    /// Caching Mode and pass-through on, no interrupt remapping, legacy mode only, segment 0, 48 bits of guest-physical
+    /// address, default bounds.
     pub fn new(id: UnitId, aw_bits: u8) -> Self {
         Self {
             id,

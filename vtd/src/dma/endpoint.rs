@@ -19,8 +19,9 @@ use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
 use crate::tables::blocked::Blocked;
-use crate::tables::context::{Resolved, Unresolved, resolve};
+use crate::tables::context::{Resolved, Unresolved};
 use crate::tables::first_stage;
+use crate::tables::resolve::resolve;
 use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Translated, permits};
 use crate::unit::Unit;
 

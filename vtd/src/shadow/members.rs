@@ -13,7 +13,8 @@ use crate::ids::{DomainId, Requester, SourceId};
 use crate::listener::AttachRefused;
 use crate::scope::ContextScope;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::tables::context::{Resolved, resolve};
+use crate::tables::context::Resolved;
+use crate::tables::resolve::resolve;
 
 /// An assigned function behind the unit.
 pub(super) struct Member {

@@ -1,4 +1,5 @@
-//! Root entries, context entries, the PASID directory and the PASID table of scalable mode. Sections 9.2 and 9.4 to 9.6.
+//! Root entries, context entries, the PASID directory and the PASID table of scalable mode. Sections 9.2 and 9.4 to
+//! 9.6.
 
 use bitfield_struct::bitfield;
 

@@ -1,13 +1,12 @@
-//! From a requester to what it is attached to: the table mode, and root table and context tables of legacy mode (A-1,
-//! Sections 3.4.2 and 3.4.3.
+//! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
+//! and 3.4.3.
 
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use super::first_stage::FirstStage;
-use super::pasid;
 use crate::config::UnitConfig;
-use crate::ids::{DomainId, Gpa, Pasid, SourceId};
+use crate::ids::{DomainId, Gpa, SourceId};
 use crate::memory::read_pair;
 use crate::space::{PagedSpace, Tables};
 use crate::spec::fault::FaultReason;
@@ -134,28 +133,14 @@ pub(super) const fn beyond_width(config: &UnitConfig, address: u64) -> bool {
     address >> config.host_address_width != 0
 }
 
-/// Looks up what requests of `source` with this PASID, or without one, are attached to. Every error means that nothing is reachable (rule 1).
-pub(crate) fn resolve<M: GuestMemoryBackend>(
+/// Looks up in the tables of legacy mode what `source` is attached to. Every error means that nothing is reachable
+/// (rule 1).
+pub(super) fn resolve<M: GuestMemoryBackend>(
     memory: &M,
     config: &UnitConfig,
-    translation: Translation,
+    root_table: u64,
     source: SourceId,
-    pasid: Option<Pasid>,
 ) -> Result<Resolved, Unresolved> {
-    // Without translation, a PASID is ignored (section 3.1).
-    if !translation.enabled {
-        return Ok(Resolved::Off);
-    }
-    let root_table = translation.root.page() << 12;
-    match translation.root.mode() {
-        table_mode::LEGACY if pasid.is_some() => return Err(FaultReason::PasidInLegacyMode.into()),
-        table_mode::LEGACY => {}
-        // Where only legacy mode is offered, any other table mode makes the pointer one that cannot be used.
-        _ if config.scalable.is_none() => return Err(FaultReason::RootTableAccess.into()),
-        table_mode::SCALABLE => return pasid::resolve(memory, config, Gpa(root_table), source, pasid),
-        table_mode::ABORT => return Err(FaultReason::AbortMode.into()),
-        _ => return Err(FaultReason::TableModeInvalid.into()),
-    }
     if beyond_width(config, root_table) {
         return Err(FaultReason::RootTableAccess.into());
     }

@@ -90,7 +90,7 @@ impl<M: GuestMemoryBackend> Walk<'_, M> {
     /// Uses the entry at `at`: where it leads, and whether writes are still permitted.
     fn step(&self, at: Gpa, level: u8) -> Result<(Step, bool), Blocked> {
         let words = Words::at(self.memory, at, 1).ok_or(Blocked::FirstStageAccess)?;
-        // The entry that was checked is the one whose flags are set: if it is another one by then, it is looked at anew.
+        // The entry that was checked is the one whose flags are set: another one is looked at anew.
         for _ in 0..ATTEMPTS {
             let word = words.get(0).ok_or(Blocked::FirstStageAccess)?;
             let entry = FirstStageEntry::from_bits(word);

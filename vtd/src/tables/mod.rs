@@ -5,4 +5,5 @@ pub(crate) mod context;
 pub(crate) mod first_stage;
 pub(crate) mod interrupt;
 mod pasid;
+pub(crate) mod resolve;
 pub(crate) mod second_stage;

@@ -1,4 +1,5 @@
-//! Scalable mode with the second stage and pass-through, as a listener and an emulated function see it.
+//! Scalable mode with the second stage and pass-through, as a listener and an emulated function see it (A-2, A-6,
+//!
 
 use vtd::spec::registers::{FaultStatus, offset};
 use vtd::{Access, Gpa, Iova, RestoreError, SpaceKey, State};
