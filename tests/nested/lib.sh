@@ -283,7 +283,8 @@ cuts() {
     ' "$1.trace"
 }
 
-# edu_in_guest SPLITS COMMAND OPTION...: the command (guest-lib's `edu SCENARIO...`) inside a guest. Its vfio demands interrupt remapping.
+# edu_in_guest SPLITS COMMAND OPTION...: the command (guest-lib's `edu SCENARIO...`) inside a guest with $EDU_CMDLINE, if that is set. Its
+# vfio demands interrupt remapping.
 # When a container gets its first group, Linux' vfio maps two pages at once and unmaps one, to see whether that works: one split for
 # each scenario on an assigned function.
 edu_in_guest() {
@@ -292,7 +293,7 @@ edu_in_guest() {
     shift 2
     mark
     count_host_operations
-    run edu intel_iommu=on "$@"
+    run edu "${EDU_CMDLINE:-intel_iommu=on}" "$@"
     grep -E '^(roundtrip|msi|outside|armed|readonly|big|loop|fault):' edu.log
     same_counts edu "$splits"
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use vfio_bridge::Bdf;
+use vtd::Stages;
 
 /// A machine as the user described it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,10 +51,17 @@ pub struct VtdOption {
     pub interrupt_remapping: bool,
     /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
     pub extended_interrupt_mode: bool,
-    /// Whether scalable mode is offered, with the second stage.
-    pub scalable: bool,
+    /// The stages of scalable mode; `None`: it is not offered.
+    pub scalable: Option<Stages>,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
+}
+
+impl VtdOption {
+    /// Whether a guest may give a function to the first stage, whose mappings it does not announce.
+    pub fn has_first_stage(&self) -> bool {
+        matches!(self.scalable, Some(Stages::First | Stages::Both))
+    }
 }
 
 impl Default for VtdOption {
@@ -64,7 +72,7 @@ impl Default for VtdOption {
             pass_through: true,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
-            scalable: false,
+            scalable: None,
             ioapic_check: true,
         }
     }

@@ -49,6 +49,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
     match unit {
         None => return Err(Error::NoUnit { kind }),
         Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode { kind }),
+        Some(unit) if unit.has_first_stage() => return Err(Error::FirstStage { kind }),
         Some(_) => {}
     }
     let paths = HostPaths::default();
@@ -177,6 +178,18 @@ mod tests {
             let off = VtdOption { caching_mode: false, ..Default::default() };
             assert!(matches!(check(&devices, Some(&off), 1 << 20), Err(Error::NoCachingMode { .. })));
             assert!(check(&devices[..1], None, 1 << 20).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_vfio_device_needs_a_unit_without_a_first_stage() {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
+            let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
+            for stages in [vtd::Stages::First, vtd::Stages::Both] {
+                let first = VtdOption { scalable: Some(stages), ..Default::default() };
+                assert!(matches!(check(&devices, Some(&first), 1 << 20), Err(Error::FirstStage { .. })));
+                assert!(check(&devices[..1], Some(&first), 1 << 20).unwrap().is_empty());
+            }
         }
     }
 

@@ -53,6 +53,15 @@ pub enum Error {
         /// The device's.
         kind: &'static str,
     },
+    /// In the first stage the guest does not say what it maps, in Caching Mode either.
+    #[error(
+        "stage=first or stage=both with a {kind} device is refused: the guest does not say what it maps in a first stage, and the device \
+         could not follow; use stage=second"
+    )]
+    FirstStage {
+        /// The device's.
+        kind: &'static str,
+    },
     /// Two functions of one host group, and two backends.
     #[error(
         "{bdf} and another function of host group {group} are given different backends, and the kernel gives a group to one; write the \

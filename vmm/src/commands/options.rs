@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use vtd::Stages;
+
 use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VirtioKind, VtdOption};
 
 /// Why an option's value is wrong. A sentence for the user.
@@ -107,7 +109,8 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 7] = ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable"];
+        const KEYS: [&str; 8] =
+            ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable", "stage"];
         let (kind, rest) = split_kind(text);
         match kind {
             "none" => {
@@ -126,13 +129,24 @@ impl std::str::FromStr for IommuOption {
                 if extended_interrupt_mode && !interrupt_remapping {
                     return bad("vtd: eim=on needs intremap=on: it is a mode of interrupt remapping");
                 }
+                let stages = keys.get("stage", |value| match value {
+                    "second" => Ok(Stages::Second),
+                    "first" => Ok(Stages::First),
+                    "both" => Ok(Stages::Both),
+                    _ => bad(format!("`{value}` is not first, second or both")),
+                })?;
+                let scalable = match (keys.switch("scalable")?, stages) {
+                    (Some(true), stages) => Some(stages.unwrap_or(Stages::Second)),
+                    (_, None) => default.scalable,
+                    (_, Some(_)) => return bad("vtd: stage needs scalable=on: it is one of scalable mode"),
+                };
                 Ok(Self::Vtd(VtdOption {
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
                     interrupt_remapping,
                     extended_interrupt_mode,
-                    scalable: keys.switch("scalable")?.unwrap_or(default.scalable),
+                    scalable,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }

@@ -39,7 +39,7 @@ fn iommu_keys() {
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
-            scalable: true,
+            scalable: Some(Stages::Second),
             ioapic_check: false,
         }))
     );
@@ -53,6 +53,10 @@ fn iommu_keys() {
         let expected = VtdOption { interrupt_remapping, extended_interrupt_mode, ..VtdOption::default() };
         assert_eq!(text.parse(), Ok(IommuOption::Vtd(expected)), "{text}");
     }
+    for (text, stages) in [("second", Stages::Second), ("first", Stages::First), ("both", Stages::Both)] {
+        let expected = VtdOption { scalable: Some(stages), ..VtdOption::default() };
+        assert_eq!(format!("vtd,scalable=on,stage={text}").parse(), Ok(IommuOption::Vtd(expected)));
+    }
     for (text, part) in [
         ("vtd,aw-bits=40", "not 39, 48 or 57"),
         ("vtd,foo=1", "the keys are aw-bits, caching-mode"),
@@ -63,7 +67,10 @@ fn iommu_keys() {
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
-        ("vtd,scalable=yes", "neither on nor off"),
+        ("vtd,scalable=yes", "`on` or `off` is expected"),
+        ("vtd,stage=first", "stage needs scalable=on"),
+        ("vtd,scalable=off,stage=second", "stage needs scalable=on"),
+        ("vtd,scalable=on,stage=third", "`third` is not first, second or both"),
     ] {
         let message = error::<IommuOption>(text);
         assert!(message.contains(part), "{text}: {message}");
