@@ -25,6 +25,7 @@ mod testing;
 pub mod timers;
 mod told;
 pub mod vfio_pci;
+pub mod virtio;
 
 pub use bus::{Bus, BusDevice};
 pub use told::Told;

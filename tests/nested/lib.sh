@@ -142,6 +142,7 @@ as_owner() {
 as_qemu() {
     unit="-device intel-iommu,caching-mode=on,intremap=on"
     others=
+    behind=iommu_platform=on,disable-legacy=on,ats=off
     while [ $# -gt 0 ]; do
         case "$1 ${2:-}" in
         "--iommu none") unit= ;;
@@ -152,6 +153,14 @@ as_qemu() {
             shared="-object memory-backend-memfd,id=memory,size=512M,share=on -machine memory-backend=memory"
             others="$others $shared -device {\"driver\":\"vfio-user-pci\",\"socket\":{\"type\":\"unix\",\"path\":\"${2#vfio-user,socket=}\"}}"
             ;;
+        "--device virtio-blk,file="*)
+            drive=$((${drive:-0} + 1))
+            others="$others -drive file=${2#virtio-blk,file=},if=none,id=drive$drive,format=raw -device virtio-blk-pci,drive=drive$drive,$behind"
+            ;;
+        "--device virtio-net,tap="*)
+            others="$others -netdev tap,id=tap,ifname=${2#virtio-net,tap=},script=no,downscript=no -device virtio-net-pci,netdev=tap,$behind"
+            ;;
+        "--device virtio-rng") others="$others -device virtio-rng-pci,$behind" ;;
         "--device edu"*) others="$others -device edu,dma_mask=0xffffffffffff${2#edu}" ;;
         "--cpus "*) others="$others -smp $2" ;;
         "--memory "*) others="$others -m $2" ;;
@@ -274,7 +283,8 @@ cuts() {
     ' "$1.trace"
 }
 
-# edu_in_guest SPLITS COMMAND OPTION...: the command (guest-lib's `edu SCENARIO...`) inside a guest. Its vfio demands interrupt remapping.
+# edu_in_guest SPLITS COMMAND OPTION...: the command (guest-lib's `edu SCENARIO...`) inside a guest with $EDU_CMDLINE, if that is set. Its
+# vfio demands interrupt remapping.
 # When a container gets its first group, Linux' vfio maps two pages at once and unmaps one, to see whether that works: one split for
 # each scenario on an assigned function.
 edu_in_guest() {
@@ -283,7 +293,7 @@ edu_in_guest() {
     shift 2
     mark
     count_host_operations
-    run edu intel_iommu=on "$@"
+    run edu "${EDU_CMDLINE:-intel_iommu=on}" "$@"
     grep -E '^(roundtrip|msi|outside|armed|readonly|big|loop|fault):' edu.log
     same_counts edu "$splits"
 }

@@ -8,6 +8,8 @@
 virtual_functions
 bind-vfio "$EDU" "$IGB_VF" "$NVME_VF" || fail "binding"
 guest hammer "$(command -v bar-hammer)" <<'GUEST'
+# Nobody else has the function.
+rmmod nvme 2>/dev/null
 bar-hammer 0000:00:02.0 --register 80 --register 88 --seconds 10 || exit 1
 bar-hammer 0000:00:03.0 --register 2800 --register 3800 --seconds 25 --reset-every 5 || exit 1
 bar-hammer 0000:00:04.0 --register 28 --register 30 --seconds 25 --reset-every 5 || exit 1

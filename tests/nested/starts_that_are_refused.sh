@@ -51,6 +51,7 @@ boot="--kernel $KERNEL --initrd initrd.cpio --cmdline console=ttyS0"
 
     bind-vfio "$EDU" || fail "binding"
     refused "caching-mode=off with a vfio device" "caching-mode" -- $boot --iommu vtd,caching-mode=off --device vfio,host="$EDU"
+    refused "a first stage with a vfio device" "stage=first" "stage=second" -- $boot --iommu vtd,scalable=on,stage=first --device vfio,host="$EDU"
     refused "--iommu none with a vfio device" "--iommu" -- $boot --iommu none --device vfio,host="$EDU"
     # L1's own unit has 48 bits.
     refused "aw-bits beyond the host" "aw-bits" "48" -- $boot --iommu vtd,aw-bits=57 --device vfio,host="$EDU"

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use vfio_bridge::Bdf;
+use vtd::Stages;
 
 /// A machine as the user described it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,10 +51,17 @@ pub struct VtdOption {
     pub interrupt_remapping: bool,
     /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
     pub extended_interrupt_mode: bool,
-    /// Whether scalable mode is offered, with the second stage.
-    pub scalable: bool,
+    /// The stages of scalable mode; `None`: it is not offered.
+    pub scalable: Option<Stages>,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
+}
+
+impl VtdOption {
+    /// Whether a guest may give a function to the first stage, whose mappings it does not announce.
+    pub fn has_first_stage(&self) -> bool {
+        matches!(self.scalable, Some(Stages::First | Stages::Both))
+    }
 }
 
 impl Default for VtdOption {
@@ -64,7 +72,7 @@ impl Default for VtdOption {
             pass_through: true,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
-            scalable: false,
+            scalable: None,
             ioapic_check: true,
         }
     }
@@ -122,6 +130,31 @@ pub enum DeviceKind {
         /// Past the host's page cache: the host's kernel has pages of the guest pinned while the disk writes to them.
         direct: bool,
     },
+    /// A virtio device, emulated in this process.
+    Virtio(VirtioKind),
+}
+
+/// Which virtio device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum VirtioKind {
+    /// Entropy of the host.
+    Rng,
+    /// A disk.
+    Blk {
+        /// Its data: a file, or a block device.
+        file: PathBuf,
+        /// Writes are refused.
+        read_only: bool,
+    },
+    /// A network interface.
+    Net {
+        /// The name of the tap: 1 to 15 bytes, no `/`.
+        tap: String,
+        /// Its address; `None`: one that goes by its slot.
+        mac: Option<[u8; 6]>,
+    },
+    /// A console, at stdout and stdin as the serial port.
+    Console,
 }
 
 /// By which of the host's interfaces a function's memory is mapped.
@@ -178,21 +211,38 @@ impl DeviceKind {
             Self::VfioUser { .. } => "vfio-user",
             Self::Edu => "edu",
             Self::PinBlk { .. } => "pinblk",
+            Self::Virtio(VirtioKind::Rng) => "virtio-rng",
+            Self::Virtio(VirtioKind::Console) => "virtio-console",
+            Self::Virtio(VirtioKind::Blk { .. }) => "virtio-blk",
+            Self::Virtio(VirtioKind::Net { .. }) => "virtio-net",
         }
     }
 
-    /// What it is outside, which two devices cannot share: the host's function, or the socket.
+    /// What it is outside, which two devices cannot share: the host's function, the socket, a disk that
+    /// both write, a tap, or stdin.
     pub fn outside(&self) -> Option<String> {
         match self {
             Self::Vfio { host, .. } => Some(format!("host={host}")),
             Self::VfioUser { socket: UserSocket::Path(path), .. } => Some(format!("socket={}", path.display())),
             Self::VfioUser { socket: UserSocket::Fd(fd), .. } => Some(format!("fd={fd}")),
-            Self::Edu | Self::PinBlk { .. } => None,
+            Self::Virtio(VirtioKind::Blk { file, read_only: false }) => Some(format!("file={}", file.display())),
+            Self::Virtio(VirtioKind::Net { tap, .. }) => Some(format!("tap={tap}")),
+            Self::Virtio(VirtioKind::Console) => Some("stdin".to_owned()),
+            Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
         }
     }
 
     /// Whether it needs nothing from outside but what can be read.
     pub fn is_emulated(&self) -> bool {
-        matches!(self, Self::Edu | Self::PinBlk { .. })
+        matches!(self, Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
+    }
+
+    /// Whether its DMA follows what the guest's unit tells: it is refused without a unit, and without Caching Mode.
+    pub fn follows_unit(&self) -> bool {
+        match self {
+            Self::Vfio { .. } | Self::VfioUser { .. } | Self::PinBlk { .. } => true,
+            Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Net { .. }) => true,
+            Self::Edu | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
+        }
     }
 }

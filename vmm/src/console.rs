@@ -1,4 +1,4 @@
-//! stdin to the guest's serial port, with Ctrl-A as the key that is for us.
+//! stdin to the guest's serial port or virtio console, with Ctrl-A as the key that is for us.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use devices::serial::SerialPort;
+use devices::virtio::console::Input;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::control::{Control, Stop};
@@ -52,12 +53,28 @@ impl Escape {
     }
 }
 
+/// Where the guest's input goes: to its virtio console, while that has a driver, else to its serial port.
+pub struct GuestInput {
+    /// The serial port.
+    pub serial: Arc<SerialPort>,
+    /// The console, if there is one.
+    pub console: Option<Arc<Input>>,
+}
+
+impl GuestInput {
+    /// How many bytes of `input` it took.
+    fn enqueue(&self, input: &[u8]) -> usize {
+        let console = self.console.as_ref().and_then(|console| console.enqueue(input));
+        console.unwrap_or_else(|| self.serial.enqueue(input))
+    }
+}
+
 /// stdin for the guest, in a thread of its own: a read may block when somebody else reads the same file.
 ///
 /// From a terminal everything is read at once; what the guest does not take is bounded and then lost. From anything
 /// else no more is read than the guest takes, so nothing is lost and nothing grows.
 pub struct Console {
-    serial: Arc<SerialPort>,
+    guest: GuestInput,
     drained: EventFd,
     control: Arc<Control>,
     /// For the help.
@@ -69,10 +86,10 @@ pub struct Console {
 }
 
 impl Console {
-    /// Takes the terminal if it is ours, and starts the thread, which ends with the process. `drained` is the serial
-    /// port's signal that the guest took its input. Gives back the count of bytes that were typed and lost.
+    /// Takes the terminal if it is ours, and starts the thread, which ends with the process. `drained` is the
+    /// signal that the guest took its input. Gives back the count of bytes that were typed and lost.
     pub fn start(
-        serial: Arc<SerialPort>,
+        guest: GuestInput,
         drained: EventFd,
         control: Arc<Control>,
         screen: OutputWriter,
@@ -80,7 +97,7 @@ impl Console {
         terminal::take();
         let lost = Arc::new(AtomicU64::new(0));
         let mut console = Self {
-            serial,
+            guest,
             drained,
             control,
             screen,
@@ -130,7 +147,7 @@ impl Console {
     /// Hands over what the guest takes.
     fn feed(&mut self) {
         while !self.pending.is_empty() {
-            let accepted = self.serial.enqueue(self.pending.make_contiguous());
+            let accepted = self.guest.enqueue(self.pending.make_contiguous());
             if accepted == 0 {
                 return;
             }

@@ -76,6 +76,8 @@ fn logger(is_file: bool, verbose: u8, target: Box<dyn Write + Send>) -> env_logg
     if verbose == 0 {
         // It warns of interrupt kinds that a device simply does not have; what fails, we say ourselves.
         builder.filter_module("vfio_ioctls", log::LevelFilter::Error);
+        // It complains of each ring that a guest breaks; that its device needs a reset, we say once.
+        builder.filter_module("virtio_queue", log::LevelFilter::Off);
     }
     if let Ok(filters) = std::env::var("RUST_LOG") {
         builder.parse_filters(&filters);

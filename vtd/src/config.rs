@@ -31,6 +31,21 @@ impl Default for Bounds {
     }
 }
 
+/// The stages of translation that scalable mode offers.
+///
+/// The first stage is for emulated functions. An assigned one that the guest's tables put into it is blocked: in
+/// Caching Mode, too, a guest need not say when it adds a first-stage mapping (section 6.1), so there would be no
+/// moment to give it to the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stages {
+    /// The second only.
+    Second,
+    /// The first only.
+    First,
+    /// Either, one at a time.
+    Both,
+}
+
 /// The description of a unit, fixed when the machine starts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct UnitConfig {
@@ -50,8 +65,11 @@ pub struct UnitConfig {
     pub interrupt_remapping: bool,
     /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
     pub extended_interrupt_mode: bool,
-    /// Offer scalable mode, with the second stage and pass-through, and abort-DMA mode.
-    pub scalable: bool,
+    /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
+    pub scalable: Option<Stages>,
+    /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode,
+    /// and of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
+    pub pasid_bits: u8,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
@@ -71,14 +89,20 @@ pub enum ConfigError {
     /// Extended interrupt mode is a mode of interrupt remapping.
     #[error("extended interrupt mode needs interrupt remapping")]
     ExtendedModeAlone,
+    /// More bits than a PASID has.
+    #[error("a PASID of {0} bits does not exist: it has 20 at most")]
+    PasidBits(u8),
+    /// PASIDs are of scalable mode.
+    #[error("requests with a PASID need scalable mode")]
+    PasidsAlone,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
 }
 
 impl UnitConfig {
-    /// Caching Mode and pass-through on, no interrupt remapping, legacy mode only, segment 0, 48 bits of guest-physical address, default
-    /// bounds.
+    /// Caching Mode and pass-through on, no interrupt remapping, legacy mode only, segment 0, 48 bits of guest-physical
+    /// address, default bounds.
     pub fn new(id: UnitId, aw_bits: u8) -> Self {
         Self {
             id,
@@ -89,7 +113,8 @@ impl UnitConfig {
             pass_through: true,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
-            scalable: false,
+            scalable: None,
+            pasid_bits: 0,
             unchecked_source: None,
             bounds: Bounds::default(),
         }
@@ -106,12 +131,37 @@ impl UnitConfig {
         if self.extended_interrupt_mode && !self.interrupt_remapping {
             return Err(ConfigError::ExtendedModeAlone);
         }
+        if self.pasid_bits > 20 {
+            return Err(ConfigError::PasidBits(self.pasid_bits));
+        }
+        if self.pasid_bits != 0 && self.scalable.is_none() {
+            return Err(ConfigError::PasidsAlone);
+        }
         let bounds = [
             (self.bounds.shadow_entries as u64, "shadow entries"),
             (self.bounds.spaces as u64, "spaces"),
             (self.bounds.table_entries, "table entries"),
         ];
         bounds.iter().find(|(value, _)| *value == 0).map_or(Ok(()), |(_, name)| Err(ConfigError::ZeroBound(name)))
+    }
+
+    /// Whether scalable mode has the second stage.
+    pub const fn second_stage(&self) -> bool {
+        matches!(self.scalable, Some(Stages::Second | Stages::Both))
+    }
+
+    /// Whether scalable mode has the first stage.
+    pub const fn first_stage(&self) -> bool {
+        matches!(self.scalable, Some(Stages::First | Stages::Both))
+    }
+
+    /// Levels that a first-stage table can have at most: 5 in a unit of 57 bits, else 4; 0 without a first stage.
+    pub const fn first_stage_levels(&self) -> u8 {
+        match (self.first_stage(), self.aw_bits) {
+            (false, _) => 0,
+            (true, 57) => 5,
+            (true, _) => 4,
+        }
     }
 
     /// Version register: 1.0. Section 11.4.1.
@@ -136,6 +186,8 @@ impl UnitConfig {
             .with_max_address_mask(MAX_ADDRESS_MASK)
             .with_drain_writes(true)
             .with_drain_reads(true)
+            .with_first_stage_1g(self.first_stage())
+            .with_first_stage_5_levels(self.first_stage_levels() == 5)
             .with_enhanced_srtp(true)
             .with_enhanced_sirtp(self.interrupt_remapping)
     }
@@ -150,11 +202,14 @@ impl UnitConfig {
             .with_extended_interrupt_mode(self.extended_interrupt_mode)
             .with_max_handle_mask(if self.interrupt_remapping { MAX_HANDLE_MASK } else { 0 })
             .with_iotlb_offset((offset::IVA / 16) as u16)
-            .with_scalable_mode(self.scalable)
-            .with_second_stage(self.scalable)
-            .with_scalable_coherent(self.scalable)
-            .with_rid_pasid(self.scalable)
-            .with_abort_mode(self.scalable)
+            .with_scalable_mode(self.scalable.is_some())
+            .with_pasid(self.pasid_bits != 0)
+            .with_pasid_size(self.pasid_bits.saturating_sub(1))
+            .with_second_stage(self.second_stage())
+            .with_first_stage(self.first_stage())
+            .with_scalable_coherent(self.scalable.is_some())
+            .with_rid_pasid(self.scalable.is_some())
+            .with_abort_mode(self.scalable.is_some())
     }
 }
 

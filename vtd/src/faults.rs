@@ -1,6 +1,6 @@
 //! Faults: what a guest's device did wrong, and how it is told to the guest. Sections 7.2 and 7.3.
 
-use crate::ids::{Iova, Requester};
+use crate::ids::{Iova, Pasid, Requester};
 use crate::spec::fault::FaultReason;
 
 /// What a device wants to do.
@@ -20,12 +20,14 @@ pub enum Access {
 pub struct Fault {
     /// Who made it.
     pub requester: Requester,
+    /// The PASID that the request carried.
+    pub pasid: Option<Pasid>,
     /// Where.
     pub iova: Iova,
     /// What it wanted.
     pub access: Access,
     /// Why it was blocked.
     pub reason: FaultReason,
-    /// FPD of the context entry silences it: it is not recorded.
+    /// FPD of an entry that led there silences it: it is not recorded.
     pub silenced: bool,
 }

@@ -68,6 +68,11 @@ pub struct DomainId(pub u16);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Pasid(pub u32);
 
+impl Pasid {
+    /// The largest one there can be.
+    pub const MAX: Self = Self(0xf_ffff);
+}
+
 /// What is attached to a space: the requests of a function that carry one PASID, or those that carry none.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Stream {

@@ -18,7 +18,7 @@
 //! Messages of both kinds go through [`Unit::remap`] or [`Unit::deliver`]: interrupt remapping (a [`RemapListener`]
 //! hears when routes are to be made again).
 //!
-//! Legacy mode is offered, and scalable mode with the second stage where [`UnitConfig`] asks for it.
+//! Legacy mode is offered, and scalable mode where [`UnitConfig`] asks for it.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
@@ -51,7 +51,7 @@ mod tables;
 mod unit;
 
 pub use audit::{Audit, Difference};
-pub use config::{Bounds, ConfigError, REGISTER_WINDOW, UnitConfig};
+pub use config::{Bounds, ConfigError, REGISTER_WINDOW, Stages, UnitConfig};
 pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint};
 pub use faults::{Access, Fault};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};

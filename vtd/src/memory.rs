@@ -1,9 +1,9 @@
 //! Reads of structures in guest memory: each word once, atomically (rule 7).
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::bitmap::BS;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 
 use crate::ids::Gpa;
 
@@ -14,6 +14,17 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
     /// `count` words at `gpa`, or `None` where there is no memory.
     pub(crate) fn at(memory: &'a M, gpa: Gpa, count: usize) -> Option<Self> {
         memory.get_slice(GuestAddress(gpa.0), count.checked_mul(8)?).ok().map(Self)
+    }
+
+    /// Writes `new` at `index` if `old` is there, and says whether it was; `None` where that cannot be done.
+    pub(crate) fn exchange(&self, index: usize, old: u64, new: u64) -> Option<bool> {
+        let word = self.0.get_atomic_ref::<AtomicU64>(index * 8).ok()?;
+        let (old, new) = (old.to_le(), new.to_le());
+        let exchanged = word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if exchanged {
+            self.0.bitmap().mark_dirty(index * 8, 8);
+        }
+        Some(exchanged)
     }
 
     /// The word at `index`, read once.

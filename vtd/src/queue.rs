@@ -1,4 +1,5 @@
-//! The invalidation queue, with descriptors of 128 bits, and of 256 where scalable mode is offered. Section 6.5.2.
+//! The invalidation queue, with descriptors of 128 bits, and of 256 where scalable mode is offered. Section
+//! 6.5.2.
 //!
 //! It is drained in the vCPU thread that moved the tail. Every descriptor before an erroneous one takes effect; the
 //! head stays at the erroneous one, and the queue goes on from there when the guest clears IQE.
@@ -139,7 +140,7 @@ enum Mode {
 impl Mode {
     fn of<M>(core: &Core<M>) -> Result<Self, QueueError> {
         match core.translation.load().root.mode() {
-            _ if !core.config.scalable => Ok(Self::Legacy),
+            _ if core.config.scalable.is_none() => Ok(Self::Legacy),
             table_mode::LEGACY => Ok(Self::Legacy),
             table_mode::SCALABLE => Ok(Self::Scalable),
             table_mode::ABORT => Ok(Self::Abort),

@@ -57,8 +57,8 @@ fn binaries(package: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// Builds the programs of these packages; the folder they are in. It is of their own: the flag must not make others build
-/// again. With a target named, the flag is not for what runs while they are built, which cannot be static.
+/// Builds the programs of these packages; the folder they are in. It is of their own: the flag must not make others
+/// build again. With a target named, the flag is not for what runs while they are built, which cannot be static.
 fn build_static(packages: &[&str], profile: Profile) -> Result<PathBuf> {
     let profile = match profile {
         Profile::Release => "release",

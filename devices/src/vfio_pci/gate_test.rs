@@ -77,7 +77,8 @@ fn f1_a_window_says_whether_the_guest_may_write() {
 #[test]
 fn b10_a_window_has_the_dma_buf_of_its_part_of_the_bar() {
     let bench = Bench::new();
-    let windows = &bench.function.bars.memory[0].as_ref().unwrap().target.windows;
+    let config = bench.function.config.lock().unwrap();
+    let windows = &config.reach.target(0).expect("a BAR").windows;
     for (offset, window) in windows.iter() {
         let dma_buf = window.dma_buf.as_ref().expect("the host makes one");
         assert_eq!(dma_buf.metadata().unwrap().len(), (offset >> 12) << 16 | window.len >> 12);

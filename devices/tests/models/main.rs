@@ -197,7 +197,7 @@ impl World {
         let decoder = Arc::new(Decoder::new(bus.clone()));
         let gates = Gates::new(host.clone());
         let trapped = Arc::new(Trapped(gates.clone()));
-        let window = HostWindow { fd: file.clone(), offset: 0, len: 0x1000, writable: true };
+        let window = HostWindow { fd: file.clone(), offset: 0, len: 0x1000, writable: true, dma_buf: None };
         let target =
             BarTarget { device: trapped.clone(), windows: Arc::new([(0, window)]), slots: Some(slots.clone()) };
         let mut bars = [const { None }; BARS];

@@ -25,9 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use vtd::{IovaRange, Pasid, Perm, RefusalCause};
 
 pub use self::kernel::BoundDevice;
-use self::kernel::{DeviceInfo, Host, Kernel};
+use self::kernel::{Host, Kernel};
 use self::space::{Half, Space, give_back};
-use self::sys::{Hwpt, Ioas, Place, With};
+use self::sys::{DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{GuestMap, HostMem, MemKind, PAGE_SIZE};
 use crate::bridge::limits::{Limits, Memlock};
 use crate::function::check::Bdf;

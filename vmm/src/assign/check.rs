@@ -44,12 +44,12 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let assigned = |device: &&DeviceOption| device.kind != DeviceKind::Edu;
-    let Some(first) = devices.iter().find(assigned) else { return Ok(Vec::new()) };
+    let Some(first) = devices.iter().find(|device| device.kind.follows_unit()) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
         None => return Err(Error::NoUnit { kind }),
         Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode { kind }),
+        Some(unit) if unit.has_first_stage() => return Err(Error::FirstStage { kind }),
         Some(_) => {}
     }
     let paths = HostPaths::default();
@@ -57,7 +57,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::Vfio { host: bdf, backend: asked } => {
             Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
         }
-        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
+        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
@@ -68,7 +68,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::VfioUser { socket, confine } => {
             Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
         }
-        DeviceKind::Edu | DeviceKind::PinBlk { .. } => None,
+        DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups_by = |backend: Backend| -> BTreeSet<GroupId> {
@@ -178,6 +178,18 @@ mod tests {
             let off = VtdOption { caching_mode: false, ..Default::default() };
             assert!(matches!(check(&devices, Some(&off), 1 << 20), Err(Error::NoCachingMode { .. })));
             assert!(check(&devices[..1], None, 1 << 20).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_vfio_device_needs_a_unit_without_a_first_stage() {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
+            let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
+            for stages in [vtd::Stages::First, vtd::Stages::Both] {
+                let first = VtdOption { scalable: Some(stages), ..Default::default() };
+                assert!(matches!(check(&devices, Some(&first), 1 << 20), Err(Error::FirstStage { .. })));
+                assert!(check(&devices[..1], Some(&first), 1 << 20).unwrap().is_empty());
+            }
         }
     }
 

@@ -3,12 +3,16 @@
 
 mod backend;
 mod check;
+mod disk;
 mod open;
 mod pinblk;
+mod pinned_io;
 pub mod pinned_reads;
 mod quarantine;
 mod report;
 mod requests;
+mod tap;
+mod virtio;
 
 use devices::vfio_pci::VfioPciError;
 use vfio_bridge::vfio_user::ConnectError;
@@ -21,6 +25,7 @@ pub use self::open::{Assigned, open};
 pub use self::pinblk::{PinBlkWiring, plug_pinblk};
 pub use self::report::{report, report_functions};
 pub use self::requests::UserRequests;
+pub use self::virtio::{VirtioWiring, plug_virtio};
 use crate::config::UserSocket;
 use crate::kvm::vm;
 
@@ -45,6 +50,15 @@ pub enum Error {
          use caching-mode=on"
     )]
     NoCachingMode {
+        /// The device's.
+        kind: &'static str,
+    },
+    /// In the first stage the guest does not say what it maps, in Caching Mode either.
+    #[error(
+        "stage=first or stage=both with a {kind} device is refused: the guest does not say what it maps in a first stage, and the device \
+         could not follow; use stage=second"
+    )]
+    FirstStage {
         /// The device's.
         kind: &'static str,
     },
@@ -145,6 +159,14 @@ pub enum Error {
     /// A thread that reads for a pinblk could not be started.
     #[error("a thread of a pinblk device could not be started: {0}")]
     PinBlkThread(std::io::Error),
+    /// What a virtio device needs of the host is not there.
+    #[error("{name} cannot be had: {source}")]
+    Virtio {
+        /// Which, and what of it.
+        name: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// The host did not take the identity mappings.
     #[error("{name} could not be given the guest's memory: {source}")]
     Attach {

@@ -10,9 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use devices::pinblk::{AsyncReads, Done, Read};
-use vfio_bridge::{
-    Notice, PinClient, PinError, PinStats, Pinned, PinnedPage, RegisterClientError, Requests, UnmapNotifier,
-};
+use vfio_bridge::{Notice, PinClient, PinError, Pinned, PinnedPage, RegisterClientError, Requests, UnmapNotifier};
 use vtd::{Iova, IovaRange, Perm};
 
 use super::Error;
@@ -192,9 +190,9 @@ impl PinnedReads {
         Ok(Arc::new(reads))
     }
 
-    /// What it pinned so far.
-    pub fn stats(&self) -> PinStats {
-        self.client.stats()
+    /// Who pins, for statistics.
+    pub fn client(&self) -> &Arc<PinClient> {
+        &self.client
     }
 }
 

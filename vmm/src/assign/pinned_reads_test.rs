@@ -124,7 +124,7 @@ fn d1_a_read_arrives_and_leaves_nothing_pinned() {
         assert_eq!(bench.word(0x1000 + at), offset + PATTERN);
     }
     assert_eq!((bench.word(0xff8), bench.word(0x50_1000)), (0, 0));
-    let stats = bench.reads.stats();
+    let stats = bench.reads.client().stats();
     assert_eq!((stats.pinned_pages, stats.pins, bench.reads.arrived()), (0, 5 << 8, 5 << 20));
 }
 
@@ -144,7 +144,7 @@ fn d1_a_direct_read_arrives_where_the_cached_one_does() {
             assert_eq!(bench.word(0x3000 + at), (at + (5 << 12)) % (1 << 21) / 8, "direct: {direct}");
         }
         assert_eq!((bench.word(0x2ff8), bench.word(0x3000 + (3 << 20))), (0, 0));
-        assert_eq!((bench.reads.stats().pinned_pages, bench.reads.arrived()), (0, 3 << 20));
+        assert_eq!((bench.reads.client().stats().pinned_pages, bench.reads.arrived()), (0, 3 << 20));
     }
 }
 
@@ -153,7 +153,7 @@ fn d1_what_cannot_be_pinned_is_told_and_ends_the_transfer() {
     let bench = bench(Box::new(FileSource::in_memory().unwrap()), PATIENCE);
     assert!(!bench.begin(RAM - 0x2000, 0, 0x4000).recv().unwrap());
     assert_eq!(*bench.blocked.lock().unwrap(), [RAM]);
-    assert_eq!((bench.word(RAM - 0x2000), bench.reads.stats().pinned_pages), (0, 0));
+    assert_eq!((bench.word(RAM - 0x2000), bench.reads.client().stats().pinned_pages), (0, 0));
     assert!(bench.begin(RAM - 0x2000, 0, 0x2000).recv().unwrap());
 }
 
@@ -175,7 +175,7 @@ fn d3_an_unmap_waits_for_the_reads_that_are_in_flight_and_none_begins() {
             unmapped.send(bench.reads.pinned_pages()).unwrap();
         }
     });
-    while bench.reads.stats().notices == 0 {
+    while bench.reads.client().stats().notices == 0 {
         thread::yield_now();
     }
     // All but one: it still waits.
@@ -202,7 +202,7 @@ fn d3_a_read_that_does_not_end_stops_the_machine() {
     bench.unmap();
     // The guest would be told only now, and does not run any more.
     assert_eq!(bench.stops.machine.lock().unwrap().len(), 1);
-    assert_eq!((bench.reads.stats().late, bench.reads.stats().left_pinned), (1, CHUNK / PAGE_SIZE));
+    assert_eq!((bench.reads.client().stats().late, bench.reads.client().stats().left_pinned), (1, CHUNK / PAGE_SIZE));
     // Nor does the end of the machine wait for it.
     bench.reads.stop();
     assert!(told.recv().is_err());

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use devices::pinblk::PinBlk;
 use devices::vfio_pci::VfioPci;
+use devices::virtio::function::VirtioPci;
 use vfio_bridge::Quarantine;
 use vtd::Requester;
 
@@ -23,6 +24,12 @@ impl Stoppable for VfioPci {
 }
 
 impl Stoppable for PinBlk {
+    fn quarantine(&self) -> Result<(), String> {
+        self.quarantine()
+    }
+}
+
+impl Stoppable for VirtioPci {
     fn quarantine(&self) -> Result<(), String> {
         self.quarantine()
     }

@@ -44,10 +44,14 @@ pub enum Command {
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
-              [,scalable=on|off]
+              [,scalable=on|off][,stage=first|second|both]
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
+  --device virtio-blk,file=PATH[,readonly=on|off][,addr=DD.F][,id=NAME]
+  --device virtio-net,tap=NAME[,mac=XX:XX:XX:XX:XX:XX][,addr=DD.F][,id=NAME]
+  --device virtio-console[,addr=DD.F][,id=NAME]
+  --device virtio-rng[,addr=DD.F][,id=NAME]
   --device edu[,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
 

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VtdOption};
+use vtd::Stages;
+
+use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VirtioKind, VtdOption};
 
 /// Why an option's value is wrong. A sentence for the user.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -107,7 +109,8 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 7] = ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable"];
+        const KEYS: [&str; 8] =
+            ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable", "stage"];
         let (kind, rest) = split_kind(text);
         match kind {
             "none" => {
@@ -126,13 +129,24 @@ impl std::str::FromStr for IommuOption {
                 if extended_interrupt_mode && !interrupt_remapping {
                     return bad("vtd: eim=on needs intremap=on: it is a mode of interrupt remapping");
                 }
+                let stages = keys.get("stage", |value| match value {
+                    "second" => Ok(Stages::Second),
+                    "first" => Ok(Stages::First),
+                    "both" => Ok(Stages::Both),
+                    _ => bad(format!("`{value}` is not first, second or both")),
+                })?;
+                let scalable = match (keys.switch("scalable")?, stages) {
+                    (Some(true), stages) => Some(stages.unwrap_or(Stages::Second)),
+                    (_, None) => default.scalable,
+                    (_, Some(_)) => return bad("vtd: stage needs scalable=on: it is one of scalable mode"),
+                };
                 Ok(Self::Vtd(VtdOption {
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
                     interrupt_remapping,
                     extended_interrupt_mode,
-                    scalable: keys.switch("scalable")?.unwrap_or(default.scalable),
+                    scalable,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }
@@ -165,6 +179,29 @@ pub fn descriptor(text: &str) -> Result<i32, BadOption> {
     }
 }
 
+fn path(text: &str) -> Result<PathBuf, BadOption> {
+    if text.is_empty() { bad("a path is expected") } else { Ok(text.into()) }
+}
+
+/// The name of an interface, as Linux allows it.
+fn interface(text: &str) -> Result<String, BadOption> {
+    let fits = (1..=15).contains(&text.len()) && !matches!(text, "." | "..");
+    let valid = |byte: u8| byte.is_ascii_graphic() && !b"/:%".contains(&byte);
+    if fits && text.bytes().all(valid) {
+        return Ok(text.to_owned());
+    }
+    bad(format!("`{text}` is not the name of an interface (1 to 15 bytes, no space, `/`, `:` or `%`)"))
+}
+
+/// The address of one interface, no group's.
+fn mac(text: &str) -> Result<[u8; 6], BadOption> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|byte| hex(byte, 2..=2, 0xff).map(|byte| byte as u8)).collect();
+    match bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
+        Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(mac),
+        _ => bad(format!("`{text}` is not the address of an interface (xx:xx:xx:xx:xx:xx, the first one even)")),
+    }
+}
+
 fn identifier(text: &str) -> Result<String, BadOption> {
     let fits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
     if fits { Ok(text.to_owned()) } else { bad(format!("`{text}` is not a name (letters, digits, `-`, `_` and `.`)")) }
@@ -192,10 +229,7 @@ impl std::str::FromStr for DeviceOption {
             "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
             "pinblk" => {
                 let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id"])?;
-                let file: Option<PathBuf> = keys.get("file", |text| match text {
-                    "" => bad("a path is expected"),
-                    path => Ok(path.into()),
-                })?;
+                let file = keys.get("file", path)?;
                 let direct = keys.switch("direct")?.unwrap_or(false);
                 if direct && file.is_none() {
                     return bad("pinblk: direct=on needs file=PATH");
@@ -204,10 +238,7 @@ impl std::str::FromStr for DeviceOption {
             }
             "vfio-user" => {
                 let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;
-                let path = keys.get("socket", |text| match text {
-                    "" => bad("a path is expected"),
-                    path => Ok(UserSocket::Path(path.into())),
-                })?;
+                let path = keys.get("socket", |text| path(text).map(UserSocket::Path))?;
                 let socket = match (path, keys.get("fd", descriptor)?) {
                     (Some(path), None) => path,
                     (None, Some(fd)) => UserSocket::Fd(fd),
@@ -217,7 +248,27 @@ impl std::str::FromStr for DeviceOption {
                 let confine = keys.switch("confine")?.unwrap_or(false);
                 (keys, DeviceKind::VfioUser { socket, confine })
             }
-            _ => return bad(format!("unknown device `{kind}`; it is vfio, vfio-user, edu or pinblk")),
+            "virtio-blk" => {
+                let keys = Keys::parse(kind, rest, &["addr", "file", "id", "readonly"])?;
+                let file =
+                    keys.get("file", path)?.ok_or_else(|| BadOption("virtio-blk: file=PATH is missing".into()))?;
+                let read_only = keys.switch("readonly")?.unwrap_or(false);
+                (keys, DeviceKind::Virtio(VirtioKind::Blk { file, read_only }))
+            }
+            "virtio-net" => {
+                let keys = Keys::parse(kind, rest, &["addr", "id", "mac", "tap"])?;
+                let tap =
+                    keys.get("tap", interface)?.ok_or_else(|| BadOption("virtio-net: tap=NAME is missing".into()))?;
+                let mac = keys.get("mac", mac)?;
+                (keys, DeviceKind::Virtio(VirtioKind::Net { tap, mac }))
+            }
+            "virtio-console" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Virtio(VirtioKind::Console)),
+            "virtio-rng" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Virtio(VirtioKind::Rng)),
+            _ => {
+                return bad(format!(
+                    "unknown device `{kind}`; it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk"
+                ));
+            }
         };
         Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
     }

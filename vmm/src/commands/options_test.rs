@@ -39,7 +39,7 @@ fn iommu_keys() {
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
-            scalable: true,
+            scalable: Some(Stages::Second),
             ioapic_check: false,
         }))
     );
@@ -53,6 +53,10 @@ fn iommu_keys() {
         let expected = VtdOption { interrupt_remapping, extended_interrupt_mode, ..VtdOption::default() };
         assert_eq!(text.parse(), Ok(IommuOption::Vtd(expected)), "{text}");
     }
+    for (text, stages) in [("second", Stages::Second), ("first", Stages::First), ("both", Stages::Both)] {
+        let expected = VtdOption { scalable: Some(stages), ..VtdOption::default() };
+        assert_eq!(format!("vtd,scalable=on,stage={text}").parse(), Ok(IommuOption::Vtd(expected)));
+    }
     for (text, part) in [
         ("vtd,aw-bits=40", "not 39, 48 or 57"),
         ("vtd,foo=1", "the keys are aw-bits, caching-mode"),
@@ -63,7 +67,10 @@ fn iommu_keys() {
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
-        ("vtd,scalable=yes", "neither on nor off"),
+        ("vtd,scalable=yes", "`on` or `off` is expected"),
+        ("vtd,stage=first", "stage needs scalable=on"),
+        ("vtd,scalable=off,stage=second", "stage needs scalable=on"),
+        ("vtd,scalable=on,stage=third", "`third` is not first, second or both"),
     ] {
         let message = error::<IommuOption>(text);
         assert!(message.contains(part), "{text}: {message}");
@@ -78,6 +85,18 @@ fn device_keys() {
     assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });
     assert_eq!(pinblk("pinblk,file=/x,direct=on"), DeviceKind::PinBlk { file: Some("/x".into()), direct: true });
 
+    let virtio = |text: &str| match text.parse::<DeviceOption>().unwrap().kind {
+        DeviceKind::Virtio(kind) => kind,
+        kind => panic!("{kind:?}"),
+    };
+    assert_eq!(virtio("virtio-rng,addr=03.0"), VirtioKind::Rng);
+    assert_eq!(virtio("virtio-console,id=c"), VirtioKind::Console);
+    let tap = |mac| VirtioKind::Net { tap: "tap0".into(), mac };
+    assert_eq!(virtio("virtio-net,tap=tap0"), tap(None));
+    assert_eq!(virtio("virtio-net,mac=52:54:00:AB:cd:09,tap=tap0"), tap(Some([0x52, 0x54, 0, 0xab, 0xcd, 9])));
+    let disk = |read_only| VirtioKind::Blk { file: "/x".into(), read_only };
+    assert_eq!(virtio("virtio-blk,file=/x"), disk(false));
+    assert_eq!(virtio("virtio-blk,readonly=on,file=/x,id=a"), disk(true));
     let host = Bdf { domain: 0, bus: 0, device: 9, function: 0 };
     assert_eq!(
         "vfio,host=00:09.0,addr=1E.7,backend=type1,id=disk".parse(),
@@ -126,7 +145,23 @@ fn device_keys() {
         ("pinblk,host=00:09.0", "the keys are addr, direct, file, id"),
         ("pinblk,direct=on", "direct=on needs file=PATH"),
         ("pinblk,file=", "a path is expected"),
-        ("floppy", "vfio, vfio-user, edu or pinblk"),
+        ("virtio-blk", "file=PATH is missing"),
+        ("virtio-blk,file=", "a path is expected"),
+        ("virtio-blk,file=x,readonly=1", "`on` or `off` is expected"),
+        ("virtio-blk,file=x,ro=on", "the keys are addr, file, id, readonly"),
+        ("virtio-net", "tap=NAME is missing"),
+        ("virtio-net,tap=", "not the name of an interface"),
+        ("virtio-net,tap=a/b", "not the name of an interface"),
+        ("virtio-net,tap=0123456789abcdef", "not the name of an interface"),
+        ("virtio-net,tap=..", "not the name of an interface"),
+        ("virtio-net,tap=a,mac=02:00:00:00:00", "not the address of an interface"),
+        ("virtio-net,tap=a,mac=01:00:00:00:00:01", "not the address of an interface"),
+        ("virtio-net,tap=a,mac=00:00:00:00:00:00", "not the address of an interface"),
+        ("virtio-net,tap=a,mac=2:0:0:0:0:1", "not the address of an interface"),
+        ("virtio-net,file=x", "the keys are addr, id, mac, tap"),
+        ("virtio-console,file=x", "the keys are addr, id"),
+        ("virtio-rng,file=x", "the keys are addr, id"),
+        ("floppy", "it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk"),
     ] {
         let message = error::<DeviceOption>(text);
         assert!(message.contains(part), "{text}: {message}");

@@ -201,7 +201,7 @@ impl Run<'_> {
 
         // From here on the event loop hears the signals.
         drop(guard);
-        let typed = Console::start(machine.serial().clone(), drained, control, self.messages.terminal())?;
+        let typed = Console::start(machine.input(), drained, control, self.messages.terminal())?;
         machine.resume();
         let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref(), socket);
         machine.halt();

@@ -22,6 +22,7 @@ use devices::pci::{ConfigPorts, Ecam, PciRoot, SlotError};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
 use devices::vfio_pci::VfioPci;
+use devices::virtio::console::Input;
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
 use vfio_bridge::{Bridge, Trace, TracedListener};
@@ -35,6 +36,7 @@ use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
 use crate::config::{MachineConfig, Slot};
+use crate::console::GuestInput;
 use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
@@ -127,6 +129,8 @@ pub struct Machine {
     platform: Platform,
     placed: Vec<Placed>,
     assigned: Vec<(String, Arc<VfioPci>)>,
+    /// Of the virtio console.
+    input: Option<Arc<Input>>,
     interrupts: Arc<KvmInterrupts>,
     unit: Option<Arc<Unit<Ram>>>,
     bridge: Arc<Bridge>,
@@ -226,7 +230,8 @@ impl Machine {
 
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
-        let mut platform = Platform::new(&interrupts, &control, output, drained)?;
+        let taken = drained.try_clone().map_err(Error::Interrupts)?;
+        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained)?;
 
         let unit = match wanted.vtd() {
             None => None,
@@ -260,10 +265,13 @@ impl Machine {
             interrupts: interrupts.clone(),
             slots,
             ram: &ram,
+            output: &output,
+            taken: &taken,
+            input: None,
             assigned: Vec::new(),
         };
         let placed = plug.devices(&wanted.devices, names, places, assigned)?;
-        let assigned = plug.assigned;
+        let (assigned, input) = (plug.assigned, plug.input);
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
         // quiet now.
         platform.root.reset();
@@ -309,6 +317,7 @@ impl Machine {
             platform,
             placed,
             assigned,
+            input,
             interrupts,
             unit,
             bridge,
@@ -335,9 +344,9 @@ impl Machine {
         Ok(machine)
     }
 
-    /// The serial port, for input.
-    pub fn serial(&self) -> &Arc<SerialPort> {
-        &self.platform.serial
+    /// Where input goes.
+    pub fn input(&self) -> GuestInput {
+        GuestInput { serial: self.platform.serial.clone(), console: self.input.clone() }
     }
 
     /// The interrupts, for those that the unit blocks.

@@ -8,16 +8,18 @@ use devices::host::IrqLine;
 use devices::ioapic::EoiListener;
 use devices::pci::{PciFunction, gsi_of};
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
-use vfio_bridge::{Bdf, Bridge, Function, GroupId};
+use devices::virtio::console::Input;
+use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient};
+use vmm_sys_util::eventfd::EventFd;
 use vtd::{Requester, SourceId, Unit};
 
 use super::{Error, Platform};
-use crate::assign::pinned_reads::PinnedReads;
 use crate::assign::{self, Assigned, UserRequests};
 use crate::config::{DeviceKind, DeviceOption, Slot};
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
 use crate::kvm::slots::{FunctionSlots, KvmSlots};
+use crate::output::OutputWriter;
 
 /// A device of the command line, in its place.
 pub(super) struct Placed {
@@ -29,7 +31,7 @@ pub(super) struct Placed {
     /// The function, if another process emulates it.
     pub process: Option<Arc<dyn Function>>,
     /// Of a device that pins.
-    pub pins: Option<Arc<PinnedReads>>,
+    pub pins: Option<Arc<PinClient>>,
 }
 
 /// Puts the devices of the command line into a machine.
@@ -39,6 +41,12 @@ pub(super) struct Plug<'a> {
     pub interrupts: Arc<KvmInterrupts>,
     pub slots: Arc<KvmSlots>,
     pub ram: &'a Arc<Ram>,
+    /// Where the guest's output goes.
+    pub output: &'a OutputWriter,
+    /// Signalled when the guest took its input.
+    pub taken: &'a EventFd,
+    /// Where its input goes besides the serial port.
+    pub input: Option<Arc<Input>>,
     /// Assigned functions, with their ids.
     pub assigned: Vec<(String, Arc<VfioPci>)>,
 }
@@ -84,8 +92,27 @@ impl Plug<'_> {
                     };
                     let (device, reads) = assign::plug_pinblk(file.as_deref(), *direct, wiring)?;
                     assigned.breaker.add(requester, &device);
-                    pins = Some(reads);
+                    pins = Some(reads.client().clone());
                     device
+                }
+                DeviceKind::Virtio(kind) => {
+                    let wiring = assign::VirtioWiring {
+                        id,
+                        requester,
+                        unit: self.unit,
+                        ram: self.ram,
+                        bridge: &assigned.bridge,
+                        software: &assigned.software,
+                        output: self.output,
+                        taken: self.taken,
+                        breaker: assigned.breaker.clone(),
+                        interrupts: self.interrupts.clone(),
+                        decoder: self.platform.root.decoder(),
+                    };
+                    let plugged = assign::plug_virtio(kind, wiring)?;
+                    pins = plugged.pins;
+                    self.input = plugged.input.or(self.input.take());
+                    plugged.function
                 }
             };
             self.platform.root.insert(sid, function).map_err(place)?;

@@ -39,7 +39,7 @@ pub struct Exit {
 pub struct Device {
     /// Its id.
     pub id: String,
-    /// vfio, vfio-user, edu or pinblk.
+    /// vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk.
     pub kind: &'static str,
     /// Its address in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,13 +49,13 @@ pub struct Device {
     /// Its IOMMU group in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
-    /// What the bridge did, for all that are behind it: vfio, vfio-user and pinblk.
+    /// What the bridge did, for all that are behind it: vfio, vfio-user, pinblk, virtio-blk and virtio-net.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub bridge: Option<Bridge>,
     /// What it asked for by message, for vfio-user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dma_messages: Option<vfio_bridge::DmaMessages>,
-    /// What it pinned, for pinblk.
+    /// What it pinned, for pinblk, virtio-blk and virtio-net.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pins: Option<vfio_bridge::PinStats>,
 }

@@ -13,13 +13,16 @@ use vm_memory::{GuestMemoryBackend, Permissions};
 use super::iotlb::{Iotlb, Sampled};
 use crate::core::Core;
 use crate::faults::{Access, Fault};
-use crate::ids::{Gpa, Iova, Requester};
+use crate::ids::{Gpa, Iova, Pasid, Requester, Stream};
 use crate::source_ids::Source;
 use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
-use crate::tables::context::{Resolved, Unresolved, resolve};
-use crate::tables::second_stage::{Blocked, DIRECTORY_SPAN, Directory, Translated, permits};
+use crate::tables::blocked::Blocked;
+use crate::tables::context::{Resolved, Unresolved};
+use crate::tables::first_stage;
+use crate::tables::resolve::resolve;
+use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Translated, permits};
 use crate::unit::Unit;
 
 pub(super) const PAGE: u64 = 4096;
@@ -66,6 +69,10 @@ impl Wanted {
         }
     }
 
+    fn writes(self) -> bool {
+        self.first == Access::Write || self.also == Some(Access::Write)
+    }
+
     /// Whether `perm` lets all of it through; else the access that it does not.
     fn permitted(self, perm: Perm) -> Result<(), (Access, Blocked)> {
         let mut accesses = iter::once(self.first).chain(self.also);
@@ -84,9 +91,17 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// dropped, another function that core its source id has that alone. So it is not to be dropped inside a
     /// [`crate::DmaSession`] of another endpoint, or by a listener or a sink that the unit calls.
     pub fn endpoint(self: &Arc<Self>, requester: Requester) -> Endpoint<M> {
+        self.endpoint_of(requester.into())
+    }
+
+    /// The same for requests that carry a PASID, or that do not.
+    ///
+    /// Each endpoint caches translations of its own, some 80 KiB, so a device has as many of them as it uses at a time.
+    pub fn endpoint_of(self: &Arc<Self>, stream: Stream) -> Endpoint<M> {
         let iotlb = Arc::default();
+        let Stream { requester, pasid } = stream;
         self.spaces().add_endpoint(&self.core, requester, &iotlb);
-        Endpoint { unit: self.clone(), requester, iotlb }
+        Endpoint { unit: self.clone(), requester, pasid, iotlb }
     }
 }
 
@@ -94,6 +109,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
     pub(super) unit: Arc<Unit<M>>,
     requester: Requester,
+    pasid: Option<Pasid>,
     pub(super) iotlb: Arc<Iotlb>,
 }
 
@@ -123,8 +139,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
 
     /// The slow way. The cache's epoch is sampled before the first table read.
     fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
-        // Untranslated requests to this range are interrupts, also with translation off. Section 3.14.
-        if INTERRUPT_WINDOW.contains(iova.0) {
+        // Requests without PASID to this range are interrupts, also with translation off, when a PASID is ignored.
+        // Section 3.15.
+        if INTERRUPT_WINDOW.contains(iova.0) && (self.pasid.is_none() || !self.unit.core.translation.load().enabled) {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();
@@ -137,7 +154,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let Core { memory, config, .. } = &self.unit.core;
         let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN) {
             Some(word) => Directory::unpack(word).translate(memory, config, iova, wanted.first),
-            None => self.walk_from(sampled, Resolved::unpack(self.iotlb.context(sampled)?, config), iova, wanted.first),
+            None => self.walk_from(sampled, Resolved::unpack(self.iotlb.context(sampled)?, config), iova, wanted),
         };
         let found = found.ok().filter(|found| wanted.permitted(found.perm).is_ok())?;
         self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
@@ -151,7 +168,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let source = core.sources.load().of(self.requester);
         let translation = **core.translation.load();
         let resolved = match source {
-            Source::Own(id) => resolve(&core.memory, &core.config, translation, id),
+            Source::Own(id) => resolve(&core.memory, &core.config, translation, id, self.pasid),
             Source::Shared(_) | Source::None if !translation.enabled => Ok(Resolved::Off),
             // Of two entries, neither is said to be for it.
             Source::Shared(_) => Err(FaultReason::ContextInvalid.into()),
@@ -159,7 +176,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         };
         let fault = |access: Access, reason: FaultReason, disabled: bool| {
             let silenced = disabled && reason.qualified();
-            DmaError::Fault(Fault { requester: source.seen(self.requester), iova, access, reason, silenced })
+            let (requester, pasid) = (source.seen(self.requester), self.pasid);
+            DmaError::Fault(Fault { requester, pasid, iova, access, reason, silenced })
         };
         let resolved = resolved.map_err(|Unresolved { reason, fault_processing_disable }| {
             fault(wanted.first, reason, fault_processing_disable)
@@ -169,7 +187,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let disabled = resolved.fault_processing_disable();
         let blocked =
             |access, blocked: Blocked| fault(access, blocked.reason(access, translation.is_scalable()), disabled);
-        let found = self.walk_from(sampled, resolved, iova, wanted.first);
+        let found = self.walk_from(sampled, resolved, iova, wanted);
         let found = found.map_err(|why| blocked(wanted.first, why))?;
         wanted.permitted(found.perm).map_err(|(access, why)| blocked(access, why))?;
         self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
@@ -182,7 +200,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         sampled: Sampled,
         resolved: Resolved,
         iova: Iova,
-        access: Access,
+        wanted: Wanted,
     ) -> Result<Translated, Blocked> {
         let Core { memory, config, .. } = &self.unit.core;
         let untranslated = Translated { page: Gpa(iova.0 & !(PAGE - 1)), perm: Perm::ReadWrite };
@@ -190,6 +208,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             Resolved::Off => Ok(untranslated),
             // Pass-through is for addresses of the unit's width, too. Section 3.9.
             Resolved::PassThrough { .. } if iova.0 >> config.host_address_width != 0 => Err(Blocked::BeyondHostWidth),
+            // Of requests with a PASID.
+            Resolved::PassThrough { .. } if INTERRUPT_WINDOW.contains(iova.0) => Err(Blocked::OutputInInterruptRange),
             Resolved::PassThrough { .. } => Ok(untranslated),
             Resolved::Paged { space, .. } => {
                 let directory = Directory::find(memory, config, &space, iova)?;
@@ -197,7 +217,14 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
                     self.iotlb.note_large();
                 }
                 self.iotlb.insert_directory(sampled, iova.0 / DIRECTORY_SPAN, directory.pack());
-                directory.translate(memory, config, iova, access)
+                directory.translate(memory, config, iova, wanted.first)
+            }
+            Resolved::First { tables, .. } => {
+                let found = first_stage::translate(memory, config, tables, iova, wanted.writes())?;
+                // An IOTLB invalidation of pages, whose addresses are those of the second stage, reaches all of a first
+                // stage's domain (section 6.5.2.3). So does then one of a PASID's pages, which need not.
+                self.iotlb.note_large();
+                Ok(found)
             }
         }
     }

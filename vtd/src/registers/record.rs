@@ -3,6 +3,7 @@
 use super::Registers;
 use super::state::FaultRecord;
 use crate::faults::{Access, Fault};
+use crate::ids::Pasid;
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::FaultStatus;
@@ -23,7 +24,9 @@ impl Registers {
         let high = FaultRecordHigh::new()
             .with_source(fault.requester.sid.0)
             .with_reason(fault.reason.code())
-            .with_type_1(fault.access != Access::Write);
+            .with_type_1(fault.access != Access::Write)
+            .with_pasid_present(fault.pasid.is_some())
+            .with_pasid(fault.pasid.map_or(0, |pasid| pasid.0 & Pasid::MAX.0));
         self.record(fault.iova.0 & !0xfff, high)
     }
 

@@ -4,6 +4,7 @@
 use super::state::{EventRegisters, FaultRecord, State, StateVersion};
 use super::writable;
 use crate::config::{FAULT_RECORDS, UnitConfig};
+use crate::ids::Pasid;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::invalidation::Descriptor;
 use crate::spec::registers::{ContextCommand, EventControl, FaultStatus, Global, IotlbInvalidate, QueueErrorRecord};
@@ -105,7 +106,7 @@ impl State {
         }
         check_event(["FECTL", "FEDATA", "FEADDR"], fault_event)?;
         check_event(["IECTL", "IEDATA", "IEADDR"], completion_event)?;
-        fault_records.into_iter().try_for_each(check_record)?;
+        fault_records.into_iter().try_for_each(|record| check_record(config, record))?;
         let len = if global_status.queued_invalidation() { 4096 << queue_in_use.size() } else { 0 };
         // The head is 0 while the queue is off.
         if queue_head != 0 && queue_head >= len || !queue_head.is_multiple_of(Descriptor::size(queue_in_use.wide())) {
@@ -129,8 +130,10 @@ fn check_event([control, data, address]: [&'static str; 3], event: EventRegister
     check(address, lower.into(), writable::EVENT_ADDRESS.into())
 }
 
-fn check_record(FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreError> {
+fn check_record(config: &UnitConfig, FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreError> {
     let possible = FaultRecordHigh::new().with_source(u16::MAX).with_reason(u8::MAX).with_type_1(true).with_fault(true);
+    let pasid = if config.pasid_bits == 0 { 0 } else { Pasid::MAX.0 };
+    let possible = possible.with_pasid_present(pasid != 0).with_pasid(pasid);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())
 }

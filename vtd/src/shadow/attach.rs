@@ -153,7 +153,14 @@ impl Spaces {
 /// not be used.
 fn refused_fault<M>(core: &Core<M>, requester: Requester, iova: Iova) -> Fault {
     let requester = core.sources.load().of(requester).seen(requester);
-    Fault { requester, iova, access: Access::Read, reason: FaultReason::PagingTableAccess, silenced: false }
+    Fault {
+        requester,
+        pasid: None,
+        iova,
+        access: Access::Read,
+        reason: FaultReason::PagingTableAccess,
+        silenced: false,
+    }
 }
 
 /// One fault record per device and cause for what the host refused (B-11).

@@ -13,7 +13,8 @@ use crate::ids::{DomainId, Requester, SourceId};
 use crate::listener::AttachRefused;
 use crate::scope::ContextScope;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::tables::context::{Resolved, resolve};
+use crate::tables::context::Resolved;
+use crate::tables::resolve::resolve;
 
 /// An assigned function behind the unit.
 pub(super) struct Member {
@@ -189,10 +190,13 @@ pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
         // With translation off nobody looks at the id.
         return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None);
     };
-    match resolve(&core.memory, &core.config, translation, source) {
+    // Only these requests of an assigned function are attached: see `UnitConfig::pasid_bits`.
+    match resolve(&core.memory, &core.config, translation, source, None) {
         Ok(Resolved::Off) => (SpaceKey::Identity, None),
         Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
         Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),
+        // What a first stage adds need not be invalidated: there is no moment to tell the listener of it.
+        Ok(Resolved::First { domain, .. }) => (SpaceKey::Blocked, Some(domain)),
         Err(_) => (SpaceKey::Blocked, None),
     }
 }

@@ -37,6 +37,8 @@ pub enum FaultReason {
     OutputInInterruptRange = 0xe,
     /// The table mode of RTADDR is none that this unit has (RTA.1).
     TableModeInvalid = 0x30,
+    /// A request with a PASID in legacy mode (RTA.2).
+    PasidInLegacyMode = 0x31,
     /// Abort-DMA mode (RTA.4).
     AbortMode = 0x33,
     /// The root table could not be read (SRT.1).
@@ -53,6 +55,12 @@ pub enum FaultReason {
     ScalableContextReserved = 0x42,
     /// The context entry's RID_PASID is beyond its PASID directory (SCT.4).
     ScalableContextInvalid = 0x43,
+    /// The context entry permits no requests with a PASID (SCT.6).
+    PasidNotEnabled = 0x45,
+    /// The PASID is beyond the context entry's PASID directory (SCT.7).
+    PasidBeyondDirectory = 0x46,
+    /// The PASID is the one that requests without PASID have (SCT.9).
+    PasidIsRidPasid = 0x48,
     /// The PASID directory could not be read (SPD.1).
     PasidDirectoryAccess = 0x50,
     /// The entry of the PASID directory is not present (SPD.2).
@@ -67,6 +75,14 @@ pub enum FaultReason {
     PasidEntryReserved = 0x5a,
     /// The entry of the PASID table has a width or a type that this unit does not have (SPT.4).
     PasidEntryInvalid = 0x5b,
+    /// A first-stage table below the topmost could not be read (SFS.1).
+    FirstStageAccess = 0x70,
+    /// A first-stage entry is not present (SFS.2).
+    FirstStageNotPresent = 0x71,
+    /// A reserved field of a present first-stage entry is not zero (SFS.3).
+    FirstStageReserved = 0x72,
+    /// The topmost first-stage table could not be read (SFS.4).
+    FirstStageRootAccess = 0x73,
     /// A second-stage table below the topmost could not be read (SSS.1).
     SecondStageAccess = 0x78,
     /// A second-stage entry, or all entries together, permit neither read nor write (SSS.2).
@@ -75,6 +91,10 @@ pub enum FaultReason {
     SecondStageReserved = 0x7a,
     /// The topmost second-stage table could not be read (SSS.4).
     SecondStageRootAccess = 0x7b,
+    /// The address is not canonical in the first stage (SGN.1).
+    NotCanonical = 0x80,
+    /// A first-stage entry keeps user requests out, as all of ours are (SGN.2).
+    SupervisorPage = 0x81,
     /// The address of a request that passes through is beyond the host address width (SGN.4).
     BeyondHostWidth = 0x83,
     /// The address is beyond the width of the PASID table's entry or of the unit (SGN.5).
@@ -85,11 +105,17 @@ pub enum FaultReason {
     ScalableReadNotPermitted = 0x86,
     /// The translation leads into the interrupt address range, in scalable mode (SGN.8).
     ScalableOutputInInterruptRange = 0x87,
+    /// The PASID has more bits than this unit's (SGN.10).
+    PasidBeyondSize = 0x89,
+    /// A first-stage flag is to be set, and PWSNP says that walks do not snoop (SFS.9).
+    FirstStageFlagsNotSnooped = 0x90,
+    /// A first-stage flag could not be set (SFS.10).
+    FirstStageFlagsNotSet = 0x91,
 }
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 39] = [
+    pub const ALL: [Self; 52] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -105,6 +131,7 @@ impl FaultReason {
         Self::RequestTypeBlocked,
         Self::OutputInInterruptRange,
         Self::TableModeInvalid,
+        Self::PasidInLegacyMode,
         Self::AbortMode,
         Self::ScalableRootAccess,
         Self::ScalableRootNotPresent,
@@ -113,6 +140,9 @@ impl FaultReason {
         Self::ScalableContextNotPresent,
         Self::ScalableContextReserved,
         Self::ScalableContextInvalid,
+        Self::PasidNotEnabled,
+        Self::PasidBeyondDirectory,
+        Self::PasidIsRidPasid,
         Self::PasidDirectoryAccess,
         Self::PasidDirectoryNotPresent,
         Self::PasidDirectoryReserved,
@@ -120,15 +150,24 @@ impl FaultReason {
         Self::PasidEntryNotPresent,
         Self::PasidEntryReserved,
         Self::PasidEntryInvalid,
+        Self::FirstStageAccess,
+        Self::FirstStageNotPresent,
+        Self::FirstStageReserved,
+        Self::FirstStageRootAccess,
         Self::SecondStageAccess,
         Self::SecondStageNotPermitted,
         Self::SecondStageReserved,
         Self::SecondStageRootAccess,
+        Self::NotCanonical,
+        Self::SupervisorPage,
         Self::BeyondHostWidth,
         Self::BeyondSecondStageWidth,
         Self::ScalableWriteNotPermitted,
         Self::ScalableReadNotPermitted,
         Self::ScalableOutputInInterruptRange,
+        Self::PasidBeyondSize,
+        Self::FirstStageFlagsNotSnooped,
+        Self::FirstStageFlagsNotSet,
     ];
 
     /// The code that stands in a fault record.
@@ -146,6 +185,7 @@ impl FaultReason {
                 | Self::ContextTableAccess
                 | Self::RootReserved
                 | Self::TableModeInvalid
+                | Self::PasidInLegacyMode
                 | Self::AbortMode
                 | Self::ScalableRootAccess
                 | Self::ScalableRootNotPresent

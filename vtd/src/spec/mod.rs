@@ -4,6 +4,7 @@
 //! revision 4.1 (chapter 9: memory-resident structures, chapter 11: registers, section 6.5.2: descriptors).
 
 pub mod fault;
+pub mod first_stage;
 pub mod invalidation;
 pub mod irte;
 pub mod pasid;

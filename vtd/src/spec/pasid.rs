@@ -1,4 +1,5 @@
-//! Root entries, context entries, the PASID directory and the PASID table of scalable mode. Sections 9.2 and 9.4 to 9.6.
+//! Root entries, context entries, the PASID directory and the PASID table of scalable mode. Sections 9.2 and 9.4 to
+//! 9.6.
 
 use bitfield_struct::bitfield;
 
@@ -81,7 +82,7 @@ pub struct DirectoryEntry {
     pub table: u64,
 }
 
-/// 64-bit words of an entry of a PASID table. Those from the third on are of the first stage, or reserved. Section 9.6.
+/// 64-bit words of an entry of a PASID table. Those from the fourth on are reserved. Section 9.6.
 pub const TABLE_ENTRY_WORDS: usize = 8;
 
 /// Bits 63:0 of an entry of a PASID table. Section 9.6.
@@ -123,12 +124,34 @@ pub struct EntryMiddle {
     pub reserved_high: u64,
 }
 
-/// Bits 191:128 of an entry of a PASID table that the unit ignores. Section 9.6.
-pub const ENTRY_UPPER_IGNORED: u64 = 0b11 << 5;
+/// Bits 191:128 of an entry of a PASID table; but for what is ignored, reserved unless the unit has a first stage.
+/// Section 9.6.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq)]
+pub struct EntryUpper {
+    /// SRE, which belongs to what no unit of ours has, and a reserved bit.
+    #[bits(2)]
+    pub reserved: u8,
+    /// FSPM: 0 is 4 levels, 1 is 5; ignored unless the first stage is used.
+    #[bits(2)]
+    pub paging_mode: u8,
+    /// WPE: of supervisor requests, of which there are none.
+    pub write_protect: bool,
+    #[bits(2)]
+    pub ignored: u8,
+    /// EAFE, which belongs to what no unit of ours has, and reserved bits.
+    #[bits(5)]
+    pub reserved_high: u8,
+    /// FSPTPTR: page number of the root of the first-stage table; ignored unless the first stage is used.
+    #[bits(52)]
+    pub first_stage: u64,
+}
 
 /// PGTT of an entry of a PASID table. Section 9.6.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TranslationType {
+    /// 001: the first stage only.
+    FirstStage,
     /// 010: the second stage only.
     SecondStage,
     /// 100: requests pass through.
@@ -136,9 +159,10 @@ pub enum TranslationType {
 }
 
 impl TranslationType {
-    /// The type with these three bits; `None` for a reserved one, and for those with a first stage.
+    /// The type with these three bits; `None` for a reserved one, and for nested translation.
     pub const fn from_bits(bits: u8) -> Option<Self> {
         match bits {
+            0b001 => Some(Self::FirstStage),
             0b010 => Some(Self::SecondStage),
             0b100 => Some(Self::PassThrough),
             _ => None,

@@ -145,15 +145,23 @@ pub struct ExtendedCapability {
     /// MHMV.
     #[bits(4)]
     pub max_handle_mask: u8,
-    #[bits(19)]
-    __: u32,
+    #[bits(11)]
+    __: u16,
+    /// PSS: bits of a PASID, less 1.
+    #[bits(5)]
+    pub pasid_size: u8,
+    /// PASID: requests may carry one.
+    pub pasid: bool,
+    #[bits(2)]
+    __: u8,
     /// SMTS: scalable mode.
     pub scalable_mode: bool,
     #[bits(2)]
     __: u8,
     /// SSTS: second-stage translation in scalable mode.
     pub second_stage: bool,
-    __: bool,
+    /// FSTS: first-stage translation in scalable mode.
+    pub first_stage: bool,
     /// SMPWC: page walks of scalable mode snoop the processor's caches where the entry of the PASID table asks for it.
     pub scalable_coherent: bool,
     /// RPS: RID_PASID of the scalable-mode context entry is honoured.

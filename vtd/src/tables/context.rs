@@ -1,10 +1,10 @@
-//! From a requester to what it is attached to: the table mode, and root table and context tables of legacy mode (A-1,
-//! Sections 3.4.2 and 3.4.3.
+//! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
+//! and 3.4.3.
 
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
-use super::pasid;
+use super::first_stage::FirstStage;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, SourceId};
 use crate::memory::read_pair;
@@ -38,6 +38,8 @@ pub(crate) enum Resolved {
     PassThrough { domain: DomainId, fault_processing_disable: bool },
     /// A page table.
     Paged { space: PagedSpace, fault_processing_disable: bool },
+    /// A page table of the first stage.
+    First { tables: FirstStage, domain: DomainId, fault_processing_disable: bool },
 }
 
 impl Resolved {
@@ -45,7 +47,7 @@ impl Resolved {
     pub(crate) fn domain(&self) -> Option<DomainId> {
         match self {
             Self::Off => None,
-            Self::PassThrough { domain, .. } => Some(*domain),
+            Self::PassThrough { domain, .. } | Self::First { domain, .. } => Some(*domain),
             Self::Paged { space, .. } => Some(space.domain),
         }
     }
@@ -54,9 +56,9 @@ impl Resolved {
     pub(crate) fn fault_processing_disable(&self) -> bool {
         match self {
             Self::Off => false,
-            Self::PassThrough { fault_processing_disable, .. } | Self::Paged { fault_processing_disable, .. } => {
-                *fault_processing_disable
-            }
+            Self::PassThrough { fault_processing_disable, .. }
+            | Self::Paged { fault_processing_disable, .. }
+            | Self::First { fault_processing_disable, .. } => *fault_processing_disable,
         }
     }
 
@@ -70,6 +72,12 @@ impl Resolved {
                 let Tables::Second { root, width } = space.tables;
                 packed.with_width(width).with_domain(space.domain.0).with_root_page(root.0 >> 12)
             }
+            // No second stage is as narrow.
+            Self::First { tables, domain, .. } => packed
+                .with_width(tables.levels)
+                .with_pass_through(!tables.snoops)
+                .with_domain(domain.0)
+                .with_root_page(tables.root.0 >> 12),
         }
         .into_bits()
     }
@@ -81,6 +89,11 @@ impl Resolved {
         match packed.width() {
             0 if packed.pass_through() => Self::PassThrough { domain, fault_processing_disable },
             0 => Self::Off,
+            levels @ (4 | 5) => {
+                let root = Gpa(packed.root_page() << 12);
+                let tables = FirstStage { root, levels, snoops: !packed.pass_through() };
+                Self::First { tables, domain, fault_processing_disable }
+            }
             width => {
                 let root = Gpa(packed.root_page() << 12);
                 let space = PagedSpace { unit: config.id, tables: Tables::Second { root, width }, domain };
@@ -93,9 +106,10 @@ impl Resolved {
 #[bitfield(u64)]
 struct PackedContext {
     domain: u16,
-    /// Guest address width in bits, 0 without a page table.
+    /// Guest address width in bits, levels of a first stage, 0 without a page table.
     #[bits(7)]
     width: u8,
+    /// Of a first stage: its walks do not snoop.
     pass_through: bool,
     #[bits(40)]
     root_page: u64,
@@ -119,25 +133,14 @@ pub(super) const fn beyond_width(config: &UnitConfig, address: u64) -> bool {
     address >> config.host_address_width != 0
 }
 
-/// Looks `source` up. Every error means that nothing is reachable (rule 1).
-pub(crate) fn resolve<M: GuestMemoryBackend>(
+/// Looks up in the tables of legacy mode what `source` is attached to. Every error means that nothing is reachable
+/// (rule 1).
+pub(super) fn resolve<M: GuestMemoryBackend>(
     memory: &M,
     config: &UnitConfig,
-    translation: Translation,
+    root_table: u64,
     source: SourceId,
 ) -> Result<Resolved, Unresolved> {
-    if !translation.enabled {
-        return Ok(Resolved::Off);
-    }
-    let root_table = translation.root.page() << 12;
-    match translation.root.mode() {
-        table_mode::LEGACY => {}
-        // Where only legacy mode is offered, any other table mode makes the pointer one that cannot be used.
-        _ if !config.scalable => return Err(FaultReason::RootTableAccess.into()),
-        table_mode::SCALABLE => return pasid::resolve(memory, config, Gpa(root_table), source),
-        table_mode::ABORT => return Err(FaultReason::AbortMode.into()),
-        _ => return Err(FaultReason::TableModeInvalid.into()),
-    }
     if beyond_width(config, root_table) {
         return Err(FaultReason::RootTableAccess.into());
     }

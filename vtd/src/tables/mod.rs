@@ -1,6 +1,9 @@
 //! The guest's tables, as they are walked.
 
+pub(crate) mod blocked;
 pub(crate) mod context;
+pub(crate) mod first_stage;
 pub(crate) mod interrupt;
 mod pasid;
+pub(crate) mod resolve;
 pub(crate) mod second_stage;

@@ -6,13 +6,14 @@
 use vm_memory::GuestMemoryBackend;
 
 use super::context::{Resolved, Unresolved, beyond_width, supported_width};
+use super::first_stage::FirstStage;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::{Words, read_words};
 use crate::space::{PagedSpace, Tables};
 use crate::spec::fault::FaultReason;
 use crate::spec::pasid::{
-    CONTEXT_ENTRY_SIZE, ContextHigh, ContextLow, DirectoryEntry, ENTRY_UPPER_IGNORED, EntryLow, EntryMiddle, RootHalf,
+    CONTEXT_ENTRY_SIZE, ContextHigh, ContextLow, DirectoryEntry, EntryLow, EntryMiddle, EntryUpper, RootHalf,
     TABLE_BITS, TABLE_ENTRY_WORDS, TranslationType,
 };
 
@@ -28,13 +29,29 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     config: &UnitConfig,
     root_table: Gpa,
     source: SourceId,
+    pasid: Option<Pasid>,
 ) -> Result<Resolved, Unresolved> {
     let context = context(memory, config, root_table, source)?;
-    let pasid = Pasid(context.high.rid_pasid());
-    if pasid.0 > context.low.max_pasid() {
-        return Err(unresolved(FaultReason::ScalableContextInvalid, context.low.fault_processing_disable()));
+    let unresolved = |reason| unresolved(reason, context.low.fault_processing_disable());
+    let rid_pasid = Pasid(context.high.rid_pasid());
+    if rid_pasid.0 > context.low.max_pasid() {
+        return Err(unresolved(FaultReason::ScalableContextInvalid));
     }
-    entry(memory, config, context.low, pasid)
+    if let Some(pasid) = pasid {
+        if pasid.0 >> config.pasid_bits != 0 {
+            return Err(unresolved(FaultReason::PasidBeyondSize));
+        }
+        if !context.low.pasid() {
+            return Err(unresolved(FaultReason::PasidNotEnabled));
+        }
+        if pasid.0 > context.low.max_pasid() {
+            return Err(unresolved(FaultReason::PasidBeyondDirectory));
+        }
+        if pasid == rid_pasid {
+            return Err(unresolved(FaultReason::PasidIsRidPasid));
+        }
+    }
+    entry(memory, config, context.low, pasid.unwrap_or(rid_pasid))
 }
 
 const fn unresolved(reason: FaultReason, fault_processing_disable: bool) -> Unresolved {
@@ -70,8 +87,9 @@ fn context<M: GuestMemoryBackend>(
     if !low.present() {
         return Err(unresolved(FaultReason::ScalableContextNotPresent, disabled));
     }
-    // Neither a device-TLB nor page requests nor PASIDs are offered.
-    let reserved = low.device_tlb() || low.page_request() || low.pasid() || low.reserved() != 0;
+    // Neither a device-TLB nor page requests are offered.
+    let reserved = low.device_tlb() || low.page_request() || low.reserved() != 0;
+    let reserved = reserved || low.pasid() && config.pasid_bits == 0;
     let reserved = reserved || high.reserved() != 0 || rest != [0, 0];
     if reserved || beyond_width(config, low.directory() << 12) {
         return Err(unresolved(FaultReason::ScalableContextReserved, disabled));
@@ -102,18 +120,24 @@ fn entry<M: GuestMemoryBackend>(
     let index = u64::from(pasid.0) & ((1 << TABLE_BITS) - 1);
     let words = read_words::<_, TABLE_ENTRY_WORDS>(memory, Gpa(table + index * TABLE_ENTRY_WORDS as u64 * 8));
     let [low, middle, upper, rest @ ..] = words.ok_or(unresolved(FaultReason::PasidEntryAccess, disabled))?;
-    let (low, middle) = (EntryLow::from_bits(low), EntryMiddle::from_bits(middle));
+    let (low, middle, upper) = (EntryLow::from_bits(low), EntryMiddle::from_bits(middle), EntryUpper::from_bits(upper));
     let fault_processing_disable = disabled || low.fault_processing_disable();
     let unresolved = |reason| unresolved(reason, fault_processing_disable);
     if !low.present() {
         return Err(unresolved(FaultReason::PasidEntryNotPresent));
     }
     let root = low.second_stage() << 12;
-    // Neither a first stage nor accessed and dirty bits of the second are offered, nor memory types, nor snoop control.
+    let first = upper.first_stage() << 12;
+    // Accessed and dirty bits of the second stage are not offered, nor memory types, nor snoop control, nor supervisor
+    // requests, nor the extended accessed flag. AW and SSPTPTR are reserved without a second stage, and ignored all the
+    // same: Linux writes AW into entries of the first stage, whether or not there is a second.
     let reserved = low.reserved_low() || low.second_stage_dirty() || low.reserved() != 0;
     let reserved = reserved || middle.reserved() != 0 || middle.reserved_high() != 0;
-    let reserved = reserved || upper & !ENTRY_UPPER_IGNORED != 0 || rest != [0; TABLE_ENTRY_WORDS - 3];
-    if reserved || beyond_width(config, root) {
+    let reserved =
+        reserved || upper.reserved() != 0 || upper.reserved_high() != 0 || rest != [0; TABLE_ENTRY_WORDS - 3];
+    let of_first_stage = upper.paging_mode() != 0 || upper.write_protect() || first != 0;
+    let reserved = reserved || of_first_stage && !config.first_stage();
+    if reserved || beyond_width(config, root) || beyond_width(config, first) {
         return Err(unresolved(FaultReason::PasidEntryReserved));
     }
     let domain = DomainId(middle.domain());
@@ -121,12 +145,20 @@ fn entry<M: GuestMemoryBackend>(
         Some(TranslationType::PassThrough) if config.pass_through => {
             Ok(Resolved::PassThrough { domain, fault_processing_disable })
         }
-        Some(TranslationType::SecondStage) => {
+        Some(TranslationType::FirstStage) if config.first_stage() => {
+            let levels = 4 + upper.paging_mode();
+            if levels > config.first_stage_levels() {
+                return Err(unresolved(FaultReason::PasidEntryInvalid));
+            }
+            let tables = FirstStage { root: Gpa(first), levels, snoops: middle.walk_snoop() };
+            Ok(Resolved::First { tables, domain, fault_processing_disable })
+        }
+        Some(TranslationType::SecondStage) if config.second_stage() => {
             let width = supported_width(config, low.address_width());
             let width = width.ok_or(unresolved(FaultReason::PasidEntryInvalid))?;
             let space = PagedSpace { unit: config.id, tables: Tables::Second { root: Gpa(root), width }, domain };
             Ok(Resolved::Paged { space, fault_processing_disable })
         }
-        Some(TranslationType::PassThrough) | None => Err(unresolved(FaultReason::PasidEntryInvalid)),
+        Some(_) | None => Err(unresolved(FaultReason::PasidEntryInvalid)),
     }
 }

@@ -4,6 +4,7 @@
 use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
+use super::blocked::Blocked;
 use crate::config::UnitConfig;
 use crate::faults::Access;
 use crate::ids::{Gpa, Iova};
@@ -12,7 +13,6 @@ use crate::memory::Words;
 use crate::range::{GpaRange, IovaRange};
 use crate::space::{PagedSpace, Perm, Tables};
 use crate::spec::INTERRUPT_WINDOW;
-use crate::spec::fault::FaultReason;
 use crate::spec::second_stage::{LEVEL_BITS, PAGE_SIZE, SecondStageEntry, TABLE_ENTRIES, entry_span, levels};
 
 /// Naturally aligned span within which a whole-space re-sync merges leaves (B-7).
@@ -58,56 +58,6 @@ pub(crate) struct Translated {
     /// Where the page of the IOVA is.
     pub(crate) page: Gpa,
     pub(crate) perm: Perm,
-}
-
-/// Why a translation does not let a request through. Which reason that is depends on the table mode.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Blocked {
-    /// Pass-through, and the address is beyond the host address width.
-    BeyondHostWidth,
-    /// The address is beyond the width of the tables.
-    BeyondWidth,
-    /// The topmost table could not be read.
-    RootAccess,
-    /// Another one.
-    TableAccess,
-    /// A reserved field of a present entry is not zero.
-    Reserved,
-    /// An entry, or all of them together, permit nothing.
-    NothingPermitted,
-    /// They do not permit to read.
-    ReadNotPermitted,
-    /// They do not permit to write.
-    WriteNotPermitted,
-    /// The translation leads into the interrupt address range.
-    OutputInInterruptRange,
-}
-
-impl Blocked {
-    /// The reason in a fault record. Section 7.1.3.
-    pub(crate) const fn reason(self, access: Access, scalable: bool) -> FaultReason {
-        match (self, scalable) {
-            (Self::BeyondHostWidth | Self::BeyondWidth, false) => FaultReason::AddressBeyondWidth,
-            (Self::RootAccess | Self::TableAccess, false) => FaultReason::PagingTableAccess,
-            (Self::Reserved, false) => FaultReason::PagingReserved,
-            (Self::NothingPermitted, false) => match access {
-                Access::Write => FaultReason::WriteNotPermitted,
-                Access::Read | Access::ZeroLengthRead => FaultReason::ReadNotPermitted,
-            },
-            (Self::ReadNotPermitted, false) => FaultReason::ReadNotPermitted,
-            (Self::WriteNotPermitted, false) => FaultReason::WriteNotPermitted,
-            (Self::OutputInInterruptRange, false) => FaultReason::OutputInInterruptRange,
-            (Self::BeyondHostWidth, true) => FaultReason::BeyondHostWidth,
-            (Self::BeyondWidth, true) => FaultReason::BeyondSecondStageWidth,
-            (Self::RootAccess, true) => FaultReason::SecondStageRootAccess,
-            (Self::TableAccess, true) => FaultReason::SecondStageAccess,
-            (Self::Reserved, true) => FaultReason::SecondStageReserved,
-            (Self::NothingPermitted, true) => FaultReason::SecondStageNotPermitted,
-            (Self::ReadNotPermitted, true) => FaultReason::ScalableReadNotPermitted,
-            (Self::WriteNotPermitted, true) => FaultReason::ScalableWriteNotPermitted,
-            (Self::OutputInInterruptRange, true) => FaultReason::ScalableOutputInInterruptRange,
-        }
-    }
 }
 
 /// Whether `perm` lets `access` through.

@@ -1,8 +1,8 @@
 //! A guest in scalable mode: its tables and its descriptors.
 
 use vtd::spec::invalidation::{IotlbHigh, PasidLow, kind, pasid_cache, pasid_iotlb};
-use vtd::spec::pasid::{ContextHigh, ContextLow, DirectoryEntry, EntryLow, EntryMiddle, RootHalf};
-use vtd::{DomainId, Gpa, PagedSpace, Requester, SpaceKey, Tables, UnitConfig, UnitId};
+use vtd::spec::pasid::{ContextHigh, ContextLow, DirectoryEntry, EntryLow, EntryMiddle, EntryUpper, RootHalf};
+use vtd::{DomainId, Gpa, PagedSpace, Requester, SpaceKey, Stages, Tables, UnitConfig, UnitId};
 
 use crate::rig::{NVME, Rig};
 
@@ -11,13 +11,21 @@ pub type Entry = [u64; 8];
 
 /// A unit that offers scalable mode.
 pub fn config(aw_bits: u8) -> UnitConfig {
-    UnitConfig { scalable: true, ..UnitConfig::new(UnitId(0), aw_bits) }
+    UnitConfig { scalable: Some(Stages::Second), ..UnitConfig::new(UnitId(0), aw_bits) }
 }
 
 /// A present entry for the second stage of `width` bits at `root`. As Linux does, it has walks snoop.
 pub fn second_stage(root: u64, width: u8, domain: u16) -> Entry {
     let low = EntryLow::new().with_present(true).with_translation_type(2).with_address_width((width - 30) / 9);
     [low.with_second_stage(root >> 12).into_bits(), middle(domain), 0, 0, 0, 0, 0, 0]
+}
+
+/// A present entry for the first stage of 4 or 5 levels at `root`.
+pub fn first_stage(root: u64, levels: u8, domain: u16) -> Entry {
+    // AW as Linux writes it.
+    let low = EntryLow::new().with_present(true).with_translation_type(1).with_address_width(2);
+    let upper = EntryUpper::new().with_paging_mode(levels - 4).with_first_stage(root >> 12);
+    [low.into_bits(), middle(domain), upper.into_bits(), 0, 0, 0, 0, 0]
 }
 
 /// A present entry for pass-through.

@@ -1,4 +1,5 @@
-//! Scalable mode with the second stage and pass-through, as a listener and an emulated function see it.
+//! Scalable mode with the second stage and pass-through, as a listener and an emulated function see it (A-2, A-6,
+//!
 
 use vtd::spec::registers::{FaultStatus, offset};
 use vtd::{Access, Gpa, Iova, RestoreError, SpaceKey, State};
@@ -25,7 +26,7 @@ fn a4_scalable_mode_is_offered_when_asked_for() {
     assert_eq!([43, 46, 48, 49, 52].map(bit), [1; 5], "SMTS, SSTS, SMPWC, RPS, ADMS");
     // DT, SC, MTS, NEST, PRS, ERS, SRS, NWFS, EAFS, PASID, PDS, SSADS, FSTS, RPRIVS.
     assert_eq!([2, 7, 25, 26, 29, 30, 31, 33, 34, 40, 42, 45, 47, 53].map(bit), [0; 14]);
-    let legacy = vtd::UnitConfig { scalable: false, ..config(48) };
+    let legacy = vtd::UnitConfig { scalable: None, ..config(48) };
     assert_eq!(legacy.extended_capability().into_bits() >> 24, 0);
     assert_eq!(config(48).capability(), legacy.capability());
 }

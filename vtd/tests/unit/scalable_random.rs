@@ -1,5 +1,6 @@
-//! Random tables of scalable mode: what an emulated function is told, and what an assigned one reaches, is what a second
-//! implementation of section 3.4.3 finds, with the same reason. That one is plain: one address, one bit after the other.
+//! Random tables of scalable mode: what an emulated function is told, and what an assigned one reaches, is what a
+//! second implementation of section 3.4.3 finds, with the same reason. That one is plain: one address, one bit after
+//! the other.
 
 use proptest::prelude::*;
 use vtd::{Access, DmaError, Iova, SpaceKey};

@@ -29,9 +29,12 @@ struct Arguments {
     /// A 32-bit register of BAR 0 that holds what is written to its bits 31:12, hexadecimal.
     #[arg(long = "register", required = true, value_parser = hexadecimal)]
     registers: Vec<u32>,
-    /// For so long.
+    /// For so long at least.
     #[arg(long, default_value_t = 5)]
     seconds: u64,
+    /// Memory is disabled so often at least, however long that takes.
+    #[arg(long, default_value_t = 10)]
+    times: u64,
     /// Every so many times that memory was disabled the function is reset as well; 0: never.
     #[arg(long, default_value_t = 0)]
     reset_every: u64,
@@ -165,7 +168,7 @@ fn let_them(phase: u32, shared: &Shared, registers: &[Register]) {
 fn toggle(function: &Function, arguments: &Arguments, shared: &Shared, registers: &[Register]) -> Result<(u64, u64)> {
     let ends = Instant::now() + Duration::from_secs(arguments.seconds);
     let (mut toggles, mut resets) = (0, 0);
-    while Instant::now() < ends && !shared.ends.load(Ordering::SeqCst) {
+    while (Instant::now() < ends || toggles < arguments.times) && !shared.ends.load(Ordering::SeqCst) {
         let_them(ENABLED, shared, registers);
         enter(CHANGING, shared, registers);
         function.memory(false)?;

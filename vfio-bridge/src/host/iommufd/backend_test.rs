@@ -5,7 +5,7 @@ use std::fs::File;
 use vtd::IovaRange;
 
 use super::fake::{Call, Device, Fake};
-use super::kernel::DeviceInfo;
+use super::sys::DeviceInfo;
 use super::*;
 use crate::bridge::guest_map::{Backing, Region};
 

@@ -3,7 +3,7 @@
 use vtd::IovaRange;
 
 use super::fake::{Call, Device, Fake};
-use super::kernel::DeviceInfo;
+use super::sys::DeviceInfo;
 use super::*;
 use crate::bridge::guest_map::Region;
 use crate::host::dirty::{DirtyKnowledge, UnmapWindow};

@@ -7,8 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vtd::{IovaRange, Perm};
 
-use super::kernel::{DeviceInfo, Kernel};
-use super::sys::{Hwpt, Ioas, Place, With};
+use super::kernel::Kernel;
+use super::sys::{DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::{HostMem, MemKind, PAGE_SIZE};
 use crate::host::{HostDevice, HostStream, UnmapRange};
 

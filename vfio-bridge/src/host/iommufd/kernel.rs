@@ -9,8 +9,7 @@ use iommufd_ioctls::IommuFd;
 use vfio_ioctls::{VfioDevice, VfioError, VfioIommufd};
 use vtd::{IovaRange, Pasid, Perm};
 
-pub use super::sys::DeviceInfo;
-use super::sys::{self, Hwpt, Ioas, Place, With};
+use super::sys::{self, DeviceInfo, Hwpt, Ioas, Place, With};
 use crate::bridge::guest_map::HostMem;
 use crate::host::{HostDevice, HostStream, UnmapRange};
 

@@ -20,7 +20,9 @@ impl Test {
     /// Whether what it asks of the unit leaves room for an assigned device: without Caching Mode there is none.
     pub fn allows_assigned(&self) -> bool {
         let units = self.options.iter().filter_map(|option| option.parse::<IommuOption>().ok());
-        units.into_iter().all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode))
+        units
+            .into_iter()
+            .all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode && !unit.has_first_stage()))
     }
 }
 

@@ -1,0 +1,261 @@
+//! The thread of a device (H-3), and how it is told to work and to stop.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vtd::Requester;
+
+use super::ring::{Broken, Ring};
+use super::vectors::{Cause, Vectors};
+use super::{Device, Dma, Work};
+use crate::told::Told;
+
+/// How long what a device does in the host's kernel may take to end when the driver or a reset stops it.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a device that is stopped for good is waited for.
+const LAST_WAIT: Duration = Duration::from_secs(1);
+
+/// Interrupt status: a queue.
+const ISR_QUEUE: u8 = 1;
+/// Interrupt status: the configuration.
+const ISR_CONFIG: u8 = 2;
+
+/// What function and worker share. The worker holds its lock for moments only: not while it works.
+pub struct Link {
+    requester: Requester,
+    /// The interrupts of the device.
+    pub vectors: Vectors,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// The worker is to come to an end with what it does.
+    stop: AtomicBool,
+    /// Status bits that the device sets.
+    status: AtomicU8,
+    isr: AtomicU8,
+    wake: EventFd,
+    told: Told,
+}
+
+#[derive(Default)]
+struct State {
+    /// None while the driver is not ready, and while the worker has them.
+    rings: Vec<Option<Ring>>,
+    /// Features of a driver that became ready, which the device has not heard yet.
+    fresh: Option<u64>,
+    /// It was reset, which the device has not heard yet.
+    forgotten: bool,
+    /// The driver is ready, and its rings are in order.
+    started: bool,
+    /// The function may do DMA.
+    master: bool,
+    /// The worker has the rings.
+    busy: bool,
+    /// Nothing is begun any more.
+    ended: bool,
+    /// The thread ends.
+    closed: bool,
+}
+
+impl Link {
+    /// For the function at `requester`.
+    pub fn new(requester: Requester, vectors: Vectors) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            requester,
+            vectors,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(true),
+            status: AtomicU8::new(0),
+            isr: AtomicU8::new(0),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            told: Told::default(),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// There may be something to do.
+    pub fn kick(&self) {
+        // A counter that is full wakes as well.
+        let _ = self.wake.write(1);
+    }
+
+    /// Status bits that the device has set.
+    pub fn status(&self) -> u8 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// The interrupt status, which reading clears.
+    pub fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::AcqRel)
+    }
+
+    /// The driver is ready. The worker is not at anything: the device was reset before.
+    pub fn start(&self, rings: Result<Vec<Option<Ring>>, Broken>, features: u64) {
+        let mut state = self.lock();
+        match rings {
+            Ok(rings) => {
+                (state.rings, state.fresh, state.started) = (rings, Some(features), true);
+                self.go_on(&state);
+            }
+            Err(why) => {
+                drop(state);
+                self.needs_reset(why);
+            }
+        }
+    }
+
+    fn go_on(&self, state: &State) {
+        if state.may_work() {
+            self.stop.store(false, Ordering::Release);
+            self.kick();
+        }
+    }
+
+    /// Whether the function may do DMA; when it may not, it does none once this returns. `false`: that was not in time.
+    #[must_use]
+    pub fn set_master(&self, master: bool) -> bool {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.master, master) == master {
+            return true;
+        }
+        if master {
+            self.go_on(&state);
+            return true;
+        }
+        self.wait(state, DEADLINE).is_some()
+    }
+
+    /// The device is reset: when this returns it has no rings and does nothing. `false`: that was not in time.
+    #[must_use]
+    pub fn reset(&self) -> bool {
+        let Some(mut state) = self.wait(self.lock(), DEADLINE) else { return false };
+        (state.rings, state.fresh, state.started, state.forgotten) = (Vec::new(), None, false, true);
+        self.kick();
+        self.status.store(0, Ordering::Release);
+        self.isr.store(0, Ordering::Release);
+        true
+    }
+
+    /// Nothing is begun any more. `false`: what is under way does not end.
+    #[must_use]
+    pub fn end_for_good(&self) -> bool {
+        let mut state = self.lock();
+        state.ended = true;
+        self.wait(state, LAST_WAIT).is_some()
+    }
+
+    /// Makes the worker put down what it has. `None`: it did not in time, and never begins anything again.
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> Option<MutexGuard<'a, State>> {
+        self.stop.store(true, Ordering::Release);
+        // What did not end when it was ended for good has stopped the machine.
+        let limit = if state.ended { limit.min(LAST_WAIT) } else { limit };
+        let (mut state, waited) = self.changed.wait_timeout_while(state, limit, |state| state.busy).unwrap();
+        if waited.timed_out() {
+            state.ended = true;
+            return None;
+        }
+        Some(state)
+    }
+
+    /// The thread ends.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        self.stop.store(true, Ordering::Release);
+        drop(state);
+        self.kick();
+    }
+
+    /// The device's DEVICE_NEEDS_RESET (section 2.1.2).
+    fn needs_reset(&self, why: Broken) {
+        let requester = self.requester;
+        self.told.once(|| {
+            log::warn!("the virtio device {requester} needs a reset: {why}; further times are not logged");
+        });
+        self.status.fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET as u8, Ordering::AcqRel);
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        self.vectors.raise(Cause::Config);
+    }
+
+    fn used(&self, queue: usize) {
+        self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
+        self.vectors.raise(Cause::Queue(queue));
+    }
+}
+
+impl State {
+    fn may_work(&self) -> bool {
+        self.started && self.master && !self.ended && !self.closed
+    }
+}
+
+/// Starts the thread of `device`. Nobody waits for its end: I/O that never ends must not keep the process.
+pub fn spawn<D: Dma>(link: Arc<Link>, dma: D, mut device: impl Device<D>, name: &str) -> io::Result<()> {
+    let events = Epoll::new()?;
+    events.ctl(ControlOperation::Add, link.wake.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
+    if let Some(input) = device.input() {
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        events.ctl(ControlOperation::Add, input, EpollEvent::new(edges, 1))?;
+    }
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(move || while link.turn(&events, &dma, &mut device) {})?;
+    Ok(())
+}
+
+impl Link {
+    /// Waits for something to do, and does it. `false`: the thread ends.
+    fn turn<D: Dma>(&self, events: &Epoll, dma: &D, device: &mut impl Device<D>) -> bool {
+        match events.wait(-1, &mut [EpollEvent::default(); 2]) {
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return true,
+            Err(e) => {
+                log::error!("the virtio device {} stops: its events cannot be waited for: {e}", self.requester);
+                return false;
+            }
+        }
+        // Before the rings are looked at: a kick that comes later wakes again.
+        let _ = self.wake.read();
+        let mut state = self.lock();
+        if state.closed {
+            return false;
+        }
+        let (forgotten, works) = (std::mem::take(&mut state.forgotten), state.may_work());
+        let mut rings = if works { std::mem::take(&mut state.rings) } else { Vec::new() };
+        let fresh = if works { state.fresh.take() } else { None };
+        state.busy = works;
+        drop(state);
+        if forgotten {
+            device.reset();
+        }
+        if !works {
+            return true;
+        }
+        if let Some(features) = fresh {
+            device.start(features);
+        }
+        let notify = |queue: usize| self.used(queue);
+        let done = device.work(&mut Work { dma, rings: &mut rings, stop: &self.stop, notify: &notify });
+        let broken = done.err();
+        if broken.is_some() {
+            device.reset();
+        }
+        let mut state = self.lock();
+        (state.rings, state.busy) = (rings, false);
+        state.started &= broken.is_none();
+        // Still under the lock: a reset that comes now takes it back.
+        if let Some(why) = broken {
+            self.needs_reset(why);
+        }
+        self.changed.notify_all();
+        true
+    }
+}

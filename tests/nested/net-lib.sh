@@ -1,0 +1,55 @@
+# What the cases of virtio-net share. Sourced by them, after lib.sh.
+
+# copies FILE TIMES: the file, so many times.
+copies() { for copy in $(seq "$2"); do cat "$1"; done; }
+
+# tap: a tap of L1 with the address 10.0.2.1, brought up, and 64 MiB to send.
+tap() {
+    modprobe tun || fail "no tun"
+    tunctl -t tap0 >/dev/null || fail "no tap"
+    ifconfig tap0 10.0.2.1 netmask 255.255.255.0 up || fail "the tap does not come up"
+    dd if=/dev/urandom of=sent bs=1M count=64 2>/dev/null
+    # An input that does not end: a client whose input ends closes the connection.
+    mkfifo open && exec 5<>open
+    trap 'kill $LISTENERS 2>/dev/null' EXIT
+}
+
+# carry NAME TIMES KERNEL-OPTIONS OPTION...: a guest gets 64 MiB from L1, that many times, and sends as much back; all of it arrives as it
+# was.
+carry() {
+    name=$1
+    times=$2
+    shift 2
+    nc -l -p 5001 <sent >/dev/null &
+    LISTENERS=$!
+    copies sent "$times" | nc -l -p 5002 >/dev/null &
+    LISTENERS="$LISTENERS $!"
+    nc -l -p 5003 <&5 | sha256sum >back &
+    LISTENERS="$LISTENERS $!"
+    {
+        echo "TIMES=$times"
+        cat <<'GUEST'
+modprobe virtio_net || fail "no virtio_net"
+ifconfig eth0 10.0.2.2 netmask 255.255.255.0 up || fail "no interface"
+echo "domain $(domain_of 0x1af4:0x1041)"
+echo "address $(cat /sys/class/net/eth0/address)"
+mkfifo /open && exec 3<>/open
+begin() { BEGIN=$(cut -d' ' -f1 /proc/uptime); }
+took() { awk -v what="$1" -v from="$BEGIN" '{ print what, $1 - from }' /proc/uptime; }
+nc 10.0.2.1 5001 <&3 >/data || fail "nothing comes"
+begin
+echo "received $(nc 10.0.2.1 5002 <&3 | sha256sum | cut -d' ' -f1)"
+took seconds-in
+begin
+for copy in $(seq "$TIMES"); do cat /data; done | nc 10.0.2.1 5003 >/dev/null || fail "nothing goes"
+took seconds-out
+show_faults
+GUEST
+    } | guest "$name"
+    run "$name" "$@"
+    wanted=$(copies sent "$times" | sha256sum | cut -d' ' -f1)
+    expect "what the guest received" "$(lines "$name" 'received ')" "$wanted"
+    wait $LISTENERS
+    expect "what the guest sent" "$(cut -d' ' -f1 back)" "$wanted"
+    echo "$((64 * times)) MiB in $(lines "$name" 'seconds-in ') s, back in $(lines "$name" 'seconds-out ') s"
+}

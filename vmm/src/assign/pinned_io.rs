@@ -1,0 +1,179 @@
+//! I/O of the host's kernel into and out of guest memory that is pinned meanwhile (D): for devices that have one such
+//! call under way at a time.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use devices::virtio::ring::Part;
+use vfio_bridge::{
+    Bridge, Notice, PinClient, PinError, PinLimits, Pinned, PinnedPage, RegisterClientError, Requests, UnmapNotifier,
+};
+use vtd::{Iova, IovaRange, Perm, Requester};
+
+const PAGE_SIZE: u64 = 4096;
+/// Pages that one call can have pinned.
+pub const PAGES: u64 = 512;
+
+/// What was asked for is not all granted by the guest's tables, or not any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("guest memory could not be pinned")]
+pub struct NotPinned;
+
+/// What is, or is about to be, pinned.
+#[derive(Default)]
+struct Flights {
+    in_flight: Mutex<Vec<IovaRange>>,
+    changed: Condvar,
+}
+
+impl Flights {
+    fn lock(&self) -> MutexGuard<'_, Vec<IovaRange>> {
+        self.in_flight.lock().unwrap()
+    }
+}
+
+/// The guest unmaps: waits until the call in flight there is over and its pages are unpinned. None can be pinned there
+/// again, so this ends.
+impl UnmapNotifier for Flights {
+    fn notify(&self, notice: &Notice) {
+        // There is nothing to do for a notice that is not known.
+        if let Notice::Unmap { ranges } = notice {
+            let touched = |in_flight: &mut Vec<IovaRange>| {
+                let hit = |flight: &IovaRange| ranges.iter().any(|range| range.intersection(*flight).is_some());
+                in_flight.iter().any(hit)
+            };
+            drop(self.changed.wait_while(self.lock(), touched).unwrap());
+        }
+    }
+}
+
+/// The way of one device.
+pub struct PinnedIo {
+    flights: Arc<Flights>,
+    client: Arc<PinClient>,
+    /// Who is told what could not be pinned.
+    requests: Box<dyn Requests>,
+}
+
+impl PinnedIo {
+    /// For the device at `requester`, which was registered as software.
+    pub fn new(
+        bridge: &Bridge,
+        requester: Requester,
+        requests: Box<dyn Requests>,
+    ) -> Result<Self, RegisterClientError> {
+        let limits = PinLimits { pages: PAGES, ..PinLimits::default() };
+        Self::by(requests, |notifier| bridge.register_client(requester, notifier, limits))
+    }
+
+    fn by(
+        requests: Box<dyn Requests>,
+        register: impl FnOnce(Arc<dyn UnmapNotifier>) -> Result<PinClient, RegisterClientError>,
+    ) -> Result<Self, RegisterClientError> {
+        let flights = Arc::new(Flights::default());
+        let client = Arc::new(register(flights.clone())?);
+        Ok(Self { flights, client, requests })
+    }
+
+    /// Who pins, for statistics.
+    pub fn client(&self) -> &Arc<PinClient> {
+        &self.client
+    }
+
+    /// Calls `io` with the memory of `parts`, which is pinned for `access` until it returns: at most [`PAGES`] pages,
+    /// counted for each part.
+    /// Where parts follow each other in memory, they are one.
+    ///
+    /// # Errors
+    /// A page could not be pinned: `io` was not called. What the guest's tables do not grant is a fault record.
+    pub fn with<R>(
+        &self,
+        parts: &[Part],
+        access: Perm,
+        io: impl FnOnce(&mut [libc::iovec]) -> R,
+    ) -> Result<R, NotPinned> {
+        let whole = parts.iter().filter(|part| part.len > 0).map(|part| {
+            let last = part.iova.checked_add(u64::from(part.len) - 1).ok_or(NotPinned)?;
+            Ok(IovaRange::new(part.iova / PAGE_SIZE * PAGE_SIZE, last | (PAGE_SIZE - 1)))
+        });
+        let ranges = whole.collect::<Result<Vec<IovaRange>, NotPinned>>()?;
+        let count = ranges.iter().map(|range| (range.last - range.first) / PAGE_SIZE + 1).sum::<u64>();
+        if count > PAGES {
+            return Err(NotPinned);
+        }
+        let pages: Vec<u64> =
+            ranges.iter().flat_map(|range| (range.first..=range.last).step_by(PAGE_SIZE as usize)).collect();
+        // Before they are pinned: a notice that comes in between waits for it.
+        self.flights.lock().extend(&ranges);
+        let done = self.pinned(parts, &pages, access, io);
+        self.flights.lock().clear();
+        self.flights.changed.notify_all();
+        done
+    }
+
+    fn pinned<R>(
+        &self,
+        parts: &[Part],
+        pages: &[u64],
+        access: Perm,
+        io: impl FnOnce(&mut [libc::iovec]) -> R,
+    ) -> Result<R, NotPinned> {
+        let pinned = match self.client.pin(pages, access) {
+            Ok(pinned) => pinned,
+            Err(e) => {
+                log::debug!("guest memory could not be pinned: {e}");
+                if let PinError::NotMapped(page) | PinError::Denied(page) | PinError::GoingAway(page) = e {
+                    self.requests.blocked(Iova(page), access.writable());
+                }
+                return Err(NotPinned);
+            }
+        };
+        let done = io(&mut in_memory(parts, &pinned));
+        if let Err(e) = self.client.unpin(pages) {
+            // The bridge revoked them because this took too long.
+            log::error!("guest memory was not pinned any more when the I/O there ended: {e}");
+        }
+        Ok(done)
+    }
+}
+
+/// Where `parts` are in this process; `pinned` has their pages, in their order.
+fn in_memory(parts: &[Part], pinned: &Pinned) -> Vec<libc::iovec> {
+    let mut found: Vec<libc::iovec> = Vec::with_capacity(pinned.pages.len());
+    let mut pages = pinned.pages.iter();
+    for part in parts {
+        let (mut at, mut left) = (part.iova, u64::from(part.len));
+        while left > 0 {
+            let Some(PinnedPage { hva, .. }) = pages.next() else { return found };
+            let offset = at % PAGE_SIZE;
+            let len = left.min(PAGE_SIZE - offset);
+            let address = hva + offset;
+            match found.last_mut() {
+                Some(last) if last.iov_base as u64 + last.iov_len as u64 == address => last.iov_len += len as usize,
+                _ => found.push(libc::iovec { iov_base: address as *mut libc::c_void, iov_len: len as usize }),
+            }
+            at += len;
+            left -= len;
+        }
+    }
+    found
+}
+
+/// What of `parts` is behind the first `bytes` bytes.
+pub fn advance(mut parts: &mut [libc::iovec], mut bytes: usize) -> &mut [libc::iovec] {
+    while let Some(first) = parts.first() {
+        if bytes < first.iov_len {
+            break;
+        }
+        bytes -= first.iov_len;
+        parts = &mut parts[1..];
+    }
+    if let Some(first) = parts.first_mut() {
+        first.iov_base = first.iov_base.wrapping_byte_add(bytes);
+        first.iov_len -= bytes;
+    }
+    parts
+}
+
+#[cfg(test)]
+#[path = "pinned_io_test.rs"]
+mod pinned_io_test;
