@@ -1,6 +1,6 @@
 //! What Causeway's trace says that the host was handed: its lines `host ...`, one after the other (docs/tracing.md).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -37,6 +37,8 @@ pub type Extents = BTreeMap<u64, Extent>;
 pub struct Replay {
     /// Guest RAM and BARs: first and last guest-physical address, and the address in the process.
     memory: Vec<(u64, u64, u64)>,
+    /// Of these, the first addresses of parts of BARs.
+    bars: BTreeSet<u64>,
     /// What the maps and unmaps left.
     pub extents: Extents,
     /// How many times the ledger was listed; each time it was what the maps and unmaps had left.
@@ -89,6 +91,9 @@ impl Replay {
         if operation == "memory" {
             let (first, last) = range(value("gpa")?)?;
             self.memory.push((first, last, number(value("hva")?)?));
+            if values.contains_key("bar") {
+                self.bars.insert(first);
+            }
             return Ok(());
         }
         if operation == "gone" {
@@ -96,6 +101,7 @@ impl Replay {
             let before = self.memory.len();
             self.memory.retain(|(from, to, _)| (*from, *to) != (first, last));
             ensure!(self.memory.len() < before, "it was not there");
+            self.bars.remove(&first);
             return Ok(());
         }
         // A group that leaves a space changes nothing in it.
@@ -136,6 +142,12 @@ impl Replay {
             }
             other => bail!("an unknown operation '{other}'"),
         }
+    }
+
+    /// Whether `gpa` is in a BAR.
+    pub fn is_bar(&self, gpa: u64) -> bool {
+        let region = self.memory.iter().find(|(first, last, _)| *first <= gpa && gpa <= *last);
+        region.is_some_and(|(first, ..)| self.bars.contains(first))
     }
 
     fn hva(&self, gpa: u64, more: u64) -> Result<u64> {
@@ -211,6 +223,15 @@ mod tests {
 
     fn with(line: &str) -> Result<Replay> {
         Replay::of(&format!("{TRACE}{line}\n"), "3")
+    }
+
+    #[test]
+    fn a_bar_is_one_until_it_goes() {
+        let bar = "0.7 host memory gpa=0xc0000000-0xc0001fff hva=0x90000 bar=0000:00:03.0\n";
+        let came = with(bar.trim_end()).unwrap();
+        assert!(came.is_bar(0xc000_1000) && !came.is_bar(0xc000_2000) && !came.is_bar(0x1000));
+        let went = with(&format!("{bar}0.8 host gone gpa=0xc0000000-0xc0001fff")).unwrap();
+        assert!(!went.is_bar(0xc000_1000));
     }
 
     #[test]

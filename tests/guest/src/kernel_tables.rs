@@ -153,6 +153,40 @@ impl Frames {
     }
 }
 
+/// The BARs of the functions that are bound to vfio-pci: physical addresses, each first and last.
+pub struct HostBars(Vec<(u64, u64)>);
+
+impl HostBars {
+    /// Those of this machine.
+    ///
+    /// # Errors
+    /// If sysfs cannot be read.
+    pub fn of_vfio() -> Result<Self> {
+        let mut bars = Vec::new();
+        for device in fs::read_dir("/sys/bus/pci/drivers/vfio-pci")? {
+            let resources = device?.path().join("resource");
+            if resources.exists() {
+                bars.extend(fs::read_to_string(resources)?.lines().take(6).filter_map(memory_bar));
+            }
+        }
+        Ok(Self(bars))
+    }
+
+    /// Where page `gpa` of the guest can be, which is in a BAR: a BAR lies at a multiple of its size in the guest as in
+    /// the host, so the bits below that are the same.
+    pub fn can_be(&self, gpa: u64, frame: u64) -> bool {
+        self.0.iter().any(|(first, last)| first + (gpa & (last - first)) == frame << PAGE_SHIFT)
+    }
+}
+
+/// First and last address from a line of sysfs's `resource`, if it is that of a memory BAR.
+fn memory_bar(line: &str) -> Option<(u64, u64)> {
+    const MEMORY: u64 = 0x200;
+    let mut numbers = line.split(' ').filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok());
+    let (first, last, flags) = (numbers.next()?, numbers.next()?, numbers.next()?);
+    (flags & MEMORY != 0 && last > first).then_some((first, last))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,5 +227,16 @@ mod tests {
         let allowed: Vec<_> =
             all.iter().flat_map(|a| all.iter().filter(|b| a.allows(**b)).map(move |b| format!("{a} {b}"))).collect();
         assert_eq!(allowed, ["r r", "w w", "w rw", "rw rw"]);
+    }
+
+    #[test]
+    fn a_page_of_a_bar_is_where_the_host_has_that_part_of_one() {
+        let line = "0x00000000fea00000 0x00000000feafffff 0x0000000000040200";
+        assert_eq!(memory_bar(line), Some((0xfea0_0000, 0xfeaf_ffff)));
+        assert_eq!(memory_bar("0x000000000000c000 0x000000000000c01f 0x0000000000040101"), None, "of ports");
+        assert_eq!(memory_bar("0x0000000000000000 0x0000000000000000 0x0000000000000000"), None);
+        let bars = HostBars(vec![(0xfea0_0000, 0xfeaf_ffff), (0x8_0000_4000, 0x8_0000_7fff)]);
+        assert!(bars.can_be(0xc010_3000, 0xfea0_3000 >> 12) && bars.can_be(0xc020_1000, 0x8_0000_5000 >> 12));
+        assert!(!bars.can_be(0xc010_3000, 0xfea0_4000 >> 12) && !bars.can_be(0xc020_1000, 0x8_0000_6000 >> 12));
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use guest_programs::host_trace::Replay;
-use guest_programs::kernel_tables::{Frames, Table};
+use guest_programs::kernel_tables::{Frames, HostBars, Table};
 
 /// Differences that are shown.
 const SHOWN: usize = 10;
@@ -49,7 +49,7 @@ fn main() -> Result<()> {
     let container = Replay::container_of(&text, &group)?;
     let replay = Replay::of(&text, &container).context("the trace")?;
     ensure!(replay.ledgers > 0, "the trace has no audit");
-    let differences = compare(&bdf, &replay, &table, &Frames::of(pid)?)?;
+    let differences = compare(&bdf, &replay, &table, &Frames::of(pid)?, &HostBars::of_vfio()?)?;
     let count = table.pages.len();
     if !differences.is_empty() {
         for difference in differences.iter().take(SHOWN) {
@@ -66,14 +66,24 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn compare(bdf: &str, replay: &Replay, table: &Table, frames: &Frames) -> Result<Vec<String>> {
+fn compare(bdf: &str, replay: &Replay, table: &Table, frames: &Frames, bars: &HostBars) -> Result<Vec<String>> {
     let mut differences = Vec::new();
     let mut expected = 0;
     for extent in replay.extents.values() {
         let count = (extent.last - extent.first + 1) >> 12;
         expected += count;
-        for (at, frame) in frames.behind(extent.hva, count)?.into_iter().enumerate() {
-            let iova = (extent.first >> 12) + at as u64;
+        // The address of a BAR has no page behind it until somebody uses it, which nobody does.
+        let behind = match replay.is_bar(extent.gpa) {
+            true => None,
+            false => Some(frames.behind(extent.hva, count)?),
+        };
+        for at in 0..count {
+            let iova = (extent.first >> 12) + at;
+            let frame = match (&behind, table.pages.get(&iova)) {
+                (Some(frames), _) => frames[at as usize],
+                (None, Some(page)) if bars.can_be(extent.gpa + (at << 12), page.frame) => page.frame,
+                (None, _) => 0,
+            };
             let difference = match table.pages.get(&iova) {
                 None => "is not mapped".to_owned(),
                 Some(page) if page.frame != frame => format!("leads to frame {:#x} instead of {frame:#x}", page.frame),
