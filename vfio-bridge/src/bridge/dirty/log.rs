@@ -8,16 +8,18 @@ use super::tracking::Found;
 /// What an unmap may lose while devices are tracked (E-3).
 ///
 /// Between the clearing of a translation and the flush of the IOTLB a device can write by the translation that it has
-/// cached. Where the host's dirty bits are in its translations, such a write is in memory and in no bitmap. A guest
-/// that unmaps what a device still writes to has no right to what is written then; but memory that is migrated without
-/// it differs from what the guest saw.
+/// cached. (On iommufd that moment begins with the read, which comes before the unmap.) Where the host's dirty bits
+/// are in its translations, such a write is in memory and in no bitmap. A guest that unmaps what a device still
+/// writes to has no right to what is written then; but memory that is migrated without it differs from what the guest
+/// saw.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum DirtyRace {
     /// Such a write may be lost. Costs nothing.
     #[default]
     Open,
-    /// Nothing is lost: write permission goes first, and what is dirty is read when nothing can be written any more; a
-    /// host that cannot do that has everything that was writable in an unmapped mapping dirty.
+    /// Nothing is lost: write permission goes first, or the translation that has it, and what is dirty is read when
+    /// nothing can be written any more; a host that cannot do that has everything that was writable in an unmapped
+    /// mapping dirty.
     Closed,
 }
 

@@ -64,7 +64,8 @@ fn iova(slot: u64) -> u64 {
     FIRST_IOVA + slot * PAGE_SIZE
 }
 
-/// What can be dirty when the page in `slot` is written: that page, or all that one page of the kernel's can have with it.
+/// What can be dirty when the page in `slot` is written: that page, or all that one page of the kernel's can have
+/// with it.
 fn around(pages: &BTreeMap<u64, (u64, Perm)>, slot: u64, larger_pages: bool) -> BTreeSet<u64> {
     let (gpa, perm) = pages[&slot];
     let goes_on = |n: &u64| pages.get(&(slot + n)) == Some(&(gpa + n, perm));
