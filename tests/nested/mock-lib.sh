@@ -24,3 +24,11 @@ dirty_bits_are_those_of_the_unit() {
     echo "ECAP is $ecap, SSADS $ssads; what an edu writes is known as '$known'"
     expect "how it is known" "$known" "$([ $ssads = 1 ] && echo exact || echo cannot-tell)"
 }
+
+# backends_compared [OPTION...]: host-spaces with the edu. Its own blocked reads, of which the context entry is not there, are no failure.
+backends_compared() {
+    bind-vfio "$EDU" || fail "binding"
+    mark
+    host-spaces "$EDU" "$@" || fail "host-spaces"
+    ! host_faults | grep -v 'DMAR: DRHD: handling fault status' | grep -v 'fault reason 0x0*2\]' || fail "faults in the host's log"
+}
