@@ -3,7 +3,7 @@
 //! Configuration space is the host's, as VFIO virtualises it, but for what is ours: BARs, MSI, MSI-X, the interrupt
 //! line, the command register's enables, and the capabilities that are hidden.
 //!
-//! Whether BARs are reached, and the order in which that begins and ends (F-3), is [`reach`]'s.
+//! Whether BARs are reached, and the order in which that begins and ends (F-3), is `reach.rs`'s.
 //!
 //! # Locks
 //! `config` serialises configuration writes and resets and is held while windows are mapped and unmapped, which waits

@@ -154,8 +154,8 @@ fn switches(
         while !switching.is_finished() {
             edu.copy_page(FIRST, RESULT)?;
             let page = memory.read(RESULT_PAGE as usize * PAGE, PAGE);
-            // Linux's driver of VT-d blocks a function for the moment of an attach. What the bench's edu asks for then is
-            // 0, in words of 4 bytes from the first one on; all later ones are there again.
+            // Linux's driver of VT-d blocks a function for the moment of an attach. What the bench's edu asks for then
+            // is 0, in words of 4 bytes from the first one on; all later ones are there again.
             let blocked = page.chunks(4).take_while(|word| *word == [0; 4]).count();
             blocked_reads += u32::from(blocked > 0);
             let rest = &page[4 * blocked..];
