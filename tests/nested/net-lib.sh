@@ -11,19 +11,18 @@ tap() {
     dd if=/dev/urandom of=sent bs=1M count=64 2>/dev/null
     # An input that does not end: a client whose input ends closes the connection.
     mkfifo open && exec 5<>open
+    LISTENERS=
     trap 'kill $LISTENERS 2>/dev/null' EXIT
 }
 
-# carry NAME TIMES KERNEL-OPTIONS OPTION...: a guest gets 64 MiB from L1, that many times, and sends as much back; all of it arrives as it
-# was.
+# carry NAME TIMES KERNEL-OPTIONS OPTION...: a guest gets 64 MiB from L1, that many times, and sends as much of its own; all of it arrives
+# as it was.
 carry() {
     name=$1
     times=$2
     shift 2
-    nc -l -p 5001 <sent >/dev/null &
-    LISTENERS=$!
     copies sent "$times" | nc -l -p 5002 >/dev/null &
-    LISTENERS="$LISTENERS $!"
+    LISTENERS=$!
     nc -l -p 5003 <&5 | sha256sum >back &
     LISTENERS="$LISTENERS $!"
     {
@@ -36,13 +35,15 @@ echo "address $(cat /sys/class/net/eth0/address)"
 mkfifo /open && exec 3<>/open
 begin() { BEGIN=$(cut -d' ' -f1 /proc/uptime); }
 took() { awk -v what="$1" -v from="$BEGIN" '{ print what, $1 - from }' /proc/uptime; }
-nc 10.0.2.1 5001 <&3 >/data || fail "nothing comes"
 begin
 echo "received $(nc 10.0.2.1 5002 <&3 | sha256sum | cut -d' ' -f1)"
 took seconds-in
+head -c 67108864 /dev/urandom >/data
+copies() { for copy in $(seq "$TIMES"); do cat /data; done; }
 begin
-for copy in $(seq "$TIMES"); do cat /data; done | nc 10.0.2.1 5003 >/dev/null || fail "nothing goes"
+copies | nc 10.0.2.1 5003 >/dev/null || fail "nothing goes"
 took seconds-out
+echo "sent $(copies | sha256sum | cut -d' ' -f1)"
 show_faults
 GUEST
     } | guest "$name"
@@ -50,6 +51,6 @@ GUEST
     wanted=$(copies sent "$times" | sha256sum | cut -d' ' -f1)
     expect "what the guest received" "$(lines "$name" 'received ')" "$wanted"
     wait $LISTENERS
-    expect "what the guest sent" "$(cut -d' ' -f1 back)" "$wanted"
+    expect "what the guest sent" "$(cut -d' ' -f1 back)" "$(lines "$name" 'sent ')"
     echo "$((64 * times)) MiB in $(lines "$name" 'seconds-in ') s, back in $(lines "$name" 'seconds-out ') s"
 }

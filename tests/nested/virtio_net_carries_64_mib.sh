@@ -1,4 +1,4 @@
-# A virtio-net at a tap of L1, behind the unit (strict): 64 MiB come and go with the right checksum, and nothing faults.
+# A virtio-net at a tap of L1, behind the unit (strict): 64 MiB come, and as many go, with the right checksum, and nothing faults.
 . /causeway/files/lib.sh
 . /causeway/files/net-lib.sh
 
