@@ -1,3 +1,5 @@
+# limit: 900
+# long
 # A virtio-net at a tap of L1, behind the unit (strict): 64 MiB come, and as many go, with the right checksum, and nothing faults.
 . /causeway/files/lib.sh
 . /causeway/files/net-lib.sh
