@@ -158,24 +158,46 @@ impl Edu {
         self.expect_interrupt(eventfd, RAISED)
     }
 
+    /// Raises one interrupt and acknowledges it; how many arrived at `eventfd` since the last one was counted, at least
+    /// this one.
+    ///
+    /// # Errors
+    /// If it does not arrive in time.
+    pub fn count_interrupt(&self, eventfd: &OwnedFd) -> Result<u64> {
+        let before = read_count(eventfd);
+        self.device.write32(INTERRUPT_RAISE, RAISED);
+        Ok(before + self.wait_for_interrupt(eventfd, RAISED)?)
+    }
+
     /// One interrupt must arrive at `eventfd`; the device's interrupt status must be `expected` and is acknowledged.
     ///
     /// # Errors
     /// If it does not arrive in time, or not once.
     pub fn expect_interrupt(&self, eventfd: &OwnedFd, expected: u32) -> Result<()> {
+        let count = self.wait_for_interrupt(eventfd, expected)?;
+        ensure!(count == 1, "the eventfd counted {count} interrupts instead of 1");
+        Ok(())
+    }
+
+    fn wait_for_interrupt(&self, eventfd: &OwnedFd, expected: u32) -> Result<u64> {
         let mut poll = libc::pollfd { fd: eventfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd, as the count says.
         let ready = unsafe { libc::poll(&raw mut poll, 1, INTERRUPT_DEADLINE.as_millis() as i32) };
         if ready != 1 {
             bail!("no MSI within {INTERRUPT_DEADLINE:?}, interrupt status {:#x}", self.device.read32(INTERRUPT_STATUS));
         }
-        let mut count = 0u64;
-        // SAFETY: an eventfd gives exactly the eight bytes of its counter.
-        let read = unsafe { libc::read(eventfd.as_raw_fd(), (&raw mut count).cast(), size_of::<u64>()) };
-        ensure!(read == 8 && count == 1, "the eventfd counted {count} interrupts instead of 1");
+        let count = read_count(eventfd);
         let status = self.device.read32(INTERRUPT_STATUS);
         self.device.write32(INTERRUPT_ACKNOWLEDGE, status);
         ensure!(status == expected, "interrupt status {status:#x} instead of {expected:#x}");
-        Ok(())
+        Ok(count)
     }
+}
+
+/// What an eventfd has counted since it was read last.
+fn read_count(eventfd: &OwnedFd) -> u64 {
+    let mut count = 0u64;
+    // SAFETY: an eventfd gives exactly the eight bytes of its counter, or an error if that is 0.
+    let read = unsafe { libc::read(eventfd.as_raw_fd(), (&raw mut count).cast(), size_of::<u64>()) };
+    if read == size_of::<u64>() as isize { count } else { 0 }
 }

@@ -79,6 +79,9 @@ pub enum Scenario {
     Storm {
         /// Until it moved that often.
         moves: u64,
+        /// That many may arrive twice, where the processor is known to do so; how many did is said.
+        #[arg(long, default_value_t = 0)]
+        twice: u64,
     },
 }
 
