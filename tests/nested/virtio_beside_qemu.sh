@@ -34,12 +34,12 @@ for round in $(seq "$ROUNDS"); do
     [ $((round % 2)) = 1 ] || order="qemu causeway"
     for VMM in $order; do
         cp disk.img work.img
-        run disk "intel_iommu=on iommu.strict=1" --device virtio-blk,file=work.img
+        run disk "intel_iommu=on iommu.strict=1" --iommu vtd,caching-mode=off --device virtio-blk,file=work.img
         expect "the checksum under $VMM" "$(lines disk 'sha256 ')" "$(sha256sum <disk.img | cut -d' ' -f1)"
         for what in read-direct read-buffered write; do
             echo "$VMM-$what $(lines disk "$what ")" >>results
         done
-        carry net 4 "intel_iommu=on iommu.strict=1" --device virtio-net,tap=tap0
+        carry net 4 "intel_iommu=on iommu.strict=1" --iommu vtd,caching-mode=off --device virtio-net,tap=tap0
         echo "$VMM-receive $(lines net 'seconds-in ')" >>results
         echo "$VMM-send $(lines net 'seconds-out ')" >>results
     done

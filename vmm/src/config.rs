@@ -237,12 +237,17 @@ impl DeviceKind {
         matches!(self, Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
     }
 
-    /// Whether its DMA follows what the guest's unit tells: it is refused without a unit, and without Caching Mode.
+    /// Whether its DMA follows what the guest's unit tells: it is refused without a unit.
     pub fn follows_unit(&self) -> bool {
         match self {
             Self::Vfio { .. } | Self::VfioUser { .. } | Self::PinBlk { .. } => true,
             Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Net { .. }) => true,
             Self::Edu | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
         }
+    }
+
+    /// Whether it has to be told what the guest maps, before it needs it: it is refused without Caching Mode.
+    pub fn needs_caching_mode(&self) -> bool {
+        self.follows_unit() && !matches!(self, Self::Virtio(_))
     }
 }

@@ -156,6 +156,24 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().memory_changed(&self.core, range.of_whole_pages());
     }
 
+    /// Looks at `ranges` of what `requester` is attached to, and tells the listener what the tables say there now. A
+    /// guest need not say what it adds where there is no Caching Mode (section 6.1): a function whose accesses are
+    /// looked up in the listener's book looks here first for what it does not find, as hardware walks the tables for
+    /// what no cache has. What it finds is held until the guest invalidates it. With Caching Mode this does nothing:
+    /// the guest says everything.
+    ///
+    /// Ranges are taken with all of the pages that they have a part of. One look costs what an invalidation of these
+    /// pages does, and no more than the bounds allow.
+    ///
+    /// Waits for a drain that is under way, so not to be called by whom that may wait for: with anything pinned, or
+    /// inside a [`crate::DmaSession`].
+    pub fn look_at(&self, requester: Requester, ranges: &[IovaRange]) {
+        if !self.core.config.caching_mode {
+            let ranges = ranges.iter().map(|range| range.of_whole_pages());
+            self.spaces().look_at(&self.core, requester, ranges);
+        }
+    }
+
     /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit
     /// keeps it alive: it should hold the unit weakly.
     pub fn set_remap_listener(&self, listener: Arc<dyn RemapListener>) {

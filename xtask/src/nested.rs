@@ -105,6 +105,9 @@ pub struct NestedArgs {
     /// The kernel that `cargo xtask own-kernel` built, for L1; guests may boot /causeway/guest/vmlinuz-own
     #[arg(long, conflicts_with = "kernel")]
     own_kernel: bool,
+    /// The programs as users have them, for what is measured
+    #[arg(long)]
+    release: bool,
     /// The model of L1's processor; SVM is added to it
     #[arg(long, value_name = "MODEL", default_value = DEFAULT_CPU)]
     cpu: String,
@@ -184,7 +187,8 @@ pub fn command(args: &NestedArgs) -> Result<u8> {
         let name = file.file_name().with_context(|| format!("{} has no name", file.display()))?;
         files.push((format!("causeway/files/{}", name.to_string_lossy()), file.clone()));
     }
-    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Programs)?;
+    let profile = if args.release { programs::Profile::Release } else { programs::Profile::Programs };
+    let programs = programs::build(args.causeway.as_deref(), profile)?;
     let cache = Cache::open()?;
     let images = l1::prepare(&cache, args.host)?;
     let kernel = match &args.kernel {

@@ -186,7 +186,9 @@ fn available(program: &str) -> bool {
 
 fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], mut cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
     let start = Instant::now();
-    let programs = programs::build(args.causeway.as_deref(), programs::Profile::Programs)?;
+    // Some of the long cases measure.
+    let profile = if args.long { programs::Profile::Release } else { programs::Profile::Programs };
+    let programs = programs::build(args.causeway.as_deref(), profile)?;
     reporter.took("building the static programs", start.elapsed());
     let start = Instant::now();
     let cache = Cache::open()?;

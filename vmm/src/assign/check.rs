@@ -48,9 +48,13 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
     let kind = first.kind.name();
     match unit {
         None => return Err(Error::NoUnit { kind }),
-        Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode { kind }),
         Some(unit) if unit.has_first_stage() => return Err(Error::FirstStage { kind }),
-        Some(_) => {}
+        Some(unit) => {
+            let needs = devices.iter().find(|device| device.kind.needs_caching_mode());
+            if let Some(needs) = needs.filter(|_| !unit.caching_mode) {
+                return Err(Error::NoCachingMode { kind: needs.kind.name() });
+            }
+        }
     }
     let paths = HostPaths::default();
     let candidates = devices.iter().filter_map(|device| match device.kind {

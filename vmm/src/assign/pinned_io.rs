@@ -46,10 +46,15 @@ impl UnmapNotifier for Flights {
     }
 }
 
+/// Has the bridge told what the guest's tables say now of these pages.
+pub type Look = Box<dyn Fn(&[IovaRange]) + Send + Sync>;
+
 /// The way of one device.
 pub struct PinnedIo {
     flights: Arc<Flights>,
     client: Arc<PinClient>,
+    /// Before pages are pinned, where a guest does not say what it maps.
+    look: Option<Look>,
     /// Who is told what could not be pinned.
     requests: Box<dyn Requests>,
 }
@@ -59,19 +64,13 @@ impl PinnedIo {
     pub fn new(
         bridge: &Bridge,
         requester: Requester,
+        look: Option<Look>,
         requests: Box<dyn Requests>,
     ) -> Result<Self, RegisterClientError> {
         let limits = PinLimits { pages: PAGES, ..PinLimits::default() };
-        Self::by(requests, |notifier| bridge.register_client(requester, notifier, limits))
-    }
-
-    fn by(
-        requests: Box<dyn Requests>,
-        register: impl FnOnce(Arc<dyn UnmapNotifier>) -> Result<PinClient, RegisterClientError>,
-    ) -> Result<Self, RegisterClientError> {
         let flights = Arc::new(Flights::default());
-        let client = Arc::new(register(flights.clone())?);
-        Ok(Self { flights, client, requests })
+        let client = Arc::new(bridge.register_client(requester, flights.clone(), limits)?);
+        Ok(Self { flights, client, look, requests })
     }
 
     /// Who pins, for statistics.
@@ -102,22 +101,11 @@ impl PinnedIo {
         }
         let pages: Vec<u64> =
             ranges.iter().flat_map(|range| (range.first..=range.last).step_by(PAGE_SIZE as usize)).collect();
-        // Before they are pinned: a notice that comes in between waits for it.
-        self.flights.lock().extend(&ranges);
-        let done = self.pinned(parts, &pages, access, io);
-        self.flights.lock().clear();
-        self.flights.changed.notify_all();
-        done
-    }
-
-    fn pinned<R>(
-        &self,
-        parts: &[Part],
-        pages: &[u64],
-        access: Perm,
-        io: impl FnOnce(&mut [libc::iovec]) -> R,
-    ) -> Result<R, NotPinned> {
-        let pinned = match self.client.pin(pages, access) {
+        // Nothing is in flight: what the bridge is told to take away waits for nobody here.
+        if let Some(look) = &self.look {
+            look(&ranges);
+        }
+        let pinned = match self.pin(&ranges, &pages, access) {
             Ok(pinned) => pinned,
             Err(e) => {
                 log::debug!("guest memory could not be pinned: {e}");
@@ -128,11 +116,29 @@ impl PinnedIo {
             }
         };
         let done = io(&mut in_memory(parts, &pinned));
-        if let Err(e) = self.client.unpin(pages) {
+        if let Err(e) = self.client.unpin(&pages) {
             // The bridge revoked them because this took too long.
             log::error!("guest memory was not pinned any more when the I/O there ended: {e}");
         }
+        self.landed();
         Ok(done)
+    }
+
+    /// Pins `pages`, which are those of `ranges`, in flight from now on if that succeeds.
+    fn pin(&self, ranges: &[IovaRange], pages: &[u64], access: Perm) -> Result<Pinned, PinError> {
+        // Before they are pinned: a notice that comes in between waits for it.
+        self.flights.lock().extend(ranges);
+        let pinned = self.client.pin(pages, access);
+        if pinned.is_err() {
+            self.landed();
+        }
+        pinned
+    }
+
+    /// Nothing is in flight any more.
+    fn landed(&self) {
+        self.flights.lock().clear();
+        self.flights.changed.notify_all();
     }
 }
 

@@ -40,7 +40,7 @@ impl Requests for Blocked {
 
 struct Bench {
     memory: Arc<GuestMemoryMmap>,
-    bridge: Bridge,
+    bridge: Arc<Bridge>,
     blocked: Blocked,
 }
 
@@ -50,14 +50,18 @@ fn space() -> SpaceKey {
 }
 
 fn bench() -> (Bench, PinnedIo) {
+    bench_with(|_| None)
+}
+
+fn bench_with(look: impl FnOnce(&Arc<Bridge>) -> Option<Look>) -> (Bench, PinnedIo) {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap());
     let software = Arc::new(Software::default());
     let group = software.open();
     let guest = GuestMap::of_memory(memory.clone()).unwrap();
-    let bridge = Bridge::new(vec![software], guest, Arc::new(NobodyStops));
+    let bridge = Arc::new(Bridge::new(vec![software], guest, Arc::new(NobodyStops)));
     bridge.register(DEVICE, group).unwrap();
     let blocked = Blocked::default();
-    let io = PinnedIo::new(&bridge, DEVICE, Box::new(blocked.clone())).unwrap();
+    let io = PinnedIo::new(&bridge, DEVICE, look(&bridge), Box::new(blocked.clone())).unwrap();
     let map = |half: u64, perm| Mapping { iova: Iova(IOVA + half), gpa: Gpa(half), len: RAM / 2, perm };
     let live = [map(0, Perm::ReadWrite), map(RAM / 2, Perm::Read)];
     bridge.attach(DEVICE.into(), &space(), &mut live.into_iter()).unwrap();
@@ -94,6 +98,30 @@ fn d1_parts_are_pinned_while_the_call_lasts_and_joined_where_memory_is() {
     });
     assert_eq!(lens, Ok(vec![0x1020, 2, 2]));
     assert_eq!((io.client().stats().pinned_pages, io.client().stats().pins), (0, 6));
+}
+
+#[test]
+fn d1_what_the_guest_need_not_say_is_looked_at_before_it_is_pinned() {
+    let looks = Arc::new(Mutex::new(Vec::new()));
+    let (bench, io) = bench_with(|bridge| {
+        let (bridge, looks) = (Arc::downgrade(bridge), looks.clone());
+        Some(Box::new(move |ranges: &[IovaRange]| {
+            looks.lock().unwrap().push(ranges.to_vec());
+            // One page behind what is mapped, of those that are asked for.
+            let page = Mapping { iova: Iova(IOVA + RAM), gpa: Gpa(0), len: PAGE_SIZE, perm: Perm::Read };
+            assert!(bridge.upgrade().unwrap().apply(&space(), &[MapOp::Map(page)]).refused.is_empty());
+        }))
+    });
+    let called = |parts: &[Part], access| io.with(parts, access, |_| ()).is_ok();
+    let whole = |at: u64| IovaRange::new(IOVA + at, IOVA + at + 0xfff);
+    assert!(called(&[part(8, 16), part(RAM + 8, 16)], Perm::Read));
+    assert_eq!(*looks.lock().unwrap(), [[whole(0), whole(RAM)]]);
+    // What is not found, or not for this access, is said, and nothing stays in flight.
+    assert!(!called(&[part(RAM + 0x1000, 16)], Perm::Read));
+    assert!(!called(&[part(RAM, 16)], Perm::Write));
+    assert_eq!(*bench.blocked.0.lock().unwrap(), [(IOVA + RAM + 0x1000, false), (IOVA + RAM, true)]);
+    assert_eq!(looks.lock().unwrap().len(), 3);
+    let _ = bench.bridge.apply(&space(), &[MapOp::Unmap(IovaRange::ALL)]);
 }
 
 #[test]

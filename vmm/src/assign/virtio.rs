@@ -13,10 +13,10 @@ use devices::virtio::rng::Rng;
 use devices::virtio::{Device, Dma, Untranslated};
 use vfio_bridge::{Bridge, PinClient, Quarantine, Software};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Endpoint, Requester, Unit};
+use vtd::{Endpoint, IovaRange, Requester, Unit};
 
 use super::disk::{DiskFile, FileDisk};
-use super::pinned_io::PinnedIo;
+use super::pinned_io::{Look, PinnedIo};
 use super::quarantine::Breaker;
 use super::tap::{Tap, TapLink};
 use super::{Error, UserRequests};
@@ -105,7 +105,14 @@ impl VirtioWiring<'_> {
         let unit = self.unit.ok_or(Error::NoUnit { kind: "virtio" })?;
         self.bridge.register(requester, self.software.open())?;
         let requests = UserRequests { endpoint: unit.endpoint(requester), interrupts: self.interrupts.clone() };
-        let io = PinnedIo::new(self.bridge, requester, Box::new(requests))?;
+        let looks_at = Arc::downgrade(unit);
+        let look = move |ranges: &[IovaRange]| {
+            if let Some(unit) = looks_at.upgrade() {
+                unit.look_at(requester, ranges);
+            }
+        };
+        let look: Option<Look> = if unit.config().caching_mode { None } else { Some(Box::new(look)) };
+        let io = PinnedIo::new(self.bridge, requester, look, Box::new(requests))?;
         let client = io.client().clone();
         unit.add_requester(requester).map_err(|source| Error::Attach { name: id.to_owned(), source })?;
         let function = self.function(unit.endpoint(requester), device(io))?;

@@ -6,11 +6,13 @@ use vm_memory::GuestMemoryBackend;
 
 use super::Spaces;
 use super::attach::report;
+use super::members::resolve_requester;
 use super::waiting::{Occasion, Waiting};
 use crate::core::Core;
-use crate::ids::DomainId;
+use crate::ids::{DomainId, Requester};
+use crate::range::IovaRange;
 use crate::scope::{ContextScope, Scope};
-use crate::space::PagedSpace;
+use crate::space::{PagedSpace, SpaceKey};
 use crate::tables::interrupt::EntriesChanged;
 
 /// Looks at a part of the interrupt entries in one round; the next one is at all of them, and the last. Each may cost
@@ -109,6 +111,34 @@ impl Spaces {
         pending.iotlb.clear();
         // Its storage is used again.
         self.pending = pending;
+        self.scratch.shrink();
+    }
+
+    /// Looks where `requester` is attached to, and at `ranges`, whole pages, of that. Without Caching Mode a guest need
+    /// not say either.
+    pub(crate) fn look_at<M: GuestMemoryBackend>(
+        &mut self,
+        core: &Core<M>,
+        requester: Requester,
+        ranges: impl Iterator<Item = IovaRange>,
+    ) {
+        let Some(attached) = self.attached_to(requester) else { return };
+        if resolve_requester(core, requester).0 != attached
+            && let Some(source) = core.sources.load().of(requester).own()
+        {
+            self.invalidate_contexts(ContextScope::Device { source, ignored: 0 });
+            self.flush(core);
+        }
+        let Some(SpaceKey::Paged(space)) = self.attached_to(requester) else { return };
+        let Some(space) = self.spaces.get_mut(&(space.domain, space)) else { return };
+        self.round += 1;
+        self.scratch.ranges.clear();
+        self.scratch.ranges.extend(ranges);
+        self.scratch.ranges.sort_unstable();
+        space.compare_ranges(core, &mut self.scratch, self.round);
+        self.book.refused(space.key, &self.scratch.refused);
+        report(core, &mut self.reported, &self.scratch.refused);
+        self.scratch.refused.clear();
         self.scratch.shrink();
     }
 

@@ -10,6 +10,7 @@ mod faults;
 mod first_stage;
 mod floods;
 mod layout;
+mod looks;
 mod memory_changes;
 mod pasid_tables;
 mod pasids;
