@@ -1,8 +1,10 @@
 //! The command line, and what each command does.
 
 pub mod cli;
+mod client;
 mod ctl;
 mod device;
+mod iommu;
 pub mod options;
 mod run;
 mod test;

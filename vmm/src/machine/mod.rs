@@ -6,6 +6,7 @@ pub mod control;
 pub mod control_socket;
 pub mod dirty;
 pub mod events;
+mod iommu;
 mod legacy;
 mod peers;
 mod plug;
