@@ -36,6 +36,8 @@ pub enum Verb {
     Dirty,
     /// Shows the guest's tables, and what the host holds: `iommu tables` and `iommu mappings`
     Iommu,
+    /// Shows what happens, on a screen that is drawn again each second
+    Top,
     /// Ends the run, as Ctrl-A x does
     Quit,
 }
@@ -224,6 +226,7 @@ mod tests {
             "power-button",
             "dirty",
             "iommu",
+            "top",
             "quit",
         ];
         assert_eq!(names, all);

@@ -10,16 +10,18 @@ use serde_json::value::RawValue;
 
 use crate::commands::client::Client;
 use crate::commands::iommu::{self, Shown};
+use crate::commands::top::{self, Ended};
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::exit::{DENIED, DIFFERS, REFUSED, USAGE};
 use crate::messages::{say, tell};
+use crate::signals;
 
 /// `causeway ctl`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The reply is one JSON object on stdout; that of iommu is text, and with --json an object, too. Exit codes: 0 it was
-done; 1 the machine refuses it; 2 usage; 4 no machine is there, or it ended before it replied; 8 iommu mappings found
-differences.")]
+The reply is one JSON object on stdout; that of iommu is text, and with --json an object, too; top is a screen. Exit
+codes: 0 it was done; 1 the machine refuses it; 2 usage; 4 no machine is there, or it ended before it replied; 8 iommu
+mappings found differences.")]
 pub struct CtlArgs {
     /// The socket of `causeway run --socket PATH`
     #[arg(value_name = "PATH")]
@@ -44,6 +46,9 @@ pub struct CtlArgs {
     /// Of iommu: one JSON object instead of text
     #[arg(long)]
     json: bool,
+    /// Of top: one picture as text, as where stdout is no terminal
+    #[arg(long)]
+    once: bool,
 }
 
 /// Does what the command line says. Gives back the exit code.
@@ -63,11 +68,24 @@ pub fn run(args: &CtlArgs) -> ExitCode {
         say(format_args!("causeway ctl: {wrong}"));
         return ExitCode::from(USAGE);
     }
+    let misplaced = args.once && args.verb != Verb::Top;
+    if misplaced {
+        say(format_args!("causeway ctl: only top has --once"));
+        return ExitCode::from(USAGE);
+    }
     if args.verb == Verb::Iommu {
         return match iommu::show(&args.socket, &request, args.json) {
             Ok(Shown::Differences(0)) => ExitCode::SUCCESS,
             Ok(Shown::Differences(_)) => ExitCode::from(DIFFERS),
             Ok(Shown::Refused(why)) => denied(&why),
+            Err(e) => unanswered(&args.socket, &e),
+        };
+    }
+    if args.verb == Verb::Top {
+        return match top::run(&args.socket, args.once) {
+            Ok(Ended::Left) => ExitCode::SUCCESS,
+            Ok(Ended::Refused(why)) => denied(&why),
+            Ok(Ended::Signal(signal)) => signals::die_by(signal),
             Err(e) => unanswered(&args.socket, &e),
         };
     }

@@ -6,8 +6,10 @@ mod ctl;
 mod device;
 mod iommu;
 pub mod options;
+mod report;
 mod run;
 mod test;
+mod top;
 mod verbs;
 
 use std::process::ExitCode;
@@ -30,5 +32,6 @@ pub fn main() -> ExitCode {
         Command::Ctl(args) => ctl::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Device(args) => device::run(&args),
+        Command::Report(args) => report::run(&args),
     }
 }

@@ -54,15 +54,18 @@ fn state_of(machine: &Machine) -> Reply {
 }
 
 impl Verbs<'_> {
+    /// What there is to say now.
+    fn stats(&self, machine: &Machine, last: &stats::Audit) -> Stats {
+        let wall_ms = self.start.elapsed().as_millis() as u64;
+        Stats { wall_ms, audit: last.clone(), ..machine.stats() }
+    }
+
     /// Does what `request` says; `last` is the last audit of the run.
     pub fn serve(&self, request: &Request, machine: &mut Machine, last: &mut stats::Audit) -> Reply {
         log::debug!("control socket: {request:?}");
         match request.verb {
-            Verb::Status => {
-                let wall_ms = self.start.elapsed().as_millis() as u64;
-                let stats = Stats { wall_ms, audit: last.clone(), ..machine.stats() };
-                Reply::ok(&Status { stats, state: state(machine) })
-            }
+            Verb::Status => Reply::ok(&Status { stats: self.stats(machine, last), state: state(machine) }),
+            Verb::Top => Reply::ok(&machine.top(self.stats(machine, last))),
             Verb::Audit => {
                 let found = machine.audit(self.trace.map(|(_, trace)| trace));
                 if found.differing() > 0 {

@@ -12,6 +12,7 @@ mod peers;
 mod plug;
 pub mod stats;
 mod steering;
+mod top;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;

@@ -167,7 +167,14 @@ fn inspect_tables_that_are_their_own_children_are_shown_page_by_page() {
         assert!(next > from);
         from = next;
     }
-    // A root beyond memory, and one that is cut off by its end.
+    // Nothing but tables: entries are counted, too.
+    let (upper, empty) = (rig.table(), rig.table());
+    (0..512).for_each(|entry| rig.store(root + entry * 8, 0));
+    rig.store(root, upper | 3);
+    (0..512).for_each(|entry| rig.store(upper + entry * 8, empty | 3));
+    let page = rig.unit.tables_page(None, Position::default(), bounds);
+    assert!(page.items.len() == 1 && page.next.is_some(), "{page:?}");
+    // A root beyond memory.
     rig.set_paged(NVME, 0x7fff_f000_0000, 48, 1);
     let items = all(&rig);
     assert_eq!(range(&items[1]).leads, Leads::Nowhere("there is no memory for a table"));
