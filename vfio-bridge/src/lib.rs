@@ -18,6 +18,7 @@ pub use bridge::group::Group;
 pub use bridge::guest_map::{Backing, GuestMap, GuestMapError, HostMem, MemKind, PAGE_SIZE, Piece, Region};
 pub use bridge::ledger;
 pub use bridge::limits::{Limits, Memlock};
+pub use bridge::mappings::Mappings;
 pub use bridge::pin::book::PinError;
 pub use bridge::pin::client::{Notice, PinLimits, PinStats, UnmapNotifier};
 pub use bridge::pin::handle::{PinClient, Pinned, PinnedPage, RegisterClientError};

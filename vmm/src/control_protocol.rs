@@ -34,20 +34,28 @@ pub enum Verb {
     PowerButton,
     /// Says which guest memory devices wrote: `dirty start`, `dirty read` and `dirty stop`
     Dirty,
+    /// Shows the guest's tables, and what the host holds: `iommu tables` and `iommu mappings`
+    Iommu,
+    /// Shows what happens, on a screen that is drawn again each second
+    Top,
     /// Ends the run, as Ctrl-A x does
     Quit,
 }
 
-/// What is done about guest memory that devices write.
+/// What is done about guest memory that devices write, or shown of the IOMMU.
 #[derive(Serialize, Deserialize, ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 #[serde(rename_all = "kebab-case")]
-pub enum DirtyAction {
-    /// It is tracked from now on
+pub enum Action {
+    /// Of dirty: it is tracked from now on
     Start,
-    /// What was written since the last read, or the start; that is clean then
+    /// Of dirty: what was written since the last read, or the start; that is clean then
     Read,
-    /// It is tracked no longer
+    /// Of dirty: it is tracked no longer
     Stop,
+    /// Of iommu: the guest's own tables
+    Tables,
+    /// Of iommu: what functions were granted beside what the host holds
+    Mappings,
 }
 
 /// A request.
@@ -56,10 +64,10 @@ pub enum DirtyAction {
 pub struct Request {
     /// What is asked for.
     pub verb: Verb,
-    /// Of `dirty`: what is done.
+    /// Of `dirty`: what is done. Of `iommu`: what is shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub action: Option<DirtyAction>,
-    /// Of `dirty`: the device, by its id. All of them where there is none.
+    pub action: Option<Action>,
+    /// Of `dirty` and `iommu`: the device, by its id; of `iommu`, also by its address. All of them where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// Of `dirty start`: whether an unmap may lose no write, whatever that costs.
@@ -68,11 +76,14 @@ pub struct Request {
     /// Of `dirty read`: not a new read, but the rest of the last one from this guest-physical address on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<u64>,
+    /// Of `iommu`: the `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<String>,
 }
 
 impl From<Verb> for Request {
     fn from(verb: Verb) -> Self {
-        Self { verb, action: None, device: None, close_race: None, from: None }
+        Self { verb, action: None, device: None, close_race: None, from: None, position: None }
     }
 }
 
@@ -90,15 +101,22 @@ impl Request {
 
     /// Whether its fields go together. An error says which do.
     pub fn check(&self) -> Result<(), String> {
-        let Self { verb, action, device, close_race, from } = self;
+        let Self { verb, action, device, close_race, from, position } = self;
+        let of_dirty = close_race.is_some() || from.is_some();
         let wrong = match (verb, action) {
-            (Verb::Dirty, None) => "dirty has an action: start, read or stop",
-            (Verb::Dirty, Some(DirtyAction::Start)) if from.is_none() => return Ok(()),
-            (Verb::Dirty, Some(DirtyAction::Read)) if close_race.is_none() => return Ok(()),
-            (Verb::Dirty, Some(DirtyAction::Stop)) if close_race.is_none() && from.is_none() => return Ok(()),
-            (Verb::Dirty, Some(_)) => "of dirty, only start can close the race, and only read goes on from an address",
-            (_, None) if device.is_none() && close_race.is_none() && from.is_none() => return Ok(()),
-            _ => "only dirty has an action, a device, a race and an address",
+            (Verb::Iommu, Some(Action::Tables | Action::Mappings)) if !of_dirty => return Ok(()),
+            (Verb::Iommu, Some(Action::Tables | Action::Mappings)) => "only dirty has a race and an address",
+            (Verb::Iommu, _) => "iommu shows tables or mappings",
+            _ if position.is_some() => "only iommu has a position",
+            (Verb::Dirty, Some(Action::Start)) if from.is_none() => return Ok(()),
+            (Verb::Dirty, Some(Action::Read)) if close_race.is_none() => return Ok(()),
+            (Verb::Dirty, Some(Action::Stop)) if !of_dirty => return Ok(()),
+            (Verb::Dirty, Some(Action::Start | Action::Read | Action::Stop)) => {
+                "of dirty, only start can close the race, and only read goes on from an address"
+            }
+            (Verb::Dirty, _) => "dirty has an action: start, read or stop",
+            (_, None) if device.is_none() && !of_dirty => return Ok(()),
+            _ => "only dirty and iommu have an action and a device, and only dirty a race and an address",
         };
         Err(format!("the request is not understood: {wrong}"))
     }
@@ -181,15 +199,36 @@ mod tests {
             .iter()
             .map(|verb| {
                 let name = verb.to_possible_value().unwrap().get_name().to_owned();
-                let action = (*verb == Verb::Dirty).then_some(DirtyAction::Read);
+                let action = match verb {
+                    Verb::Dirty => Some(Action::Read),
+                    Verb::Iommu => Some(Action::Tables),
+                    _ => None,
+                };
                 let request = line(&Request { action, ..(*verb).into() });
-                let more = action.map_or("", |_| ",\"action\":\"read\"");
+                let more = match action {
+                    Some(Action::Read) => ",\"action\":\"read\"",
+                    Some(_) => ",\"action\":\"tables\"",
+                    None => "",
+                };
                 assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}}}\n").into_bytes());
                 assert_eq!(Request::parse(&request), Ok(Request { action, ..(*verb).into() }));
                 name
             })
             .collect();
-        let all = ["status", "audit", "devices", "trace", "pause", "resume", "reset", "power-button", "dirty", "quit"];
+        let all = [
+            "status",
+            "audit",
+            "devices",
+            "trace",
+            "pause",
+            "resume",
+            "reset",
+            "power-button",
+            "dirty",
+            "iommu",
+            "top",
+            "quit",
+        ];
         assert_eq!(names, all);
     }
 
@@ -216,12 +255,14 @@ mod tests {
 
     #[test]
     fn e1_requests_about_dirty_memory_have_the_fields_of_their_action_and_no_others_have_them() {
-        let (fields, none) = (["\"device\":\"vfio0\"", "\"close_race\":true", "\"from\":4096"], [false; 3]);
+        let fields = ["\"device\":\"vfio0\"", "\"close_race\":true", "\"from\":4096", "\"position\":\"28.0.-\""];
         for (head, allowed) in [
-            ("\"verb\":\"dirty\",\"action\":\"start\"", [true, true, false]),
-            ("\"verb\":\"dirty\",\"action\":\"read\"", [true, false, true]),
-            ("\"verb\":\"dirty\",\"action\":\"stop\"", [true, false, false]),
-            ("\"verb\":\"status\"", none),
+            ("\"verb\":\"dirty\",\"action\":\"start\"", [true, true, false, false]),
+            ("\"verb\":\"dirty\",\"action\":\"read\"", [true, false, true, false]),
+            ("\"verb\":\"dirty\",\"action\":\"stop\"", [true, false, false, false]),
+            ("\"verb\":\"iommu\",\"action\":\"tables\"", [true, false, false, true]),
+            ("\"verb\":\"iommu\",\"action\":\"mappings\"", [true, false, false, true]),
+            ("\"verb\":\"status\"", [false; 4]),
         ] {
             assert!(Request::parse(format!("{{{head}}}").as_bytes()).is_ok(), "{head}");
             for (field, allowed) in fields.iter().zip(allowed) {
@@ -229,9 +270,14 @@ mod tests {
                 assert_eq!(request.is_ok(), allowed, "{head},{field}: {request:?}");
             }
         }
-        for wrong in
-            ["\"verb\":\"dirty\"", "\"verb\":\"quit\",\"action\":\"read\"", "\"verb\":\"dirty\",\"action\":\"fly\""]
-        {
+        for wrong in [
+            "\"verb\":\"dirty\"",
+            "\"verb\":\"quit\",\"action\":\"read\"",
+            "\"verb\":\"dirty\",\"action\":\"fly\"",
+            "\"verb\":\"dirty\",\"action\":\"tables\"",
+            "\"verb\":\"iommu\"",
+            "\"verb\":\"iommu\",\"action\":\"read\"",
+        ] {
             assert!(Request::parse(format!("{{{wrong}}}").as_bytes()).is_err(), "{wrong}");
         }
     }
@@ -299,8 +345,8 @@ mod tests {
             more in prop::option::of("\"[a-z]{0,4}\":1"),
         ) {
             let more = more.map_or(String::new(), |more| format!(",{more}"));
-            // One has more than its verb.
-            let verbs = || Verb::value_variants().iter().filter(|verb| **verb != Verb::Dirty);
+            // Two have more than their verb.
+            let verbs = || Verb::value_variants().iter().filter(|verb| !matches!(verb, Verb::Dirty | Verb::Iommu));
             let known = verbs().any(|verb| {
                 value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')
             });

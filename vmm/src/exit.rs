@@ -12,3 +12,5 @@ pub const ERROR: u8 = 6;
 pub const CRASHED: u8 = 8;
 /// Exit code of the time limit.
 pub const TIME_LIMIT: u8 = 10;
+/// Exit code of `causeway ctl PATH iommu mappings` that found differences.
+pub const DIFFERS: u8 = 8;

@@ -16,6 +16,7 @@ mod open_files;
 mod output;
 mod signals;
 mod terminal;
+mod view;
 
 pub use acpi::dmar;
 pub use commands::main;

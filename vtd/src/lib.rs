@@ -30,6 +30,7 @@ mod core;
 mod dma;
 mod faults;
 pub mod ids;
+pub mod inspect;
 pub mod listener;
 mod memory;
 pub mod msi;

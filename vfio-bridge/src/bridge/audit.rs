@@ -97,12 +97,12 @@ impl Bridge {
     }
 }
 
-fn outside_interrupt_window(mapping: Mapping) -> impl Iterator<Item = Mapping> {
+pub(super) fn outside_interrupt_window(mapping: Mapping) -> impl Iterator<Item = Mapping> {
     without_interrupt_window(mapping.range()).into_iter().map(move |range| part(&mapping, range))
 }
 
 /// What `holes` (ascending, disjoint) leave of `mapping`.
-fn without(mapping: Mapping, holes: &[IovaRange]) -> impl Iterator<Item = Mapping> {
+pub(super) fn without(mapping: Mapping, holes: &[IovaRange]) -> impl Iterator<Item = Mapping> {
     let ranges = mapping.range().without(holes.iter().copied());
     ranges.into_iter().map(move |range| part(&mapping, range))
 }

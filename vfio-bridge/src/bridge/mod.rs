@@ -24,6 +24,7 @@ mod held;
 mod host_space;
 pub mod ledger;
 pub(crate) mod limits;
+pub(crate) mod mappings;
 pub(crate) mod pin;
 mod placement;
 

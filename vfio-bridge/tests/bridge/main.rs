@@ -9,6 +9,7 @@ mod dirty;
 mod dirty_property;
 mod faulty;
 mod groups;
+mod mappings;
 mod nvme_boot;
 mod parts;
 mod peers;

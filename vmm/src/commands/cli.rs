@@ -8,6 +8,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use crate::commands::ctl::CtlArgs;
 use crate::commands::device::DeviceArgs;
 use crate::commands::options;
+use crate::commands::report::ReportArgs;
 use crate::commands::test::TestArgs;
 use crate::config::{DeviceOption, IommuOption, MachineConfig};
 
@@ -36,6 +37,8 @@ pub enum Command {
     Test(Box<TestArgs>),
     /// Emulates a device in this process for a virtual machine of another: a vfio-user server
     Device(DeviceArgs),
+    /// Makes one page, with pictures, of a trace
+    Report(ReportArgs),
 }
 
 /// `causeway run`.

@@ -1,7 +1,6 @@
 //! `causeway ctl`: one request to a machine's control socket, and its reply.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -9,15 +8,20 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::control_protocol::{DirtyAction, MOST_UNREAD, Reply, Request, Verb, line};
-use crate::exit::{DENIED, REFUSED, USAGE};
+use crate::commands::client::Client;
+use crate::commands::iommu::{self, Shown};
+use crate::commands::top::{self, Ended};
+use crate::control_protocol::{Action, Reply, Request, Verb};
+use crate::exit::{DENIED, DIFFERS, REFUSED, USAGE};
 use crate::messages::{say, tell};
+use crate::signals;
 
 /// `causeway ctl`.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-The reply is one JSON object on stdout. Exit codes: 0 it was done; 1 the machine refuses it; 2 usage;
-4 no machine is there, or it ended before it replied.")]
+The reply is one JSON object on stdout; that of iommu is text, and with --json an object, too; top is a screen. Exit
+codes: 0 it was done; 1 the machine refuses it; 2 usage; 4 no machine is there, or it ended before it replied; 8 iommu
+mappings found differences.")]
 pub struct CtlArgs {
     /// The socket of `causeway run --socket PATH`
     #[arg(value_name = "PATH")]
@@ -25,10 +29,11 @@ pub struct CtlArgs {
     /// What is asked for
     #[arg(value_name = "VERB")]
     verb: Verb,
-    /// Of dirty: what is done
+    /// Of dirty: what is done; of iommu: what is shown
     #[arg(value_name = "ACTION")]
-    action: Option<DirtyAction>,
-    /// Of dirty: this device alone, with those of its host group
+    action: Option<Action>,
+    /// Of dirty: this device alone, with those of its host group; of iommu: this one alone, by its id or its address in
+    /// the guest
     #[arg(long, value_name = "ID")]
     device: Option<String>,
     /// Of dirty start: an unmap loses no write, whatever that costs
@@ -38,6 +43,12 @@ pub struct CtlArgs {
     /// first, instead of the ranges
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Of iommu: one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    /// Of top: one picture as text, as where stdout is no terminal
+    #[arg(long)]
+    once: bool,
 }
 
 /// Does what the command line says. Gives back the exit code.
@@ -49,11 +60,34 @@ pub fn run(args: &CtlArgs) -> ExitCode {
         ..args.verb.into()
     };
     let wrong = request.check().err();
-    let misplaced = args.out.is_some() && args.action != Some(DirtyAction::Read);
+    let misplaced = args.out.is_some() && args.action != Some(Action::Read);
     let wrong = wrong.or_else(|| misplaced.then(|| "only dirty read has an --out".to_owned()));
+    let misplaced = args.json && args.verb != Verb::Iommu;
+    let wrong = wrong.or_else(|| misplaced.then(|| "only iommu has --json: what else is said is JSON".to_owned()));
     if let Some(wrong) = wrong {
         say(format_args!("causeway ctl: {wrong}"));
         return ExitCode::from(USAGE);
+    }
+    let misplaced = args.once && args.verb != Verb::Top;
+    if misplaced {
+        say(format_args!("causeway ctl: only top has --once"));
+        return ExitCode::from(USAGE);
+    }
+    if args.verb == Verb::Iommu {
+        return match iommu::show(&args.socket, &request, args.json) {
+            Ok(Shown::Differences(0)) => ExitCode::SUCCESS,
+            Ok(Shown::Differences(_)) => ExitCode::from(DIFFERS),
+            Ok(Shown::Refused(why)) => denied(&why),
+            Err(e) => unanswered(&args.socket, &e),
+        };
+    }
+    if args.verb == Verb::Top {
+        return match top::run(&args.socket, args.once) {
+            Ok(Ended::Left) => ExitCode::SUCCESS,
+            Ok(Ended::Refused(why)) => denied(&why),
+            Ok(Ended::Signal(signal)) => signals::die_by(signal),
+            Err(e) => unanswered(&args.socket, &e),
+        };
     }
     let asked = ask(&args.socket, &request).and_then(|reply| match (&args.out, reply) {
         (Some(file), Reply::Ok(first)) => write_bitmap(&args.socket, &first, file),
@@ -64,20 +98,26 @@ pub fn run(args: &CtlArgs) -> ExitCode {
             tell(format_args!("{object}"));
             ExitCode::SUCCESS
         }
-        Ok(Reply::Error(why)) => {
-            say(format_args!("causeway ctl: {why}"));
-            ExitCode::from(DENIED)
-        }
-        Err(e) => {
-            let (code, remedy) = match e.kind() {
-                ErrorKind::InvalidInput => (USAGE, "use a shorter path"),
-                ErrorKind::PermissionDenied => (REFUSED, "the machine is another user's"),
-                _ => (REFUSED, "the path is that of `causeway run --socket`"),
-            };
-            say(format_args!("causeway ctl: no machine replies at {}: {e}; {remedy}", args.socket.display()));
-            ExitCode::from(code)
-        }
+        Ok(Reply::Error(why)) => denied(&why),
+        Err(e) => unanswered(&args.socket, &e),
     }
+}
+
+/// The machine refuses it.
+fn denied(why: &str) -> ExitCode {
+    say(format_args!("causeway ctl: {why}"));
+    ExitCode::from(DENIED)
+}
+
+/// No machine replies.
+fn unanswered(socket: &Path, e: &io::Error) -> ExitCode {
+    let (code, remedy) = match e.kind() {
+        ErrorKind::InvalidInput => (USAGE, "use a shorter path"),
+        ErrorKind::PermissionDenied => (REFUSED, "the machine is another user's"),
+        _ => (REFUSED, "the path is that of `causeway run --socket`"),
+    };
+    say(format_args!("causeway ctl: no machine replies at {}: {e}; {remedy}", socket.display()));
+    ExitCode::from(code)
 }
 
 /// What a machine says of dirty pages, as far as it is needed here.
@@ -106,7 +146,7 @@ fn write_bitmap(socket: &Path, first: &RawValue, file: &Path) -> io::Result<Repl
             }
         }
         let Some(from) = part.next else { break };
-        let rest = Request { action: Some(DirtyAction::Read), from: Some(from), ..Verb::Dirty.into() };
+        let rest = Request { action: Some(Action::Read), from: Some(from), ..Verb::Dirty.into() };
         match ask(socket, &rest)? {
             Reply::Ok(next) => part = parse(&next)?,
             refused => return Ok(refused),
@@ -120,17 +160,5 @@ fn write_bitmap(socket: &Path, first: &RawValue, file: &Path) -> io::Result<Repl
 }
 
 fn ask(socket: &Path, request: &Request) -> io::Result<Reply> {
-    let mut stream = UnixStream::connect(socket)?;
-    // One that is not taken as a client was told why before it asked.
-    let asked = stream.write_all(&line(request));
-    let mut reply = Vec::new();
-    // A line more than a machine says.
-    let read = BufReader::new(stream.take(MOST_UNREAD as u64 + 1)).read_until(b'\n', &mut reply);
-    if !reply.ends_with(b"\n") {
-        asked?;
-        read?;
-        return Err(io::Error::new(ErrorKind::UnexpectedEof, "it ended before it replied"));
-    }
-    serde_json::from_slice(&reply)
-        .map_err(|_| io::Error::new(ErrorKind::InvalidData, "what listens there speaks something else"))
+    Client::connect(socket)?.ask(request)
 }

@@ -1,11 +1,15 @@
 //! The command line, and what each command does.
 
 pub mod cli;
+mod client;
 mod ctl;
 mod device;
+mod iommu;
 pub mod options;
+mod report;
 mod run;
 mod test;
+mod top;
 mod verbs;
 
 use std::process::ExitCode;
@@ -28,5 +32,6 @@ pub fn main() -> ExitCode {
         Command::Ctl(args) => ctl::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Device(args) => device::run(&args),
+        Command::Report(args) => report::run(&args),
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 use vfio_bridge::{DirtyRace, Trace};
 
-use crate::control_protocol::{DirtyAction, Reply, Request, Verb};
+use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
 use crate::machine::stats::{self, Device, Stats};
 use crate::machine::{Machine, audit};
@@ -54,15 +54,18 @@ fn state_of(machine: &Machine) -> Reply {
 }
 
 impl Verbs<'_> {
+    /// What there is to say now.
+    fn stats(&self, machine: &Machine, last: &stats::Audit) -> Stats {
+        let wall_ms = self.start.elapsed().as_millis() as u64;
+        Stats { wall_ms, audit: last.clone(), ..machine.stats() }
+    }
+
     /// Does what `request` says; `last` is the last audit of the run.
     pub fn serve(&self, request: &Request, machine: &mut Machine, last: &mut stats::Audit) -> Reply {
         log::debug!("control socket: {request:?}");
         match request.verb {
-            Verb::Status => {
-                let wall_ms = self.start.elapsed().as_millis() as u64;
-                let stats = Stats { wall_ms, audit: last.clone(), ..machine.stats() };
-                Reply::ok(&Status { stats, state: state(machine) })
-            }
+            Verb::Status => Reply::ok(&Status { stats: self.stats(machine, last), state: state(machine) }),
+            Verb::Top => Reply::ok(&machine.top(self.stats(machine, last))),
             Verb::Audit => {
                 let found = machine.audit(self.trace.map(|(_, trace)| trace));
                 if found.differing() > 0 {
@@ -105,6 +108,7 @@ impl Verbs<'_> {
                 state_of(machine)
             }
             Verb::Dirty => dirty(request, machine),
+            Verb::Iommu => iommu(request, machine),
             Verb::Quit => {
                 self.control.request(Stop::Quit);
                 Reply::ok(&serde_json::json!({"quit": true}))
@@ -117,15 +121,24 @@ impl Verbs<'_> {
 fn dirty(request: &Request, machine: &mut Machine) -> Reply {
     let device = request.device.as_deref();
     let done = match request.action {
-        Some(DirtyAction::Start) => {
+        Some(Action::Start) => {
             let race = if request.close_race == Some(true) { DirtyRace::Closed } else { DirtyRace::Open };
             machine.start_dirty(device, race).map(|known| Reply::ok(&known))
         }
-        Some(DirtyAction::Read) => machine.read_dirty(device, request.from).map(|read| Reply::ok(&read)),
-        Some(DirtyAction::Stop) => {
-            machine.stop_dirty(device).map(|()| Reply::ok(&serde_json::json!({"dirty": "stopped"})))
-        }
-        None => Err("dirty start, dirty read or dirty stop".to_owned()),
+        Some(Action::Read) => machine.read_dirty(device, request.from).map(|read| Reply::ok(&read)),
+        Some(Action::Stop) => machine.stop_dirty(device).map(|()| Reply::ok(&serde_json::json!({"dirty": "stopped"}))),
+        _ => Err("dirty start, dirty read or dirty stop".to_owned()),
+    };
+    done.unwrap_or_else(Reply::Error)
+}
+
+/// A page of what there is to see of the IOMMU.
+fn iommu(request: &Request, machine: &Machine) -> Reply {
+    let (device, position) = (request.device.as_deref(), request.position.as_deref());
+    let done = match request.action {
+        Some(Action::Tables) => machine.iommu_tables(device, position).map(|page| Reply::ok(&page)),
+        Some(Action::Mappings) => machine.iommu_mappings(device, position).map(|page| Reply::ok(&page)),
+        _ => Err("iommu tables or iommu mappings".to_owned()),
     };
     done.unwrap_or_else(Reply::Error)
 }

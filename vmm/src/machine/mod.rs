@@ -6,11 +6,13 @@ pub mod control;
 pub mod control_socket;
 pub mod dirty;
 pub mod events;
+mod iommu;
 mod legacy;
 mod peers;
 mod plug;
 pub mod stats;
 mod steering;
+mod top;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;

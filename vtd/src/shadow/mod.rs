@@ -88,6 +88,11 @@ impl Spaces {
         self.spaces.values().map(view).collect()
     }
 
+    /// Of each space: its members, and how many extents it has; `None` where a bound has blocked it.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = (PagedSpace, &BTreeSet<Requester>, Option<usize>)> {
+        self.spaces.values().map(|space| (space.key, &space.members, space.shadow().map(Shadow::len)))
+    }
+
     /// What each function is attached to.
     pub(crate) fn attachments(&self) -> Vec<(Requester, SpaceKey)> {
         self.members.iter().map(|(requester, member)| (*requester, member.attached)).collect()

@@ -9,6 +9,7 @@ mod endpoints;
 mod faults;
 mod first_stage;
 mod floods;
+mod inspect;
 mod layout;
 mod looks;
 mod memory_changes;
