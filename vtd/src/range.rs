@@ -61,11 +61,6 @@ impl IovaRange {
         parts
     }
 
-    /// With all of the 4 KiB pages that it has a part of.
-    pub(crate) const fn of_whole_pages(self) -> Self {
-        Self::new(self.first & !0xfff, self.last | 0xfff)
-    }
-
     /// Sorts `ranges` and joins those that overlap or touch.
     pub fn union_of(mut ranges: Vec<Self>) -> Vec<Self> {
         ranges.sort_unstable();

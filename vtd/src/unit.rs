@@ -169,7 +169,6 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// inside a [`crate::DmaSession`].
     pub fn look_at(&self, requester: Requester, ranges: &[IovaRange]) {
         if !self.core.config.caching_mode {
-            let ranges = ranges.iter().map(|range| range.of_whole_pages());
             self.spaces().look_at(&self.core, requester, ranges);
         }
     }

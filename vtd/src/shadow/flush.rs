@@ -125,13 +125,13 @@ impl Spaces {
         self.scratch.shrink();
     }
 
-    /// Looks where `requester` is attached to, and at `ranges`, whole pages, of that. Without Caching Mode a guest need
+    /// Looks where `requester` is attached to, and at `ranges` of that. Without Caching Mode a guest need
     /// not say either.
     pub(crate) fn look_at<M: GuestMemoryBackend>(
         &mut self,
         core: &Core<M>,
         requester: Requester,
-        ranges: impl Iterator<Item = IovaRange>,
+        ranges: &[IovaRange],
     ) {
         let Some(attached) = self.attached_to(requester) else { return };
         if resolve_requester(core, requester).0 != attached
