@@ -3,20 +3,21 @@
 # copies FILE TIMES: the file, so many times.
 copies() { for copy in $(seq "$2"); do cat "$1"; done; }
 
-# tap: a tap of L1 with the address 10.0.2.1, brought up, and 64 MiB to send.
+# tap [MIB]: a tap of L1 with the address 10.0.2.1, brought up, and that many MiB (64) to send.
 tap() {
+    MIB=${1:-64}
     modprobe tun || fail "no tun"
     tunctl -t tap0 >/dev/null || fail "no tap"
     ifconfig tap0 10.0.2.1 netmask 255.255.255.0 up || fail "the tap does not come up"
-    dd if=/dev/urandom of=sent bs=1M count=64 2>/dev/null
+    dd if=/dev/urandom of=sent bs=1M count="$MIB" 2>/dev/null
     # An input that does not end: a client whose input ends closes the connection.
     mkfifo open && exec 5<>open
     LISTENERS=
     trap 'kill $LISTENERS 2>/dev/null' EXIT
 }
 
-# carry NAME TIMES KERNEL-OPTIONS OPTION...: a guest gets 64 MiB from L1, that many times, and sends as much of its own; all of it arrives
-# as it was.
+# carry NAME TIMES KERNEL-OPTIONS OPTION...: a guest gets these MiB from L1, that many times, and sends as much of its own; all of it
+# arrives as it was.
 carry() {
     name=$1
     times=$2
@@ -26,7 +27,7 @@ carry() {
     nc -l -p 5003 <&5 | sha256sum >back &
     LISTENERS="$LISTENERS $!"
     {
-        echo "TIMES=$times"
+        echo "TIMES=$times MIB=$MIB"
         cat <<'GUEST'
 modprobe virtio_net || fail "no virtio_net"
 ifconfig eth0 10.0.2.2 netmask 255.255.255.0 up || fail "no interface"
@@ -38,7 +39,7 @@ took() { awk -v what="$1" -v from="$BEGIN" '{ print what, $1 - from }' /proc/upt
 begin
 echo "received $(nc 10.0.2.1 5002 <&3 | sha256sum | cut -d' ' -f1)"
 took seconds-in
-head -c 67108864 /dev/urandom >/data
+head -c $((MIB << 20)) /dev/urandom >/data
 copies() { for copy in $(seq "$TIMES"); do cat /data; done; }
 begin
 copies | nc 10.0.2.1 5003 >/dev/null || fail "nothing goes"
@@ -52,5 +53,5 @@ GUEST
     expect "what the guest received" "$(lines "$name" 'received ')" "$wanted"
     wait $LISTENERS
     expect "what the guest sent" "$(cut -d' ' -f1 back)" "$(lines "$name" 'sent ')"
-    echo "$((64 * times)) MiB in $(lines "$name" 'seconds-in ') s, back in $(lines "$name" 'seconds-out ') s"
+    echo "$((MIB * times)) MiB in $(lines "$name" 'seconds-in ') s, back in $(lines "$name" 'seconds-out ') s"
 }

@@ -11,5 +11,3 @@ expect "the address" "$(lines net 'address ')" 52:54:00:12:34:56
 expect "the domain" "$(lines net 'domain ')" DMA
 no_faults net
 expect "pins that were refused, left or late" "$(($(field net.json refused) + $(field net.json left_pinned) + $(field net.json late)))" 0
-start net "" --device virtio-net,tap=none0
-expect "the status without a tap" $STATUS 4
