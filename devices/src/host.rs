@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Msi, Requester};
+use vtd::{Msi, Requester, SourceId};
 
 /// A piece of a file that can be mapped into the guest: part of a BAR of an assigned function.
 #[derive(Clone, Debug)]
@@ -64,6 +64,20 @@ pub trait Interrupts: Send + Sync {
 pub trait IrqLine: Send + Sync {
     /// Raise (`true`) or lower the line. Levels of several users of one pin are OR-ed.
     fn set_level(&self, high: bool);
+}
+
+/// Hears which source ids the requests of functions below bridges carry.
+pub trait SourceIds: Send + Sync {
+    /// The requests of the function of this name carry `id` from now on; `None`: no bus number leads to it. When this
+    /// returns, no access with another id is under way. Called with the bridge's registers held; waits for the queue of
+    /// the remapping unit.
+    fn renumbered(&self, name: Requester, id: Option<SourceId>);
+}
+
+/// Hears that a guest took the power of a slot whose card is to go.
+pub trait SlotPower: Send + Sync {
+    /// Some slot lost its power. Returns at once.
+    fn powered_off(&self);
 }
 
 /// What a guest can do to the whole machine. Called from a vCPU thread; returns at once, the machine stops afterwards.

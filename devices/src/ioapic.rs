@@ -121,7 +121,10 @@ impl IoApic {
 
     /// `listener` is called whenever a level-triggered interrupt of `pin` ends.
     pub fn add_eoi_listener(&self, pin: u8, listener: Weak<dyn EoiListener>) {
-        self.listeners.lock().unwrap().push((pin, listener));
+        let mut listeners = self.listeners.lock().unwrap();
+        // Of functions that were unplugged.
+        listeners.retain(|(_, listener)| listener.strong_count() > 0);
+        listeners.push((pin, listener));
     }
 
     /// The guest ended an interrupt with `vector` (KVM_EXIT_IOAPIC_EOI, or the EOI register).

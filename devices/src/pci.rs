@@ -6,11 +6,13 @@ pub mod decode;
 mod decode_test;
 pub mod host_bridge;
 pub mod root;
+pub mod root_port;
 
 pub use config::{BarKind, ConfigSpace, Identity};
 pub use decode::{BarTarget, Decoder};
 pub use host_bridge::HostBridge;
 pub use root::{ConfigPorts, Ecam, PciRoot, SlotError, gsi_of};
+pub use root_port::{Occupied, RootPort, RootPortWiring, SlotState};
 
 /// One function, as software sees it through configuration space. Called from any vCPU thread.
 pub trait PciFunction: Send + Sync {

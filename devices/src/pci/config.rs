@@ -151,7 +151,7 @@ impl ConfigSpace {
         config.allow(COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_OFF | 0x0140).to_le_bytes());
         config.allow(0x0c, &[0xff]);
         config.allow(INTERRUPT_LINE, &[0xff]);
-        config.clear_on_one[usize::from(STATUS) + 1] = 0xf9;
+        config.clear_on_one(STATUS + 1, &[0xf9]);
         config
     }
 
@@ -223,6 +223,12 @@ impl ConfigSpace {
     pub fn allow(&mut self, offset: u16, mask: &[u8]) {
         let at = usize::from(offset);
         self.writable[at..at + mask.len()].copy_from_slice(mask);
+    }
+
+    /// Lets software clear the bits of `mask` by writing ones.
+    pub fn clear_on_one(&mut self, offset: u16, mask: &[u8]) {
+        let at = usize::from(offset);
+        self.clear_on_one[at..at + mask.len()].copy_from_slice(mask);
     }
 
     /// Reads as software does. What lies outside reads as ones.

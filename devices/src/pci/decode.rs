@@ -1,7 +1,7 @@
 //! Which BAR is on a bus where, with its windows in the guest's memory: a BAR has both, or neither.
 //!
 //! A guest may give two BARs one address, for a moment or for good. The first keeps it; the second waits, and is put
-//! there as soon as its range is free.
+//! there as soon as its range is free. A BAR behind a bridge waits, too, until the bridge forwards its range.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,8 +34,36 @@ impl BarTarget {
 pub struct Decoder {
     bus: Arc<Bus>,
     // Held while windows are mapped and unmapped, which calls nothing that comes back here.
-    claims: Mutex<BTreeMap<(SourceId, u8), Claim>>,
+    claims: Mutex<Claims>,
     placed: RwLock<Placed>,
+}
+
+#[derive(Default)]
+struct Claims {
+    by_bar: BTreeMap<(SourceId, u8), Claim>,
+    /// Of functions behind bridges: what is forwarded to them, first and last addresses.
+    forwarded: BTreeMap<SourceId, Vec<(u64, u64)>>,
+}
+
+impl Claims {
+    /// Whether accesses of all of the range get to `sid`.
+    fn reach(&self, sid: SourceId, first: u64, last: u64) -> bool {
+        let Some(forwarded) = self.forwarded.get(&sid) else { return true };
+        forwarded.iter().any(|(from, to)| *from <= first && last <= *to)
+    }
+
+    /// Puts what waits where it can be.
+    fn place_all(&mut self, decoder: &Decoder) {
+        let waiting: Vec<_> = self.by_bar.iter().filter(|(_, claim)| !claim.placed).map(|(key, _)| *key).collect();
+        waiting.into_iter().for_each(|key| self.place(decoder, key));
+    }
+
+    fn place(&mut self, decoder: &Decoder, key: (SourceId, u8)) {
+        let reached = self.by_bar.get(&key).is_some_and(|claim| self.reach(key.0, claim.first, claim.last));
+        if let Some(claim) = self.by_bar.get_mut(&key).filter(|_| reached) {
+            claim.place(decoder, key);
+        }
+    }
 }
 
 /// BARs that are on the bus: first address -> last address, function, what answers.
@@ -69,30 +97,44 @@ impl Decoder {
     ///
     /// Its windows leave the guest before it leaves the bus, and come after it (F-3).
     pub fn set(&self, sid: SourceId, bar: u8, range: Option<(u64, u64)>, target: &BarTarget) -> bool {
-        let mut claims = self.claims.lock().unwrap();
+        let claims = &mut *self.claims.lock().unwrap();
         let key = (sid, bar);
-        if let Some(old) = claims.get_mut(&key) {
+        if let Some(old) = claims.by_bar.get_mut(&key) {
             if range == Some((old.first, old.last)) {
                 return old.placed;
             }
             old.withdraw(self);
-            claims.remove(&key);
+            claims.by_bar.remove(&key);
         }
         if let Some((first, last)) = range {
-            claims.insert(key, Claim { first, last, target: target.clone(), placed: false, mapped: Vec::new() });
+            let claim = Claim { first, last, target: target.clone(), placed: false, mapped: Vec::new() };
+            claims.by_bar.insert(key, claim);
         }
         // The one that asks comes first: it may take what it only waits for because it moved over itself.
-        if let Some(claim) = claims.get_mut(&key) {
-            claim.place(self, key);
-        }
-        for (key, claim) in claims.iter_mut().filter(|(_, claim)| !claim.placed) {
-            claim.place(self, *key);
-        }
-        let placed = claims.get(&key).is_none_or(|claim| claim.placed);
+        claims.place(self, key);
+        claims.place_all(self);
+        let placed = claims.by_bar.get(&key).is_none_or(|claim| claim.placed);
         if !placed {
-            log::debug!("BAR {bar} of {sid} has an address that is taken: nothing answers there for it");
+            log::debug!(
+                "BAR {bar} of {sid} has an address that is taken or not forwarded: nothing answers there for it"
+            );
         }
         placed
+    }
+
+    /// `sid` is behind a bridge, which forwards accesses of these ranges (first and last addresses) to it and no
+    /// others: of its BARs those are on the bus that lie in one of them.
+    pub fn forward(&self, sid: SourceId, ranges: &[(u64, u64)]) {
+        let claims = &mut *self.claims.lock().unwrap();
+        claims.forwarded.insert(sid, ranges.to_vec());
+        let keys: Vec<_> = claims.by_bar.range((sid, 0)..=(sid, u8::MAX)).map(|(key, _)| *key).collect();
+        for key in keys {
+            let stays = claims.by_bar.get(&key).is_some_and(|claim| claims.reach(sid, claim.first, claim.last));
+            if let Some(claim) = claims.by_bar.get_mut(&key).filter(|_| !stays) {
+                claim.withdraw(self);
+            }
+        }
+        claims.place_all(self);
     }
 }
 

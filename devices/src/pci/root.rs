@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use vtd::{Requester, SourceId};
 
 use super::config::{CONFIG_SIZE, HEADER_TYPE};
-use super::{Decoder, HostBridge, PciFunction};
+use super::{Decoder, HostBridge, PciFunction, RootPort};
 use crate::host::PowerControl;
 use crate::{Bus, BusDevice};
 
@@ -37,7 +37,9 @@ pub enum SlotError {
 pub struct PciRoot {
     decoder: Arc<Decoder>,
     port_decoder: Arc<Decoder>,
+    /// Of bus 0.
     functions: RwLock<BTreeMap<SourceId, Arc<dyn PciFunction>>>,
+    ports: RwLock<Vec<Arc<RootPort>>>,
 }
 
 impl PciRoot {
@@ -51,7 +53,7 @@ impl PciRoot {
         let host_bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
         let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
         let (decoder, port_decoder) = (Arc::new(Decoder::new(mmio)), Arc::new(Decoder::new(ports)));
-        Arc::new(Self { decoder, port_decoder, functions })
+        Arc::new(Self { decoder, port_decoder, functions, ports: RwLock::default() })
     }
 
     /// The decoder that functions put their memory BARs on the bus with.
@@ -100,14 +102,26 @@ impl PciRoot {
         Ok(())
     }
 
-    /// The functions, by source id.
+    /// Puts `port` where its requester says, and leads to what is below it.
+    pub fn insert_port(&self, port: &Arc<RootPort>) -> Result<(), SlotError> {
+        self.insert(port.requester().sid, port.clone())?;
+        self.ports.write().unwrap().push(port.clone());
+        Ok(())
+    }
+
+    /// The root ports, in the order in which they were put there.
+    pub fn ports(&self) -> Vec<Arc<RootPort>> {
+        self.ports.read().unwrap().clone()
+    }
+
+    /// The functions of bus 0, by source id.
     pub fn functions(&self) -> Vec<(SourceId, Arc<dyn PciFunction>)> {
         self.functions.read().unwrap().iter().map(|(sid, function)| (*sid, function.clone())).collect()
     }
 
     /// Makes every function quiet.
     pub fn quiesce(&self) {
-        for (_, function) in self.functions() {
+        for function in self.all() {
             function.quiesce();
         }
     }
@@ -115,29 +129,44 @@ impl PciRoot {
     /// Makes every function quiet, then resets them (rule 12: before the remapping unit).
     pub fn reset(&self) {
         self.quiesce();
-        for (_, function) in self.functions() {
+        for function in self.all() {
             function.reset();
         }
     }
 
-    fn function(&self, sid: SourceId) -> Option<Arc<dyn PciFunction>> {
-        self.functions.read().unwrap().get(&sid).cloned()
+    /// What is below ports, then what is on bus 0.
+    fn all(&self) -> Vec<Arc<dyn PciFunction>> {
+        let below = self.ports().into_iter().filter_map(|port| port.function_below());
+        below.chain(self.functions().into_iter().map(|(_, function)| function)).collect()
     }
 
-    /// Whether the slot of `sid`, a function 0, has further functions.
+    /// Does something with the function that a configuration request for `sid` reaches. Meanwhile no lock of the
+    /// hierarchy is held, but that of its slot.
+    fn with<T>(&self, sid: SourceId, act: impl FnOnce(&dyn PciFunction) -> T) -> Option<T> {
+        if sid.bus() == 0 {
+            let function = self.functions.read().unwrap().get(&sid).cloned();
+            return function.map(|function| act(&*function));
+        }
+        // Where a guest gave one bus to two ports, the first has it.
+        let port = self.ports.read().unwrap().iter().find(|port| port.leads_to(sid.bus())).cloned();
+        port?.with_card(sid, act)
+    }
+
+    /// Whether the slot of `sid`, a function 0, has further functions. What is below a port has none.
     fn is_multi_function(&self, sid: SourceId) -> bool {
         let functions = self.functions.read().unwrap();
         sid.function() == 0 && functions.range(SourceId(sid.0 + 1)..=SourceId(sid.0 | 7)).next().is_some()
     }
 
-    /// Reads configuration space; ones where there is no function. No lock is held while the function works.
+    /// Reads configuration space; ones where there is no function.
     pub fn config_read(&self, sid: SourceId, offset: u16, data: &mut [u8]) {
         data.fill(0xff);
         if usize::from(offset) + data.len() > CONFIG_SIZE {
             return;
         }
-        let Some(function) = self.function(sid) else { return };
-        function.config_read(offset, data);
+        if self.with(sid, |function| function.config_read(offset, data)).is_none() {
+            return;
+        }
         // Whether a slot has several functions is our topology's business, not the function's.
         if let Some(header) = HEADER_TYPE.checked_sub(offset).and_then(|at| data.get_mut(usize::from(at))) {
             *header = *header & 0x7f | u8::from(self.is_multi_function(sid)) << 7;
@@ -149,9 +178,7 @@ impl PciRoot {
         if usize::from(offset) + data.len() > CONFIG_SIZE {
             return;
         }
-        if let Some(function) = self.function(sid) {
-            function.config_write(offset, data);
-        }
+        self.with(sid, |function| function.config_write(offset, data));
     }
 }
 

@@ -17,6 +17,11 @@ impl Group {
         self.wants.insert(requester, Some(SpaceKey::Blocked));
     }
 
+    /// Takes a member away.
+    pub fn remove(&mut self, requester: Requester) {
+        self.wants.remove(&requester);
+    }
+
     /// The members, in ascending order.
     pub fn members(&self) -> impl Iterator<Item = Requester> {
         self.wants.keys().copied()

@@ -153,6 +153,38 @@ impl Bridge {
         Ok(())
     }
 
+    /// Takes a function, which its unit detached before, from behind the bridge: nothing is known of it any more, and
+    /// with the last function of its group nothing of that. Then the host may close it.
+    pub fn unregister(&self, requester: Requester) {
+        let Some(placed) = self.group_of(requester) else { return };
+        let mut placed = lock(&placed);
+        let mut broken = Broken::new();
+        placed.group.set(requester, None);
+        if placed.group.agreed() != placed.space {
+            self.block(&mut placed, &mut broken);
+        }
+        let has_others = placed.remove(requester);
+        {
+            let mut directory = self.directory_mut();
+            directory.parts.retain(|stream, _| stream.requester != requester);
+            directory.devices.remove(&requester);
+            directory.stopped.remove(&requester);
+            directory.counters.remove(&requester);
+            if let Some(group) = directory.requesters.remove(&requester).filter(|_| !has_others) {
+                directory.groups.remove(&group);
+            }
+        }
+        drop(placed);
+        self.stop(&broken);
+    }
+
+    /// How many functions of this virtual machine are in the group of `requester`.
+    pub fn sharing(&self, requester: Requester) -> usize {
+        let directory = self.directory();
+        let group = directory.requesters.get(&requester);
+        directory.requesters.values().filter(|other| Some(*other) == group).count()
+    }
+
     /// The name of `requester`'s backend, as statistics show it; `None` when it is not registered.
     pub fn backend(&self, requester: Requester) -> Option<&'static str> {
         self.directory().counters.get(&requester).map(|(backend, _)| *backend)

@@ -135,6 +135,15 @@ impl PlacedGroup {
             state.admit(self.who, &self.log);
         }
     }
+
+    /// `requester` is a member no longer. Whether there are others.
+    pub fn remove(&mut self, requester: Requester) -> bool {
+        self.group.remove(requester);
+        if let Some(held) = self.held() {
+            held.lock().occupants.insert(self.who, self.streams());
+        }
+        self.group.members().next().is_some()
+    }
 }
 
 impl Bridge {

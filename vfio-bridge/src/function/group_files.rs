@@ -32,6 +32,11 @@ impl GroupFiles {
         }
     }
 
+    /// `group` is closed.
+    pub fn remove(&self, group: GroupId) {
+        self.lock().remove(&group);
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<GroupId, Arc<OwnedFd>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -94,6 +94,12 @@ pub trait Function: Send + Sync {
     fn is_confined(&self) -> bool {
         false
     }
+    /// Whether its process is gone, for good.
+    fn is_gone(&self) -> bool {
+        false
+    }
+    /// `event` is signalled when its process is gone, now if it is. Only of one that is emulated.
+    fn wake_when_gone(&self, _event: EventFd) {}
     /// What it asked for by message; `None` for one that sends none.
     fn dma_messages(&self) -> Option<DmaMessages> {
         None

@@ -88,6 +88,21 @@ impl Type1 {
         Ok(host_function)
     }
 
+    /// `function` is closed, or about to be: with the last one of its group its container is given up, and with that what
+    /// may still be mapped there.
+    pub fn close(&self, function: Bdf) {
+        let mut open = self.lock();
+        let Some((group, entry)) = open.iter_mut().find(|(_, entry)| entry.functions.contains(&function)) else {
+            return;
+        };
+        let group = *group;
+        entry.functions.retain(|other| *other != function);
+        if entry.functions.is_empty() {
+            self.files.remove(group);
+            open.remove(&group);
+        }
+    }
+
     /// Opens the device of `function` through its group, which joins `container` unless it is there already.
     fn open_in(&self, container: &Arc<VfioContainer>, function: &CheckedFunction) -> Result<HostFunction, OpenError> {
         let device = VfioDevice::new(function.path(), container.clone(), false);

@@ -15,6 +15,8 @@ use vtd::Iova;
 use vtd::spec::INTERRUPT_WINDOW;
 use zerocopy::IntoBytes;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::granted::{Granted, Missing};
 use super::messages::{Asked, Messages};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
@@ -92,6 +94,17 @@ struct Waiting {
     /// Who waits for the reply with which id.
     calls: BTreeMap<u16, SyncSender<Message>>,
     end: Option<End>,
+    /// Signalled at the end.
+    wakes: Option<EventFd>,
+}
+
+impl Waiting {
+    fn wake(&self) {
+        if let Some(event) = self.wakes.as_ref().filter(|_| self.end.is_some()) {
+            // It can only fail where it is readable already.
+            let _ = event.write(1);
+        }
+    }
 }
 
 struct Shared {
@@ -232,6 +245,18 @@ impl Connection {
         }
     }
 
+    /// Whether it ended.
+    pub fn has_ended(&self) -> bool {
+        self.shared.waiting().end.is_some()
+    }
+
+    /// `event` is signalled when it ends, now if it did.
+    pub fn wake_at_end(&self, event: EventFd) {
+        let mut waiting = self.shared.waiting();
+        waiting.wakes = Some(event);
+        waiting.wake();
+    }
+
     /// Asks, and waits for the answer.
     pub fn call(&self, command: u16, parts: &[&[u8]], fds: &[RawFd]) -> Result<Message, CallError> {
         let call = self.begin(command, parts, fds)?;
@@ -364,6 +389,7 @@ impl Shared {
             }
         }
         waiting.calls.clear();
+        waiting.wake();
         self.shut_down();
     }
 

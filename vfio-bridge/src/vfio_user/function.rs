@@ -190,6 +190,12 @@ impl Function for UserFunction {
         self.connection.tell(requests);
     }
 
+    fn is_gone(&self) -> bool {
+        self.connection.has_ended()
+    }
+    fn wake_when_gone(&self, event: EventFd) {
+        self.connection.wake_at_end(event);
+    }
     fn is_confined(&self) -> bool {
         self.connection.is_confined()
     }

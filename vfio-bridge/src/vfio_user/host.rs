@@ -79,7 +79,11 @@ impl VfioUser {
         };
         let connection = Arc::new(Connection::new(stream, name.to_owned(), deadline, confined)?);
         let mut functions = self.functions();
-        let group = GroupId::of_user_function(functions.len() as u32);
+        // Of those that are gone nobody asks any more.
+        functions.retain(|_, (_, connection)| connection.strong_count() > 0);
+        let free = |group: &GroupId| !functions.contains_key(group);
+        let group = (0..=functions.len() as u32).map(GroupId::of_user_function).find(free);
+        let group = group.ok_or(ConnectError::Protocol("there is no group left for it"))?;
         let function = UserFunction::new(connection.clone(), group)?;
         functions.insert(group, (HostSpaceId::next(), Arc::downgrade(&connection)));
         Ok(function)

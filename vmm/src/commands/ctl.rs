@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -29,12 +29,13 @@ pub struct CtlArgs {
     /// What is asked for
     #[arg(value_name = "VERB")]
     verb: Verb,
-    /// Of dirty: what is done; of iommu: what is shown
-    #[arg(value_name = "ACTION")]
-    action: Option<Action>,
-    /// Of dirty: this device alone, with those of its host group; of iommu: this one alone, by its id or its address in
-    /// the guest
-    #[arg(long, value_name = "ID")]
+    /// Of dirty: what is done, start, read or stop. Of iommu: what is shown, tables or mappings. Of remove: the
+    /// device's id
+    #[arg(value_name = "ACTION|ID")]
+    what: Option<String>,
+    /// Of add: the device, as `causeway run --device` takes it. Of dirty: this device alone, with those of its host
+    /// group. Of iommu: this one alone, by its id or its address in the guest
+    #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Of dirty start: an unmap loses no write, whatever that costs
     #[arg(long)]
@@ -51,16 +52,31 @@ pub struct CtlArgs {
     once: bool,
 }
 
+impl CtlArgs {
+    fn request(&self) -> Result<Request, String> {
+        let Self { verb, what, device, .. } = self;
+        let (mut action, mut device) = (None, device.clone());
+        match (verb, what) {
+            (_, None) => {}
+            (Verb::Remove, Some(id)) if device.is_none() => device = Some(id.clone()),
+            (Verb::Dirty | Verb::Iommu, Some(text)) => {
+                let parsed = Action::from_str(text, false);
+                let actions = if *verb == Verb::Dirty { "start, read or stop" } else { "tables or mappings" };
+                action = Some(parsed.map_err(|_| format!("`{text}` is not {actions}"))?);
+            }
+            (_, Some(text)) => return Err(format!("`{text}` is too much")),
+        }
+        let close_race = self.close_race.then_some(true);
+        Ok(Request { action, device, close_race, ..(*verb).into() })
+    }
+}
+
 /// Does what the command line says. Gives back the exit code.
 pub fn run(args: &CtlArgs) -> ExitCode {
-    let request = Request {
-        action: args.action,
-        device: args.device.clone(),
-        close_race: args.close_race.then_some(true),
-        ..args.verb.into()
-    };
-    let wrong = request.check().err();
-    let misplaced = args.out.is_some() && args.action != Some(Action::Read);
+    let parsed = args.request();
+    let wrong = parsed.as_ref().map_or_else(|why| Some(why.clone()), |request| request.check().err());
+    let request = parsed.unwrap_or_else(|_| args.verb.into());
+    let misplaced = args.out.is_some() && request.action != Some(Action::Read);
     let wrong = wrong.or_else(|| misplaced.then(|| "only dirty read has an --out".to_owned()));
     let misplaced = args.json && args.verb != Verb::Iommu;
     let wrong = wrong.or_else(|| misplaced.then(|| "only iommu has --json: what else is said is JSON".to_owned()));

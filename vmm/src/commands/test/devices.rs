@@ -82,7 +82,7 @@ impl Devices {
 }
 
 fn edu() -> (String, DeviceOption) {
-    ("edu".to_owned(), DeviceOption { id: None, addr: None, kind: DeviceKind::Edu { pasid: false } })
+    ("edu".to_owned(), DeviceOption { id: None, addr: None, port: None, kind: DeviceKind::Edu { pasid: false } })
 }
 
 #[cfg(test)]
