@@ -7,8 +7,8 @@
 //!
 //! A transfer of four bytes, aligned, into the interrupt address range is a message, like any function's.
 //!
-//! With [`Pasids`] it has a PASID capability, which QEMU's has not, and a register of ours ([`PASID_REGISTER`]) that says
-//! by which PASID a transfer goes. Such a transfer is never a message.
+//! With [`Pasids`] it has a PASID capability, which QEMU's has not, and a register of ours ([`PASID_REGISTER`]) that
+//! says by which PASID a transfer goes. Such a transfer is never a message.
 //!
 //! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
 //! command was written is not reached.

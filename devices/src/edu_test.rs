@@ -279,7 +279,8 @@ fn a2_edu_transfers_go_by_the_pasid_that_its_register_says() {
     plain.write_slice(&[7; 8], GuestAddress(0x1000)).unwrap();
     bench.transfer(0x1000, BUFFER, 8, DMA_START);
     let byte = |memory: &GuestMemoryMmap| memory.read_obj::<u8>(GuestAddress(0x2000)).unwrap();
-    for (register, pasid) in [(PASID_VALID | 5, Pasid(5)), (PASID_VALID | 0xf_ffff, Pasid::MAX), (u32::MAX, Pasid::MAX)] {
+    for (register, pasid) in [(PASID_VALID | 5, Pasid(5)), (PASID_VALID | 0xf_ffff, Pasid::MAX), (u32::MAX, Pasid::MAX)]
+    {
         bench.write(PASID_REGISTER, register);
         assert_eq!(bench.read(PASID_REGISTER), register & 0x800f_ffff);
         bench.transfer(BUFFER, 0x2000, 8, DMA_START | DMA_TO_MEMORY);

@@ -9,8 +9,3 @@ no_faults edu
 
 edu_in_guest 0 "EDU_OPTIONS=--expect-fault; edu outside readonly" --iommu vtd,scalable=on,stage=first --device edu
 expect_line edu.log "fault: .*SM: Present bit in first-level paging entry is clear"
-
-# A unit with all of scalable mode, and an edu with PASIDs, which the guest's driver finds in its configuration space and enables.
-edu_in_guest 0 "edu roundtrip msi; pasid_enable" --iommu vtd,scalable=on,stage=both,nest=on,slads=on,pasid-bits=16 --device edu,pasid=on
-no_faults edu
-expect_line edu.log "pasid enable: 01"

@@ -17,9 +17,6 @@ function_of() {
     fail "no function $1"
 }
 
-# The control register of the PASID capability of the edu, in hexadecimal.
-pasid_enable() { echo "pasid enable: $(od -An -tx1 -j262 -N1 "/sys/bus/pci/devices/$(function_of 0x1234:0x11e8)/config" | tr -d ' ')"; }
-
 # domain_of VENDOR:DEVICE: the type of the IOMMU domain that the function is in: DMA, DMA-FQ, identity, none.
 domain_of() { cat "/sys/bus/pci/devices/$(function_of "$1")/iommu_group/type" 2>/dev/null || echo none; }
 

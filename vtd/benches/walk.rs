@@ -28,8 +28,8 @@ fn rig() -> Rig {
     rig
 }
 
-/// The same pages of an NVME in scalable mode, over four levels of a first stage; `nested`: with four levels of a second
-/// one beneath it, both with leaves of 4 KiB.
+/// The same pages of an NVME in scalable mode, over four levels of a first stage; `nested`: with four levels of a
+/// second one beneath it, both with leaves of 4 KiB.
 fn rig_of_first_stage(nested: bool) -> Rig {
     let scalable = Some(Stages::Both);
     let mut rig = Rig::scalable(UnitConfig { scalable, nested: true, ..pasid_tables::config(48) });

@@ -67,7 +67,8 @@ pub struct UnitConfig {
     pub extended_interrupt_mode: bool,
     /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
     pub scalable: Option<Stages>,
-    /// Offer nested translation, a first stage over a second one. As the first stage alone it is for emulated functions.
+    /// Offer nested translation, a first stage over a second one. Like the first stage alone it is for emulated
+    /// functions.
     pub nested: bool,
     /// Offer accessed and dirty flags of the second stage, in scalable mode. They are set for emulated functions; an
     /// assigned one whose entry asks for them is blocked, since its host would not set any.

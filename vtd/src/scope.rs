@@ -74,8 +74,8 @@ pub(crate) fn pasid_scope_of(given: u8, domain: u16, pasid: u32) -> Option<Conte
     }
 }
 
-/// The scope of a PASID-based IOTLB invalidation, of the PASID that it names; `None` for a reserved granularity. Address
-/// masks have no bound other than the address space.
+/// The scope of a PASID-based IOTLB invalidation, of the PASID that it names; `None` for a reserved granularity.
+/// Address masks have no bound other than the address space.
 pub(crate) fn pasid_iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8) -> Option<Scope> {
     let domain = DomainId(domain);
     match given {

@@ -122,6 +122,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// What `iova`'s page leads to, from the cache or the tables; faults are not recorded.
     ///
     /// All that is wanted is asked of one translation: of two, each could be of another moment, and allow half of it.
+    #[inline]
     pub(super) fn look_up(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         let offset = iova.0 % PAGE;
         if let Some((page, perm)) = self.iotlb.get(iova.0 / PAGE)

@@ -27,6 +27,7 @@ const SECOND_OF_TWO: u64 = 1 << 63 | 1 << 7;
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// The slow way. The cache's epoch is sampled before the first table read.
+    #[inline(never)]
     pub(super) fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         // Requests without PASID to this range are interrupts, also with translation off, when a PASID is ignored.
         // Section 3.15.

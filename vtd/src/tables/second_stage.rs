@@ -195,6 +195,7 @@ impl Directory {
 
     /// Reads the entry of `level` for `iova` in the table at `base`, takes its permissions in, and sets its flags if
     /// there are any.
+    #[inline]
     fn step<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
@@ -205,32 +206,53 @@ impl Directory {
     ) -> Result<Entry, Blocked> {
         let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
         let words = Words::at(memory, Gpa(self.base.0 + index * 8), 1).ok_or(Blocked::TableAccess)?;
+        if self.flags != Flags::Ignored {
+            return self.step_with_flags(&words, config, level, request);
+        }
+        let entry = SecondStageEntry::from_bits(words.get(0).ok_or(Blocked::TableAccess)?);
+        let next = Self::check(config, entry, level)?;
+        (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
+        Ok(next)
+    }
+
+    /// Where an entry that permits something leads.
+    #[inline]
+    fn check(config: &UnitConfig, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
+        if !entry.read() && !entry.write() {
+            return Err(Blocked::NothingPermitted);
+        }
+        Reserved { host_address_width: config.host_address_width }.check(entry, level)
+    }
+
+    /// The rest of a step of a stage with flags. By itself, so that others are not the slower for it.
+    #[inline(never)]
+    fn step_with_flags<M: GuestMemoryBackend>(
+        &mut self,
+        words: &Words<'_, M>,
+        config: &UnitConfig,
+        level: u8,
+        request: Request,
+    ) -> Result<Entry, Blocked> {
         // The entry that was checked is the one whose flags are set: another one is looked at anew.
         for _ in 0..ATTEMPTS {
             let word = words.get(0).ok_or(Blocked::TableAccess)?;
             let entry = SecondStageEntry::from_bits(word);
-            if !entry.read() && !entry.write() {
-                return Err(Blocked::NothingPermitted);
-            }
-            let next = Reserved { host_address_width: config.host_address_width }.check(entry, level)?;
-            let (read, write) = (self.read && entry.read(), self.write && entry.write());
-            if self.flags != Flags::Ignored {
-                let is_leaf = matches!(next, Entry::Leaf(_));
-                let dirties = is_leaf && request.dirties(read, write);
-                let used = entry.with_accessed(true).with_dirty(entry.dirty() || dirties);
-                if used != entry {
-                    if self.flags == Flags::NotSnooped {
-                        return Err(Blocked::SecondStageFlagsNotSnooped);
-                    }
-                    match words.exchange(0, word, used.into_bits()) {
-                        None => return Err(Blocked::TableAccess),
-                        Some(false) => continue,
-                        Some(true) => {}
-                    }
+            let next = Self::check(config, entry, level)?;
+            let (read, write) = (entry.read() && self.read, entry.write() && self.write);
+            let is_leaf = matches!(next, Entry::Leaf(_));
+            let dirties = is_leaf && request.dirties(read, write);
+            let used = entry.with_accessed(true).with_dirty(entry.dirty() || dirties);
+            if used != entry {
+                if self.flags == Flags::NotSnooped {
+                    return Err(Blocked::SecondStageFlagsNotSnooped);
                 }
-                self.dirty = is_leaf && used.dirty();
+                match words.exchange(0, word, used.into_bits()) {
+                    None => return Err(Blocked::TableAccess),
+                    Some(false) => continue,
+                    Some(true) => {}
+                }
             }
-            (self.read, self.write) = (read, write);
+            (self.read, self.write, self.dirty) = (read, write, is_leaf && used.dirty());
             return Ok(next);
         }
         Err(Blocked::SecondStageFlagsNotSet)
