@@ -4,12 +4,15 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use vtd::{Access, DmaSession, Iova};
+use vtd::{Access, DmaSession, Iova, Stages, UnitConfig};
 
+#[allow(dead_code)]
+#[path = "../tests/unit/pasid_tables.rs"]
+mod pasid_tables;
 #[path = "../tests/unit/rig.rs"]
 mod rig;
 mod runner;
-use rig::{Memory, NIC, NVME, Rig};
+use rig::{MEMORY, Memory, NIC, NVME, Rig};
 use runner::Runner;
 
 type Endpoint = vtd::Endpoint<Memory>;
@@ -22,6 +25,35 @@ fn rig() -> Rig {
     let (mut rig, root) = Rig::with_nvme();
     (0..PAGES / 8192).for_each(|part| rig.pages(root, FIRST + (part << 25), 0x80_0000, 8192));
     rig.set_paged(NIC, root, 48, 1);
+    rig
+}
+
+/// The same pages of an NVME in scalable mode, over four levels of a first stage; `nested`: with four levels of a
+/// second one beneath it, both with leaves of 4 KiB.
+fn rig_of_first_stage(nested: bool) -> Rig {
+    let scalable = Some(Stages::Both);
+    let mut rig = Rig::scalable(UnitConfig { scalable, nested: true, ..pasid_tables::config(48) });
+    let up = if nested { 1 << 32 } else { 0 };
+    let root = rig.table();
+    for page in 0..PAGES {
+        let (iova, mut table) = (FIRST + (page << 12), root);
+        for level in (1..4u32).rev() {
+            let entry = table + (iova >> (12 + 9 * level) & 511) * 8;
+            if rig.load(entry) == 0 {
+                let made = rig.table();
+                rig.store(entry, (made + up) | 0x27);
+            }
+            table = (rig.load(entry) & !0xfff) - up;
+        }
+        rig.store(table + (iova >> 12 & 511) * 8, (0x80_0000 + ((page % 8192) << 12) + up) | 0x67);
+    }
+    if nested {
+        let second = rig.table();
+        rig.pages(second, up, 0, MEMORY >> 12);
+        rig.set_entry(NVME, 0, pasid_tables::nested(root + up, second, 48, 1));
+    } else {
+        rig.set_entry(NVME, 0, pasid_tables::first_stage(root, 4, 1));
+    }
     rig
 }
 
@@ -84,6 +116,17 @@ fn one_thread(runner: &mut Runner) {
             read(&session, FIRST + (page << 12));
         }
     });
+    for (name, nested) in [("translate/walk_first_stage", false), ("translate/walk_nested", true)] {
+        let rig = rig_of_first_stage(nested);
+        let endpoint = rig.unit.endpoint(NVME);
+        runner.operation(name, || {
+            let (session, mut page) = (endpoint.enter(), 0);
+            move || {
+                page = (page + 1) % PAGES;
+                read(&session, FIRST + (page << 12));
+            }
+        });
+    }
     let endpoint = new();
     runner.operation("session/enter", || || drop(black_box(endpoint.enter())));
     let endpoint = new();

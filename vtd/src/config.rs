@@ -67,6 +67,12 @@ pub struct UnitConfig {
     pub extended_interrupt_mode: bool,
     /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
     pub scalable: Option<Stages>,
+    /// Offer nested translation, a first stage over a second one. Like the first stage alone it is for emulated
+    /// functions.
+    pub nested: bool,
+    /// Offer accessed and dirty flags of the second stage, in scalable mode. They are set for emulated functions; an
+    /// assigned one whose entry asks for them is blocked, since its host would not set any.
+    pub second_stage_dirty: bool,
     /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode,
     /// and of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
     pub pasid_bits: u8,
@@ -95,6 +101,12 @@ pub enum ConfigError {
     /// PASIDs are of scalable mode.
     #[error("requests with a PASID need scalable mode")]
     PasidsAlone,
+    /// There are no two stages to nest.
+    #[error("nested translation needs both stages of scalable mode")]
+    NestedAlone,
+    /// There are flags in scalable mode only.
+    #[error("accessed and dirty flags of the second stage need scalable mode with a second stage")]
+    FlagsAlone,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
@@ -114,6 +126,8 @@ impl UnitConfig {
             interrupt_remapping: false,
             extended_interrupt_mode: false,
             scalable: None,
+            nested: false,
+            second_stage_dirty: false,
             pasid_bits: 0,
             unchecked_source: None,
             bounds: Bounds::default(),
@@ -136,6 +150,12 @@ impl UnitConfig {
         }
         if self.pasid_bits != 0 && self.scalable.is_none() {
             return Err(ConfigError::PasidsAlone);
+        }
+        if self.nested && self.scalable != Some(Stages::Both) {
+            return Err(ConfigError::NestedAlone);
+        }
+        if self.second_stage_dirty && !self.second_stage() {
+            return Err(ConfigError::FlagsAlone);
         }
         let bounds = [
             (self.bounds.shadow_entries as u64, "shadow entries"),
@@ -205,7 +225,9 @@ impl UnitConfig {
             .with_scalable_mode(self.scalable.is_some())
             .with_pasid(self.pasid_bits != 0)
             .with_pasid_size(self.pasid_bits.saturating_sub(1))
+            .with_nested(self.nested)
             .with_second_stage(self.second_stage())
+            .with_second_stage_dirty(self.second_stage_dirty)
             .with_first_stage(self.first_stage())
             .with_scalable_coherent(self.scalable.is_some())
             .with_rid_pasid(self.scalable.is_some())

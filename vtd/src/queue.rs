@@ -8,7 +8,7 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::config::MAX_HANDLE_MASK;
 use crate::core::Core;
-use crate::ids::Gpa;
+use crate::ids::{Gpa, Pasid};
 use crate::memory::{read_pair, read_words, write_word};
 use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of, pasid_iotlb_scope_of, pasid_scope_of};
 use crate::shadow::Spaces;
@@ -195,9 +195,9 @@ fn handle<M>(
             Ok(None)
         }
         kind::PASID_IOTLB => {
-            let scope = pasid_iotlb_scope(descriptor)?;
+            let (scope, pasid) = pasid_iotlb_scope(descriptor)?;
             core.counters.pasid_iotlb.add(1);
-            spaces.invalidate_iotlb(scope);
+            spaces.invalidate_pasid(scope, pasid);
             Ok(None)
         }
         kind::WAIT => {
@@ -233,15 +233,16 @@ fn pasid_scope(descriptor: Descriptor) -> Result<ContextScope, QueueError> {
     if low.reserved() != 0 || low.reserved_high() != 0 || descriptor.high != 0 {
         return Err(QueueError::Reserved);
     }
-    pasid_scope_of(low.granularity(), low.domain()).ok_or(QueueError::Reserved)
+    pasid_scope_of(low.granularity(), low.domain(), low.pasid()).ok_or(QueueError::Reserved)
 }
 
-fn pasid_iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {
+fn pasid_iotlb_scope(descriptor: Descriptor) -> Result<(Scope, Pasid), QueueError> {
     let (low, high) = (PasidLow::from_bits(descriptor.low), IotlbHigh::from_bits(descriptor.high));
     if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
         return Err(QueueError::Reserved);
     }
-    pasid_iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask()).ok_or(QueueError::Reserved)
+    let scope = pasid_iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask());
+    Ok((scope.ok_or(QueueError::Reserved)?, Pasid(low.pasid())))
 }
 
 fn iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {

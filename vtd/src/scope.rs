@@ -1,7 +1,7 @@
 //! What an invalidation reaches. Sections 6.5.2 and 11.4.6.
 
 use crate::config::MAX_ADDRESS_MASK;
-use crate::ids::{DomainId, SourceId};
+use crate::ids::{DomainId, Pasid, SourceId};
 use crate::range::IovaRange;
 use crate::spec::invalidation::{granularity, pasid_cache, pasid_iotlb};
 
@@ -24,8 +24,8 @@ pub(crate) enum ContextScope {
     /// By a PASID-cache invalidation: all of a domain, and those that have none because no entry is present for them.
     Pasids {
         domain: DomainId,
-        /// One PASID of the domain is named. Which one is not looked at, so that more is reached than need be.
-        named: bool,
+        /// Only this one of the domain.
+        pasid: Option<Pasid>,
     },
     /// A source id, and the function bits that are ignored in it.
     Device {
@@ -37,7 +37,7 @@ pub(crate) enum ContextScope {
 impl ContextScope {
     /// Whether it names what a guest attaches a function with: the function, or the PASID of its requests.
     pub(crate) fn names_a_function(self) -> bool {
-        matches!(self, Self::Device { .. } | Self::Pasids { named: true, .. })
+        matches!(self, Self::Device { .. } | Self::Pasids { pasid: Some(_), .. })
     }
 }
 
@@ -64,18 +64,18 @@ pub(crate) fn context_scope_of(
 }
 
 /// The scope of a PASID-cache invalidation; `None` for the reserved granularity.
-pub(crate) fn pasid_scope_of(given: u8, domain: u16) -> Option<ContextScope> {
+pub(crate) fn pasid_scope_of(given: u8, domain: u16, pasid: u32) -> Option<ContextScope> {
     let domain = DomainId(domain);
     match given {
         pasid_cache::GLOBAL => Some(ContextScope::Everything),
-        pasid_cache::DOMAIN => Some(ContextScope::Pasids { domain, named: false }),
-        pasid_cache::PASID => Some(ContextScope::Pasids { domain, named: true }),
+        pasid_cache::DOMAIN => Some(ContextScope::Pasids { domain, pasid: None }),
+        pasid_cache::PASID => Some(ContextScope::Pasids { domain, pasid: Some(Pasid(pasid)) }),
         _ => None,
     }
 }
 
-/// The scope of a PASID-based IOTLB invalidation, in whose domain every PASID is reached; `None` for a reserved
-/// granularity. Address masks have no bound other than the address space.
+/// The scope of a PASID-based IOTLB invalidation, of the PASID that it names; `None` for a reserved granularity.
+/// Address masks have no bound other than the address space.
 pub(crate) fn pasid_iotlb_scope_of(given: u8, domain: u16, page: u64, address_mask: u8) -> Option<Scope> {
     let domain = DomainId(domain);
     match given {

@@ -34,7 +34,7 @@
 //! | `epoch` release in `advance_epoch`, acquire in `sample` | a walk of the new epoch reads the tables of it | `a_walk_..` |
 //! | generation release in `forget`, acquire in `sample` | what is noted for the new generation stays noted | `a_walk_of_a_large_leaf_..` |
 
-use crate::ids::{DomainId, Gpa};
+use crate::ids::{DomainId, Gpa, Pasid};
 use crate::range::IovaRange;
 use crate::scope::Scope;
 use crate::space::Perm;
@@ -48,11 +48,16 @@ const MAX_PAGES_BY_SLOT: u64 = 64;
 /// Pages of a directory.
 const DIRECTORY_PAGES: u64 = 512;
 
-// `domain` is a domain id, or one of these.
-const NO_DOMAIN: u32 = u32::MAX;
-const MANY_DOMAINS: u32 = u32::MAX - 1;
+// `owner` is a domain id and, from bit 32 on, a PASID and 1; or one of these.
+const NO_OWNER: u64 = u64::MAX;
+const MANY_OWNERS: u64 = u64::MAX - 1;
 /// What is not translated is told from every domain id: an invalidation of a domain does not reach it.
-const UNTRANSLATED: u32 = 1 << 16;
+const UNTRANSLATED: u64 = 1 << 16;
+
+/// Of requests that are translated without a PASID, 0.
+fn of_pasid(pasid: Option<Pasid>) -> u64 {
+    pasid.map_or(0, |pasid| (u64::from(pasid.0) + 1) << 32)
+}
 
 /// What is cached of one key.
 #[derive(Default)]
@@ -79,6 +84,13 @@ impl Slot {
         fence(Ordering::Acquire);
         let of_one_store = before & 1 == 0 && self.sequence.load(Ordering::Relaxed) == before;
         of_one_store.then_some(value)
+    }
+
+    /// Both words of a store, which has no key.
+    fn get_both(&self, generation: u64) -> Option<[u64; 2]> {
+        let key = self.key.load(Ordering::Relaxed);
+        // Whether they are of one store is seen to there.
+        self.get(key, generation).map(|value| [value, key])
     }
 
     /// Holds the slot for a store, unless somebody does; the sequence that it had. What comes before is seen by whoever
@@ -178,10 +190,12 @@ pub(crate) struct Iotlb {
     /// From 1: a slot that was never written is of no generation.
     generation: AtomicU64,
     epoch: AtomicU64,
-    /// The domain that everything cached belongs to.
-    domain: AtomicU32,
+    /// The domain that everything cached belongs to, and the PASID.
+    owner: AtomicU64,
     /// Something of a large leaf is cached: an invalidation of any part of the leaf must find it.
     large: AtomicBool,
+    /// Something of a first stage is cached: an invalidation of addresses of the second stage must find it.
+    first: AtomicBool,
     sessions: [Session; SESSIONS],
 }
 
@@ -193,8 +207,9 @@ impl Default for Iotlb {
             context: Slot::default(),
             generation: AtomicU64::new(1),
             epoch: AtomicU64::new(0),
-            domain: AtomicU32::new(NO_DOMAIN),
+            owner: AtomicU64::new(NO_OWNER),
             large: AtomicBool::new(false),
+            first: AtomicBool::new(false),
             sessions: Default::default(),
         }
     }
@@ -228,20 +243,26 @@ impl Iotlb {
     }
 
     /// What is cached of the context entry. Its domain has been noted.
-    pub(crate) fn context(&self, sampled: Sampled) -> Option<u64> {
-        self.context.get(0, sampled.generation)
+    pub(crate) fn context(&self, sampled: Sampled) -> Option<[u64; 2]> {
+        self.context.get_both(sampled.generation)
     }
 
-    /// Notes the domain that something belongs to, before it is stored; `None` for what is not translated.
-    pub(crate) fn note_domain(&self, domain: Option<DomainId>) {
-        let domain = domain.map_or(UNTRANSLATED, |domain| u32::from(domain.0));
-        if self.domain.load(Ordering::Relaxed) == domain {
+    /// Notes the domain and the PASID that something belongs to, before it is stored; no domain for what is not
+    /// translated.
+    pub(crate) fn note_owner(&self, domain: Option<DomainId>, pasid: Option<Pasid>) {
+        let owner = domain.map_or(UNTRANSLATED, |domain| u64::from(domain.0)) | of_pasid(pasid);
+        if self.owner.load(Ordering::Relaxed) == owner {
             return;
         }
-        let noted = self.domain.compare_exchange(NO_DOMAIN, domain, Ordering::Relaxed, Ordering::Relaxed);
-        if noted.is_err_and(|other| other != domain) {
-            self.domain.store(MANY_DOMAINS, Ordering::Relaxed);
+        let noted = self.owner.compare_exchange(NO_OWNER, owner, Ordering::Relaxed, Ordering::Relaxed);
+        if noted.is_err_and(|other| other != owner) {
+            self.owner.store(MANY_OWNERS, Ordering::Relaxed);
         }
+    }
+
+    /// Notes that something is of a first stage, before it is stored.
+    pub(crate) fn note_first(&self) {
+        self.first.store(true, Ordering::Relaxed);
     }
 
     /// Notes that something is of a large leaf, before it is stored.
@@ -262,8 +283,8 @@ impl Iotlb {
     }
 
     /// The same for the context entry.
-    pub(crate) fn insert_context(&self, sampled: Sampled, value: u64) {
-        self.insert(&self.context, sampled, 0, value);
+    pub(crate) fn insert_context(&self, sampled: Sampled, [first, second]: [u64; 2]) {
+        self.insert(&self.context, sampled, second, first);
     }
 
     fn insert(&self, slot: &Slot, sampled: Sampled, key: u64, value: u64) {
@@ -278,15 +299,24 @@ impl Iotlb {
 
     /// Makes stale what `scope` reaches, of walks that end later, too. Does not wait for sessions.
     pub(crate) fn invalidate(&self, scope: Scope) {
+        self.invalidate_of(scope, None);
+    }
+
+    /// The same, of one PASID. Addresses are then those of the requests; else they are those of the second stage, where
+    /// there are two (section 6.5.2.3).
+    pub(crate) fn invalidate_of(&self, scope: Scope, pasid: Option<Pasid>) {
         self.advance_epoch();
-        let cached = self.domain.load(Ordering::Relaxed);
-        let reaches = |domain: DomainId| cached == MANY_DOMAINS || cached == u32::from(domain.0);
+        let cached = self.owner.load(Ordering::Relaxed);
+        let of_pasid = pasid.is_none() || cached & !0xffff_ffff == of_pasid(pasid);
+        let reaches =
+            |domain: DomainId| cached == MANY_OWNERS || of_pasid && cached & 0xffff_ffff == u64::from(domain.0);
+        let other_addresses = || pasid.is_none() && self.first.load(Ordering::Relaxed);
         match scope {
             Scope::Everything => self.forget(),
             Scope::Domain(domain) if reaches(domain) => self.forget(),
             Scope::Pages(domain, IovaRange { first, last }) if reaches(domain) => {
                 let (first, last) = (first >> 12, last >> 12);
-                if last - first >= MAX_PAGES_BY_SLOT || self.large.load(Ordering::Relaxed) {
+                if last - first >= MAX_PAGES_BY_SLOT || self.large.load(Ordering::Relaxed) || other_addresses() {
                     self.forget();
                 } else {
                     let directories = first / DIRECTORY_PAGES..=last / DIRECTORY_PAGES;
@@ -308,8 +338,9 @@ impl Iotlb {
 
     fn forget(&self) {
         // In this order: what is noted after the generation moved belongs to the new one.
-        self.domain.store(NO_DOMAIN, Ordering::Relaxed);
+        self.owner.store(NO_OWNER, Ordering::Relaxed);
         self.large.store(false, Ordering::Relaxed);
+        self.first.store(false, Ordering::Relaxed);
         self.generation.fetch_add(1, Ordering::Release);
     }
 

@@ -8,11 +8,12 @@ use crate::space::Perm;
 use crate::sync::{DIRECTORY_SETS, PAGE_SETS, SESSIONS};
 
 const DOMAIN: DomainId = DomainId(1);
+const CONTEXT: [u64; 2] = [0x88, 0x99];
 const TARGET: (Gpa, Perm) = (Gpa(0x9000), Perm::ReadWrite);
 
 fn insert(iotlb: &Iotlb, domain: Option<DomainId>, page: u64) {
     let sampled = iotlb.sample();
-    iotlb.note_domain(domain);
+    iotlb.note_owner(domain, None);
     iotlb.insert_page(sampled, page, TARGET.0, TARGET.1);
 }
 
@@ -21,7 +22,7 @@ fn full() -> Iotlb {
     let iotlb = Iotlb::default();
     insert(&iotlb, Some(DOMAIN), 5);
     iotlb.insert_directory(iotlb.sample(), 0, 0x77);
-    iotlb.insert_context(iotlb.sample(), 0x88);
+    iotlb.insert_context(iotlb.sample(), CONTEXT);
     iotlb
 }
 
@@ -29,7 +30,7 @@ fn full() -> Iotlb {
 fn there(iotlb: &Iotlb) -> [bool; 3] {
     let sampled = iotlb.sample();
     let (directory, context) = (iotlb.directory(sampled, 0), iotlb.context(sampled));
-    assert!(directory.is_none_or(|value| value == 0x77) && context.is_none_or(|value| value == 0x88));
+    assert!(directory.is_none_or(|value| value == 0x77) && context.is_none_or(|value| value == CONTEXT));
     [iotlb.get(5) == Some(TARGET), directory.is_some(), context.is_some()]
 }
 
@@ -53,10 +54,10 @@ fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
         let iotlb = Iotlb::default();
         let sampled = iotlb.sample();
         iotlb.invalidate(scope);
-        iotlb.note_domain(Some(DOMAIN));
+        iotlb.note_owner(Some(DOMAIN), None);
         iotlb.insert_page(sampled, 5, TARGET.0, TARGET.1);
         iotlb.insert_directory(sampled, 0, 0x77);
-        iotlb.insert_context(sampled, 0x88);
+        iotlb.insert_context(sampled, CONTEXT);
         assert_eq!(there(&iotlb), [false; 3], "{scope:?}");
         insert(&iotlb, Some(DOMAIN), 5);
         assert_eq!(iotlb.get(5), Some(TARGET));

@@ -6,6 +6,7 @@ pub(crate) mod iotlb;
 #[cfg(test)]
 mod iotlb_test;
 mod session;
+mod walk;
 
 pub use dirty::{DirtyLog, DirtySlice};
 pub use endpoint::{DmaError, Endpoint};

@@ -19,6 +19,7 @@ use crate::msi::Msi;
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// Opens a session; it ends when the result is dropped.
+    #[inline]
     pub fn enter(&self) -> DmaSession<'_, M> {
         DmaSession { endpoint: self, token: self.iotlb.open_session(), message: Mutex::default() }
     }
@@ -49,6 +50,7 @@ pub struct DmaSession<'e, M: GuestMemoryBackend + Clone + Send + Sync> {
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Drop for DmaSession<'_, M> {
+    #[inline]
     fn drop(&mut self) {
         self.endpoint.iotlb.close_session(&self.token);
         let message = self.message.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
@@ -61,6 +63,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
     ///
     /// # Errors
     /// A fault, which has been recorded, or that the address is one of interrupts.
+    #[inline]
     pub fn translate(&self, iova: Iova, access: Access) -> Result<Gpa, DmaError> {
         self.translate_for(iova, access.into())
     }

@@ -25,7 +25,7 @@ impl Spaces {
 
         for (requester, attached) in self.attachments() {
             audit.checked += 1;
-            let (tables, _) = resolve_requester(core, requester);
+            let (tables, ..) = resolve_requester(core, requester);
             if tables != attached {
                 let same = |old: &&RememberedFunction| old.overdue && (old.tables, old.attached) == (tables, attached);
                 let overdue = before.functions.get(&requester).filter(same).is_some();
@@ -80,7 +80,7 @@ impl Spaces {
         let reached: Vec<Requester> =
             self.book.functions.iter().filter(|(_, function)| function.reached).map(|(r, _)| *r).collect();
         for requester in reached {
-            let (tables, _) = resolve_requester(core, requester);
+            let (tables, ..) = resolve_requester(core, requester);
             let attached = self.attached_to(requester);
             let kept_out = self.book.kept_out.contains(&requester);
             let Some(function) = self.book.functions.get_mut(&requester) else { continue };

@@ -8,7 +8,7 @@ use super::Spaces;
 use super::attach::report;
 use super::waiting::{Occasion, Waiting};
 use crate::core::Core;
-use crate::ids::DomainId;
+use crate::ids::{DomainId, Pasid};
 use crate::scope::{ContextScope, Scope};
 use crate::space::PagedSpace;
 use crate::tables::interrupt::EntriesChanged;
@@ -21,7 +21,10 @@ const ENTRY_LOOKS: u32 = 64;
 #[derive(Default)]
 pub(super) struct Pending {
     contexts: Vec<ContextScope>,
+    /// What reaches spaces. A space is of no PASID: one of a PASID reaches its whole domain.
     iotlb: Vec<Scope>,
+    /// What reaches what emulated DMA caches, of one PASID or of all.
+    cached: Vec<(Scope, Option<Pasid>)>,
     /// One range for all: routes are replaced once a flush.
     interrupt_entries: Option<EntriesChanged>,
 }
@@ -35,6 +38,13 @@ impl Spaces {
     /// An IOTLB invalidation: takes effect at the next [`Spaces::flush`].
     pub(crate) fn invalidate_iotlb(&mut self, scope: Scope) {
         self.pending.iotlb.push(scope);
+        self.pending.cached.push((scope, None));
+    }
+
+    /// A PASID-based IOTLB invalidation: takes effect at the next [`Spaces::flush`].
+    pub(crate) fn invalidate_pasid(&mut self, scope: Scope, pasid: Pasid) {
+        self.pending.iotlb.push(scope);
+        self.pending.cached.push((scope, Some(pasid)));
     }
 
     /// An interrupt-entry-cache invalidation: takes effect at the next [`Spaces::flush`].
@@ -107,15 +117,23 @@ impl Spaces {
         self.recheck_remembered(core);
         self.try_again(core, occasion);
         pending.iotlb.clear();
+        pending.cached.clear();
         // Its storage is used again.
         self.pending = pending;
         self.scratch.shrink();
     }
 
     fn invalidate_endpoints(&self, pending: &Pending) {
+        // Nothing is cached that is not present, so what a PASID-cache invalidation reaches has its domain. Any other
+        // one of contexts is of everything here.
+        let of_entry = |scope: &ContextScope| match *scope {
+            ContextScope::Pasids { domain, pasid } => Some((Scope::Domain(domain), pasid)),
+            _ => None,
+        };
+        let of_entries: Option<Vec<_>> = pending.contexts.iter().map(of_entry).collect();
         for (_, iotlb) in &self.endpoints {
-            if pending.contexts.is_empty() {
-                pending.iotlb.iter().for_each(|scope| iotlb.invalidate(*scope));
+            if let Some(of_entries) = &of_entries {
+                pending.cached.iter().chain(of_entries).for_each(|(scope, pasid)| iotlb.invalidate_of(*scope, *pasid));
             } else {
                 iotlb.invalidate(Scope::Everything);
             }

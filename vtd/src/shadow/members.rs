@@ -9,11 +9,12 @@ use super::Spaces;
 use super::waiting::Waiting;
 use crate::core::Core;
 use crate::dma::iotlb::Iotlb;
-use crate::ids::{DomainId, Requester, SourceId};
+use crate::ids::{DomainId, Pasid, Requester, SourceId};
 use crate::listener::AttachRefused;
 use crate::scope::ContextScope;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::tables::context::Resolved;
+use crate::tables::context::{Attached, Resolved};
+use crate::tables::flags::Flags;
 use crate::tables::resolve::resolve;
 
 /// An assigned function behind the unit.
@@ -23,6 +24,8 @@ pub(super) struct Member {
     pub(super) source: Option<SourceId>,
     /// The domain id of its context entry, or of the PASID table's entry, if it has one.
     pub(super) domain: Option<DomainId>,
+    /// The PASID that its requests are translated with, if that is known.
+    pub(super) pasid: Option<Pasid>,
     /// The round in which its context entry was resolved last.
     pub(super) resolved_in: u64,
     /// The round in which it was attached, or refused, last.
@@ -35,7 +38,10 @@ impl ContextScope {
     fn reaches(self, member: &Member) -> bool {
         match self {
             Self::Everything => true,
-            Self::Pasids { domain, .. } => member.domain.is_none_or(|of_member| of_member == domain),
+            Self::Pasids { domain, pasid } => {
+                let named = |of_member| pasid.is_none_or(|pasid| pasid == of_member);
+                member.domain.is_none_or(|of_member| of_member == domain && member.pasid.is_none_or(named))
+            }
             // With Caching Mode, what was not present is tagged with domain 0. Section 6.1.
             Self::Domain(domain) => member.domain == Some(domain) || member.domain.is_none() && domain == DomainId(0),
             Self::Device { source, ignored } => member.source.is_some_and(|id| (id.0 ^ source.0) & !ignored == 0),
@@ -58,6 +64,7 @@ impl Spaces {
             attached: blocked,
             source: None,
             domain: None,
+            pasid: None,
             resolved_in: self.round,
             attached_in: self.round,
             waiting: None,
@@ -65,9 +72,9 @@ impl Spaces {
         self.members.insert(requester, member);
         // It may have the id of another one: then that one is blocked first.
         self.sources_changed(core);
-        let (key, domain) = resolve_requester(core, requester);
+        let (key, domain, pasid) = resolve_requester(core, requester);
         if let Some(member) = self.members.get_mut(&requester) {
-            (member.domain, member.source) = (domain, core.sources.load().of(requester).id());
+            (member.domain, member.pasid, member.source) = (domain, pasid, core.sources.load().of(requester).id());
         }
         let attached = self.attach(core, requester, key);
         match attached {
@@ -131,9 +138,9 @@ impl Spaces {
     ) {
         let reached: Vec<Requester> = self.reached_by(scope).collect();
         for requester in reached {
-            let (key, domain) = resolve_requester(core, requester);
+            let (key, domain, pasid) = resolve_requester(core, requester);
             let Some(member) = self.members.get_mut(&requester) else { continue };
-            member.domain = domain;
+            (member.domain, member.pasid) = (domain, pasid);
             member.resolved_in = self.round;
             let waits = member.waiting.is_some_and(|waiting| waiting.for_room && waiting.space == key);
             if waits && !scope.names_a_function() {
@@ -180,23 +187,27 @@ impl Spaces {
     }
 }
 
-/// What the guest's tables say about a requester, and its domain id.
+/// What the guest's tables say about a requester; its domain id, and the PASID that its requests are translated with.
 pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
     core: &Core<M>,
     requester: Requester,
-) -> (SpaceKey, Option<DomainId>) {
+) -> (SpaceKey, Option<DomainId>, Option<Pasid>) {
     let translation = **core.translation.load();
     let Some(source) = core.sources.load().of(requester).own() else {
         // With translation off nobody looks at the id.
-        return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None);
+        return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None, None);
     };
     // Only these requests of an assigned function are attached: see `UnitConfig::pasid_bits`.
-    match resolve(&core.memory, &core.config, translation, source, None) {
-        Ok(Resolved::Off) => (SpaceKey::Identity, None),
-        Ok(Resolved::PassThrough { domain, .. }) => (SpaceKey::Identity, Some(domain)),
-        Ok(Resolved::Paged { space, .. }) => (SpaceKey::Paged(space), Some(space.domain)),
+    let Ok(Attached { resolved, pasid }) = resolve(&core.memory, &core.config, translation, source, None) else {
+        return (SpaceKey::Blocked, None, None);
+    };
+    let key = match resolved {
+        Resolved::Off | Resolved::PassThrough { .. } => SpaceKey::Identity,
+        Resolved::Paged { space, flags: Flags::Ignored, .. } => SpaceKey::Paged(space),
+        // Nobody would set the flags of its tables.
+        Resolved::Paged { .. } => SpaceKey::Blocked,
         // What a first stage adds need not be invalidated: there is no moment to tell the listener of it.
-        Ok(Resolved::First { domain, .. }) => (SpaceKey::Blocked, Some(domain)),
-        Err(_) => (SpaceKey::Blocked, None),
-    }
+        Resolved::First { .. } | Resolved::Nested { .. } => SpaceKey::Blocked,
+    };
+    (key, resolved.domain(), pasid)
 }

@@ -67,8 +67,9 @@ impl Spaces {
         let mut moves = BTreeMap::new();
         for name in changed {
             let Some(member) = self.members.get_mut(&name) else { continue };
-            let (key, domain) = resolve_requester(core, name);
-            *member = Member { domain, source: core.sources.load().of(name).id(), resolved_in: self.round, ..*member };
+            let (key, domain, pasid) = resolve_requester(core, name);
+            *member =
+                Member { domain, pasid, source: core.sources.load().of(name).id(), resolved_in: self.round, ..*member };
             if member.attached != key {
                 moves.insert(name, key);
             }

@@ -83,6 +83,14 @@ pub enum FaultReason {
     FirstStageReserved = 0x72,
     /// The topmost first-stage table could not be read (SFS.4).
     FirstStageRootAccess = 0x73,
+    /// In a nested translation, an address of a first-stage entry is beyond the width of the second stage (SFS.5).
+    FirstStageBeyondWidth = 0x74,
+    /// In a nested translation, the second stage does not permit to read the topmost first-stage table (SFS.6).
+    FirstStageRootRead = 0x75,
+    /// In a nested translation, the second stage does not permit to read another first-stage table (SFS.7).
+    FirstStageTableRead = 0x76,
+    /// In a nested translation, the second stage does not permit to set a flag in a first-stage table (SFS.8).
+    FirstStageTableWrite = 0x77,
     /// A second-stage table below the topmost could not be read (SSS.1).
     SecondStageAccess = 0x78,
     /// A second-stage entry, or all entries together, permit neither read nor write (SSS.2).
@@ -91,6 +99,10 @@ pub enum FaultReason {
     SecondStageReserved = 0x7a,
     /// The topmost second-stage table could not be read (SSS.4).
     SecondStageRootAccess = 0x7b,
+    /// A second-stage flag is to be set, and PWSNP says that walks do not snoop (SSS.5).
+    SecondStageFlagsNotSnooped = 0x7c,
+    /// A second-stage flag could not be set (SSS.6).
+    SecondStageFlagsNotSet = 0x7d,
     /// The address is not canonical in the first stage (SGN.1).
     NotCanonical = 0x80,
     /// A first-stage entry keeps user requests out, as all of ours are (SGN.2).
@@ -115,7 +127,7 @@ pub enum FaultReason {
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 52] = [
+    pub const ALL: [Self; 58] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -154,10 +166,16 @@ impl FaultReason {
         Self::FirstStageNotPresent,
         Self::FirstStageReserved,
         Self::FirstStageRootAccess,
+        Self::FirstStageBeyondWidth,
+        Self::FirstStageRootRead,
+        Self::FirstStageTableRead,
+        Self::FirstStageTableWrite,
         Self::SecondStageAccess,
         Self::SecondStageNotPermitted,
         Self::SecondStageReserved,
         Self::SecondStageRootAccess,
+        Self::SecondStageFlagsNotSnooped,
+        Self::SecondStageFlagsNotSet,
         Self::NotCanonical,
         Self::SupervisorPage,
         Self::BeyondHostWidth,

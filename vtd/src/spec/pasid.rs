@@ -154,16 +154,19 @@ pub enum TranslationType {
     FirstStage,
     /// 010: the second stage only.
     SecondStage,
+    /// 011: the first stage, whose addresses are those of the second.
+    Nested,
     /// 100: requests pass through.
     PassThrough,
 }
 
 impl TranslationType {
-    /// The type with these three bits; `None` for a reserved one, and for nested translation.
+    /// The type with these three bits; `None` for a reserved one.
     pub const fn from_bits(bits: u8) -> Option<Self> {
         match bits {
             0b001 => Some(Self::FirstStage),
             0b010 => Some(Self::SecondStage),
+            0b011 => Some(Self::Nested),
             0b100 => Some(Self::PassThrough),
             _ => None,
         }

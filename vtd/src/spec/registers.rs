@@ -145,8 +145,11 @@ pub struct ExtendedCapability {
     /// MHMV.
     #[bits(4)]
     pub max_handle_mask: u8,
-    #[bits(11)]
-    __: u16,
+    #[bits(2)]
+    __: u8,
+    /// NEST: nested translation.
+    pub nested: bool,
+    __: u8,
     /// PSS: bits of a PASID, less 1.
     #[bits(5)]
     pub pasid_size: u8,
@@ -156,8 +159,9 @@ pub struct ExtendedCapability {
     __: u8,
     /// SMTS: scalable mode.
     pub scalable_mode: bool,
-    #[bits(2)]
-    __: u8,
+    __: bool,
+    /// SSADS: accessed and dirty flags of the second stage.
+    pub second_stage_dirty: bool,
     /// SSTS: second-stage translation in scalable mode.
     pub second_stage: bool,
     /// FSTS: first-stage translation in scalable mode.

@@ -40,13 +40,25 @@ pub(crate) enum Blocked {
     FlagsNotSnooped,
     /// A first-stage flag could not be set.
     FlagsNotSet,
+    /// A first-stage address is beyond the width of the second stage beneath it.
+    FirstStageBeyondWidth,
+    /// The second stage does not permit to read the topmost first-stage table.
+    FirstStageRootRead,
+    /// It does not permit to read another one.
+    FirstStageTableRead,
+    /// It does not permit to set a flag in a first-stage table, nor to read one where it has flags itself.
+    FirstStageTableWrite,
+    /// A second-stage flag is to be set by a walk that does not snoop.
+    SecondStageFlagsNotSnooped,
+    /// A second-stage flag could not be set.
+    SecondStageFlagsNotSet,
 }
 
 impl Blocked {
     /// The reason in a fault record. Section 7.1.3.
     pub(crate) const fn reason(self, access: Access, scalable: bool) -> FaultReason {
         match (self, scalable) {
-            // There is a first stage in scalable mode only.
+            // There is a first stage in scalable mode only, and flags of the second.
             (Self::NotCanonical, _) => FaultReason::NotCanonical,
             (Self::FirstStageRootAccess, _) => FaultReason::FirstStageRootAccess,
             (Self::FirstStageAccess, _) => FaultReason::FirstStageAccess,
@@ -55,6 +67,12 @@ impl Blocked {
             (Self::SupervisorPage, _) => FaultReason::SupervisorPage,
             (Self::FlagsNotSnooped, _) => FaultReason::FirstStageFlagsNotSnooped,
             (Self::FlagsNotSet, _) => FaultReason::FirstStageFlagsNotSet,
+            (Self::FirstStageBeyondWidth, _) => FaultReason::FirstStageBeyondWidth,
+            (Self::FirstStageRootRead, _) => FaultReason::FirstStageRootRead,
+            (Self::FirstStageTableRead, _) => FaultReason::FirstStageTableRead,
+            (Self::FirstStageTableWrite, _) => FaultReason::FirstStageTableWrite,
+            (Self::SecondStageFlagsNotSnooped, _) => FaultReason::SecondStageFlagsNotSnooped,
+            (Self::SecondStageFlagsNotSet, _) => FaultReason::SecondStageFlagsNotSet,
             (Self::BeyondHostWidth | Self::BeyondWidth, false) => FaultReason::AddressBeyondWidth,
             (Self::RootAccess | Self::TableAccess, false) => FaultReason::PagingTableAccess,
             (Self::Reserved, false) => FaultReason::PagingReserved,

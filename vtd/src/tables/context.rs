@@ -1,12 +1,13 @@
 //! From a requester to what it is attached to: root table and context tables of legacy mode. Sections 3.4.2
 //! and 3.4.3.
 
-use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use super::first_stage::FirstStage;
+use super::flags::Flags;
+use super::second_stage::SecondStage;
 use crate::config::UnitConfig;
-use crate::ids::{DomainId, Gpa, SourceId};
+use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::read_pair;
 use crate::space::{PagedSpace, Tables};
 use crate::spec::fault::FaultReason;
@@ -37,9 +38,11 @@ pub(crate) enum Resolved {
     /// Pass-through.
     PassThrough { domain: DomainId, fault_processing_disable: bool },
     /// A page table.
-    Paged { space: PagedSpace, fault_processing_disable: bool },
+    Paged { space: PagedSpace, flags: Flags, fault_processing_disable: bool },
     /// A page table of the first stage.
     First { tables: FirstStage, domain: DomainId, fault_processing_disable: bool },
+    /// One whose addresses are those of a second stage.
+    Nested { tables: FirstStage, second: SecondStage, domain: DomainId, fault_processing_disable: bool },
 }
 
 impl Resolved {
@@ -47,7 +50,9 @@ impl Resolved {
     pub(crate) fn domain(&self) -> Option<DomainId> {
         match self {
             Self::Off => None,
-            Self::PassThrough { domain, .. } | Self::First { domain, .. } => Some(*domain),
+            Self::PassThrough { domain, .. } | Self::First { domain, .. } | Self::Nested { domain, .. } => {
+                Some(*domain)
+            }
             Self::Paged { space, .. } => Some(space.domain),
         }
     }
@@ -58,61 +63,24 @@ impl Resolved {
             Self::Off => false,
             Self::PassThrough { fault_processing_disable, .. }
             | Self::Paged { fault_processing_disable, .. }
-            | Self::First { fault_processing_disable, .. } => *fault_processing_disable,
-        }
-    }
-
-    /// As one word, to be cached. Fault Processing Disable is left out: a fault is told by the tables, not by a cache.
-    pub(crate) fn pack(&self) -> u64 {
-        let packed = PackedContext::new();
-        match self {
-            Self::Off => packed,
-            Self::PassThrough { domain, .. } => packed.with_pass_through(true).with_domain(domain.0),
-            Self::Paged { space, .. } => {
-                let Tables::Second { root, width } = space.tables;
-                packed.with_width(width).with_domain(space.domain.0).with_root_page(root.0 >> 12)
-            }
-            // No second stage is as narrow.
-            Self::First { tables, domain, .. } => packed
-                .with_width(tables.levels)
-                .with_pass_through(!tables.snoops)
-                .with_domain(domain.0)
-                .with_root_page(tables.root.0 >> 12),
-        }
-        .into_bits()
-    }
-
-    /// What was packed, of the unit with this `config`.
-    pub(crate) fn unpack(word: u64, config: &UnitConfig) -> Self {
-        let packed = PackedContext::from_bits(word);
-        let (domain, fault_processing_disable) = (DomainId(packed.domain()), false);
-        match packed.width() {
-            0 if packed.pass_through() => Self::PassThrough { domain, fault_processing_disable },
-            0 => Self::Off,
-            levels @ (4 | 5) => {
-                let root = Gpa(packed.root_page() << 12);
-                let tables = FirstStage { root, levels, snoops: !packed.pass_through() };
-                Self::First { tables, domain, fault_processing_disable }
-            }
-            width => {
-                let root = Gpa(packed.root_page() << 12);
-                let space = PagedSpace { unit: config.id, tables: Tables::Second { root, width }, domain };
-                Self::Paged { space, fault_processing_disable }
-            }
+            | Self::First { fault_processing_disable, .. }
+            | Self::Nested { fault_processing_disable, .. } => *fault_processing_disable,
         }
     }
 }
 
-#[bitfield(u64)]
-struct PackedContext {
-    domain: u16,
-    /// Guest address width in bits, levels of a first stage, 0 without a page table.
-    #[bits(7)]
-    width: u8,
-    /// Of a first stage: its walks do not snoop.
-    pass_through: bool,
-    #[bits(40)]
-    root_page: u64,
+/// What requests are attached to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Attached {
+    pub(crate) resolved: Resolved,
+    /// The PASID that they are translated with, theirs or RID_PASID; none without scalable mode.
+    pub(crate) pasid: Option<Pasid>,
+}
+
+impl From<Resolved> for Attached {
+    fn from(resolved: Resolved) -> Self {
+        Self { resolved, pasid: None }
+    }
 }
 
 /// Why the tables say nothing.
@@ -179,7 +147,7 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
         }
         Some(TranslationType::Untranslated) => {
             let space = PagedSpace { unit: config.id, tables: Tables::Second { root: Gpa(root), width }, domain };
-            Ok(Resolved::Paged { space, fault_processing_disable })
+            Ok(Resolved::Paged { space, flags: Flags::Ignored, fault_processing_disable })
         }
         // Neither a device-TLB nor, then, pass-through is offered; 11 is reserved.
         Some(TranslationType::DeviceTlb | TranslationType::PassThrough) | None => {

@@ -5,8 +5,10 @@
 
 use vm_memory::GuestMemoryBackend;
 
-use super::context::{Resolved, Unresolved, beyond_width, supported_width};
+use super::context::{Attached, Resolved, Unresolved, beyond_width, supported_width};
 use super::first_stage::FirstStage;
+use super::flags::Flags;
+use super::second_stage::SecondStage;
 use crate::config::UnitConfig;
 use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::{Words, read_words};
@@ -30,7 +32,7 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     root_table: Gpa,
     source: SourceId,
     pasid: Option<Pasid>,
-) -> Result<Resolved, Unresolved> {
+) -> Result<Attached, Unresolved> {
     let context = context(memory, config, root_table, source)?;
     let unresolved = |reason| unresolved(reason, context.low.fault_processing_disable());
     let rid_pasid = Pasid(context.high.rid_pasid());
@@ -51,7 +53,8 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
             return Err(unresolved(FaultReason::PasidIsRidPasid));
         }
     }
-    entry(memory, config, context.low, pasid.unwrap_or(rid_pasid))
+    let pasid = pasid.unwrap_or(rid_pasid);
+    Ok(Attached { resolved: entry(memory, config, context.low, pasid)?, pasid: Some(pasid) })
 }
 
 const fn unresolved(reason: FaultReason, fault_processing_disable: bool) -> Unresolved {
@@ -128,10 +131,11 @@ fn entry<M: GuestMemoryBackend>(
     }
     let root = low.second_stage() << 12;
     let first = upper.first_stage() << 12;
-    // Accessed and dirty bits of the second stage are not offered, nor memory types, nor snoop control, nor supervisor
-    // requests, nor the extended accessed flag. AW and SSPTPTR are reserved without a second stage, and ignored all the
-    // same: Linux writes AW into entries of the first stage, whether or not there is a second.
-    let reserved = low.reserved_low() || low.second_stage_dirty() || low.reserved() != 0;
+    // Memory types are not offered, nor snoop control, nor supervisor requests, nor the extended accessed flag. AW and
+    // SSPTPTR are reserved without a second stage, and ignored all the same: Linux writes AW into entries of the first
+    // stage, whether or not there is a second.
+    let reserved = low.reserved_low() || low.reserved() != 0;
+    let reserved = reserved || low.second_stage_dirty() && !config.second_stage_dirty;
     let reserved = reserved || middle.reserved() != 0 || middle.reserved_high() != 0;
     let reserved =
         reserved || upper.reserved() != 0 || upper.reserved_high() != 0 || rest != [0; TABLE_ENTRY_WORDS - 3];
@@ -141,23 +145,35 @@ fn entry<M: GuestMemoryBackend>(
         return Err(unresolved(FaultReason::PasidEntryReserved));
     }
     let domain = DomainId(middle.domain());
+    let flags = if middle.walk_snoop() { Flags::Set } else { Flags::NotSnooped };
+    let second_flags = if low.second_stage_dirty() { flags } else { Flags::Ignored };
+    let first_stage = || {
+        let levels = 4 + upper.paging_mode();
+        let offered = levels <= config.first_stage_levels();
+        offered
+            .then_some(FirstStage { root: Gpa(first), levels, flags })
+            .ok_or(unresolved(FaultReason::PasidEntryInvalid))
+    };
+    let width = || supported_width(config, low.address_width()).ok_or(unresolved(FaultReason::PasidEntryInvalid));
     match TranslationType::from_bits(low.translation_type()) {
         Some(TranslationType::PassThrough) if config.pass_through => {
             Ok(Resolved::PassThrough { domain, fault_processing_disable })
         }
         Some(TranslationType::FirstStage) if config.first_stage() => {
-            let levels = 4 + upper.paging_mode();
-            if levels > config.first_stage_levels() {
-                return Err(unresolved(FaultReason::PasidEntryInvalid));
-            }
-            let tables = FirstStage { root: Gpa(first), levels, snoops: middle.walk_snoop() };
-            Ok(Resolved::First { tables, domain, fault_processing_disable })
+            Ok(Resolved::First { tables: first_stage()?, domain, fault_processing_disable })
         }
         Some(TranslationType::SecondStage) if config.second_stage() => {
-            let width = supported_width(config, low.address_width());
-            let width = width.ok_or(unresolved(FaultReason::PasidEntryInvalid))?;
-            let space = PagedSpace { unit: config.id, tables: Tables::Second { root: Gpa(root), width }, domain };
-            Ok(Resolved::Paged { space, fault_processing_disable })
+            let tables = Tables::Second { root: Gpa(root), width: width()? };
+            let space = PagedSpace { unit: config.id, tables, domain };
+            Ok(Resolved::Paged { space, flags: second_flags, fault_processing_disable })
+        }
+        Some(TranslationType::Nested) if config.nested => {
+            let (tables, width) = (first_stage()?, width()?);
+            if first >> width != 0 {
+                return Err(unresolved(FaultReason::PasidEntryInvalid));
+            }
+            let second = SecondStage { root: Gpa(root), width, flags: second_flags };
+            Ok(Resolved::Nested { tables, second, domain, fault_processing_disable })
         }
         Some(_) | None => Err(unresolved(FaultReason::PasidEntryInvalid)),
     }

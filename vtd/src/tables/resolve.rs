@@ -2,7 +2,7 @@
 
 use vm_memory::GuestMemoryBackend;
 
-use super::context::{self, Resolved, Translation, Unresolved};
+use super::context::{self, Attached, Resolved, Translation, Unresolved};
 use super::pasid;
 use crate::config::UnitConfig;
 use crate::ids::{Gpa, Pasid, SourceId};
@@ -17,15 +17,15 @@ pub(crate) fn resolve<M: GuestMemoryBackend>(
     translation: Translation,
     source: SourceId,
     pasid: Option<Pasid>,
-) -> Result<Resolved, Unresolved> {
+) -> Result<Attached, Unresolved> {
     // Without translation, a PASID is ignored (section 3.1).
     if !translation.enabled {
-        return Ok(Resolved::Off);
+        return Ok(Resolved::Off.into());
     }
     let root_table = translation.root.page() << 12;
     match translation.root.mode() {
         table_mode::LEGACY if pasid.is_some() => Err(FaultReason::PasidInLegacyMode.into()),
-        table_mode::LEGACY => context::resolve(memory, config, root_table, source),
+        table_mode::LEGACY => context::resolve(memory, config, root_table, source).map(Attached::from),
         // Where only legacy mode is offered, any other table mode makes the pointer one that cannot be used.
         _ if config.scalable.is_none() => Err(FaultReason::RootTableAccess.into()),
         table_mode::SCALABLE => pasid::resolve(memory, config, Gpa(root_table), source, pasid),

@@ -1,10 +1,10 @@
 //! Walks of second-stage tables: of one address, for a request, and of a range, for a re-sync.
 //! Section 3.7.
 
-use bitfield_struct::bitfield;
 use vm_memory::GuestMemoryBackend;
 
 use super::blocked::Blocked;
+use super::flags::{ATTEMPTS, Flags, Request};
 use crate::config::UnitConfig;
 use crate::faults::Access;
 use crate::ids::{Gpa, Iova};
@@ -69,41 +69,90 @@ pub(crate) const fn permits(perm: Perm, access: Access) -> Result<(), Blocked> {
     }
 }
 
+/// The second-stage tables that a request is translated by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct SecondStage {
+    /// Guest-physical address of the root.
+    pub(crate) root: Gpa,
+    /// Guest address width in bits.
+    pub(crate) width: u8,
+    pub(crate) flags: Flags,
+}
+
+impl SecondStage {
+    /// Those of a space.
+    pub(crate) const fn of(space: &PagedSpace, flags: Flags) -> Self {
+        let Tables::Second { root, width } = space.tables;
+        Self { root, width, flags }
+    }
+}
+
 /// What the entries above level 1 lead to, for the 2 MiB around an address: the part of a walk that neighbours share.
 /// Permissions and reserved bits of those entries have been seen to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Directory {
     /// The table of level 1, or of a large leaf, where these 2 MiB lead.
-    base: Gpa,
+    pub(super) base: Gpa,
     /// A large leaf.
-    large: bool,
+    pub(super) large: bool,
     /// Every entry so far permits it.
-    read: bool,
-    write: bool,
+    pub(super) read: bool,
+    pub(super) write: bool,
+    /// The large leaf is dirty, or nobody asks.
+    pub(super) dirty: bool,
+    pub(super) flags: Flags,
+}
+
+/// The page that a second stage leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Reached {
+    pub(crate) page: Gpa,
+    /// All entries permit it.
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+    /// The leaf is dirty, or nobody asks.
+    pub(crate) dirty: bool,
+}
+
+impl Reached {
+    /// The translation for `access`. It permits no write while the leaf is not dirty, so that the write that makes it
+    /// so comes to a walk.
+    pub(crate) fn translated(self, access: Access) -> Result<Translated, Blocked> {
+        let Self { page, read, write, dirty } = self;
+        let perm = Perm::from_bits(read, write).ok_or(Blocked::NothingPermitted)?;
+        permits(perm, access)?;
+        if INTERRUPT_WINDOW.contains(page.0) {
+            return Err(Blocked::OutputInInterruptRange);
+        }
+        // Only from what was cached before it was dirty is there nothing.
+        let perm = Perm::from_bits(read, write && dirty).ok_or(Blocked::WriteNotPermitted)?;
+        Ok(Translated { page, perm })
+    }
 }
 
 /// Bytes that a [`Directory`] leads to.
 pub(crate) const DIRECTORY_SPAN: u64 = entry_span(2);
 
 impl Directory {
-    /// Walks from the root of `space` down to level 2. Section 3.7.
+    /// Walks from the root down to level 2. Section 3.7.
     pub(crate) fn find<M: GuestMemoryBackend>(
         memory: &M,
         config: &UnitConfig,
-        space: &PagedSpace,
+        SecondStage { root, width, flags }: SecondStage,
         iova: Iova,
+        request: Request,
     ) -> Result<Self, Blocked> {
-        let Tables::Second { root, width } = space.tables;
         if iova.0 >> width != 0 {
             return Err(Blocked::BeyondWidth);
         }
-        let mut found = Self { base: root, large: false, read: true, write: true };
+        let dirty = flags == Flags::Ignored;
+        let mut found = Self { base: root, large: false, read: true, write: true, dirty, flags };
         for level in (2..=levels(width)).rev() {
             let at_root = |blocked| match blocked {
                 Blocked::TableAccess if level == levels(width) => Blocked::RootAccess,
                 other => other,
             };
-            match found.step(memory, config, level, iova).map_err(at_root)? {
+            match found.step(memory, config, level, iova, request).map_err(at_root)? {
                 Entry::Table(table) => found.base = table,
                 Entry::Leaf(leaf) => {
                     let inside = iova.0 & (entry_span(level) - 1) & !(DIRECTORY_SPAN - 1);
@@ -117,44 +166,96 @@ impl Directory {
 
     /// Goes on to the page of `iova`.
     pub(crate) fn translate<M: GuestMemoryBackend>(
+        self,
+        memory: &M,
+        config: &UnitConfig,
+        iova: Iova,
+        request: Request,
+    ) -> Result<Translated, Blocked> {
+        self.reach(memory, config, iova, request)?.translated(request.access)
+    }
+
+    /// The same, whatever is permitted there.
+    pub(crate) fn reach<M: GuestMemoryBackend>(
         mut self,
         memory: &M,
         config: &UnitConfig,
         iova: Iova,
-        access: Access,
-    ) -> Result<Translated, Blocked> {
+        request: Request,
+    ) -> Result<Reached, Blocked> {
         let page = if self.large {
             Gpa(self.base.0 + (iova.0 & (DIRECTORY_SPAN - 1) & !(PAGE_SIZE - 1)))
         } else {
-            match self.step(memory, config, 1, iova)? {
+            match self.step(memory, config, 1, iova, request)? {
                 Entry::Leaf(page) | Entry::Table(page) => page,
             }
         };
-        let perm = Perm::from_bits(self.read, self.write).ok_or(Blocked::NothingPermitted)?;
-        permits(perm, access)?;
-        if INTERRUPT_WINDOW.contains(page.0) {
-            return Err(Blocked::OutputInInterruptRange);
-        }
-        Ok(Translated { page, perm })
+        Ok(Reached { page, read: self.read, write: self.write, dirty: self.dirty })
     }
 
-    /// Reads the entry of `level` for `iova` in the table at `base`, and takes its permissions in.
+    /// Reads the entry of `level` for `iova` in the table at `base`, takes its permissions in, and sets its flags if
+    /// there are any.
+    #[inline]
     fn step<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
         config: &UnitConfig,
         level: u8,
         iova: Iova,
+        request: Request,
     ) -> Result<Entry, Blocked> {
         let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
-        let word = Words::at(memory, Gpa(self.base.0 + index * 8), 1).and_then(|words| words.get(0));
-        let entry = SecondStageEntry::from_bits(word.ok_or(Blocked::TableAccess)?);
+        let words = Words::at(memory, Gpa(self.base.0 + index * 8), 1).ok_or(Blocked::TableAccess)?;
+        if self.flags != Flags::Ignored {
+            return self.step_with_flags(&words, config, level, request);
+        }
+        let entry = SecondStageEntry::from_bits(words.get(0).ok_or(Blocked::TableAccess)?);
+        let next = Self::check(config, entry, level)?;
+        (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
+        Ok(next)
+    }
+
+    /// Where an entry that permits something leads.
+    #[inline]
+    fn check(config: &UnitConfig, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
         if !entry.read() && !entry.write() {
             return Err(Blocked::NothingPermitted);
         }
-        let next = Reserved { host_address_width: config.host_address_width }.check(entry, level)?;
-        (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
-        Ok(next)
+        Reserved { host_address_width: config.host_address_width }.check(entry, level)
+    }
+
+    /// The rest of a step of a stage with flags. By itself, so that others are not the slower for it.
+    #[inline(never)]
+    fn step_with_flags<M: GuestMemoryBackend>(
+        &mut self,
+        words: &Words<'_, M>,
+        config: &UnitConfig,
+        level: u8,
+        request: Request,
+    ) -> Result<Entry, Blocked> {
+        // The entry that was checked is the one whose flags are set: another one is looked at anew.
+        for _ in 0..ATTEMPTS {
+            let word = words.get(0).ok_or(Blocked::TableAccess)?;
+            let entry = SecondStageEntry::from_bits(word);
+            let next = Self::check(config, entry, level)?;
+            let (read, write) = (entry.read() && self.read, entry.write() && self.write);
+            let is_leaf = matches!(next, Entry::Leaf(_));
+            let dirties = is_leaf && request.dirties(read, write);
+            let used = entry.with_accessed(true).with_dirty(entry.dirty() || dirties);
+            if used != entry {
+                if self.flags == Flags::NotSnooped {
+                    return Err(Blocked::SecondStageFlagsNotSnooped);
+                }
+                match words.exchange(0, word, used.into_bits()) {
+                    None => return Err(Blocked::TableAccess),
+                    Some(false) => continue,
+                    Some(true) => {}
+                }
+            }
+            (self.read, self.write, self.dirty) = (read, write, is_leaf && used.dirty());
+            return Ok(next);
+        }
+        Err(Blocked::SecondStageFlagsNotSet)
     }
 
     /// Whether it is part of a large leaf.
@@ -162,29 +263,10 @@ impl Directory {
         self.large
     }
 
-    /// As one word, to be cached.
-    pub(crate) fn pack(self) -> u64 {
-        let packed = PackedDirectory::new().with_read(self.read).with_write(self.write).with_large(self.large);
-        packed.with_page(self.base.0 >> 12).into_bits()
+    /// Whether it is of a large leaf that this request would make dirty, which takes a walk from the root.
+    pub(crate) fn is_too_clean_for(self, request: Request) -> bool {
+        self.large && !self.dirty && request.dirties(self.read, self.write)
     }
-
-    pub(crate) fn unpack(word: u64) -> Self {
-        let packed = PackedDirectory::from_bits(word);
-        Self { base: Gpa(packed.page() << 12), large: packed.large(), read: packed.read(), write: packed.write() }
-    }
-}
-
-#[bitfield(u64)]
-struct PackedDirectory {
-    read: bool,
-    write: bool,
-    large: bool,
-    #[bits(9)]
-    _unused: u16,
-    #[bits(40)]
-    page: u64,
-    #[bits(12)]
-    _unused_high: u16,
 }
 
 /// How neighbouring leaves become one run.

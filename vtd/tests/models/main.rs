@@ -8,7 +8,7 @@ mod config {
     pub(crate) use vtd::config::MAX_ADDRESS_MASK;
 }
 mod ids {
-    pub(crate) use vtd::{DomainId, Gpa, SourceId};
+    pub(crate) use vtd::{DomainId, Gpa, Pasid, SourceId};
 }
 #[path = "../../src/dma/iotlb.rs"]
 mod iotlb;
@@ -100,7 +100,7 @@ impl World {
         if found == 0 {
             return None;
         }
-        self.iotlb.note_domain(Some(DOMAIN));
+        self.iotlb.note_owner(Some(DOMAIN), None);
         self.iotlb.insert_page(sampled, PAGE, Gpa(found), Perm::ReadWrite);
         Some(found)
     }
@@ -238,7 +238,7 @@ fn rule6_a_walk_of_a_large_leaf_is_reached_by_an_invalidation_of_any_part_of_it(
             move || {
                 let sampled = world.iotlb.sample();
                 if world.entry.load(Ordering::Relaxed) != 0 {
-                    world.iotlb.note_domain(Some(DOMAIN));
+                    world.iotlb.note_owner(Some(DOMAIN), None);
                     world.iotlb.note_large();
                     world.iotlb.insert_page(sampled, PAGE, Gpa(0x9000), Perm::ReadWrite);
                 }
@@ -262,7 +262,7 @@ fn rule6_a_walk_from_a_cached_directory_is_reached_with_it() {
                     if number == 0 {
                         let sampled = world.iotlb.sample();
                         if world.entry.load(Ordering::Relaxed) != 0 {
-                            world.iotlb.note_domain(Some(DOMAIN));
+                            world.iotlb.note_owner(Some(DOMAIN), None);
                             world.iotlb.insert_directory(sampled, 0, 0x9000);
                         }
                     } else {

@@ -28,6 +28,19 @@ pub fn first_stage(root: u64, levels: u8, domain: u16) -> Entry {
     [low.into_bits(), middle(domain), upper.into_bits(), 0, 0, 0, 0, 0]
 }
 
+/// A present entry for the first stage of 4 levels at `first`, whose addresses are those of a second stage.
+pub fn nested(first: u64, second: u64, width: u8, domain: u16) -> Entry {
+    let low = EntryLow::new().with_present(true).with_translation_type(3).with_address_width((width - 30) / 9);
+    let upper = EntryUpper::new().with_first_stage(first >> 12);
+    [low.with_second_stage(second >> 12).into_bits(), middle(domain), upper.into_bits(), 0, 0, 0, 0, 0]
+}
+
+/// The entry with SSADE set.
+pub fn with_flags(mut entry: Entry) -> Entry {
+    entry[0] = EntryLow::from_bits(entry[0]).with_second_stage_dirty(true).into_bits();
+    entry
+}
+
 /// A present entry for pass-through.
 pub fn pass_through(domain: u16) -> Entry {
     let low = EntryLow::new().with_present(true).with_translation_type(4).with_address_width(2);

@@ -7,8 +7,11 @@ use vtd::{
     Access, ConfigError, DmaError, Endpoint, Iova, Pasid, Perm, RestoreError, Stages, Stream, UnitConfig, UnitId,
 };
 
-use crate::pasid_tables::{config, first_stage, pasid_cache_of, pasid_iotlb_of, pass_through, second_stage};
-use crate::rig::{Memory, NVME, Rig, iotlb_global};
+use crate::pasid_tables::{
+    config, first_stage, pasid_cache_domain, pasid_cache_of, pasid_iotlb_of, pasid_iotlb_pages, pass_through,
+    second_stage,
+};
+use crate::rig::{Memory, NVME, Rig, iotlb_domain, iotlb_global, iotlb_pages};
 
 fn with_pasids() -> UnitConfig {
     UnitConfig { scalable: Some(Stages::Both), pasid_bits: 13, ..config(48) }
@@ -75,6 +78,51 @@ fn a2_each_pasid_reaches_what_its_entry_says() {
     rig.set_entry(NVME, 7, [0; 8]);
     assert!(rig.submit(&[pasid_cache_of(2, 7)]));
     assert_eq!((read(&none, 0x5000), read(&seven, 0x5000)), (Ok(0x5000), Err(0x59)));
+}
+
+#[test]
+fn a6_an_invalidation_of_one_pasid_leaves_the_others_of_its_domain() {
+    let mut rig = rig();
+    let tables = [7, 8, 0].map(|pasid| {
+        let root = rig.table();
+        rig.set_entry(NVME, pasid, first_stage(root, 4, 2));
+        (pasid, root)
+    });
+    // Each PASID has two pages, in one table of level 1.
+    let leaves = tables.map(|(_, root)| {
+        let mut table = root;
+        for _ in 0..3 {
+            let next = rig.table();
+            rig.store(table, next | 7);
+            table = next;
+        }
+        [table + 5 * 8, table + 6 * 8]
+    });
+    let set = |rig: &Rig, to: u64| leaves.iter().flatten().for_each(|leaf| rig.store(*leaf, to | 7 | 3 << 5));
+    let endpoints = [endpoint(&rig, 7), endpoint(&rig, 8), rig.unit.endpoint(NVME)];
+    let found = || endpoints.each_ref().map(|each| [0x5000, 0x6000].map(|iova| read(each, iova) == Ok(0x90_0000)));
+    let (none, both, first) = ([false, false], [true, true], [true, false]);
+    for (descriptor, reached) in [
+        (pasid_iotlb_of(2, 7), [both, none, none]),
+        (pasid_iotlb_of(2, 8), [none, both, none]),
+        // Requests without PASID are translated by RID_PASID.
+        (pasid_iotlb_of(2, 0), [none, none, both]),
+        (pasid_iotlb_of(2, 9), [none, none, none]),
+        (pasid_iotlb_of(3, 7), [none, none, none]),
+        (pasid_iotlb_pages(2, 7, 0x5000, 0), [first, none, none]),
+        (pasid_cache_of(2, 8), [none, both, none]),
+        (pasid_cache_of(3, 8), [none, none, none]),
+        (pasid_cache_domain(2), [both, both, both]),
+        (iotlb_domain(2), [both, both, both]),
+        (iotlb_pages(2, 0x7777_0000, 0), [both, both, both]),
+    ] {
+        set(&rig, 0x80_0000);
+        assert!(rig.submit(&[iotlb_domain(2)]));
+        assert_eq!(found(), [none; 3]);
+        set(&rig, 0x90_0000);
+        assert!(rig.submit(&[descriptor]));
+        assert_eq!(found(), reached, "{descriptor:x?}");
+    }
 }
 
 #[test]
