@@ -7,6 +7,9 @@
 //!
 //! A transfer of four bytes, aligned, into the interrupt address range is a message, like any function's.
 //!
+//! With [`Pasids`] it has a PASID capability, which QEMU's has not, and a register of ours ([`PASID_REGISTER`]) that
+//! says by which PASID a transfer goes. Such a transfer is never a message.
+//!
 //! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
 //! command was written is not reached.
 
@@ -14,12 +17,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use vtd::spec::INTERRUPT_WINDOW;
-use vtd::{Iova, Msi, Requester};
+use vtd::{Iova, Msi, Pasid, Requester};
 
 use crate::BusDevice;
-use crate::dma::DmaTarget;
+use crate::dma::{DmaFailed, DmaTarget};
 use crate::host::{Interrupts, IrqLine};
-use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, COMMAND_MEMORY, STATUS, STATUS_INTX};
+use crate::pci::config::{CAP_EXPRESS, CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, COMMAND_MEMORY, STATUS, STATUS_INTX};
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
 
 /// Bytes of BAR 0.
@@ -28,6 +31,13 @@ pub const BAR_SIZE: u64 = 1 << 20;
 pub const BUFFER: u64 = 0x40000;
 /// Bytes of the buffer.
 pub const BUFFER_SIZE: usize = 4096;
+
+/// Offset of the register, of four bytes, that says by which PASID transfers go: bits 19:0 are the PASID if
+/// [`PASID_VALID`] is set; else they go without one. Like the others of a transfer it stays as it is while one goes on.
+/// Without [`Pasids`] there is no such register. QEMU's edu has nothing there.
+pub const PASID_REGISTER: u64 = 0xa0;
+/// PASID register: a transfer carries the PASID. It is refused while the PASID capability is not enabled.
+pub const PASID_VALID: u32 = 1 << 31;
 
 /// Status: a factorial is being computed.
 pub const STATUS_COMPUTING: u32 = 0x01;
@@ -50,6 +60,9 @@ const IRQ_DMA: u32 = 0x100;
 
 const IDENTIFICATION: u32 = 0x0100_00ed;
 
+/// Where transfers with a PASID go: called once for each PASID that is used in a row.
+pub type Pasids = Box<dyn Fn(Pasid) -> Box<dyn DmaTarget> + Send + Sync>;
+
 /// The function. Dropping it ends the worker, after the transfer in flight.
 pub struct Edu {
     shared: Arc<Shared>,
@@ -63,6 +76,9 @@ struct Shared {
     interrupts: Arc<dyn Interrupts>,
     line: Option<Arc<dyn IrqLine>>,
     dma: Box<dyn DmaTarget>,
+    pasids: Option<Pasids>,
+    /// The target of the PASID that was used last. Only the worker looks.
+    last: Mutex<Option<(Pasid, Box<dyn DmaTarget>)>>,
     state: Mutex<State>,
     /// There is something to do, or something was done.
     changed: Condvar,
@@ -72,6 +88,8 @@ struct State {
     config: ConfigSpace,
     /// Offset of the MSI capability.
     msi: u16,
+    /// Offset of the PASID capability, if there is one.
+    pasid: Option<u16>,
     registers: Registers,
     buffer: Box<[u8; BUFFER_SIZE]>,
     /// The worker has taken a task and works on it without the lock.
@@ -89,15 +107,16 @@ struct Registers {
     destination: u64,
     count: u64,
     command: u64,
+    pasid: u32,
 }
 
 /// What the worker does without the lock.
 enum Task {
     Factorial(u32),
     /// Memory to buffer: from, and the range of the buffer.
-    FromMemory(Iova, std::ops::Range<usize>),
+    FromMemory(Iova, Option<Pasid>, std::ops::Range<usize>),
     /// Buffer to memory: the bytes, and to where.
-    ToMemory(Vec<u8>, Iova),
+    ToMemory(Vec<u8>, Iova, Option<Pasid>),
     Refuse,
 }
 
@@ -114,6 +133,21 @@ impl Edu {
         intx: Option<(Arc<dyn IrqLine>, u8)>,
         dma: Box<dyn DmaTarget>,
     ) -> std::io::Result<Arc<Self>> {
+        Self::with_pasids(requester, decoder, interrupts, intx, dma, None)
+    }
+
+    /// The same, which has PASIDs if `pasids` says where their transfers go.
+    ///
+    /// # Errors
+    /// The worker thread could not be started.
+    pub fn with_pasids(
+        requester: Requester,
+        decoder: Arc<Decoder>,
+        interrupts: Arc<dyn Interrupts>,
+        intx: Option<(Arc<dyn IrqLine>, u8)>,
+        dma: Box<dyn DmaTarget>,
+        pasids: Option<Pasids>,
+    ) -> std::io::Result<Arc<Self>> {
         let id =
             Identity { vendor: 0x1234, device: 0x11e8, revision: 0x10, class: 0x00_ff_00, subsystem: (0x1af4, 0x1100) };
         let mut config = ConfigSpace::new(&id);
@@ -127,18 +161,28 @@ impl Edu {
         let mut writable = [0xff; 12];
         writable[..3].copy_from_slice(&[0x01, 0x00, 0xfc]);
         let msi = config.add_capability(CAP_MSI, &body, &writable);
+        let pasid = pasids.is_some().then(|| add_pasid_capability(&mut config));
 
         let state = State {
             config,
             msi,
+            pasid,
             registers: Registers::default(),
             buffer: Box::new([0; BUFFER_SIZE]),
             busy: false,
             stop: false,
         };
         let line = intx.map(|(line, _)| line);
-        let shared =
-            Arc::new(Shared { requester, interrupts, line, dma, state: Mutex::new(state), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            requester,
+            interrupts,
+            line,
+            dma,
+            pasids,
+            last: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
         let worker = {
             let shared = shared.clone();
             std::thread::Builder::new().name("edu".to_owned()).spawn(move || shared.work())?
@@ -227,19 +271,36 @@ impl Shared {
     fn perform(&self, task: &Task) -> Option<Vec<u8>> {
         match task {
             Task::Factorial(n) => Some(factorial(*n).to_le_bytes().to_vec()),
-            Task::FromMemory(from, range) => {
+            Task::FromMemory(from, pasid, range) => {
                 let mut data = vec![0; range.len()];
-                self.dma.read(*from, &mut data).ok().map(|()| data)
+                self.transfer(*pasid, |dma| dma.read(*from, &mut data))?;
+                Some(data)
             }
-            Task::ToMemory(data, to) => {
-                match message_of(*to, data) {
+            Task::ToMemory(data, to, pasid) => {
+                // With a PASID the interrupt address range is translated like any other. VT-d 3.15.
+                match message_of(*to, data).filter(|_| pasid.is_none()) {
                     Some(message) => self.interrupts.signal(self.requester, message),
-                    None => self.dma.write(*to, data).ok()?,
+                    None => self.transfer(*pasid, |dma| dma.write(*to, data))?,
                 }
                 Some(Vec::new())
             }
             Task::Refuse => None,
         }
+    }
+
+    /// Has `access` done by the target of a PASID, or of none; `None` if it was not done.
+    fn transfer(
+        &self,
+        pasid: Option<Pasid>,
+        access: impl FnOnce(&dyn DmaTarget) -> Result<(), DmaFailed>,
+    ) -> Option<()> {
+        let Some(pasid) = pasid else { return access(&*self.dma).ok() };
+        let make = self.pasids.as_ref()?;
+        let mut last = self.last.lock().unwrap();
+        if last.as_ref().is_none_or(|(used, _)| *used != pasid) {
+            *last = Some((pasid, make(pasid)));
+        }
+        access(&*last.as_ref()?.1).ok()
     }
 
     /// Sets bits of the interrupt status; the message to send, with the lock dropped.
@@ -260,7 +321,8 @@ impl Shared {
     }
 
     fn read(&self, offset: u64) -> u64 {
-        let registers = &self.lock().registers;
+        let state = self.lock();
+        let registers = &state.registers;
         match offset {
             0x00 => IDENTIFICATION.into(),
             0x04 => registers.liveness.into(),
@@ -274,6 +336,7 @@ impl Shared {
             0x90 => registers.count,
             0x94 => registers.count >> 32,
             0x98 => registers.command,
+            PASID_REGISTER if state.pasid.is_some() => registers.pasid.into(),
             _ => u64::MAX,
         }
     }
@@ -285,6 +348,7 @@ impl Shared {
         if state.config.command() & COMMAND_MEMORY == 0 {
             return None;
         }
+        let has_pasid = state.pasid.is_some();
         let registers = &mut state.registers;
         let word = value as u32;
         match offset {
@@ -308,6 +372,7 @@ impl Shared {
             0x8c => registers.destination = registers.destination & 0xffff_ffff | value << 32,
             0x90 => registers.count = value,
             0x94 => registers.count = registers.count & 0xffff_ffff | value << 32,
+            PASID_REGISTER if has_pasid => registers.pasid = word & (PASID_VALID | Pasid::MAX.0),
             0x98 if value & DMA_START != 0 => {
                 registers.command = value & (DMA_START | DMA_TO_MEMORY | DMA_IRQ);
                 registers.status &= !STATUS_DMA_FAILED;
@@ -335,10 +400,16 @@ impl State {
         } else {
             (registers.destination, registers.source)
         };
-        match in_buffer(inner, registers.count).filter(|_| self.is_master()) {
-            Some(range) if to_memory => Task::ToMemory(self.buffer[range].to_vec(), Iova(outer)),
-            Some(range) => Task::FromMemory(Iova(outer), range),
-            None => Task::Refuse,
+        let Some(range) = in_buffer(inner, registers.count).filter(|_| self.is_master()) else { return Task::Refuse };
+        let pasid = match (registers.pasid & PASID_VALID != 0, self.sends_pasids()) {
+            (false, _) => None,
+            (true, true) => Some(Pasid(registers.pasid & Pasid::MAX.0)),
+            (true, false) => return Task::Refuse,
+        };
+        if to_memory {
+            Task::ToMemory(self.buffer[range].to_vec(), Iova(outer), pasid)
+        } else {
+            Task::FromMemory(Iova(outer), pasid, range)
         }
     }
 
@@ -358,7 +429,7 @@ impl State {
             return 0;
         }
         match (done, task) {
-            (Some(data), Task::FromMemory(_, range)) => self.buffer[range].copy_from_slice(&data),
+            (Some(data), Task::FromMemory(_, _, range)) => self.buffer[range].copy_from_slice(&data),
             (Some(_), _) => {}
             (None, _) => registers.status |= STATUS_DMA_FAILED,
         }
@@ -368,6 +439,11 @@ impl State {
 
     fn is_master(&self) -> bool {
         self.config.command() & COMMAND_MASTER != 0
+    }
+
+    /// PASID Enable.
+    fn sends_pasids(&self) -> bool {
+        self.pasid.is_some_and(|at| self.config.u16(at + 6) & 1 != 0)
     }
 
     fn has_msi(&self) -> bool {
@@ -380,6 +456,25 @@ impl State {
         let data = self.config.u16(self.msi + 12).into();
         (self.has_msi() && self.is_master()).then_some(Msi { address, data })
     }
+}
+
+/// Offset of the PASID capability: the first of extended configuration space.
+const PASID_CAPABILITY: u16 = 0x100;
+
+/// Makes the function one of PCI Express, integrated into the root complex, that sends PASIDs of 20 bits as a prefix.
+/// PCI Express 7.5.3 and 7.8.9.
+fn add_pasid_capability(config: &mut ConfigSpace) -> u16 {
+    let mut express = [0; 58];
+    // Version 2, an integrated endpoint; its role-based error reporting.
+    express[0] = 0x92;
+    express[3] = 0x80;
+    // Device Capabilities 2: end-to-end prefixes, one at most.
+    express[0x24] = 0x60;
+    config.add_capability(CAP_EXPRESS, &express, &[]);
+    config.put(PASID_CAPABILITY, &0x0001_001b_u32.to_le_bytes());
+    config.put(PASID_CAPABILITY + 4, &(20_u16 << 8).to_le_bytes());
+    config.allow(PASID_CAPABILITY + 6, &[1]);
+    PASID_CAPABILITY
 }
 
 /// The part of the buffer from `address` on, if all of it lies inside.

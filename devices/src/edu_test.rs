@@ -22,11 +22,15 @@ struct Bench {
 
 impl Bench {
     fn with(dma: Box<dyn DmaTarget>) -> Self {
+        Self::with_pasids(dma, None)
+    }
+    fn with_pasids(dma: Box<dyn DmaTarget>, pasids: Option<Pasids>) -> Self {
         let bus = Arc::new(Bus::default());
         let root = PciRoot::new(bus.clone());
         let (interrupts, line) = (Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
-        let edu =
-            Edu::new(root.requester(SID), root.decoder(), interrupts.clone(), Some((line.clone(), 19)), dma).unwrap();
+        let intx: Option<(Arc<dyn IrqLine>, u8)> = Some((line.clone(), 19));
+        let (requester, decoder) = (root.requester(SID), root.decoder());
+        let edu = Edu::with_pasids(requester, decoder, interrupts.clone(), intx, dma, pasids).unwrap();
         root.insert(SID, edu).unwrap();
         let bench = Self { bus, root, interrupts, line };
         bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
@@ -251,6 +255,77 @@ impl Bench {
         self.root.config_read(SID, 4, &mut data);
         u16::from_le_bytes(data)
     }
+}
+
+/// An edu with PASIDs: memory without one, and memory for each, in the order in which they were asked for.
+type OfPasids = Arc<Mutex<Vec<(Pasid, GuestMemoryMmap)>>>;
+
+fn with_pasids() -> (Bench, GuestMemoryMmap, OfPasids) {
+    let (plain, made) = (memory(), OfPasids::default());
+    let asked = made.clone();
+    let pasids: Pasids = Box::new(move |pasid| {
+        let memory = memory();
+        asked.lock().unwrap().push((pasid, memory.clone()));
+        Box::new(DirectMemory(memory))
+    });
+    (Bench::with_pasids(Box::new(DirectMemory(plain.clone())), Some(pasids)), plain, made)
+}
+
+#[test]
+fn a2_edu_transfers_go_by_the_pasid_that_its_register_says() {
+    let (bench, plain, made) = with_pasids();
+    let enable = |on: u16| bench.root.config_write(SID, 0x106, &on.to_le_bytes());
+    enable(1);
+    plain.write_slice(&[7; 8], GuestAddress(0x1000)).unwrap();
+    bench.transfer(0x1000, BUFFER, 8, DMA_START);
+    let byte = |memory: &GuestMemoryMmap| memory.read_obj::<u8>(GuestAddress(0x2000)).unwrap();
+    for (register, pasid) in [(PASID_VALID | 5, Pasid(5)), (PASID_VALID | 0xf_ffff, Pasid::MAX), (u32::MAX, Pasid::MAX)]
+    {
+        bench.write(PASID_REGISTER, register);
+        assert_eq!(bench.read(PASID_REGISTER), register & 0x800f_ffff);
+        bench.transfer(BUFFER, 0x2000, 8, DMA_START | DMA_TO_MEMORY);
+        assert!(!bench.failed());
+        let (asked, memory) = made.lock().unwrap().last().unwrap().clone();
+        assert_eq!((asked, byte(&memory), byte(&plain)), (pasid, 7, 0));
+    }
+    assert_eq!(made.lock().unwrap().len(), 2, "the last one is kept");
+    // With a PASID the interrupt address range is no message.
+    bench.transfer(BUFFER, 0xfee0_0000, 4, DMA_START | DMA_TO_MEMORY);
+    assert!(bench.failed() && bench.interrupts.take().is_empty());
+    // Without the valid bit, and never without the enable.
+    bench.write(PASID_REGISTER, 5);
+    bench.transfer(BUFFER, 0x2000, 8, DMA_START | DMA_TO_MEMORY);
+    assert!(!bench.failed() && byte(&plain) == 7);
+    bench.write(PASID_REGISTER, PASID_VALID | 5);
+    enable(0);
+    bench.transfer(BUFFER, 0x3000, 8, DMA_START | DMA_TO_MEMORY);
+    assert!(bench.failed());
+    assert_eq!(made.lock().unwrap().len(), 2);
+    enable(1);
+    bench.root.reset();
+    assert_eq!(bench.read(PASID_REGISTER), u32::MAX, "memory is off");
+}
+
+#[test]
+fn f6_edu_has_a_pasid_capability_where_it_has_pasids() {
+    let config = |bench: &Bench, offset: u16| {
+        let mut data = [0; 4];
+        bench.root.config_read(SID, offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let (bench, ..) = with_pasids();
+    // Express, version 2, an integrated endpoint; end-to-end prefixes.
+    let express = (config(&bench, 0x40) >> 8 & 0xff) as u16;
+    assert_eq!(config(&bench, express), 0x0092_0010);
+    assert_eq!(config(&bench, express + 0x24), 0x60_0000);
+    assert_eq!(config(&bench, 0x100), 0x0001_001b);
+    bench.root.config_write(SID, 0x104, &[0xff; 4]);
+    assert_eq!(config(&bench, 0x104), 0x0001_1400, "20 bits, and only the enable can be written");
+    let (plain, _) = with_memory();
+    assert_eq!((config(&plain, 0x40) >> 8 & 0xff, config(&plain, 0x100)), (0, 0));
+    assert_eq!(plain.read(PASID_REGISTER), u32::MAX);
+    plain.write(PASID_REGISTER, PASID_VALID);
+    assert_eq!(plain.read(PASID_REGISTER), u32::MAX);
 }
 
 #[test]

@@ -53,6 +53,12 @@ pub struct VtdOption {
     pub extended_interrupt_mode: bool,
     /// The stages of scalable mode; `None`: it is not offered.
     pub scalable: Option<Stages>,
+    /// Whether nested translation is offered. Never without both stages.
+    pub nested: bool,
+    /// Whether accessed and dirty flags of the second stage are offered. Never without a second stage.
+    pub second_stage_dirty: bool,
+    /// Bits of a PASID, 0 to 20. 0: there are none. Never without scalable mode.
+    pub pasid_bits: u8,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
 }
@@ -73,6 +79,9 @@ impl Default for VtdOption {
             interrupt_remapping: true,
             extended_interrupt_mode: true,
             scalable: None,
+            nested: false,
+            second_stage_dirty: false,
+            pasid_bits: 0,
             ioapic_check: true,
         }
     }
@@ -122,7 +131,10 @@ pub enum DeviceKind {
         confine: bool,
     },
     /// The educational device of QEMU, emulated in this process.
-    Edu,
+    Edu {
+        /// It has a PASID capability.
+        pasid: bool,
+    },
     /// A device, emulated in this process, that reads a file into pinned pages.
     PinBlk {
         /// The file; none: a pattern in memory.
@@ -209,7 +221,7 @@ impl DeviceKind {
         match self {
             Self::Vfio { .. } => "vfio",
             Self::VfioUser { .. } => "vfio-user",
-            Self::Edu => "edu",
+            Self::Edu { .. } => "edu",
             Self::PinBlk { .. } => "pinblk",
             Self::Virtio(VirtioKind::Rng) => "virtio-rng",
             Self::Virtio(VirtioKind::Console) => "virtio-console",
@@ -228,13 +240,13 @@ impl DeviceKind {
             Self::Virtio(VirtioKind::Blk { file, read_only: false }) => Some(format!("file={}", file.display())),
             Self::Virtio(VirtioKind::Net { tap, .. }) => Some(format!("tap={tap}")),
             Self::Virtio(VirtioKind::Console) => Some("stdin".to_owned()),
-            Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
+            Self::Edu { .. } | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
         }
     }
 
     /// Whether it needs nothing from outside but what can be read.
     pub fn is_emulated(&self) -> bool {
-        matches!(self, Self::Edu | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
+        matches!(self, Self::Edu { .. } | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
     }
 
     /// Whether its DMA follows what the guest's unit tells: it is refused without a unit, and without Caching Mode.
@@ -242,7 +254,7 @@ impl DeviceKind {
         match self {
             Self::Vfio { .. } | Self::VfioUser { .. } | Self::PinBlk { .. } => true,
             Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Net { .. }) => true,
-            Self::Edu | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
+            Self::Edu { .. } | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
         }
     }
 }

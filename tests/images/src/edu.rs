@@ -10,6 +10,8 @@ const SOURCE: u64 = 0x80;
 const DESTINATION: u64 = 0x88;
 const COUNT: u64 = 0x90;
 const DMA_COMMAND: u64 = 0x98;
+const PASID: u64 = 0xa0;
+const PASID_VALID: u32 = 1 << 31;
 const RAISE: u64 = 0x60;
 const ACKNOWLEDGE: u64 = 0x64;
 const BUFFER: u64 = 0x40000;
@@ -153,6 +155,25 @@ impl Edu {
     /// comes by way of the host's kernel.
     pub fn settle(&self) {
         pause(if self.assigned { 50 } else { 2 });
+    }
+
+    /// Turns PASIDs on, if the device has them, as Causeway's has with `pasid=on`.
+    pub fn enable_pasids(&self) -> bool {
+        let has = self.sid.read_extended(pci::PASID) as u16 == 0x1b;
+        if has {
+            self.sid.write_extended(pci::PASID + 4, 1 << 16);
+        }
+        has
+    }
+
+    /// Turns them off.
+    pub fn disable_pasids(&self) {
+        self.sid.write_extended(pci::PASID + 4, 0);
+    }
+
+    /// Transfers carry this PASID from now on, or none.
+    pub fn set_pasid(&self, pasid: Option<u32>) {
+        self.write(PASID, pasid.map_or(0, |pasid| pasid | PASID_VALID));
     }
 
     /// The command register of configuration space.

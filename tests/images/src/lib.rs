@@ -13,6 +13,7 @@ mod intrinsics;
 pub mod memory;
 pub mod pci;
 pub mod pinblk;
+pub mod scalable;
 pub mod serial;
 pub mod smp;
 mod start;

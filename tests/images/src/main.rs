@@ -18,6 +18,7 @@ mod suite {
     pub mod remapping;
     pub mod reserved;
     pub mod reset;
+    pub mod scalable;
     pub mod translation;
     pub mod unmapping;
 }
@@ -40,6 +41,7 @@ images::image!(
     remapping::TESTS,
     reserved::TESTS,
     reset::TESTS,
+    scalable::TESTS,
     translation::TESTS,
     unmapping::TESTS,
 );

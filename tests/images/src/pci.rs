@@ -1,6 +1,6 @@
 //! PCI: configuration space by ports, and the scan of bus 0.
 
-use crate::x86::{inl, outl};
+use crate::x86::{self, inl, outl};
 
 /// Source id of a function: bus in bits 15:8, device in 7:3, function in 2:0.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,6 +15,10 @@ pub const MASTER: u32 = 1 << 2;
 /// Offset of BAR 0.
 pub const BAR0: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
+/// Where Causeway's machine has configuration space in memory.
+const ECAM: u64 = 0xe000_0000;
+/// Offset of the first extended capability: that for PASIDs, in an edu that has them.
+pub const PASID: u16 = 0x100;
 
 impl SourceId {
     fn select(self, offset: u16) {
@@ -31,6 +35,16 @@ impl SourceId {
     pub fn write(self, offset: u16, value: u32) {
         self.select(offset);
         outl(0xcfc, value);
+    }
+
+    /// Reads four bytes of extended configuration space.
+    pub fn read_extended(self, offset: u16) -> u32 {
+        x86::read(ECAM + (u64::from(self.0) << 12) + u64::from(offset))
+    }
+
+    /// Writes four bytes of extended configuration space.
+    pub fn write_extended(self, offset: u16, value: u32) {
+        x86::write(ECAM + (u64::from(self.0) << 12) + u64::from(offset), value);
     }
 
     /// Sets and clears bits of the command register.

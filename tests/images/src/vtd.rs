@@ -109,6 +109,8 @@ pub const fn wait_status(address: u64, value: u32) -> Descriptor {
 pub struct Unit {
     queue: u64,
     slots: u64,
+    /// Bytes of a descriptor.
+    size: u64,
     tail: u64,
     status: u64,
     waits: u32,
@@ -117,7 +119,7 @@ pub struct Unit {
 impl Unit {
     /// The unit as power-on left it.
     pub fn new() -> Self {
-        let unit = Self { queue: 0, slots: 0, tail: 0, status: page(), waits: 0 };
+        let unit = Self { queue: 0, slots: 0, size: 16, tail: 0, status: page(), waits: 0 };
         check!(!matches!(unit.read32(VER), 0 | u32::MAX), "there is no remapping unit at {BASE:#x}");
         unit
     }
@@ -171,18 +173,28 @@ impl Unit {
         self.command(QUEUE, true);
     }
 
+    /// Turns the queue on, with 128 descriptors of 256 bits.
+    pub fn start_wide_queue(&mut self) {
+        (self.slots, self.size) = (128, 32);
+        self.queue = page();
+        self.tail = 0;
+        self.write64(IQT, 0);
+        self.write64(IQA, self.queue | 1 << 11);
+        self.command(QUEUE, true);
+    }
+
     /// Puts descriptors into the queue, without moving the tail.
     pub fn queue(&mut self, descriptors: &[Descriptor]) {
         for [low, high] in descriptors {
-            store(self.queue + 16 * self.tail, *low);
-            store(self.queue + 16 * self.tail + 8, *high);
+            store(self.queue + self.size * self.tail, *low);
+            store(self.queue + self.size * self.tail + 8, *high);
             self.tail = (self.tail + 1) % self.slots;
         }
     }
 
     /// Moves the tail behind what was queued.
     pub fn ring(&self) {
-        self.write64(IQT, self.tail * 16);
+        self.write64(IQT, self.tail * self.size);
     }
 
     /// The index of the next descriptor, for tests of the queue itself.
@@ -238,16 +250,28 @@ impl Unit {
 
     /// The first fault, as FSTS points at it; its record is freed.
     pub fn take_fault(&self) -> Option<Fault> {
+        let index = self.first_fault()?;
+        let fault = self.fault_at(index);
+        self.clear_fault(index);
+        fault
+    }
+
+    /// The same, and of the fault the PASID that its request carried, if any.
+    pub fn take_pasid(&self) -> Option<Option<u32>> {
+        let index = self.first_fault()?;
+        let high = self.read64(self.record(index) + 8);
+        self.clear_fault(index);
+        Some((high >> 31 & 1 == 1).then_some((high >> 40) as u32 & 0xf_ffff))
+    }
+
+    fn first_fault(&self) -> Option<u64> {
         let status = self.read32(FSTS);
         if status & PENDING == 0 {
             return None;
         }
         let first = u64::from(status >> 8 & 0xff);
         let count = self.fault_records();
-        let index = (0..count).map(|i| (first + i) % count).find(|index| self.fault_at(*index).is_some())?;
-        let fault = self.fault_at(index);
-        self.clear_fault(index);
-        fault
+        (0..count).map(|i| (first + i) % count).find(|index| self.fault_at(*index).is_some())
     }
 }
 

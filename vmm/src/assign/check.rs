@@ -44,12 +44,17 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
+    let with_pasids = devices.iter().any(|device| device.kind == DeviceKind::Edu { pasid: true });
+    if with_pasids && unit.is_none_or(|unit| unit.pasid_bits == 0) {
+        return Err(Error::NoPasids);
+    }
     let Some(first) = devices.iter().find(|device| device.kind.follows_unit()) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
     match unit {
         None => return Err(Error::NoUnit { kind }),
         Some(unit) if !unit.caching_mode => return Err(Error::NoCachingMode { kind }),
         Some(unit) if unit.has_first_stage() => return Err(Error::FirstStage { kind }),
+        Some(unit) if unit.second_stage_dirty => return Err(Error::SecondStageDirty { kind }),
         Some(_) => {}
     }
     let paths = HostPaths::default();
@@ -57,7 +62,9 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::Vfio { host: bdf, backend: asked } => {
             Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
         }
-        DeviceKind::VfioUser { .. } | DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
+        DeviceKind::VfioUser { .. } | DeviceKind::Edu { .. } | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => {
+            None
+        }
     });
     let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
@@ -68,7 +75,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::VfioUser { socket, confine } => {
             Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
         }
-        DeviceKind::Edu | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
+        DeviceKind::Edu { .. } | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups_by = |backend: Backend| -> BTreeSet<GroupId> {
@@ -191,6 +198,26 @@ mod tests {
                 assert!(check(&devices[..1], Some(&first), 1 << 20).unwrap().is_empty());
             }
         }
+    }
+
+    #[test]
+    fn a_vfio_device_needs_a_unit_without_flags_of_the_second_stage() {
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
+            let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
+            let scalable = Some(vtd::Stages::Second);
+            let flags = VtdOption { scalable, second_stage_dirty: true, ..Default::default() };
+            assert!(matches!(check(&devices, Some(&flags), 1 << 20), Err(Error::SecondStageDirty { .. })));
+            assert!(check(&devices[..1], Some(&flags), 1 << 20).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn an_edu_with_pasids_needs_a_unit_with_them() {
+        let devices = ["edu,pasid=on".parse().unwrap()];
+        let refused = |unit: Option<&VtdOption>| matches!(check(&devices, unit, 1 << 20), Err(Error::NoPasids));
+        assert!(refused(None) && refused(Some(&VtdOption::default())));
+        let scalable = Some(vtd::Stages::Second);
+        assert!(!refused(Some(&VtdOption { scalable, pasid_bits: 1, ..Default::default() })));
     }
 
     #[test]

@@ -62,6 +62,18 @@ pub enum Error {
         /// The device's.
         kind: &'static str,
     },
+    /// Nothing would take its requests with a PASID.
+    #[error("edu,pasid=on needs a unit with PASIDs: use --iommu vtd,scalable=on,pasid-bits=20")]
+    NoPasids,
+    /// The host's IOMMU sets no flags in the guest's tables.
+    #[error(
+        "slads=on with a {kind} device is refused: what the device writes would leave no dirty flag in the guest's tables; \
+         use slads=off"
+    )]
+    SecondStageDirty {
+        /// The device's.
+        kind: &'static str,
+    },
     /// Two functions of one host group, and two backends.
     #[error(
         "{bdf} and another function of host group {group} are given different backends, and the kernel gives a group to one; write the \

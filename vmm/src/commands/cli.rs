@@ -44,7 +44,7 @@ pub enum Command {
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
-              [,scalable=on|off][,stage=first|second|both]
+              [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
@@ -52,7 +52,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device virtio-net,tap=NAME[,mac=XX:XX:XX:XX:XX:XX][,addr=DD.F][,id=NAME]
   --device virtio-console[,addr=DD.F][,id=NAME]
   --device virtio-rng[,addr=DD.F][,id=NAME]
-  --device edu[,addr=DD.F][,id=NAME]
+  --device edu[,pasid=on|off][,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
 
 Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;

@@ -109,8 +109,19 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 8] =
-            ["aw-bits", "caching-mode", "eim", "intremap", "ioapic-check", "pt", "scalable", "stage"];
+        const KEYS: [&str; 11] = [
+            "aw-bits",
+            "caching-mode",
+            "eim",
+            "intremap",
+            "ioapic-check",
+            "nest",
+            "pasid-bits",
+            "pt",
+            "scalable",
+            "slads",
+            "stage",
+        ];
         let (kind, rest) = split_kind(text);
         match kind {
             "none" => {
@@ -140,6 +151,22 @@ impl std::str::FromStr for IommuOption {
                     (_, None) => default.scalable,
                     (_, Some(_)) => return bad("vtd: stage needs scalable=on: it is one of scalable mode"),
                 };
+                let nested = keys.switch("nest")?.unwrap_or(default.nested);
+                if nested && scalable != Some(Stages::Both) {
+                    return bad("vtd: nest=on needs scalable=on,stage=both: it is the one stage over the other");
+                }
+                let second_stage_dirty = keys.switch("slads")?.unwrap_or(default.second_stage_dirty);
+                if second_stage_dirty && !matches!(scalable, Some(Stages::Second | Stages::Both)) {
+                    return bad("vtd: slads=on needs scalable=on with the second stage, whose flags they are");
+                }
+                let pasid_bits = keys.get("pasid-bits", |value| match number(value)? {
+                    bits @ 0..=20 => Ok(bits as u8),
+                    _ => bad(format!("`{value}` is not 0 to 20")),
+                })?;
+                let pasid_bits = pasid_bits.unwrap_or(default.pasid_bits);
+                if pasid_bits != 0 && scalable.is_none() {
+                    return bad("vtd: pasid-bits needs scalable=on: PASIDs are of scalable mode");
+                }
                 Ok(Self::Vtd(VtdOption {
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
@@ -147,6 +174,9 @@ impl std::str::FromStr for IommuOption {
                     interrupt_remapping,
                     extended_interrupt_mode,
                     scalable,
+                    nested,
+                    second_stage_dirty,
+                    pasid_bits,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }
@@ -226,7 +256,11 @@ impl std::str::FromStr for DeviceOption {
                     .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
                 (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
-            "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
+            "edu" => {
+                let keys = Keys::parse(kind, rest, &["addr", "id", "pasid"])?;
+                let pasid = keys.switch("pasid")?.unwrap_or(false);
+                (keys, DeviceKind::Edu { pasid })
+            }
             "pinblk" => {
                 let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id"])?;
                 let file = keys.get("file", path)?;

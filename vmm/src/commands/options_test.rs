@@ -40,9 +40,15 @@ fn iommu_keys() {
             interrupt_remapping: false,
             extended_interrupt_mode: false,
             scalable: Some(Stages::Second),
+            nested: false,
+            second_stage_dirty: false,
+            pasid_bits: 0,
             ioapic_check: false,
         }))
     );
+    let (scalable, nested, second_stage_dirty, pasid_bits) = (Some(Stages::Both), true, true, 20);
+    let expected = VtdOption { scalable, nested, second_stage_dirty, pasid_bits, ..VtdOption::default() };
+    assert_eq!("vtd,scalable=on,stage=both,nest=on,slads=on,pasid-bits=0x14".parse(), Ok(IommuOption::Vtd(expected)));
     for (text, interrupt_remapping, extended_interrupt_mode) in [
         ("vtd", true, true),
         ("vtd,eim=on", true, true),
@@ -69,6 +75,11 @@ fn iommu_keys() {
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
         ("vtd,scalable=yes", "`on` or `off` is expected"),
         ("vtd,stage=first", "stage needs scalable=on"),
+        ("vtd,scalable=on,nest=on", "nest=on needs scalable=on,stage=both"),
+        ("vtd,slads=on", "slads=on needs scalable=on"),
+        ("vtd,scalable=on,stage=first,slads=on", "slads=on needs scalable=on"),
+        ("vtd,pasid-bits=4", "pasid-bits needs scalable=on"),
+        ("vtd,scalable=on,pasid-bits=21", "`21` is not 0 to 20"),
         ("vtd,scalable=off,stage=second", "stage needs scalable=on"),
         ("vtd,scalable=on,stage=third", "`third` is not first, second or both"),
     ] {
@@ -79,7 +90,11 @@ fn iommu_keys() {
 
 #[test]
 fn device_keys() {
-    assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
+    assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu { pasid: false } }));
+    assert_eq!(
+        "edu,pasid=on".parse(),
+        Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu { pasid: true } })
+    );
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
     assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None, direct: false });
     assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });

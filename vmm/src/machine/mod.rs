@@ -243,6 +243,9 @@ impl Machine {
                 config.interrupt_remapping = option.interrupt_remapping;
                 config.extended_interrupt_mode = option.extended_interrupt_mode;
                 config.scalable = option.scalable;
+                config.nested = option.nested;
+                config.second_stage_dirty = option.second_stage_dirty;
+                config.pasid_bits = option.pasid_bits;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
-use devices::edu::Edu;
+use devices::edu::{Edu, Pasids};
 use devices::host::IrqLine;
 use devices::ioapic::EoiListener;
 use devices::pci::{PciFunction, gsi_of};
@@ -11,7 +11,7 @@ use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
 use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Requester, SourceId, Unit};
+use vtd::{Pasid, Requester, SourceId, Stream, Unit};
 
 use super::{Error, Platform};
 use crate::assign::{self, Assigned, UserRequests};
@@ -77,7 +77,7 @@ impl Plug<'_> {
                     self.assigned.push((id.clone(), vfio.clone()));
                     vfio
                 }
-                DeviceKind::Edu => self.edu(requester)?,
+                DeviceKind::Edu { pasid } => self.edu(requester, *pasid)?,
                 DeviceKind::PinBlk { file, direct } => {
                     // It was checked that there is a unit.
                     let Some(unit) = self.unit else { continue };
@@ -127,8 +127,8 @@ impl Plug<'_> {
         (self.platform.ioapic.line(gsi), gsi)
     }
 
-    /// An emulated device, whose DMA goes through its endpoint of the unit.
-    fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
+    /// An emulated device, whose DMA goes through its endpoint of the unit, one for each PASID in use.
+    fn edu(&self, requester: Requester, pasid: bool) -> Result<Arc<Edu>, Error> {
         let memory: Box<dyn DmaTarget> = match self.unit {
             Some(unit) => {
                 let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
@@ -137,8 +137,17 @@ impl Plug<'_> {
             None => Box::new(DirectMemory((**self.ram).clone())),
         };
         let line = self.line(requester, 1);
-        Edu::new(requester, self.platform.root.decoder(), self.interrupts.clone(), Some(line), memory)
-            .map_err(Error::Thread)
+        // That there is a unit with PASIDs was checked.
+        let pasids = self.unit.filter(|_| pasid).map(|unit| {
+            let (unit, decoder) = (unit.clone(), self.platform.root.decoder());
+            let target = move |pasid: Pasid| -> Box<dyn DmaTarget> {
+                let endpoint = unit.endpoint_of(Stream { requester, pasid: Some(pasid) });
+                Box::new(BehindUnit { endpoint, decoder: decoder.clone() })
+            };
+            Box::new(target) as Pasids
+        });
+        let (decoder, interrupts) = (self.platform.root.decoder(), self.interrupts.clone());
+        Edu::with_pasids(requester, decoder, interrupts, Some(line), memory, pasids).map_err(Error::Thread)
     }
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a

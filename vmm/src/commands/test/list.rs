@@ -22,7 +22,7 @@ impl Test {
         let units = self.options.iter().filter_map(|option| option.parse::<IommuOption>().ok());
         units
             .into_iter()
-            .all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode && !unit.has_first_stage()))
+            .all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode && !unit.has_first_stage() && !unit.second_stage_dirty))
     }
 }
 
@@ -57,7 +57,11 @@ fn parse(line: &str) -> Result<Test, String> {
         let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
         match option {
             [key, value] if key == "--device" => {
-                let allowed = [DeviceKind::Edu, DeviceKind::PinBlk { file: None, direct: false }];
+                let allowed = [
+                    DeviceKind::Edu { pasid: false },
+                    DeviceKind::Edu { pasid: true },
+                    DeviceKind::PinBlk { file: None, direct: false },
+                ];
                 let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
                 devices.push((value.clone(), device.ok_or_else(refused)?));
             }
