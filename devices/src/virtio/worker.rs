@@ -134,6 +134,12 @@ impl Link {
         self.wait(state, DEADLINE).is_some()
     }
 
+    /// Whether the worker is to come to an end with what it does.
+    #[cfg(test)]
+    pub fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
     /// The device is reset: when this returns it has no rings and does nothing. `false`: that was not in time.
     #[must_use]
     pub fn reset(&self) -> bool {
