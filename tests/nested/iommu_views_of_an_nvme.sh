@@ -49,7 +49,7 @@ look() {
 mark
 look >looking 2>&1 &
 looking=$!
-run shown intel_iommu=on iommu.strict=1 --device vfio,host="$NVME" --socket control
+run shown "intel_iommu=on iommu.strict=1" --device vfio,host="$NVME" --socket control
 wait $looking || { cat looking; fail "looking at the guest"; }
 cat looking
 expect "the checksum" "$(lines shown 'sha256 ' | sort -u | grep -c "$DISK_SHA256")" 1
