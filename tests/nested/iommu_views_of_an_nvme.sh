@@ -25,7 +25,7 @@ shown() {
 
 look() {
     trap '[ $? = 0 ] || causeway ctl control quit' EXIT
-    wait_until 60 grep -q '^reading' shown.log || fail "the guest does not read"
+    wait_until 60 grep -qs '^reading' shown.log || fail "the guest does not read"
     number=0
     until [ $number = 10 ]; do
         number=$((number + 1))

@@ -93,7 +93,7 @@ fn inspect_legacy_tables_are_shown_with_their_entries_and_neighbours_are_one_ran
 
 #[test]
 fn inspect_a_function_that_is_asked_for_and_not_there_is_shown_with_its_fault() {
-    let (mut rig, _) = Rig::with_nvme();
+    let (rig, _) = Rig::with_nvme();
     let other = SourceId::new(0, 9, 0);
     let items = list(&rig, Some(other), PageBounds::default());
     assert_eq!((function(&items[0]).fault, items.len()), (Some(FaultReason::ContextNotPresent), 1));
