@@ -25,7 +25,7 @@ shown() {
 
 look() {
     trap '[ $? = 0 ] || causeway ctl control quit' EXIT
-    wait_until 60 grep -q '^reading' shown.log || fail "the guest does not read"
+    wait_until 60 grep -qs '^reading' shown.log || fail "the guest does not read"
     number=0
     until [ $number = 10 ]; do
         number=$((number + 1))
@@ -49,7 +49,7 @@ look() {
 mark
 look >looking 2>&1 &
 looking=$!
-run shown intel_iommu=on iommu.strict=1 --device vfio,host="$NVME" --socket control
+run shown "intel_iommu=on iommu.strict=1" --device vfio,host="$NVME" --socket control
 wait $looking || { cat looking; fail "looking at the guest"; }
 cat looking
 expect "the checksum" "$(lines shown 'sha256 ' | sort -u | grep -c "$DISK_SHA256")" 1

@@ -160,6 +160,10 @@ translation is on, legacy mode, root table 0x101000
         json!({"first": "0x5000", "last": "0x6fff", "granted": target, "held": target, "differs": false})
     );
     assert_eq!((&mappings["differences"], &mappings["complete"]), (&json!(0), &json!(true)));
+    let top = world.ctl(&["top"]);
+    let far = top.1.lines().find(|line| line.starts_with("far")).unwrap_or_else(|| panic!("{top:?}"));
+    assert!(far.contains("00:01.0 vfio-user") && far.contains("unit0/domain5/root0x103000/48bit"), "{far}");
+    assert!(top.1.contains("spaces (1)") && top.1.contains("edu0") && top.0 == 0, "{top:?}");
     // What is not there changes nothing.
     for (args, why) in [
         (&["iommu", "tables", "--device", "vfio9"][..], "there is no device vfio9"),

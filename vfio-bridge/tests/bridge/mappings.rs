@@ -92,3 +92,12 @@ fn mappings_in_identity_are_all_ram_without_the_interrupt_window() {
     assert!(found.pieces.iter().all(|piece| piece.left.is_none()) && !found.pieces.is_empty());
     assert_eq!(world.bridge.mappings(requester(9), &SpaceKey::Identity, &mut std::iter::empty(), 0, 8), None);
 }
+
+#[test]
+fn mappings_that_the_host_holds_in_part_are_cut_where_it_ends() {
+    let (world, space) = World::one(Kernel::new(48), 48);
+    world.done(&space, &[map(0, 0, KIB4)]);
+    let found = all(&world, &space, &[mapping(0, 0, 2 * KIB4)], 8);
+    assert_eq!(found.pieces.iter().map(|piece| piece.agrees()).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(found.pieces[1].range, IovaRange::new(KIB4, 2 * KIB4 - 1));
+}

@@ -31,8 +31,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     }
 
     /// Calls `look` with what `requester` is attached to, and with what it was granted there from `range`, ascending;
-    /// nothing unless it is a paged space. Waits for a drain; the lock order is that of [`Unit::audit`]. `None`: no such
-    /// function is assigned.
+    /// nothing unless it is a paged space. Waits for a drain; the lock order is that of [`Unit::audit`]. `None`: no
+    /// such function is assigned.
     pub fn granted<T>(
         &self,
         requester: Requester,

@@ -58,8 +58,11 @@ fn inspect_legacy_tables_are_shown_with_their_entries_and_neighbours_are_one_ran
     let (mut rig, root) = Rig::with_nvme();
     rig.set_pass_through(NIC, 7);
     rig.pages(root, 0x3f_e000, 0x10_0000, 4);
-    rig.leaf(root, 48, 0x4000_0000, 0x80_0000, Some(Perm::Read), 2);
-    rig.leaf(root, 48, 0x4020_0000, 0xa0_0000, Some(Perm::Read), 2);
+    rig.leaf(root, 48, 0x4000_0000, 0x80_0000, Some(Perm::ReadWrite), 2);
+    rig.leaf(root, 48, 0x4020_0000, 0xa0_0000, Some(Perm::ReadWrite), 2);
+    // What is above them permits no write.
+    let above = rig.entry_address(root, 48, 0x4000_0000, 3);
+    rig.store(above, rig.load(above) & !2);
     let items = all(&rig);
     let nvme = function(&items[0]);
     assert_eq!((nvme.source, nvme.pasid, nvme.domain, nvme.fault), (NVME.sid, None, Some(DomainId(1)), None));
@@ -75,6 +78,7 @@ fn inspect_legacy_tables_are_shown_with_their_entries_and_neighbours_are_one_ran
     assert_eq!(pages.path, path.iter().map(|at| rig.load(*at)).collect::<Vec<_>>());
     let large = range(&items[2]);
     assert_eq!((large.range, large.level, large.entries), (IovaRange::new(0x4000_0000, 0x403f_ffff), 2, 2));
+    assert_eq!(large.leads, Leads::To { gpa: Gpa(0x80_0000), perm: Perm::Read });
     let nic = function(&items[3]);
     assert_eq!((nic.source, nic.stage, nic.domain), (NIC.sid, Stage::PassThrough, Some(DomainId(7))));
     assert_eq!(items.len(), 4);
@@ -173,7 +177,8 @@ fn inspect_tables_that_are_their_own_children_are_shown_page_by_page() {
     rig.store(root, upper | 3);
     (0..512).for_each(|entry| rig.store(upper + entry * 8, empty | 3));
     let page = rig.unit.tables_page(None, Position::default(), bounds);
-    assert!(page.items.len() == 1 && page.next.is_some(), "{page:?}");
+    let inside = page.next.is_some_and(|next| next.source == NVME.sid.0 && next.offset.is_some());
+    assert!(page.items.len() == 1 && inside, "{page:?}");
     // A root beyond memory.
     rig.set_paged(NVME, 0x7fff_f000_0000, 48, 1);
     let items = all(&rig);

@@ -47,7 +47,7 @@ pub enum Ended {
 
 /// Shows the machine, until it is left; with `once`, or where there is no terminal, once.
 pub fn run(socket: &Path, once: bool) -> io::Result<Ended> {
-    if once || !io::stdout().is_terminal() || !io::stdin().is_terminal() {
+    if once || !has_terminal() {
         return print(socket);
     }
     // Before a thread exists and before the terminal is changed.
@@ -66,6 +66,13 @@ pub fn run(socket: &Path, once: bool) -> io::Result<Ended> {
         screen,
     };
     live.run(&signals)
+}
+
+/// Whether there is a terminal, and this job has it: one in the background would take it from the shell.
+fn has_terminal() -> bool {
+    // SAFETY: these calls take a number at most, and give one.
+    let in_front = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() };
+    in_front && io::stdout().is_terminal() && io::stdin().is_terminal()
 }
 
 /// One picture, as text.
@@ -198,6 +205,8 @@ fn left() -> io::Result<bool> {
     match io::stdin().lock().read(&mut keys) {
         Ok(count) => Ok(count == 0 || keys[..count].iter().any(|key| matches!(key, b'q' | b'Q' | 3 | 4))),
         Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+        // The terminal is gone, or somebody else's now.
+        Err(e) if e.raw_os_error() == Some(libc::EIO) => Ok(true),
         Err(e) => Err(e),
     }
 }
