@@ -2,6 +2,7 @@
 # A guest's own pciehp takes an edu that comes while it runs and does DMA with it behind the IOMMU; it gives it back when it is asked to,
 # and takes it again. Each function is alone in its group.
 # limit: 600
+# long
 . /causeway/files/lib.sh
 . /causeway/files/plug-lib.sh
 

@@ -53,8 +53,8 @@ pub const PCI32_LAST: u64 = 0xdfff_ffff;
 pub const ECAM: u64 = 0xe000_0000;
 /// Its size: 1 MiB a bus.
 ///
-/// The last bus, which MCFG and `_CRS` name too, is that of the last root port: those that are there, and no more. Linux
-/// looks for every device of each bus that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
+/// The last bus, which MCFG and `_CRS` name too, is that of the last root port: those that are there, and no more.
+/// Linux looks for every device of each bus that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
 pub const fn ecam_size(last_bus: u8) -> u64 {
     (last_bus as u64 + 1) << 20
 }
