@@ -17,6 +17,16 @@ pub struct MachineConfig {
     pub iommu: IommuOption,
     /// The devices, in the order in which they were given.
     pub devices: Vec<DeviceOption>,
+    /// Root ports, at most [`MAX_ROOT_PORTS`].
+    pub root_ports: u8,
+}
+
+/// As many root ports as a machine can have.
+pub const MAX_ROOT_PORTS: u8 = 15;
+
+/// Where root port `number` (1 to [`MAX_ROOT_PORTS`]) is on bus 0: the upper half of it.
+pub fn slot_of_port(number: u8) -> Slot {
+    Slot { device: 0x0f + number, function: 0 }
 }
 
 impl MachineConfig {
@@ -93,6 +103,15 @@ impl fmt::Display for Slot {
     }
 }
 
+/// Where a device is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// On bus 0.
+    Root(Slot),
+    /// Behind the root port of this number.
+    Port(u8),
+}
+
 /// `--device`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DeviceOption {
@@ -100,6 +119,8 @@ pub struct DeviceOption {
     pub id: Option<String>,
     /// `addr=`; the lowest free slot otherwise.
     pub addr: Option<Slot>,
+    /// `port=`: behind that root port instead.
+    pub port: Option<u8>,
     /// Which device.
     pub kind: DeviceKind,
 }

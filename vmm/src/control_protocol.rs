@@ -32,6 +32,10 @@ pub enum Verb {
     Reset,
     /// Presses the power button, which a guest may hear
     PowerButton,
+    /// Puts a device behind a root port: `add --device KIND[,KEY=VALUE]...`
+    Add,
+    /// Asks the guest to let go of a device behind a root port: `remove ID`
+    Remove,
     /// Says which guest memory devices wrote: `dirty start`, `dirty read` and `dirty stop`
     Dirty,
     /// Ends the run, as Ctrl-A x does
@@ -59,7 +63,8 @@ pub struct Request {
     /// Of `dirty`: what is done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub action: Option<DirtyAction>,
-    /// Of `dirty`: the device, by its id. All of them where there is none.
+    /// Of `dirty` and `remove`: the device, by its id. For `dirty` all of them where there is none. Of `add`: what
+    /// `--device` of `causeway run` takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// Of `dirty start`: whether an unmap may lose no write, whatever that costs.
@@ -97,8 +102,13 @@ impl Request {
             (Verb::Dirty, Some(DirtyAction::Read)) if close_race.is_none() => return Ok(()),
             (Verb::Dirty, Some(DirtyAction::Stop)) if close_race.is_none() && from.is_none() => return Ok(()),
             (Verb::Dirty, Some(_)) => "of dirty, only start can close the race, and only read goes on from an address",
+            (Verb::Add | Verb::Remove, None) if close_race.is_none() && from.is_none() => match (verb, device) {
+                (_, Some(_)) => return Ok(()),
+                (Verb::Add, None) => "add has a device: add --device KIND[,KEY=VALUE]...",
+                (_, None) => "remove has the id of a device: remove ID",
+            },
             (_, None) if device.is_none() && close_race.is_none() && from.is_none() => return Ok(()),
-            _ => "only dirty has an action, a device, a race and an address",
+            _ => "only dirty has an action, a race and an address, and only dirty, add and remove have a device",
         };
         Err(format!("the request is not understood: {wrong}"))
     }
@@ -182,15 +192,18 @@ mod tests {
             .map(|verb| {
                 let name = verb.to_possible_value().unwrap().get_name().to_owned();
                 let action = (*verb == Verb::Dirty).then_some(DirtyAction::Read);
-                let request = line(&Request { action, ..(*verb).into() });
+                let device = matches!(verb, Verb::Add | Verb::Remove).then(|| "edu0".to_owned());
+                let whole = Request { action, device, ..(*verb).into() };
+                let request = line(&whole);
                 let more = action.map_or("", |_| ",\"action\":\"read\"");
-                assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}}}\n").into_bytes());
-                assert_eq!(Request::parse(&request), Ok(Request { action, ..(*verb).into() }));
+                let of = whole.device.as_ref().map_or("", |_| ",\"device\":\"edu0\"");
+                assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}{of}}}\n").into_bytes());
+                assert_eq!(Request::parse(&request), Ok(whole));
                 name
             })
             .collect();
-        let all = ["status", "audit", "devices", "trace", "pause", "resume", "reset", "power-button", "dirty", "quit"];
-        assert_eq!(names, all);
+        let all = "status audit devices trace pause resume reset power-button add remove dirty quit";
+        assert_eq!(names.join(" "), all);
     }
 
     #[test]
@@ -233,6 +246,18 @@ mod tests {
             ["\"verb\":\"dirty\"", "\"verb\":\"quit\",\"action\":\"read\"", "\"verb\":\"dirty\",\"action\":\"fly\""]
         {
             assert!(Request::parse(format!("{{{wrong}}}").as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn f6_requests_to_add_and_to_remove_name_a_device_and_nothing_else() {
+        for verb in ["add", "remove"] {
+            let request = |more: &str| Request::parse(format!("{{\"verb\":\"{verb}\"{more}}}").as_bytes());
+            assert!(request(",\"device\":\"edu0\"").is_ok());
+            assert!(request("").unwrap_err().contains(verb));
+            for more in ["\"action\":\"read\"", "\"close_race\":true", "\"from\":4096"] {
+                assert!(request(&format!(",\"device\":\"edu0\",{more}")).is_err(), "{more}");
+            }
         }
     }
 
@@ -299,8 +324,9 @@ mod tests {
             more in prop::option::of("\"[a-z]{0,4}\":1"),
         ) {
             let more = more.map_or(String::new(), |more| format!(",{more}"));
-            // One has more than its verb.
-            let verbs = || Verb::value_variants().iter().filter(|verb| **verb != Verb::Dirty);
+            // Some have more than their verb.
+            let more_than_a_verb = [Verb::Dirty, Verb::Add, Verb::Remove];
+            let verbs = || Verb::value_variants().iter().filter(|verb| !more_than_a_verb.contains(verb));
             let known = verbs().any(|verb| {
                 value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')
             });

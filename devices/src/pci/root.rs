@@ -140,8 +140,8 @@ impl PciRoot {
         below.chain(self.functions().into_iter().map(|(_, function)| function)).collect()
     }
 
-    /// Does something with the function that a configuration request for `sid` reaches. No lock of the hierarchy is held
-    /// while it works, but that of its slot.
+    /// Does something with the function that a configuration request for `sid` reaches. Meanwhile no lock of the
+    /// hierarchy is held, but that of its slot.
     fn with<T>(&self, sid: SourceId, act: impl FnOnce(&dyn PciFunction) -> T) -> Option<T> {
         if sid.bus() == 0 {
             let function = self.functions.read().unwrap().get(&sid).cloned();

@@ -493,7 +493,8 @@ proptest! {
             } else {
                 prop_assert_eq!(world.told.0.lock().unwrap().get(&CARD).copied().flatten(), None);
             }
-            let linked = present && world.read16(SLOT_CONTROL) & POWER_OFF == 0 && world.read16(LINK_CONTROL) & 1 << 4 == 0;
+            let powered = world.read16(SLOT_CONTROL) & POWER_OFF == 0;
+            let linked = present && powered && world.read16(LINK_CONTROL) & 1 << 4 == 0;
             prop_assert_eq!(world.read16(LINK_STATUS) & 1 << 13 != 0, linked);
             let reachable = linked && world.read16(0x3e) & 1 << 6 == 0;
             if let Some(id) = id {

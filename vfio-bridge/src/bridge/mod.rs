@@ -152,8 +152,8 @@ impl Bridge {
         Ok(())
     }
 
-    /// Takes a function, which its unit detached before, from behind the bridge: nothing is known of it any more, and with
-    /// the last function of its group nothing of that. Then the host may close it.
+    /// Takes a function, which its unit detached before, from behind the bridge: nothing is known of it any more, and
+    /// with the last function of its group nothing of that. Then the host may close it.
     pub fn unregister(&self, requester: Requester) {
         let Some(placed) = self.group_of(requester) else { return };
         let mut placed = lock(&placed);

@@ -88,8 +88,8 @@ impl Type1 {
         Ok(host_function)
     }
 
-    /// `function` is closed, or about to be: with the last one of its group its container is given up, and with that what
-    /// may still be mapped there.
+    /// `function` is closed, or about to be: with the last one of its group its container is given up, and with that
+    /// what may still be mapped there.
     pub fn close(&self, function: Bdf) {
         let mut open = self.lock();
         let Some((group, entry)) = open.iter_mut().find(|(_, entry)| entry.functions.contains(&function)) else {

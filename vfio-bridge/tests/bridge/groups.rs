@@ -205,3 +205,36 @@ fn rule4_a_mapping_that_comes_twice_at_once_is_made_once() {
     assert_eq!(world.model.translate(GroupId(1), GIB + KIB4), None, "what is refused, no group has");
     assert!(world.model.translate(GroupId(1), GIB).is_some());
 }
+
+#[test]
+fn f6_of_a_function_that_is_gone_nothing_is_left_and_it_can_come_again() {
+    let (world, space) = World::one(Kernel::new(48), 48);
+    world.done(&space, &[map(0, 0, KIB4)]);
+    assert_eq!(world.bridge.sharing(requester(1)), 1);
+    world.bridge.detach(requester(1).into());
+    world.bridge.unregister(requester(1));
+    assert!(world.contents().is_empty());
+    assert_eq!((world.bridge.space_of(requester(1)), world.bridge.backend(requester(1))), (None, None));
+    assert!(matches!(world.attach(1, &space, &[]), Err(AttachRefused::UnknownRequester(_))));
+    world.apply(&space, &[map(MIB2, 0, KIB4)]);
+    assert!(world.contents().is_empty(), "what comes later is none of its");
+    world.bridge.unregister(requester(1));
+    world.bridge.register(requester(1), GroupId(1)).expect("it is new again");
+    world.attach(1, &space, &[mapping(0, 0, KIB4)]).expect("attached");
+    assert_eq!((world.contents().len(), stopped(&world).len()), (1, 0));
+}
+
+#[test]
+fn f6_a_function_that_is_gone_without_a_detach_is_blocked_first() {
+    let world = World::new(Kernel::new(48), RAM, &[(1, 1), (2, 1)]);
+    let space = paged(1, 48);
+    for device in [1, 2] {
+        world.attach(device, &space, &[mapping(0, 0, KIB4)]).expect("attached");
+    }
+    assert_eq!((world.contents().len(), world.bridge.sharing(requester(2))), (1, 2));
+    world.bridge.unregister(requester(1));
+    assert_eq!(world.contents().len(), 1, "the other one of its group is where it was");
+    assert_eq!(world.bridge.sharing(requester(2)), 1);
+    world.bridge.unregister(requester(2));
+    assert!(world.contents().is_empty());
+}

@@ -1,8 +1,9 @@
 //! The DSDT: the PCI root bridge with its windows and interrupt routing, what is reserved, the serial port, and \_S5.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, PackageBuilder,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If, Interrupt,
+    Local, Memory32Fixed, Method, Name, NotEqual, ONE, Or, Package, PackageBuilder, Path, ResourceTemplate, Return,
+    Scope, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -27,9 +28,41 @@ fn interrupt_routing() -> PackageBuilder {
     table
 }
 
-fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>) {
+/// What `_OSC` gives to the guest (PCI Firmware specification 3.3, section 4.5.1): native hot-plug, and the PCI Express
+/// capability, without which there is none. The ports have no AER, and nothing sends power-management events.
+const GRANTED: u32 = 1 << 0 | 1 << 4;
+
+/// `_OSC` of the root bridge.
+struct OperatingSystemCapabilities;
+
+impl Aml for OperatingSystemCapabilities {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let (status, controls) = (Path::new("CDW1"), Path::new("CDW3"));
+        let uuid = Uuid::new("33DB4D5B-1FF7-401C-9657-7441C03DD766");
+        // Another revision, less granted than was asked for, another kind of bridge.
+        let (revision, masked, unknown) = (0x08u8, 0x10u8, 0x04u8);
+        let status_field = CreateDWordField::new(&status, &Arg(3), &0u8);
+        let control_field = CreateDWordField::new(&controls, &Arg(3), &8u8);
+        let granted = And::new(&Local(0), &controls, &GRANTED);
+        let set_revision = Or::new(&status, &status, &revision);
+        let other_revision = NotEqual::new(&Arg(1), &ONE);
+        let if_revision = If::new(&other_revision, vec![&set_revision]);
+        let set_masked = Or::new(&status, &status, &masked);
+        let less = NotEqual::new(&Local(0), &controls);
+        let if_less = If::new(&less, vec![&set_masked]);
+        let answer = Store::new(&controls, &Local(0));
+        let known = Equal::new(&Arg(0), &uuid);
+        let if_known = If::new(&known, vec![&control_field, &granted, &if_revision, &if_less, &answer]);
+        let set_unknown = Or::new(&status, &status, &unknown);
+        let otherwise = Else::new(vec![&set_unknown]);
+        let give = Return::new(&Arg(3));
+        Method::new("_OSC".into(), 4, true, vec![&status_field, &if_known, &otherwise, &give]).to_aml_bytes(sink);
+    }
+}
+
+fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, root_ports: u8) {
     let memory = AddressSpaceCacheable::NotCacheable;
-    let buses = AddressSpace::new_bus_number(0u16, layout::LAST_BUS.into());
+    let buses = AddressSpace::new_bus_number(0u16, root_ports.into());
     let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
@@ -39,24 +72,24 @@ fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>) {
     if let Some(window) = &window64 {
         resources.push(window);
     }
-    Device::new(
-        "PCI0".into(),
-        vec![
-            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
-            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
-            &Name::new("_UID".into(), &ZERO),
-            &Name::new("_SEG".into(), &ZERO),
-            &Name::new("_BBN".into(), &ZERO),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
-            &Name::new("_PRT".into(), &interrupt_routing()),
-        ],
-    )
-    .to_aml_bytes(sink);
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
+    let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
+    let numbers = ["_UID", "_SEG", "_BBN"].map(|name| Name::new(name.into(), &ZERO));
+    let current = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let routing = Name::new("_PRT".into(), &interrupt_routing());
+    let mut children: Vec<&dyn Aml> = vec![&hid, &cid];
+    children.extend(numbers.iter().map(|number| number as &dyn Aml));
+    children.extend([&current as &dyn Aml, &routing]);
+    // Where there is nothing to be plugged a guest is asked for nothing.
+    if root_ports > 0 {
+        children.push(&OperatingSystemCapabilities);
+    }
+    Device::new("PCI0".into(), children).to_aml_bytes(sink);
 }
 
-fn reserved(sink: &mut dyn AmlSink) {
+fn reserved(sink: &mut dyn AmlSink, last_bus: u8) {
     let power = IO::new(layout::PM_BLOCK, layout::PM_BLOCK, 1, PmBlock::LEN as u8);
-    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32);
+    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ecam_size(last_bus) as u32);
     let unit = Memory32Fixed::new(true, layout::VTD_UNIT as u32, layout::VTD_UNIT_SIZE as u32);
     Device::new(
         "RSVD".into(),
@@ -96,10 +129,10 @@ fn clock(sink: &mut dyn AmlSink) {
 }
 
 /// The whole table.
-pub fn table(pci64: Option<Window>) -> Vec<u8> {
+pub fn table(pci64: Option<Window>, root_ports: u8) -> Vec<u8> {
     let mut system_bus = Vec::new();
-    root_bridge(&mut system_bus, pci64);
-    reserved(&mut system_bus);
+    root_bridge(&mut system_bus, pci64, root_ports);
+    reserved(&mut system_bus, root_ports);
     serial(&mut system_bus);
     clock(&mut system_bus);
     let mut body = Scope::raw("_SB_".into(), system_bus);

@@ -47,6 +47,8 @@ pub struct Description<'a> {
     pub cpus: u8,
     /// PCI memory above 4 GiB.
     pub pci64: Option<Window>,
+    /// Root ports, each with a bus of its own: 1 to this many.
+    pub root_ports: u8,
     /// The remapping units.
     pub remapping: Option<&'a Remapping>,
 }
@@ -137,9 +139,9 @@ fn madt(cpus: u8) -> Vec<u8> {
     table
 }
 
-fn mcfg() -> Vec<u8> {
+fn mcfg(last_bus: u8) -> Vec<u8> {
     let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.add_ecam(layout::ECAM, 0, 0, layout::LAST_BUS);
+    table.add_ecam(layout::ECAM, 0, 0, last_bus);
     bytes(&table)
 }
 
@@ -154,8 +156,8 @@ fn tables(description: &Description<'_>) -> Vec<(u64, Vec<u8>)> {
         at
     };
     let facs = place(bytes(&FACS::new()));
-    let dsdt = place(dsdt::table(description.pci64));
-    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg())];
+    let dsdt = place(dsdt::table(description.pci64, description.root_ports));
+    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg(description.root_ports))];
     if let Some(remapping) = description.remapping {
         listed.push(place(dmar::table(remapping)));
     }

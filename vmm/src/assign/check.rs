@@ -120,7 +120,7 @@ pub fn unit_width(asked: Option<u8>, hosts: &[(GroupId, Limits)]) -> Result<u8, 
 }
 
 /// Whether every group's host can map `ram` bytes of guest memory where they would be.
-pub(super) fn check_ram(hosts: &[(GroupId, Limits)], ram: u64) -> Result<(), Error> {
+pub fn check_ram(hosts: &[(GroupId, Limits)], ram: u64) -> Result<(), Error> {
     for (group, limits) in hosts {
         for (first, len) in layout::ram_regions(ram) {
             if let Some(range) = limits.reserved_in(first, first + (len - 1)).first() {

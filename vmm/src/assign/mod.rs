@@ -19,10 +19,12 @@ use vfio_bridge::vfio_user::ConnectError;
 use vfio_bridge::{Bdf, GroupId, GuestMapError, OpenError, RegisterClientError, RegisterError};
 use vtd::AttachRefused;
 
+pub use self::check::check_ram;
 use self::check::widest;
 pub use self::check::{Checked, check, unit_width};
-pub use self::open::{Assigned, open};
+pub use self::open::{Opener, open};
 pub use self::pinblk::{PinBlkWiring, plug_pinblk};
+pub use self::quarantine::Breaker;
 pub use self::report::{report, report_functions};
 pub use self::requests::UserRequests;
 pub use self::virtio::{VirtioWiring, plug_virtio};
@@ -183,6 +185,9 @@ pub enum Error {
         /// Why.
         source: VfioPciError,
     },
+    /// The function would not be in the KVM-VFIO device.
+    #[error("the host's KVM has no VFIO device for this machine: a vfio device cannot be added to it")]
+    NoKvmVfio,
     /// KVM.
     #[error(transparent)]
     Vm(#[from] vm::Error),

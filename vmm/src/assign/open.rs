@@ -8,13 +8,14 @@ use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_bridge::vfio_user::{UserEndpoint, UserFunction, UserOptions, VfioUser};
 use vfio_bridge::{
-    Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Software, Trace, TracedHost, Type1, VfioDeviceFd,
+    Bdf, Bridge, Function, GroupId, GuestMap, HostIommu, Iommufd, Limits, Software, Trace, TracedHost, Type1,
+    VfioDeviceFd,
 };
 
 use super::Error;
 use super::check::{Checked, check_ram};
 use super::quarantine::Breaker;
-use crate::config::{Backend, UserSocket};
+use crate::config::{Backend, MachineConfig, UserSocket, VtdOption};
 use crate::kvm::memory::Ram;
 use crate::kvm::vm::call;
 use crate::machine::control::Control;
@@ -35,6 +36,45 @@ pub struct Assigned {
     pub breaker: Arc<Breaker>,
     /// The host of devices of this process that pin.
     pub software: Arc<Software>,
+    /// Opens more of them.
+    pub opener: Opener,
+}
+
+/// Opens functions while the machine runs, and closes them.
+pub struct Opener {
+    type1: Arc<Type1>,
+    user: Arc<VfioUser>,
+    /// There is a KVM-VFIO device that groups are put into (F-7).
+    in_kvm: bool,
+    unit: Option<VtdOption>,
+}
+
+impl Opener {
+    /// The unit's options, `None` without one.
+    pub fn unit_option(&self) -> Option<&VtdOption> {
+        self.unit.as_ref()
+    }
+
+    /// Opens one that was checked, of the host by type1.
+    pub fn open(&self, checked: &Checked) -> Result<Arc<dyn Function>, Error> {
+        Ok(match checked {
+            Checked::Vfio(..) if !self.in_kvm => return Err(Error::NoKvmVfio),
+            Checked::Vfio(function, _) => Arc::new(self.type1.open(function)?),
+            Checked::User { socket, confine } => Arc::new(open_user(&self.user, socket, *confine)?),
+        })
+    }
+
+    /// What the host allows for a group of type1.
+    pub fn limits_of(&self, group: GroupId) -> Option<Limits> {
+        self.type1.limits_of(group)
+    }
+
+    /// The function of the host, which is not behind the bridge any more, goes back to it when nobody here uses it.
+    pub fn close(&self, function: Option<Bdf>) {
+        if let Some(function) = function {
+            self.type1.close(function);
+        }
+    }
 }
 
 /// How often guest memory is pinned while functions are untranslated (B-12).
@@ -52,19 +92,24 @@ pub struct Pinning {
 pub fn open(
     vm: &VmFd,
     ram: &Arc<Ram>,
-    ram_size: u64,
+    config: &MachineConfig,
     checked: &[Checked],
     control: &Arc<Control>,
     trace: Option<&Arc<Trace>>,
 ) -> Result<Assigned, Error> {
     let groups: BTreeSet<GroupId> = checked.iter().filter_map(Checked::group).collect();
-    let kvm_vfio = if groups.is_empty() {
-        None
-    } else {
+    let make_kvm_vfio = || {
         let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..Default::default() };
-        let device = vm.create_device(&mut device).map_err(call("KVM_CREATE_DEVICE of the VFIO device"))?;
-        Some(Arc::new(VfioDeviceFd::new_from_kvm(device)))
+        let device = vm.create_device(&mut device).map_err(call("KVM_CREATE_DEVICE of the VFIO device"));
+        device.map(|device| Arc::new(VfioDeviceFd::new_from_kvm(device)))
     };
+    let kvm_vfio = match groups.is_empty() {
+        false => Some(make_kvm_vfio()?),
+        // One may come later, where the host has VFIO.
+        true if config.root_ports > 0 => make_kvm_vfio().ok(),
+        true => None,
+    };
+    let in_kvm = kvm_vfio.is_some();
     let guest = GuestMap::of_memory(ram.clone())?;
     let by_iommufd = checked.iter().any(|checked| checked.is_by(Backend::Iommufd));
     let iommufd = by_iommufd.then(|| Iommufd::new(kvm_vfio.clone(), &guest).map(Arc::new)).transpose()?;
@@ -82,13 +127,14 @@ pub fn open(
     let on_type1 = groups.iter().filter(|group| type1.limits_of(**group).is_some()).count();
     let once = iommufd.as_ref().is_some_and(|iommufd| iommufd.pins_once());
     let pinning = Pinning { type1: on_type1, iommufd: groups.len() - on_type1, once };
-    check_ram(&limits, ram_size)?;
+    check_ram(&limits, config.memory)?;
     let breaker = Arc::new(Breaker::new(control.clone()));
     if let Some(trace) = trace {
         trace.memory(&guest);
     }
     let software = Arc::new(Software::default());
     let iommufd = iommufd.map(|iommufd| -> Arc<dyn HostIommu> { iommufd });
+    let opener = Opener { type1: type1.clone(), user: user.clone(), in_kvm, unit: config.vtd().cloned() };
     let always: [Arc<dyn HostIommu>; 3] = [type1, user, software.clone()];
     let traced = |host: Arc<dyn HostIommu>| match trace {
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())) as Arc<dyn HostIommu>,
@@ -96,7 +142,7 @@ pub fn open(
     };
     let hosts = always.into_iter().chain(iommufd).map(traced).collect();
     let bridge = Arc::new(Bridge::new(hosts, guest.clone(), breaker.clone()));
-    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker, software })
+    Ok(Assigned { bridge, guest, functions, limits, pinning, breaker, software, opener })
 }
 
 fn open_user(user: &VfioUser, socket: &UserSocket, confined: bool) -> Result<UserFunction, Error> {

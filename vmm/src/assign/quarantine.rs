@@ -54,6 +54,13 @@ impl Breaker {
     }
 }
 
+impl Breaker {
+    /// The function at `requester` is gone.
+    pub fn remove(&self, requester: Requester) {
+        self.functions.lock().unwrap().remove(&requester);
+    }
+}
+
 impl Quarantine for Breaker {
     fn quarantine(&self, functions: &[Requester], why: &str) -> Result<(), String> {
         for requester in functions {

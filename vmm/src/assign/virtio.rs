@@ -94,7 +94,7 @@ pub fn plug_virtio(kind: &VirtioKind, wiring: VirtioWiring<'_>) -> Result<Plugge
 /// The address of an interface in this slot: one that nobody was given to sell.
 fn mac_of(requester: Requester) -> [u8; 6] {
     let sid = requester.sid;
-    [0x52, 0x54, 0x00, 0xca, sid.device(), sid.function()]
+    [0x52, 0x54, sid.bus(), 0xca, sid.device(), sid.function()]
 }
 
 impl VirtioWiring<'_> {

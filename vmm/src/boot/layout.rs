@@ -49,13 +49,15 @@ pub const ACPI_LAST: u64 = 0xf_ffff;
 pub const PCI32_FIRST: u64 = 0xc000_0000;
 /// Last address of the 32-bit PCI memory window.
 pub const PCI32_LAST: u64 = 0xdfff_ffff;
-/// The last bus of the root bridge, for MCFG and `_CRS`: those that are there, and no more. Linux looks for every
-/// device of each bus that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
-pub const LAST_BUS: u8 = 0;
-/// The memory-mapped configuration space of buses 0 to [`LAST_BUS`].
+/// The memory-mapped configuration space of buses 0 to the last one.
 pub const ECAM: u64 = 0xe000_0000;
 /// Its size: 1 MiB a bus.
-pub const ECAM_SIZE: u64 = (LAST_BUS as u64 + 1) << 20;
+///
+/// The last bus, which MCFG and `_CRS` name too, is that of the last root port: those that are there, and no more.
+/// Linux looks for every device of each bus that MCFG names, by two accesses to ports: 16,320 exits, had MCFG all 256.
+pub const fn ecam_size(last_bus: u8) -> u64 {
+    (last_bus as u64 + 1) << 20
+}
 /// The IOAPIC's registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Their size.
@@ -199,7 +201,7 @@ mod tests {
     fn fixed_ranges_do_not_overlap() {
         let mut ranges = [
             (PCI32_FIRST, PCI32_LAST),
-            (ECAM, ECAM + ECAM_SIZE - 1),
+            (ECAM, ECAM + ecam_size(u8::MAX) - 1),
             (IOAPIC, IOAPIC + IOAPIC_SIZE - 1),
             (VTD_UNIT, VTD_UNIT + VTD_UNIT_SIZE - 1),
             (LOCAL_APIC, LOCAL_APIC + 0xf_ffff),

@@ -16,6 +16,7 @@ use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use crate::boot::image::Image;
+use crate::config::MAX_ROOT_PORTS;
 use crate::kvm::memory::Ram;
 
 /// Usable memory, in a memory map.
@@ -297,8 +298,8 @@ pub fn memory_map(ram: u64) -> Vec<(u64, u64, u32)> {
         (layout::EBDA, layout::LOW_HOLE_START - layout::EBDA, E820_RESERVED),
         (layout::ACPI_TABLES, layout::ACPI_LAST + 1 - layout::ACPI_TABLES, E820_RESERVED),
         (layout::HIGH_MEMORY, regions[0].1 - layout::HIGH_MEMORY, E820_RAM),
-        // Linux uses ECAM only where firmware says that it is reserved.
-        (layout::ECAM, layout::ECAM_SIZE, E820_RESERVED),
+        // Linux uses ECAM only where firmware says that it is reserved: here, of as many buses as there can be.
+        (layout::ECAM, layout::ecam_size(MAX_ROOT_PORTS), E820_RESERVED),
     ];
     map.extend(regions[1..].iter().map(|(first, len)| (*first, *len, E820_RAM)));
     map

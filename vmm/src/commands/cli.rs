@@ -54,6 +54,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device virtio-rng[,addr=DD.F][,id=NAME]
   --device edu[,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
+  port=N in place of addr=DD.F: behind that root port
 
 Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;
 8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit; odd: an image wrote V to isa-debug-exit,
@@ -89,6 +90,9 @@ pub struct RunArgs {
     /// A device, as often as wanted
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     pub devices: Vec<DeviceOption>,
+    /// PCI Express root ports, behind which devices come and go: 0 to 15
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=15))]
+    pub root_ports: u8,
     /// Write statistics (JSON) at the end and on SIGUSR1
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
@@ -109,8 +113,14 @@ pub struct RunArgs {
 impl RunArgs {
     /// The machine that it describes.
     pub fn machine(&self) -> MachineConfig {
-        let Self { memory, cpus, iommu, devices, .. } = self;
-        MachineConfig { memory: *memory, cpus: *cpus, iommu: iommu.clone(), devices: devices.clone() }
+        let Self { memory, cpus, iommu, devices, root_ports, .. } = self;
+        MachineConfig {
+            memory: *memory,
+            cpus: *cpus,
+            iommu: iommu.clone(),
+            devices: devices.clone(),
+            root_ports: *root_ports,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -25,11 +25,12 @@ pub struct CtlArgs {
     /// What is asked for
     #[arg(value_name = "VERB")]
     verb: Verb,
-    /// Of dirty: what is done
-    #[arg(value_name = "ACTION")]
-    action: Option<DirtyAction>,
-    /// Of dirty: this device alone, with those of its host group
-    #[arg(long, value_name = "ID")]
+    /// Of dirty: what is done, start, read or stop. Of remove: the device's id
+    #[arg(value_name = "ACTION|ID")]
+    what: Option<String>,
+    /// Of add: the device, as `causeway run --device` takes it. Of dirty: this device alone, by its id, with those of
+    /// its host group
+    #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Of dirty start: an unmap loses no write, whatever that costs
     #[arg(long)]
@@ -40,16 +41,30 @@ pub struct CtlArgs {
     out: Option<PathBuf>,
 }
 
+impl CtlArgs {
+    fn request(&self) -> Result<Request, String> {
+        let Self { verb, what, device, .. } = self;
+        let (mut action, mut device) = (None, device.clone());
+        match (verb, what) {
+            (_, None) => {}
+            (Verb::Remove, Some(id)) if device.is_none() => device = Some(id.clone()),
+            (Verb::Dirty, Some(text)) => {
+                let parsed = DirtyAction::from_str(text, false);
+                action = Some(parsed.map_err(|_| format!("`{text}` is not start, read or stop"))?);
+            }
+            (_, Some(text)) => return Err(format!("`{text}` is too much")),
+        }
+        let close_race = self.close_race.then_some(true);
+        Ok(Request { action, device, close_race, ..(*verb).into() })
+    }
+}
+
 /// Does what the command line says. Gives back the exit code.
 pub fn run(args: &CtlArgs) -> ExitCode {
-    let request = Request {
-        action: args.action,
-        device: args.device.clone(),
-        close_race: args.close_race.then_some(true),
-        ..args.verb.into()
-    };
-    let wrong = request.check().err();
-    let misplaced = args.out.is_some() && args.action != Some(DirtyAction::Read);
+    let parsed = args.request();
+    let wrong = parsed.as_ref().map_or_else(|why| Some(why.clone()), |request| request.check().err());
+    let request = parsed.unwrap_or_else(|_| args.verb.into());
+    let misplaced = args.out.is_some() && request.action != Some(DirtyAction::Read);
     let wrong = wrong.or_else(|| misplaced.then(|| "only dirty read has an --out".to_owned()));
     if let Some(wrong) = wrong {
         say(format_args!("causeway ctl: {wrong}"));

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 
 use vtd::Stages;
 
-use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, Slot, UserSocket, VirtioKind, VtdOption};
+use crate::config::{
+    Backend, DeviceKind, DeviceOption, IommuOption, MAX_ROOT_PORTS, Place, Slot, UserSocket, VirtioKind, VtdOption,
+    slot_of_port,
+};
 
 /// Why an option's value is wrong. A sentence for the user.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -207,6 +210,14 @@ fn identifier(text: &str) -> Result<String, BadOption> {
     if fits { Ok(text.to_owned()) } else { bad(format!("`{text}` is not a name (letters, digits, `-`, `_` and `.`)")) }
 }
 
+/// The number of a root port.
+fn port(text: &str) -> Result<u8, BadOption> {
+    match number(text)? {
+        port @ 1..=15 => Ok(port as u8),
+        _ => bad(format!("`{text}` is not the number of a root port (1 to {MAX_ROOT_PORTS})")),
+    }
+}
+
 impl std::str::FromStr for DeviceOption {
     type Err = BadOption;
 
@@ -214,7 +225,7 @@ impl std::str::FromStr for DeviceOption {
         let (kind, rest) = split_kind(text);
         let (keys, kind) = match kind {
             "vfio" => {
-                let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id", "port"])?;
                 let backend = keys.get("backend", |value| match value {
                     "auto" => Ok(None),
                     "type1" => Ok(Some(Backend::Type1)),
@@ -226,9 +237,9 @@ impl std::str::FromStr for DeviceOption {
                     .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
                 (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
-            "edu" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Edu),
+            "edu" => (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::Edu),
             "pinblk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id", "port"])?;
                 let file = keys.get("file", path)?;
                 let direct = keys.switch("direct")?.unwrap_or(false);
                 if direct && file.is_none() {
@@ -237,7 +248,7 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::PinBlk { file, direct })
             }
             "vfio-user" => {
-                let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket", "port"])?;
                 let path = keys.get("socket", |text| path(text).map(UserSocket::Path))?;
                 let socket = match (path, keys.get("fd", descriptor)?) {
                     (Some(path), None) => path,
@@ -249,35 +260,55 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::VfioUser { socket, confine })
             }
             "virtio-blk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "file", "id", "readonly"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "file", "id", "readonly", "port"])?;
                 let file =
                     keys.get("file", path)?.ok_or_else(|| BadOption("virtio-blk: file=PATH is missing".into()))?;
                 let read_only = keys.switch("readonly")?.unwrap_or(false);
                 (keys, DeviceKind::Virtio(VirtioKind::Blk { file, read_only }))
             }
             "virtio-net" => {
-                let keys = Keys::parse(kind, rest, &["addr", "id", "mac", "tap"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "id", "mac", "tap", "port"])?;
                 let tap =
                     keys.get("tap", interface)?.ok_or_else(|| BadOption("virtio-net: tap=NAME is missing".into()))?;
                 let mac = keys.get("mac", mac)?;
                 (keys, DeviceKind::Virtio(VirtioKind::Net { tap, mac }))
             }
-            "virtio-console" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Virtio(VirtioKind::Console)),
-            "virtio-rng" => (Keys::parse(kind, rest, &["addr", "id"])?, DeviceKind::Virtio(VirtioKind::Rng)),
+            "virtio-console" => {
+                (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Console))
+            }
+            "virtio-rng" => (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Rng)),
             _ => {
                 return bad(format!(
                     "unknown device `{kind}`; it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk"
                 ));
             }
         };
-        Ok(Self { id: keys.get("id", identifier)?, addr: keys.get("addr", slot)?, kind })
+        let (addr, port) = (keys.get("addr", slot)?, keys.get("port", port)?);
+        if addr.is_some() && port.is_some() {
+            return bad(format!("{}: addr= and port= exclude each other", keys.kind));
+        }
+        Ok(Self { id: keys.get("id", identifier)?, addr, port, kind })
     }
 }
 
-/// Gives every device its slot: the one that it was given, whatever the order, else the lowest that is free.
-pub fn place_devices(devices: &[DeviceOption]) -> Result<Vec<Slot>, BadOption> {
+/// Gives every device its place, of which there are `root_ports` besides bus 0: the one that it was given, whatever the
+/// order, else the lowest slot that is free.
+pub fn place_devices(devices: &[DeviceOption], root_ports: u8) -> Result<Vec<Place>, BadOption> {
+    let mut filled = std::collections::BTreeSet::new();
+    for port in devices.iter().filter_map(|device| device.port) {
+        if port > root_ports {
+            return bad(format!("port={port}: there are {root_ports} root ports; use --root-ports {port}"));
+        }
+        if !filled.insert(port) {
+            return bad(format!("port={port} is given to two devices"));
+        }
+    }
+    let of_ports: Vec<Slot> = (1..=root_ports).map(slot_of_port).collect();
     let mut taken = std::collections::BTreeSet::new();
     for slot in devices.iter().filter_map(|device| device.addr) {
+        if of_ports.iter().any(|port| port.device == slot.device) {
+            return bad(format!("addr={slot} is a root port's; use a slot below {}", of_ports[0]));
+        }
         if !taken.insert(slot) {
             return bad(format!("addr={slot} is given to two devices"));
         }
@@ -286,15 +317,17 @@ pub fn place_devices(devices: &[DeviceOption]) -> Result<Vec<Slot>, BadOption> {
     if let Some(slot) = taken.iter().find(|slot| !taken.contains(&Slot { function: 0, ..**slot })) {
         return bad(format!("addr={slot} needs a device with addr={} too", Slot { function: 0, ..*slot }));
     }
+    taken.extend(of_ports);
     let mut free = (1..0x1f).filter(|device| !taken.iter().any(|slot| slot.device == *device));
-    let slots = devices.iter().map(|device| match device.addr {
-        Some(slot) => Ok(slot),
-        None => match free.next() {
-            Some(device) => Ok(Slot { device, function: 0 }),
+    let places = devices.iter().map(|device| match (device.port, device.addr) {
+        (Some(port), _) => Ok(Place::Port(port)),
+        (None, Some(slot)) => Ok(Place::Root(slot)),
+        (None, None) => match free.next() {
+            Some(device) => Ok(Place::Root(Slot { device, function: 0 })),
             None => bad("there is no free slot on bus 0 for all of these devices"),
         },
     });
-    slots.collect()
+    places.collect()
 }
 
 /// Gives every device its id: the one it was given, or the first free of `vfio0`, `vfio1`, ...

@@ -79,7 +79,7 @@ fn iommu_keys() {
 
 #[test]
 fn device_keys() {
-    assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, kind: DeviceKind::Edu }));
+    assert_eq!("edu".parse(), Ok(DeviceOption { id: None, addr: None, port: None, kind: DeviceKind::Edu }));
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
     assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None, direct: false });
     assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });
@@ -103,6 +103,7 @@ fn device_keys() {
         Ok(DeviceOption {
             id: Some("disk".into()),
             addr: Some(Slot { device: 0x1e, function: 7 }),
+            port: None,
             kind: DeviceKind::Vfio { host, backend: Some(Backend::Type1) }
         })
     );
@@ -139,6 +140,9 @@ fn device_keys() {
         ("edu,addr=00.0", "host bridge"),
         ("edu,addr=1f.0", "kept"),
         ("edu,addr=5", "not a slot"),
+        ("edu,port=0", "not the number of a root port"),
+        ("edu,port=16", "not the number of a root port (1 to 15)"),
+        ("edu,port=1,addr=05.0", "addr= and port= exclude each other"),
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
         ("edu,host=00:09.0", "the keys are addr, id"),
@@ -184,13 +188,31 @@ fn ids_are_given_in_order_around_those_that_are_taken() {
 #[test]
 fn slots_are_given_from_01_around_those_that_are_taken() {
     let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<DeviceOption>>();
-    let placed = |texts: &[&str]| {
-        place_devices(&parse(texts)).map(|slots| slots.iter().map(Slot::to_string).collect::<Vec<_>>())
+    let placed_beside = |ports, texts: &[&str]| {
+        let of = |place: &Place| match place {
+            Place::Root(slot) => slot.to_string(),
+            Place::Port(port) => format!("port {port}"),
+        };
+        place_devices(&parse(texts), ports).map(|places| places.iter().map(of).collect::<Vec<_>>())
     };
+    let placed = |texts: &[&str]| placed_beside(0, texts);
     // Whatever the order, what was asked for is given.
     assert_eq!(placed(&["edu", "edu,addr=01.0", "edu"]).unwrap(), ["02.0", "01.0", "03.0"]);
     assert_eq!(placed(&["edu,addr=02.1", "edu,addr=02.0", "edu", "edu"]).unwrap(), ["02.1", "02.0", "01.0", "03.0"]);
     assert_eq!(placed(&["edu"; 30]).unwrap()[29], "1e.0");
+    // Beside root ports, which are from 10 on.
+    assert_eq!(placed_beside(2, &["edu,port=2", "edu", "edu,port=1"]).unwrap(), ["port 2", "01.0", "port 1"]);
+    assert_eq!(placed_beside(15, &["edu"; 15]).unwrap()[14], "0f.0");
+    for (ports, texts, part) in [
+        (1, &["edu,port=2"][..], "port=2: there are 1 root ports; use --root-ports 2"),
+        (2, &["edu,port=2", "edu,port=2"], "port=2 is given to two devices"),
+        (1, &["edu,addr=10.0"], "addr=10.0 is a root port's; use a slot below 10.0"),
+        (15, &["edu"; 16], "no free slot"),
+    ] {
+        let message = placed_beside(ports, texts).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+    assert_eq!(placed_beside(1, &["edu,addr=11.0"]).unwrap(), ["11.0"], "there is no second port");
     for (texts, part) in [
         (&["edu,addr=05.0", "edu,addr=5.0"][..], "addr=05.0 is given to two devices"),
         (&["edu,addr=05.0", "edu,addr=06.1", "edu"], "addr=06.1 needs a device with addr=06.0 too"),

@@ -1,8 +1,9 @@
 //! `causeway run`: checks, the event loop, and how it ends.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use vfio_bridge::Trace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::Audit;
@@ -21,13 +22,13 @@ use crate::boot::{self, Kernel, Payload};
 use crate::commands::cli::RunArgs;
 use crate::commands::options;
 use crate::commands::verbs::Verbs;
-use crate::config::{MachineConfig, Slot};
+use crate::config::{MachineConfig, Place};
 use crate::console::Console;
 use crate::exit::{CRASHED, ERROR, REFUSED, TIME_LIMIT, USAGE};
 use crate::kvm::vm;
 use crate::machine::audit;
 use crate::machine::control::{Control, Stop};
-use crate::machine::control_socket::{ControlSocket, Place, SocketFile};
+use crate::machine::control_socket::{self, ControlSocket, SocketFile};
 use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside, Wake};
 use crate::machine::stats::{self, Exit, Stats};
 use crate::machine::{Machine, Parts};
@@ -83,7 +84,7 @@ struct Run<'a> {
     args: &'a RunArgs,
     config: MachineConfig,
     names: Vec<String>,
-    slots: Vec<Slot>,
+    places: Vec<Place>,
     trace: Option<Arc<Trace>>,
     start: Instant,
     control: Arc<Control>,
@@ -100,7 +101,7 @@ pub fn run(args: &RunArgs) -> ExitCode {
     let usage = |e: anyhow::Error| (USAGE, e);
     let run = || -> Result<Run<'_>, (u8, anyhow::Error)> {
         let names = options::name_devices(&args.devices).map_err(|e| usage(e.into()))?;
-        let slots = options::place_devices(&args.devices).map_err(|e| usage(e.into()))?;
+        let places = options::place_devices(&args.devices, args.root_ports).map_err(|e| usage(e.into()))?;
         // Before any thread exists, so that none of them gets these signals.
         let signals = Arc::new(Signals::block().map_err(|e| refused(e.into()))?);
         // A pipe as a file to write waits for its reader.
@@ -111,15 +112,15 @@ pub fn run(args: &RunArgs) -> ExitCode {
             stats::check(file)
                 .map_err(|e| usage(anyhow::anyhow!("the statistics cannot be written to {}: {e}", file.display())))?;
         }
-        let place = args.socket.as_deref().map(Place::find).transpose().map_err(|e| usage(e.into()))?;
+        let place = args.socket.as_deref().map(control_socket::Place::find).transpose().map_err(|e| usage(e.into()))?;
         drop(guard);
         // The next guard removes it.
-        let socket = place.map(Place::listen).transpose().map_err(|e| usage(e.into()))?;
+        let socket = place.map(control_socket::Place::listen).transpose().map_err(|e| usage(e.into()))?;
         if let Err(e) = open_files::raise_limit() {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        Ok(Run { args, config: args.machine(), names, slots, trace, start, control, signals, messages, socket })
+        Ok(Run { args, config: args.machine(), names, places, trace, start, control, signals, messages, socket })
     };
     let mut run = match run() {
         Ok(run) => run,
@@ -146,6 +147,9 @@ pub fn run(args: &RunArgs) -> ExitCode {
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 
+/// Who watches the events of which assigned function, by its id.
+type Watched = BTreeMap<String, SubscriberId>;
+
 impl Run<'_> {
     /// An error means that nothing ran.
     fn guest(&mut self) -> anyhow::Result<Stop> {
@@ -171,7 +175,7 @@ impl Run<'_> {
         let parts = Parts {
             config,
             names: &self.names,
-            slots: &self.slots,
+            places: &self.places,
             payload,
             checked: &checked,
             control: self.control.clone(),
@@ -191,19 +195,20 @@ impl Run<'_> {
         if let Some(socket) = &socket {
             events.add_subscriber(Box::new(Wake::new(socket.event(), self.control.clone())));
         }
-        for (id, function) in machine.assigned() {
+        events.add_subscriber(Box::new(Wake::new(machine.plug_event().as_raw_fd(), self.control.clone())));
+        for (id, _) in machine.assigned() {
             log::info!(
                 "{id}: the device can reach all of the guest's memory until the guest turns translation on, as on hardware"
             );
-            let watched = FunctionEvents::new(id.clone(), function.clone(), self.control.clone());
-            events.add_subscriber(Box::new(watched));
         }
+        let mut watched = Watched::new();
+        self.watch_functions(&machine, &mut events, &mut watched);
 
         // From here on the event loop hears the signals.
         drop(guard);
         let typed = Console::start(machine.input(), drained, control, self.messages.terminal())?;
         machine.resume();
-        let stop = self.watch(&mut machine, &mut events, &report, trace.as_deref(), socket);
+        let stop = self.watch(&mut machine, &mut events, &mut watched, &report, trace.as_deref(), socket);
         machine.halt();
         terminal::give_back();
         // Before the functions are torn down.
@@ -282,6 +287,7 @@ impl Run<'_> {
         &self,
         machine: &mut Machine,
         events: &mut EventManager<Subscriber>,
+        watched: &mut Watched,
         report: &AtomicBool,
         trace: Option<&Trace>,
         mut socket: Option<ControlSocket>,
@@ -303,6 +309,8 @@ impl Run<'_> {
             if let Some(socket) = &mut socket {
                 more = socket.serve(&mut |request| verbs.serve(request, machine, &mut last_audit));
             }
+            machine.take_what_left();
+            self.watch_functions(machine, events, watched);
             if report.swap(false, Ordering::Relaxed) {
                 let audit = machine.audit(trace);
                 audit::say(&audit);
@@ -321,6 +329,21 @@ impl Run<'_> {
                 }
                 Some(stop) => return stop,
             }
+        }
+    }
+
+    /// Watches the events of the assigned functions that are there now, and of no others: what is watched stays open.
+    fn watch_functions(&self, machine: &Machine, events: &mut EventManager<Subscriber>, watched: &mut Watched) {
+        let there = |id: &String| machine.assigned().iter().any(|(other, _)| other == id);
+        for (_, subscriber) in watched.extract_if(.., |id, _| !there(id)) {
+            // It was added before.
+            let _ = events.remove_subscriber(subscriber);
+        }
+        for (id, function) in machine.assigned() {
+            watched.entry(id.clone()).or_insert_with(|| {
+                let of = FunctionEvents::new(id.clone(), function.clone(), self.control.clone());
+                events.add_subscriber(Box::new(of))
+            });
         }
     }
 

@@ -6,9 +6,10 @@ use std::time::Instant;
 use serde::Serialize;
 use vfio_bridge::{DirtyRace, Trace};
 
+use crate::config::DeviceOption;
 use crate::control_protocol::{DirtyAction, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
-use crate::machine::stats::{self, Device, Stats};
+use crate::machine::stats::{self, Device, Port, Stats};
 use crate::machine::{Machine, audit};
 
 /// What the verbs need besides the machine.
@@ -39,10 +40,12 @@ struct Status {
     state: State,
 }
 
-/// The devices alone.
+/// The devices, and the ports, alone.
 #[derive(Serialize, Debug)]
 struct Devices {
     devices: Vec<Device>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<Port>,
 }
 
 fn state(machine: &Machine) -> State {
@@ -71,7 +74,10 @@ impl Verbs<'_> {
                 *last = (&found).into();
                 Reply::ok(last)
             }
-            Verb::Devices => Reply::ok(&Devices { devices: machine.stats().devices }),
+            Verb::Devices => {
+                let Stats { devices, ports, .. } = machine.stats();
+                Reply::ok(&Devices { devices, ports })
+            }
             Verb::Trace => match self.trace {
                 Some((file, trace)) => {
                     machine.trace_ledgers(trace);
@@ -104,6 +110,13 @@ impl Verbs<'_> {
                 machine.press_power_button();
                 state_of(machine)
             }
+            Verb::Add => add(request, machine),
+            Verb::Remove => {
+                let id = request.device.as_deref().unwrap_or_default();
+                machine.remove(id).map_or_else(Reply::Error, |port| {
+                    Reply::ok(&serde_json::json!({"id": id, "port": port, "removing": true}))
+                })
+            }
             Verb::Dirty => dirty(request, machine),
             Verb::Quit => {
                 self.control.request(Stop::Quit);
@@ -111,6 +124,14 @@ impl Verbs<'_> {
             }
         }
     }
+}
+
+/// A device comes.
+fn add(request: &Request, machine: &mut Machine) -> Reply {
+    let text = request.device.as_deref().unwrap_or_default();
+    let option: Result<DeviceOption, _> = text.parse();
+    let added = option.map_err(|e| e.to_string()).and_then(|option| machine.add(&option));
+    added.map_or_else(Reply::Error, |(id, port)| Reply::ok(&serde_json::json!({"id": id, "port": port})))
 }
 
 /// Which guest memory devices wrote.

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use devices::pci::PciRoot;
-use devices::pci::config::{BAR0, COMMAND, COMMAND_IO, COMMAND_MEMORY};
+use devices::pci::config::{BAR0, COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, HEADER_TYPE};
 use vtd::SourceId;
 
 use crate::boot::layout::{self, Window};
@@ -90,9 +90,32 @@ fn undecoded<T>(root: &PciRoot, sid: SourceId, what: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The memory BARs of all functions, found as software finds them. No vCPU may run.
+/// The memory BARs of all functions, found as software finds them; of one behind a root port as if the bus below had
+/// the port's number. No vCPU may run.
 pub fn all(root: &PciRoot) -> Vec<Bar> {
-    found(root).0
+    number_buses(root, true);
+    let (bars, _) = found(root);
+    number_buses(root, false);
+    bars
+}
+
+/// Gives each bus below a port the port's number, or none.
+fn number_buses(root: &PciRoot, numbered: bool) {
+    for port in root.ports() {
+        let number = if numbered { u32::from(port.number()) } else { 0 };
+        write32(root, port.requester().sid, BUSES, number << 16 | number << 8);
+    }
+}
+
+/// Primary, secondary and subordinate bus number of a bridge.
+const BUSES: u16 = 0x18;
+
+/// All functions that have BARs and are not bridges.
+fn endpoints(root: &PciRoot) -> Vec<SourceId> {
+    let on_root = root.functions().into_iter().map(|(sid, _)| sid);
+    let is_bridge = |sid: &SourceId| read32(root, *sid, HEADER_TYPE & !3) >> 16 & 0x7f == 1;
+    let below = root.ports().into_iter().filter(|port| port.function_below().is_some());
+    on_root.filter(|sid| !is_bridge(sid)).chain(below.map(|port| port.name_below().sid)).collect()
 }
 
 /// An I/O BAR.
@@ -107,7 +130,7 @@ struct Ports {
 /// The memory BARs and the I/O BARs of all functions.
 fn found(root: &PciRoot) -> (Vec<Bar>, Vec<Ports>) {
     let (mut bars, mut ports) = (Vec::new(), Vec::new());
-    for (sid, _) in root.functions() {
+    for sid in endpoints(root) {
         undecoded(root, sid, || of(root, sid, &mut bars, &mut ports));
     }
     (bars, ports)
@@ -146,7 +169,12 @@ impl Room {
     }
 
     fn take_aligned(&mut self, size: u64) -> Option<u64> {
-        let first = self.0.first.checked_next_multiple_of(size)?;
+        self.take_spanning(size, size)
+    }
+
+    /// So many bytes from a multiple of `alignment` on.
+    fn take_spanning(&mut self, size: u64, alignment: u64) -> Option<u64> {
+        let first = self.0.first.checked_next_multiple_of(alignment)?;
         let last = first.checked_add(size - 1).filter(|last| *last <= self.0.last)?;
         // Beyond the last address there is nothing left to take.
         self.0.first = last.saturating_add(1);
@@ -189,8 +217,17 @@ pub fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPla
 /// 64-bit BARs go above 4 GiB only when they do not fit below. No vCPU may run.
 pub fn assign(root: &PciRoot, above: Option<Window>) {
     let (mut low, mut high) = (Room(LOW), above.map(Room));
+    number_buses(root, true);
     let (bars, mut ports) = found(root);
+    let (bars, below): (Vec<Bar>, Vec<Bar>) = bars.into_iter().partition(|bar| bar.sid.bus() == 0);
+    // What no port forwards.
+    ports.retain(|bar| bar.sid.bus() == 0);
     assign_ports(root, &mut ports);
+    for port in root.ports() {
+        let sid = port.name_below().sid;
+        let its: Vec<Bar> = below.iter().copied().filter(|bar| bar.sid == sid).collect();
+        assign_behind(root, port.requester().sid, &its, &mut low);
+    }
     for bar in in_order(&bars) {
         let place = low.take(bar.size).or_else(|| high.as_mut().filter(|_| bar.is_64)?.take(bar.size));
         let Some(address) = place else {
@@ -198,20 +235,58 @@ pub fn assign(root: &PciRoot, above: Option<Window>) {
             log::warn!("BAR {} of {} ({:#x} bytes) has no room", bar.index, bar.sid, bar.size);
             continue;
         };
-        undecoded(root, bar.sid, || {
-            write32(root, bar.sid, register(bar.index), address as u32);
-            if bar.is_64 {
-                write32(root, bar.sid, register(bar.index + 1), (address >> 32) as u32);
-            }
-        });
+        put(root, &bar, address);
     }
-    for (sid, _) in root.functions() {
+    for sid in endpoints(root) {
         let has_ports = ports.iter().any(|bar| bar.sid == sid);
         let enables = if has_ports { ENABLES } else { COMMAND_MEMORY };
         let command = read32(root, sid, COMMAND) as u16;
         root.config_write(sid, COMMAND, &(command | enables).to_le_bytes());
     }
 }
+
+/// Writes a BAR's address.
+fn put(root: &PciRoot, bar: &Bar, address: u64) {
+    undecoded(root, bar.sid, || {
+        write32(root, bar.sid, register(bar.index), address as u32);
+        if bar.is_64 {
+            write32(root, bar.sid, register(bar.index + 1), (address >> 32) as u32);
+        }
+    });
+}
+
+/// What a bridge forwards begins and ends at multiples of this.
+const MIB: u64 = 1 << 20;
+
+/// Gives the BARs behind a bridge addresses below 4 GiB, which the bridge forwards.
+fn assign_behind(root: &PciRoot, bridge: SourceId, bars: &[Bar], low: &mut Room) {
+    let mut sorted = bars.to_vec();
+    sorted.sort_by_key(|bar| (Reverse(bar.size), bar.index));
+    let largest = sorted.iter().map(|bar| bar.size).max().unwrap_or(0).max(MIB);
+    // Descending sizes need no gaps.
+    let all: u64 = sorted.iter().map(|bar| bar.size.max(PAGE)).fold(0, u64::saturating_add);
+    let len = all.checked_next_multiple_of(largest).unwrap_or(u64::MAX);
+    let command = u32::from(COMMAND_MEMORY | COMMAND_MASTER);
+    if sorted.is_empty() {
+        write32(root, bridge, COMMAND, command);
+        return;
+    }
+    let Some(first) = low.take_spanning(len, largest) else {
+        log::warn!("the BARs behind {bridge} ({all:#x} bytes) have no room");
+        return;
+    };
+    let mut room = Room(Window { first, last: first + (len - 1) });
+    for bar in sorted {
+        if let Some(address) = room.take(bar.size) {
+            put(root, &bar, address);
+        }
+    }
+    write32(root, bridge, MEMORY_WINDOW, (first >> 16) as u32 | ((first + (len - 1)) >> 16 << 16) as u32);
+    write32(root, bridge, COMMAND, command);
+}
+
+/// Base and limit of what a bridge forwards, in MiB, in the upper 12 bits of each half.
+const MEMORY_WINDOW: u16 = 0x20;
 
 fn assign_ports(root: &PciRoot, bars: &mut [Ports]) {
     bars.sort_by_key(|bar| (Reverse(bar.count), bar.sid, bar.index));

@@ -1,7 +1,9 @@
 use std::sync::{Arc, Mutex};
 
 use devices::Bus;
-use devices::pci::{BarKind, ConfigSpace, Identity, PciFunction};
+use devices::host::{Interrupts, IrqRoute};
+use devices::pci::{BarKind, ConfigSpace, Identity, PciFunction, RootPort, RootPortWiring};
+use vtd::{Msi, Requester};
 
 use super::*;
 
@@ -156,4 +158,64 @@ fn rooms_hand_out_aligned_disjoint_ranges_until_they_are_full() {
     assert_eq!(room.take(0x10_0000), Some(0xc030_0000));
     assert_eq!(room.take(0x1000), None);
     assert_eq!(Room(Window { first: u64::MAX - 5, last: u64::MAX }).take(0x1000), None);
+}
+
+/// A root port of this number, with a function with these BARs.
+fn port(root: &PciRoot, number: u8, bars: &[(usize, BarKind, u64)]) {
+    let port = RootPort::new(RootPortWiring {
+        requester: root.requester(sid(0x0f + number)),
+        number,
+        decoder: root.decoder(),
+        port_decoder: root.port_decoder(),
+        interrupts: Arc::new(NoInterrupts),
+        ids: None,
+        power: None,
+    });
+    root.insert_port(&port).unwrap();
+    if !bars.is_empty() {
+        port.reserve().unwrap();
+        port.fill(Fake::new(bars));
+    }
+}
+
+struct NoInterrupts;
+impl Interrupts for NoInterrupts {
+    fn route(&self, _: Requester) -> std::io::Result<Arc<dyn IrqRoute>> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn set_routes(&self, _: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {}
+    fn signal(&self, _: Requester, _: Msi) {}
+}
+
+#[test]
+fn f6_bars_behind_root_ports_are_found_and_an_images_ports_forward_them() {
+    let root = root(&[&[(0, BarKind::Memory32, 0x1000)]]);
+    port(&root, 1, &[(0, BarKind::Memory32, 0x10_0000), (2, BarKind::Memory64, 0x4000)]);
+    port(&root, 2, &[]);
+    port(&root, 3, &[(0, BarKind::Memory32, 0x1000)]);
+    let bars = all(&root);
+    let found: Vec<_> = bars.iter().map(|bar| (bar.sid, bar.index, bar.size)).collect();
+    let behind = |number, index, size| (SourceId::new(number, 0, 0), index, size);
+    let expected = [(sid(1), 0, 0x1000), behind(1, 0, 0x10_0000), behind(1, 2, 0x4000), behind(3, 0, 0x1000)];
+    assert_eq!(found, expected, "a port's registers are no BARs");
+    assert_eq!(read32(&root, sid(0x10), BUSES), 0, "a guest numbers buses itself");
+    assign(&root, None);
+    let window = |number| read32(&root, sid(0x0f + number), MEMORY_WINDOW);
+    assert_eq!([1, 2, 3].map(|number| read32(&root, sid(0x0f + number), BUSES)), [0x01_0100, 0x02_0200, 0x03_0300]);
+    let mut spans: Vec<(u64, u64)> = Vec::new();
+    for bar in &bars {
+        let at = address(&root, bar);
+        assert!(at != 0 && at.is_multiple_of(bar.size), "{bar:?}");
+        spans.push((at, at + bar.size));
+        if bar.sid.bus() != 0 {
+            let window = window(bar.sid.bus());
+            let (first, last) = (u64::from(window & 0xfff0) << 16, u64::from(window >> 16 & 0xfff0) << 16 | 0xf_ffff);
+            assert!(first <= at && at + bar.size - 1 <= last, "{bar:?} in {first:#x}-{last:#x}");
+        }
+        assert_eq!(read32(&root, bar.sid, COMMAND) & 0x7, u32::from(COMMAND_MEMORY));
+    }
+    spans.sort_unstable();
+    assert!(spans.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{spans:x?}");
+    // From one port's window to the next no MiB is shared.
+    assert!(window(1) >> 16 & 0xfff0 < window(3) & 0xfff0);
 }

@@ -6,9 +6,11 @@ pub mod control;
 pub mod control_socket;
 pub mod dirty;
 pub mod events;
+mod hotplug;
 mod legacy;
 mod peers;
 mod plug;
+mod ports;
 pub mod stats;
 mod steering;
 
@@ -18,11 +20,10 @@ use std::thread::JoinHandle;
 use devices::bus::Overlap;
 use devices::host::PowerControl;
 use devices::ioapic::IoApic;
-use devices::pci::{ConfigPorts, Ecam, PciRoot, SlotError};
+use devices::pci::{ConfigPorts, Ecam, Occupied, PciRoot, SlotError};
 use devices::pm::PmBlock;
 use devices::serial::SerialPort;
 use devices::vfio_pci::VfioPci;
-use devices::virtio::console::Input;
 use devices::{Bus, BusDevice};
 use kvm_ioctls::Kvm;
 use vfio_bridge::{Bridge, Trace, TracedListener};
@@ -35,7 +36,7 @@ use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
-use crate::config::{MachineConfig, Slot};
+use crate::config::{MachineConfig, Place};
 use crate::console::GuestInput;
 use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
@@ -51,6 +52,7 @@ use crate::output::OutputWriter;
 use bars::NoPlace;
 use peers::PeerMemory;
 use plug::{Placed, Plug};
+use ports::Ports;
 use stats::{Device, Stats};
 
 impl PowerControl for Control {
@@ -100,6 +102,18 @@ pub enum Error {
         /// Why.
         source: SlotError,
     },
+    /// There is no such root port.
+    #[error("there is no root port {0}; use a lower port=, or more --root-ports")]
+    NoPort(u8),
+    /// It has a device already.
+    #[error(transparent)]
+    Occupied(#[from] Occupied),
+    /// The root ports have nothing to wake the main thread with.
+    #[error("the root ports cannot be made: {0}")]
+    PortEvent(std::io::Error),
+    /// A function was not opened.
+    #[error("{0} was not opened")]
+    NotOpen(String),
     /// A BAR has no address in the guest.
     #[error("{id}: {source}")]
     NoPlace {
@@ -128,9 +142,8 @@ pub struct Machine {
     payload: Payload,
     platform: Platform,
     placed: Vec<Placed>,
-    assigned: Vec<(String, Arc<VfioPci>)>,
-    /// Of the virtio console.
-    input: Option<Arc<Input>>,
+    plug: Plug,
+    ports: Ports,
     interrupts: Arc<KvmInterrupts>,
     unit: Option<Arc<Unit<Ram>>>,
     bridge: Arc<Bridge>,
@@ -160,6 +173,7 @@ struct Platform {
 struct Tables {
     cpus: u8,
     pci64: Option<layout::Window>,
+    root_ports: u8,
     remapping: Option<Remapping>,
 }
 
@@ -173,6 +187,7 @@ impl Platform {
         control: &Arc<Control>,
         output: OutputWriter,
         drained: EventFd,
+        last_bus: u8,
     ) -> Result<Self, Error> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::with_ports(mmio.clone(), pio.clone());
@@ -182,7 +197,7 @@ impl Platform {
         let config = Arc::new(ConfigPorts::new(root.clone(), control.clone()));
 
         insert(&mmio, layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone())?;
-        insert(&mmio, layout::ECAM, layout::ECAM_SIZE, Arc::new(Ecam::new(root.clone())))?;
+        insert(&mmio, layout::ECAM, layout::ecam_size(last_bus), Arc::new(Ecam::new(root.clone())))?;
         pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config)?;
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
@@ -197,8 +212,8 @@ pub struct Parts<'a> {
     pub config: &'a MachineConfig,
     /// The devices' ids, in the order of the command line.
     pub names: &'a [String],
-    /// Their slots, in the same order.
-    pub slots: &'a [Slot],
+    /// Where they are, in the same order.
+    pub places: &'a [Place],
     /// Kernel, initrd and command line.
     pub payload: Payload,
     /// The assigned functions, in the order of the command line.
@@ -216,14 +231,16 @@ pub struct Parts<'a> {
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { config: wanted, names, slots: places, payload, checked, control, output, drained, trace } = parts;
+        let Parts { config: wanted, names, places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
-        let for_processes = checked.iter().any(|function| matches!(function, Checked::User { .. }));
+        // A process may come later.
+        let for_processes =
+            wanted.root_ports > 0 || checked.iter().any(|function| matches!(function, Checked::User { .. }));
         let ram = memory::create(wanted.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
         let physical_bits = cpuid::physical_bits(&supported);
 
-        let assigned = assign::open(&vm, &ram, wanted.memory, checked, &control, trace.as_ref())?;
+        let assigned = assign::open(&vm, &ram, wanted, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(wanted.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
         assign::report(&assigned.limits, assigned.pinning, wanted.memory);
         assign::report_functions(&assigned.functions);
@@ -231,7 +248,7 @@ impl Machine {
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
-        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained)?;
+        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, wanted.root_ports)?;
 
         let unit = match wanted.vtd() {
             None => None,
@@ -259,19 +276,24 @@ impl Machine {
         let bridge = assigned.bridge.clone();
         let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
+        let ports = Ports::new(&platform.root, wanted.root_ports, &interrupts, unit.as_ref())?;
         let mut plug = Plug {
-            platform: &platform,
-            unit: unit.as_ref(),
+            root: platform.root.clone(),
+            ioapic: platform.ioapic.clone(),
+            unit: unit.clone(),
             interrupts: interrupts.clone(),
             slots,
-            ram: &ram,
-            output: &output,
-            taken: &taken,
+            ram: ram.clone(),
+            output,
+            taken,
+            bridge: assigned.bridge,
+            software: assigned.software,
+            breaker: assigned.breaker,
+            opener: assigned.opener,
             input: None,
             assigned: Vec::new(),
         };
-        let placed = plug.devices(&wanted.devices, names, places, assigned)?;
-        let (assigned, input) = (plug.assigned, plug.input);
+        let placed = plug.devices(&wanted.devices, names, places, assigned.functions)?;
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
         // quiet now.
         platform.root.reset();
@@ -283,6 +305,7 @@ impl Machine {
         let tables = Tables {
             cpus: wanted.cpus,
             pci64,
+            root_ports: wanted.root_ports,
             remapping: unit.as_ref().map(|unit| Remapping {
                 width: physical_bits,
                 interrupts: unit.config().interrupt_remapping,
@@ -316,8 +339,8 @@ impl Machine {
             payload,
             platform,
             placed,
-            assigned,
-            input,
+            plug,
+            ports,
             interrupts,
             unit,
             bridge,
@@ -346,7 +369,7 @@ impl Machine {
 
     /// Where input goes.
     pub fn input(&self) -> GuestInput {
-        GuestInput { serial: self.platform.serial.clone(), console: self.input.clone() }
+        GuestInput { serial: self.platform.serial.clone(), console: self.plug.input.clone() }
     }
 
     /// The interrupts, for those that the unit blocks.
@@ -356,13 +379,14 @@ impl Machine {
 
     /// The assigned functions with their ids, for their events.
     pub fn assigned(&self) -> &[(String, Arc<VfioPci>)] {
-        &self.assigned
+        &self.plug.assigned
     }
 
     /// Writes the kernel and what describes the machine into RAM.
     fn load(&mut self) -> Result<(), Error> {
-        let Tables { cpus, pci64, remapping } = &self.tables;
-        let description = acpi::Description { cpus: *cpus, pci64: *pci64, remapping: remapping.as_ref() };
+        let Tables { cpus, pci64, root_ports, remapping } = &self.tables;
+        let description =
+            acpi::Description { cpus: *cpus, pci64: *pci64, root_ports: *root_ports, remapping: remapping.as_ref() };
         let rsdp = acpi::write(&self.ram, &description)?;
         let start = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         *self.entry.lock().unwrap() = start;
@@ -374,7 +398,7 @@ impl Machine {
 
     /// Deals out what vectors need, now that all else is open.
     fn share_vectors_out(&self) -> std::io::Result<()> {
-        let wants: Vec<_> = self.assigned.iter().map(|(_, function)| function.vectors()).collect();
+        let wants: Vec<_> = self.plug.assigned.iter().map(|(_, function)| function.vectors()).collect();
         if wants.is_empty() {
             return Ok(());
         }
@@ -388,6 +412,7 @@ impl Machine {
     /// paused stays so.
     pub fn reset(&mut self) -> Result<(), Error> {
         self.control.pause();
+        self.take_what_was_asked_for();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
         self.platform.root.reset();
         if let Some(unit) = &self.unit {
@@ -445,9 +470,10 @@ impl Machine {
     pub fn stats(&self) -> Stats {
         let devices = self.placed.iter().map(|placed| Device {
             id: placed.id.clone(),
-            kind: placed.kind,
+            kind: placed.kind.name(),
             host: placed.host.map(|(bdf, _)| bdf.to_string()),
-            addr: placed.requester.sid.to_string(),
+            addr: self.ports.address(placed),
+            port: placed.port,
             group: placed.host.map(|(_, group)| group.0.into()),
             bridge: self
                 .bridge
@@ -462,6 +488,7 @@ impl Machine {
             version: 1,
             guest_resets: self.resets,
             devices: devices.collect(),
+            ports: self.ports.stats(&self.placed),
             units: units.collect(),
             ..Default::default()
         }

@@ -1,31 +1,34 @@
-//! Devices of the command line come into the machine: functions of the host, of other processes, and emulated ones.
+//! Devices come into the machine: functions of the host, of other processes, and emulated ones.
 
 use std::sync::{Arc, Weak};
 
 use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::Edu;
 use devices::host::IrqLine;
-use devices::ioapic::EoiListener;
-use devices::pci::{PciFunction, gsi_of};
+use devices::ioapic::{EoiListener, IoApic};
+use devices::pci::{PciFunction, PciRoot, RootPort, gsi_of};
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
-use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient};
+use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient, Software};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Requester, SourceId, Unit};
 
-use super::{Error, Platform};
-use crate::assign::{self, Assigned, UserRequests};
-use crate::config::{DeviceKind, DeviceOption, Slot};
+use super::Error;
+use crate::assign::{self, Breaker, Opener, UserRequests};
+use crate::config::{DeviceKind, DeviceOption, Place, slot_of_port};
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
 use crate::kvm::slots::{FunctionSlots, KvmSlots};
 use crate::output::OutputWriter;
 
-/// A device of the command line, in its place.
+/// A device, in its place.
 pub(super) struct Placed {
     pub id: String,
-    pub kind: &'static str,
+    pub kind: DeviceKind,
+    /// Its name.
     pub requester: Requester,
+    /// Its root port.
+    pub port: Option<u8>,
     /// Of the host's function: its address, and the kernel's number of its group.
     pub host: Option<(Bdf, GroupId)>,
     /// The function, if another process emulates it.
@@ -34,128 +37,188 @@ pub(super) struct Placed {
     pub pins: Option<Arc<PinClient>>,
 }
 
-/// Puts the devices of the command line into a machine.
-pub(super) struct Plug<'a> {
-    pub platform: &'a Platform,
-    pub unit: Option<&'a Arc<Unit<Ram>>>,
+/// Puts devices into a machine: all that they are connected to.
+pub(super) struct Plug {
+    pub root: Arc<PciRoot>,
+    pub ioapic: Arc<IoApic>,
+    pub unit: Option<Arc<Unit<Ram>>>,
     pub interrupts: Arc<KvmInterrupts>,
     pub slots: Arc<KvmSlots>,
-    pub ram: &'a Arc<Ram>,
+    pub ram: Arc<Ram>,
     /// Where the guest's output goes.
-    pub output: &'a OutputWriter,
+    pub output: OutputWriter,
     /// Signalled when the guest took its input.
-    pub taken: &'a EventFd,
-    /// Where its input goes besides the serial port.
+    pub taken: EventFd,
+    /// What the unit tells.
+    pub bridge: Arc<Bridge>,
+    /// The host of devices of this process that pin.
+    pub software: Arc<Software>,
+    /// Stops functions.
+    pub breaker: Arc<Breaker>,
+    /// Opens functions.
+    pub opener: Opener,
+    /// Where the guest's input goes besides the serial port.
     pub input: Option<Arc<Input>>,
     /// Assigned functions, with their ids.
     pub assigned: Vec<(String, Arc<VfioPci>)>,
 }
 
-impl Plug<'_> {
+/// Where a device is, and what follows from it.
+#[derive(Clone, Copy)]
+pub(super) struct Seat {
+    /// The device's name.
+    pub requester: Requester,
+    /// The device of bus 0 whose interrupt pins its own are, behind the port of this number.
+    pub device: u8,
+    /// Its root port.
+    pub port: Option<u8>,
+}
+
+impl Plug {
+    /// Puts the devices of the command line in their places. `functions` are the open ones among them, in order.
     pub fn devices(
         &mut self,
         wanted: &[DeviceOption],
         names: &[String],
-        slots: &[Slot],
-        assigned: Assigned,
+        places: &[Place],
+        functions: Vec<Arc<dyn Function>>,
     ) -> Result<Vec<Placed>, Error> {
-        let mut functions = assigned.functions.into_iter();
+        let mut functions = functions.into_iter();
         let mut placed = Vec::with_capacity(wanted.len());
-        for ((option, id), slot) in wanted.iter().zip(names).zip(slots) {
-            let place = |source| Error::Slot { id: id.clone(), source };
-            let sid = SourceId::new(0, slot.device, slot.function);
-            let requester = self.platform.root.requester(sid);
-            let (mut host, mut process, mut pins) = (None, None, None);
-            let function: Arc<dyn PciFunction> = match &option.kind {
-                DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
-                    // One open function for each of these devices, in the same order.
-                    let Some(function) = functions.next() else { continue };
-                    host = function.bdf().map(|bdf| (bdf, function.group()));
-                    process = function.is_emulated().then(|| function.clone());
-                    let vfio = self.assign(requester, function, &assigned.bridge)?;
-                    assigned.breaker.add(requester, &vfio);
-                    self.assigned.push((id.clone(), vfio.clone()));
-                    vfio
-                }
-                DeviceKind::Edu => self.edu(requester)?,
-                DeviceKind::PinBlk { file, direct } => {
-                    // It was checked that there is a unit.
-                    let Some(unit) = self.unit else { continue };
-                    let wiring = assign::PinBlkWiring {
-                        requester,
-                        unit,
-                        bridge: &assigned.bridge,
-                        software: &assigned.software,
-                        breaker: assigned.breaker.clone(),
-                        interrupts: self.interrupts.clone(),
-                        decoder: self.platform.root.decoder(),
-                    };
-                    let (device, reads) = assign::plug_pinblk(file.as_deref(), *direct, wiring)?;
-                    assigned.breaker.add(requester, &device);
-                    pins = Some(reads.client().clone());
-                    device
-                }
-                DeviceKind::Virtio(kind) => {
-                    let wiring = assign::VirtioWiring {
-                        id,
-                        requester,
-                        unit: self.unit,
-                        ram: self.ram,
-                        bridge: &assigned.bridge,
-                        software: &assigned.software,
-                        output: self.output,
-                        taken: self.taken,
-                        breaker: assigned.breaker.clone(),
-                        interrupts: self.interrupts.clone(),
-                        decoder: self.platform.root.decoder(),
-                    };
-                    let plugged = assign::plug_virtio(kind, wiring)?;
-                    pins = plugged.pins;
-                    self.input = plugged.input.or(self.input.take());
-                    plugged.function
-                }
+        for ((option, id), place) in wanted.iter().zip(names).zip(places) {
+            // One open function for each of these devices.
+            let open = match option.kind {
+                DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => functions.next(),
+                _ => None,
             };
-            self.platform.root.insert(sid, function).map_err(place)?;
-            placed.push(Placed { id: id.clone(), kind: option.kind.name(), requester, host, process, pins });
+            let not_there = |source| Error::Slot { id: id.clone(), source };
+            match *place {
+                Place::Root(slot) => {
+                    let sid = SourceId::new(0, slot.device, slot.function);
+                    let seat = Seat { requester: self.root.requester(sid), device: slot.device, port: None };
+                    let (device, function) = self.device(option, id, seat, open)?;
+                    self.root.insert(sid, function).map_err(not_there)?;
+                    placed.push(device);
+                }
+                Place::Port(number) => {
+                    let port = self.port(number)?;
+                    let requester = port.reserve()?;
+                    let seat = Seat { requester, device: slot_of_port(number).device, port: Some(number) };
+                    let (device, function) = self.device(option, id, seat, open)?;
+                    port.fill(function);
+                    placed.push(device);
+                }
+            }
         }
         Ok(placed)
     }
 
-    /// The pin `pin` of the function at `requester`: its line, and the line's number.
-    fn line(&self, requester: Requester, pin: u8) -> (Arc<dyn IrqLine>, u8) {
-        let gsi = gsi_of(requester.sid.device(), pin) as u8;
-        (self.platform.ioapic.line(gsi), gsi)
+    /// The root port of this number.
+    pub fn port(&self, number: u8) -> Result<Arc<RootPort>, Error> {
+        let port = self.root.ports().into_iter().find(|port| port.number() == number);
+        port.ok_or(Error::NoPort(number))
+    }
+
+    /// Makes a device for its seat, where it is not yet. `open` is its function, if it is of the host or of another
+    /// process.
+    pub fn device(
+        &mut self,
+        option: &DeviceOption,
+        id: &str,
+        seat: Seat,
+        open: Option<Arc<dyn Function>>,
+    ) -> Result<(Placed, Arc<dyn PciFunction>), Error> {
+        let requester = seat.requester;
+        let mut placed = Placed {
+            id: id.to_owned(),
+            kind: option.kind.clone(),
+            requester,
+            port: seat.port,
+            host: None,
+            process: None,
+            pins: None,
+        };
+        let function: Arc<dyn PciFunction> = match &option.kind {
+            DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
+                let function = open.ok_or_else(|| Error::NotOpen(id.to_owned()))?;
+                placed.host = function.bdf().map(|bdf| (bdf, function.group()));
+                placed.process = function.is_emulated().then(|| function.clone());
+                let vfio = self.assign(seat, function)?;
+                self.breaker.add(requester, &vfio);
+                self.assigned.push((id.to_owned(), vfio.clone()));
+                vfio
+            }
+            DeviceKind::Edu => self.edu(seat)?,
+            DeviceKind::PinBlk { file, direct } => {
+                let unit = self.unit.as_ref().ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
+                let wiring = assign::PinBlkWiring {
+                    requester,
+                    unit,
+                    bridge: &self.bridge,
+                    software: &self.software,
+                    breaker: self.breaker.clone(),
+                    interrupts: self.interrupts.clone(),
+                    decoder: self.root.decoder(),
+                };
+                let (device, reads) = assign::plug_pinblk(file.as_deref(), *direct, wiring)?;
+                self.breaker.add(requester, &device);
+                placed.pins = Some(reads.client().clone());
+                device
+            }
+            DeviceKind::Virtio(kind) => {
+                let wiring = assign::VirtioWiring {
+                    id,
+                    requester,
+                    unit: self.unit.as_ref(),
+                    ram: &self.ram,
+                    bridge: &self.bridge,
+                    software: &self.software,
+                    output: &self.output,
+                    taken: &self.taken,
+                    breaker: self.breaker.clone(),
+                    interrupts: self.interrupts.clone(),
+                    decoder: self.root.decoder(),
+                };
+                let plugged = assign::plug_virtio(kind, wiring)?;
+                placed.pins = plugged.pins;
+                self.input = plugged.input.or(self.input.take());
+                plugged.function
+            }
+        };
+        Ok((placed, function))
+    }
+
+    /// The pin `pin` of the function at `seat`: its line, and the line's number.
+    fn line(&self, seat: Seat, pin: u8) -> (Arc<dyn IrqLine>, u8) {
+        let gsi = gsi_of(seat.device, pin) as u8;
+        (self.ioapic.line(gsi), gsi)
     }
 
     /// An emulated device, whose DMA goes through its endpoint of the unit.
-    fn edu(&self, requester: Requester) -> Result<Arc<Edu>, Error> {
-        let memory: Box<dyn DmaTarget> = match self.unit {
+    fn edu(&self, seat: Seat) -> Result<Arc<Edu>, Error> {
+        let requester = seat.requester;
+        let memory: Box<dyn DmaTarget> = match &self.unit {
             Some(unit) => {
-                let (endpoint, decoder) = (unit.endpoint(requester), self.platform.root.decoder());
+                let (endpoint, decoder) = (unit.endpoint(requester), self.root.decoder());
                 Box::new(BehindUnit { endpoint, decoder })
             }
-            None => Box::new(DirectMemory((**self.ram).clone())),
+            None => Box::new(DirectMemory((*self.ram).clone())),
         };
-        let line = self.line(requester, 1);
-        Edu::new(requester, self.platform.root.decoder(), self.interrupts.clone(), Some(line), memory)
-            .map_err(Error::Thread)
+        let line = self.line(seat, 1);
+        Edu::new(requester, self.root.decoder(), self.interrupts.clone(), Some(line), memory).map_err(Error::Thread)
     }
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a
     /// function of the guest.
-    fn assign(
-        &self,
-        requester: Requester,
-        function: Arc<dyn Function>,
-        bridge: &Bridge,
-    ) -> Result<Arc<VfioPci>, Error> {
+    fn assign(&self, seat: Seat, function: Arc<dyn Function>) -> Result<Arc<VfioPci>, Error> {
+        let requester = seat.requester;
         let name = function.name();
         match function.device() {
-            Some(device) => bridge.register_device(requester, function.group(), device),
-            None => bridge.register(requester, function.group()),
+            Some(device) => self.bridge.register_device(requester, function.group(), device),
+            None => self.bridge.register(requester, function.group()),
         }
         .map_err(assign::Error::from)?;
-        if let Some(unit) = self.unit {
+        if let Some(unit) = &self.unit {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
                 function.tell(Arc::new(UserRequests { endpoint, interrupts }));
@@ -163,13 +226,13 @@ impl Plug<'_> {
             let attach = |source| assign::Error::Attach { name: name.clone(), source };
             unit.add_requester(requester).map_err(attach)?;
         }
-        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(requester, pin));
+        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(seat, pin));
         let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
             requester,
             host: function,
-            decoder: self.platform.root.decoder(),
-            port_decoder: self.platform.root.port_decoder(),
+            decoder: self.root.decoder(),
+            port_decoder: self.root.port_decoder(),
             slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
             interrupts: self.interrupts.clone(),
             intx,
@@ -177,7 +240,7 @@ impl Plug<'_> {
         .map_err(|source| assign::Error::Function { name: name.clone(), source })?;
         if let Some(gsi) = gsi {
             let listener: Weak<dyn EoiListener> = Arc::<VfioPci>::downgrade(&vfio);
-            self.platform.ioapic.add_eoi_listener(gsi, listener);
+            self.ioapic.add_eoi_listener(gsi, listener);
         }
         Ok(vfio)
     }

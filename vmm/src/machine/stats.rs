@@ -19,6 +19,9 @@ pub struct Stats {
     pub guest_resets: u64,
     /// In the order of the command line.
     pub devices: Vec<Device>,
+    /// The root ports, by number.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
     /// The remapping units.
     pub units: Vec<Unit>,
     /// The last comparison of shadow, ledger and guest tables.
@@ -44,8 +47,11 @@ pub struct Device {
     /// Its address in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// Its address in the guest.
+    /// Its address in the guest; `none` behind a root port that the guest gave no bus number.
     pub addr: String,
+    /// Its root port, if it is behind one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u8>,
     /// Its IOMMU group in the host, for vfio.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<u64>,
@@ -58,6 +64,21 @@ pub struct Device {
     /// What it pinned, for pinblk, virtio-blk and virtio-net.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pins: Option<vfio_bridge::PinStats>,
+}
+
+/// A root port.
+#[derive(Serialize, Default, Debug)]
+pub struct Port {
+    /// Its number.
+    pub port: u8,
+    /// Its own address in the guest.
+    pub addr: String,
+    /// The id of the device in its slot.
+    pub device: Option<String>,
+    /// The guest lets what is in the slot have power.
+    pub powered: bool,
+    /// The guest was asked to let go of the device.
+    pub removing: bool,
 }
 
 /// What the bridge did for a device.
@@ -136,6 +157,7 @@ mod tests {
                 kind: "vfio",
                 host: Some("0000:00:09.0".into()),
                 addr: "00:05.0".into(),
+                port: None,
                 group: Some(3),
                 bridge: Some(Bridge { backend: "type1", ..Default::default() }),
                 dma_messages: None,

@@ -30,7 +30,7 @@ const LINK_DISABLED: u16 = 1 << 4;
 /// 2.5 GT/s, one lane.
 const LINK_IS: u16 = 1 | 1 << 4;
 const LINK_ACTIVE: u16 = 1 << 13;
-/// Attention button, power controller, both indicators, cards that go by surprise, hot-plug, and no "command completed".
+/// Attention button, power controller, both indicators, cards that go by surprise, hot-plug; no "command completed".
 const SLOT_CAPABILITIES: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 18;
 
 /// Slot control: the interrupt is enabled at all.

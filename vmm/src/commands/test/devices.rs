@@ -82,7 +82,7 @@ impl Devices {
 }
 
 fn edu() -> (String, DeviceOption) {
-    ("edu".to_owned(), DeviceOption { id: None, addr: None, kind: DeviceKind::Edu })
+    ("edu".to_owned(), DeviceOption { id: None, addr: None, port: None, kind: DeviceKind::Edu })
 }
 
 #[cfg(test)]

@@ -1,0 +1,154 @@
+//! The root ports of a machine, and what is known of their slots.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::host::{SlotPower, SourceIds};
+use devices::pci::{PciRoot, RootPort, RootPortWiring};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vtd::{Requester, SourceId, Unit};
+
+use super::plug::Placed;
+use super::{Error, stats};
+use crate::config::slot_of_port;
+use crate::kvm::irq::KvmInterrupts;
+use crate::kvm::memory::Ram;
+
+/// Tells the unit which ids functions behind ports have.
+struct UnitIds(Arc<Unit<Ram>>);
+
+impl SourceIds for UnitIds {
+    fn renumbered(&self, name: Requester, id: Option<SourceId>) {
+        self.0.renumber(&[(name, id)]);
+    }
+}
+
+/// Wakes the main thread.
+struct Wake(EventFd);
+
+impl SlotPower for Wake {
+    fn powered_off(&self) {
+        // It can only fail where it is readable already.
+        let _ = self.0.write(1);
+    }
+}
+
+/// The ports, by number from 1 on.
+pub(super) struct Ports {
+    ports: Vec<Arc<RootPort>>,
+    /// Signalled when a slot lost its power, or a process is gone.
+    event: EventFd,
+    /// When the guest was asked for what is in a slot.
+    asked: BTreeMap<u8, Instant>,
+    /// When what is in a slot came, if it was not there from the start.
+    came: BTreeMap<u8, Instant>,
+}
+
+impl Ports {
+    /// Makes `count` ports.
+    pub fn new(
+        root: &PciRoot,
+        count: u8,
+        interrupts: &Arc<KvmInterrupts>,
+        unit: Option<&Arc<Unit<Ram>>>,
+    ) -> Result<Self, Error> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::PortEvent)?;
+        let ids = unit.map(|unit| Arc::new(UnitIds(unit.clone())) as Arc<dyn SourceIds>);
+        let power = Arc::new(Wake(event.try_clone().map_err(Error::PortEvent)?));
+        let port = |number: u8| {
+            let port = RootPort::new(RootPortWiring {
+                requester: root.requester(SourceId::new(0, slot_of_port(number).device, 0)),
+                number,
+                decoder: root.decoder(),
+                port_decoder: root.port_decoder(),
+                interrupts: interrupts.clone(),
+                ids: ids.clone(),
+                power: Some(power.clone()),
+            });
+            let taken = |source| Error::Slot { id: format!("root port {number}"), source };
+            root.insert_port(&port).map_err(taken)?;
+            Ok(port)
+        };
+        let ports = (1..=count).map(port).collect::<Result<_, Error>>()?;
+        Ok(Self { ports, event, asked: BTreeMap::new(), came: BTreeMap::new() })
+    }
+
+    /// The port of this number.
+    pub fn get(&self, number: u8) -> Option<&Arc<RootPort>> {
+        self.ports.get(usize::from(number).checked_sub(1)?)
+    }
+
+    /// The port of this number, or the first that is empty. A sentence says what helps where there is none.
+    pub fn choose(&self, wanted: Option<u8>) -> Result<Arc<RootPort>, String> {
+        let count = self.ports.len();
+        match wanted {
+            _ if count == 0 => Err("this machine has no root ports; start it with --root-ports N".to_owned()),
+            Some(number) => {
+                let port = self.get(number).cloned();
+                port.ok_or_else(|| format!("port={number}: this machine has root ports 1 to {count}"))
+            }
+            None => {
+                let empty = self.ports.iter().find(|port| !port.slot_state().present).cloned();
+                empty.ok_or_else(|| format!("all {count} root ports have a device in them; remove one first"))
+            }
+        }
+    }
+
+    /// Signalled when a slot lost its power, or a process is gone.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// When the guest was asked for what is in the slot.
+    pub fn asked(&self, number: u8) -> Option<Instant> {
+        self.asked.get(&number).copied()
+    }
+
+    /// The guest is asked for what is in the slot.
+    pub fn ask(&mut self, number: u8) {
+        self.asked.insert(number, Instant::now());
+    }
+
+    /// A device comes into the slot.
+    pub fn came(&mut self, number: u8) {
+        self.came.insert(number, Instant::now());
+    }
+
+    /// How long ago that was.
+    pub fn since_it_came(&self, number: u8) -> Option<Duration> {
+        self.came.get(&number).map(Instant::elapsed)
+    }
+
+    /// The slot is empty.
+    pub fn went(&mut self, number: Option<u8>) {
+        if let Some(number) = number {
+            self.asked.remove(&number);
+            self.came.remove(&number);
+        }
+    }
+
+    /// The address of a device in the guest.
+    pub fn address(&self, placed: &Placed) -> String {
+        let Some(port) = placed.port.and_then(|number| self.get(number)) else {
+            return placed.requester.sid.to_string();
+        };
+        port.slot_state().id.map_or_else(|| "none".to_owned(), |id| id.to_string())
+    }
+
+    /// What is in them.
+    pub fn stats(&self, placed: &[Placed]) -> Vec<stats::Port> {
+        let of = |port: &Arc<RootPort>| {
+            let number = port.number();
+            let device = placed.iter().find(|placed| placed.port == Some(number));
+            stats::Port {
+                port: number,
+                addr: port.requester().sid.to_string(),
+                device: device.map(|device| device.id.clone()),
+                powered: port.slot_state().powered,
+                removing: self.asked(number).is_some(),
+            }
+        };
+        self.ports.iter().map(of).collect()
+    }
+}
