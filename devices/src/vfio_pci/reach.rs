@@ -142,8 +142,9 @@ impl Decoded {
 /// What decides whether the BARs of one function are reached.
 pub struct Reach {
     sid: SourceId,
-    gates: Arc<Gates>,
     bars: [Option<Decoded>; BARS],
+    // Behind the windows, which are files of the host's function: where this is its last user, they are closed before.
+    gates: Arc<Gates>,
 }
 
 /// The host's function may be told what comes: what ends with it is gone.
