@@ -75,3 +75,16 @@ fn f6_a_bar_that_waits_takes_nothing_from_the_one_that_is_there() {
     assert_eq!((who(&bus, at + 0x1000), who(&bus, at), who(&bus, at + 0x8000)), (1, 0xff, 2));
     assert!(decoder.set(A, 0, Some((at + 0x1000, at + 0x1fff)), &one), "it has its place now");
 }
+
+#[test]
+fn f6_a_bar_that_lies_half_in_what_a_bridge_forwards_is_not_there() {
+    let (decoder, bus, slots) = decoder();
+    let one = target(1, &slots);
+    decoder.forward(A, &[(0x10_0000, 0x1f_ffff)]);
+    for first in [0xf_f000, 0x1f_f000] {
+        assert!(!decoder.set(A, 0, Some((first, first + 0x1fff)), &one));
+        assert_eq!((who(&bus, first), who(&bus, first + 0x1000), slots.mapped()), (0xff, 0xff, vec![]));
+    }
+    assert!(decoder.set(A, 0, Some((0x1f_c000, 0x1f_ffff)), &one));
+    assert_eq!((who(&bus, 0x1f_c000), slots.mapped().len()), (1, 1));
+}

@@ -205,11 +205,14 @@ impl Directory {
         request: Request,
     ) -> Result<Entry, Blocked> {
         let index = iova.0 >> (12 + LEVEL_BITS * (u32::from(level) - 1)) & (TABLE_ENTRIES - 1);
-        let words = Words::at(memory, Gpa(self.base.0 + index * 8), 1).ok_or(Blocked::TableAccess)?;
+        let at = Gpa(self.base.0 + index * 8);
         if self.flags != Flags::Ignored {
-            return self.step_with_flags(&words, config, level, request);
+            let next;
+            (*self, next) = self.step_with_flags(memory, config, at, level, request)?;
+            return Ok(next);
         }
-        let entry = SecondStageEntry::from_bits(words.get(0).ok_or(Blocked::TableAccess)?);
+        let word = Words::at(memory, at, 1).and_then(|words| words.get(0));
+        let entry = SecondStageEntry::from_bits(word.ok_or(Blocked::TableAccess)?);
         let next = Self::check(config, entry, level)?;
         (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
         Ok(next)
@@ -224,15 +227,17 @@ impl Directory {
         Reserved { host_address_width: config.host_address_width }.check(entry, level)
     }
 
-    /// The rest of a step of a stage with flags. By itself, so that others are not the slower for it.
+    /// A step of a stage with flags, by the entry at `at`. By itself, so that others are not the slower for it.
     #[inline(never)]
     fn step_with_flags<M: GuestMemoryBackend>(
-        &mut self,
-        words: &Words<'_, M>,
+        mut self,
+        memory: &M,
         config: &UnitConfig,
+        at: Gpa,
         level: u8,
         request: Request,
-    ) -> Result<Entry, Blocked> {
+    ) -> Result<(Self, Entry), Blocked> {
+        let words = Words::at(memory, at, 1).ok_or(Blocked::TableAccess)?;
         // The entry that was checked is the one whose flags are set: another one is looked at anew.
         for _ in 0..ATTEMPTS {
             let word = words.get(0).ok_or(Blocked::TableAccess)?;
@@ -253,7 +258,7 @@ impl Directory {
                 }
             }
             (self.read, self.write, self.dirty) = (read, write, is_leaf && used.dirty());
-            return Ok(next);
+            return Ok((self, next));
         }
         Err(Blocked::SecondStageFlagsNotSet)
     }
