@@ -71,8 +71,8 @@ pub struct Request {
     /// Of `dirty`: what is done. Of `iommu`: what is shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub action: Option<Action>,
-    /// Of `dirty`, `iommu` and `remove`: the device, by its id; of `iommu`, also by its address. For `dirty` and `iommu`
-    /// all of them where there is none. Of `add`: what `--device` of `causeway run` takes.
+    /// Of `dirty`, `iommu` and `remove`: the device, by its id; of `iommu`, also by its address. For `dirty` and
+    /// `iommu` all of them where there is none. Of `add`: what `--device` of `causeway run` takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
     /// Of `dirty start`: whether an unmap may lose no write, whatever that costs.

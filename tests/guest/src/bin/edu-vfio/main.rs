@@ -463,9 +463,8 @@ impl Bench {
             while result.is_ok() && !mover.is_finished() {
                 let number = raising.handled();
                 let count = self.edu.count_interrupt(eventfd);
-                result = count
-                    .map(|count| *twice += count - 1)
-                    .with_context(|| format!("interrupt {number} of the storm"));
+                result =
+                    count.map(|count| *twice += count - 1).with_context(|| format!("interrupt {number} of the storm"));
                 if handled {
                     result = result.and_then(|()| wait_for_handlers());
                 }
