@@ -7,6 +7,7 @@ use crate::pasid_tables::{
     config, first_stage, pasid_cache_of, pasid_iotlb_of, pasid_iotlb_pages, pass_through, second_stage,
 };
 use crate::rig::{MEMORY, Memory, NVME, Rig, iotlb_domain, iotlb_pages};
+use crate::stray::{others, tables_of};
 
 const P: u64 = 1;
 const W: u64 = 1 << 1;
@@ -387,6 +388,8 @@ proptest! {
         for (iova, level, entry) in leaves.into_iter().chain([(IOVAS[3], 3, 0x4000_0000 | PS)]) {
             world.set(iova, level, entry | P | W | U);
         }
+        let (end, stages) = (world.rig.table(), tables_of(&world.rig, world.root, |table| table));
+        let before = others(&world.rig, end, &stages);
         for (iova, level, bit) in flips {
             // Entries that are there without making any.
             let mut at = world.root;
@@ -401,6 +404,9 @@ proptest! {
             }
         }
         for (iova, write) in requests {
+            if others(&world.rig, end, &stages) != before {
+                break;
+            }
             let iova = IOVAS[iova];
             let expected = expected(&world.rig, world.root, iova, write);
             let found = if write { world.write(iova) } else { world.read(iova) };

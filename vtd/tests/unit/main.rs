@@ -28,3 +28,4 @@ mod scalable_faults;
 mod scalable_random;
 mod second_stage_flags;
 mod shadowing;
+mod stray;

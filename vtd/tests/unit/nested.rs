@@ -7,6 +7,7 @@ use crate::pasid_tables::{
     Entry, config, nested, pasid_cache_of, pasid_iotlb_of, pasid_iotlb_pages, second_stage, with_flags,
 };
 use crate::rig::{MEMORY, Memory, NVME, Rig, iotlb_domain, iotlb_global, iotlb_pages};
+use crate::stray::{others, tables_of};
 
 const P: u64 = 1;
 const W: u64 = 1 << 1;
@@ -443,6 +444,9 @@ proptest! {
         world.rig.leaf(world.second, 48, 0x4000_0000, 0x4000_0000, Some(Perm::Read), 3);
         let mut pages = vec![0x90_0000 + UP, 0x91_0000 + UP, 0x1_00a0_0000, 0x4000_0000, world.first + UP];
         pages.extend((1..4).map(|level| (world.entry(0x5000, level) & !0xfff) + UP));
+        let (end, mut stages) = (world.rig.table(), tables_of(&world.rig, world.first, |table| table - UP));
+        stages.extend(tables_of(&world.rig, world.second, |table| table));
+        let before = others(&world.rig, end, &stages);
         for (page, level, bit) in second_flips {
             let address = pages[page % pages.len()];
             // Entries that are there, and no leaf above them.
@@ -470,6 +474,9 @@ proptest! {
             }
         }
         for (iova, write) in requests {
+            if others(&world.rig, end, &stages) != before {
+                break;
+            }
             let iova = IOVAS[iova];
             let expected = expected(&world, flagged, iova, write);
             let found = if write { world.write(iova) } else { world.read(iova) };

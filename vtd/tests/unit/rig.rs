@@ -27,7 +27,7 @@ pub const QUEUE: u64 = 0x10_0000;
 /// Where wait descriptors write their status.
 pub const STATUS: u64 = 0x10_8000;
 /// Tables are allocated from here.
-const TABLES: u64 = 0x20_0000;
+pub const TABLES: u64 = 0x20_0000;
 
 /// The function most tests assign.
 pub const NVME: Requester = requester(0, 3, 0);
