@@ -29,9 +29,10 @@ checksum direct
 show_faults
 GUEST
 
-boots() { [ "$(grep -c '^guest: init at' steered.log)" -ge "$1" ]; }
+# A reset may come in the middle of a line, which the next boot then goes on with.
+boots() { [ "$(grep -c 'guest: init at' steered.log)" -ge "$1" ]; }
 # readings: how many there were since the last boot.
-readings() { awk '/^guest: init at/ { n = 0 } /^reading/ { n++ } END { print n + 0 }' steered.log; }
+readings() { awk '/guest: init at/ { n = 0 } /^reading/ { n++ } END { print n + 0 }' steered.log; }
 more_readings() { [ "$(readings)" -ge "$1" ]; }
 
 # ask VERB: the reply, in the file VERB.reply.
@@ -106,7 +107,7 @@ expect "the status of ctl without a machine" $? 4
 
 expect "the key" "$(lines steered 'key ')" "01 00 74 00 01 00 00 00"
 expect "the checksums" "$(lines steered 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "3 $DISK_SHA256"
-expect "different readings" "$(lines steered 'reading ' | cut -d' ' -f2 | sort -u | wc -l)" 1
+expect "different readings" "$(lines steered 'reading ' | grep -E '^[0-9]+ [0-9a-f]{64}$' | cut -d' ' -f2 | sort -u | wc -l)" 1
 no_faults steered
 same_counts steered
 echo "$(lines steered 'reading ' | wc -l) readings of 1 MiB, paused for 4 s, reset, and ended by the power button"
