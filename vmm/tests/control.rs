@@ -7,15 +7,17 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
+mod command;
 mod rig;
 
+use command::{causeway, said, text};
 use rig::{has_kvm, image};
 
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al`
@@ -32,21 +34,9 @@ const WAIT_FOR_POWER_BUTTON: &[u8] = &[
 /// `mov ax, 0x3400; mov dx, 0x604; out dx, ax; jmp .`
 const POWER_OFF: &[u8] = &[0x66, 0xb8, 0x00, 0x34, 0x66, 0xba, 0x04, 0x06, 0x66, 0xef, 0xeb, 0xfe];
 
-fn causeway(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_causeway"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
 /// Code, reply and message of `causeway ctl`.
 fn ctl(socket: &Path, verb: &str) -> (i32, String, String) {
-    let Output { status, stdout, stderr } = causeway(&["ctl", text(socket), verb]).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code().unwrap(), text(stdout), text(stderr))
+    said(causeway(&["ctl", text(socket), verb]).output().unwrap())
 }
 
 /// The object of a verb that is done.

@@ -1,16 +1,18 @@
 //! `--root-ports`, `ctl add` and `ctl remove`, as a user sees them. What needs /dev/kvm says so where there is none.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
+mod command;
 mod rig;
 
+use command::{causeway, said, text};
 use rig::{has_kvm, image};
 
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al`
@@ -24,16 +26,6 @@ const LET_GO: &[u8] = &[
     0xb8, 0x68, 0x80, 0x00, 0x80, 0x66, 0xba, 0xf8, 0x0c, 0xef, 0x66, 0xba, 0xfe, 0x0c, 0x66, 0xed, 0xa8, 0x01, 0x74,
     0xec, 0x66, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0x66, 0xb8, 0x00, 0x04, 0x66, 0xef, 0xeb, 0xde,
 ];
-
-fn causeway(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_causeway"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A machine whose guest has printed its `A`.
 struct Machine {
@@ -60,9 +52,7 @@ impl Machine {
     /// Code, reply and message.
     fn ctl(&self, words: &[&str]) -> (i32, String, String) {
         let args = [&["ctl", text(&self.socket)], words].concat();
-        let Output { status, stdout, stderr } = causeway(&args).output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (status.code().unwrap(), text(stdout), text(stderr))
+        said(causeway(&args).output().unwrap())
     }
 
     fn done(&self, words: &[&str]) -> Value {

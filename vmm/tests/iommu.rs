@@ -3,14 +3,16 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Child;
 
 use serde_json::{Value, json};
 use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
+mod command;
 mod rig;
 
+use command::{causeway, said, text};
 use rig::{has_kvm, image};
 
 /// Registers of the unit.
@@ -18,16 +20,6 @@ const ROOT_TABLE_ADDRESS: u32 = 0xfed9_0020;
 const GLOBAL_COMMAND: u32 = 0xfed9_0018;
 /// Where tables are in the image, which is loaded at 1 MiB.
 const TABLES: u64 = 0x10_1000;
-
-fn causeway(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_causeway"));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// `mov dword [address], value`
 fn store(address: u32, value: u32) -> Vec<u8> {
@@ -110,9 +102,7 @@ impl Drop for World {
 }
 
 fn ctl(socket: &Path, args: &[&str]) -> (i32, String, String) {
-    let Output { status, stdout, stderr } = causeway(&[&["ctl", text(socket)], args].concat()).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code().unwrap(), text(stdout), text(stderr))
+    said(causeway(&[&["ctl", text(socket)], args].concat()).output().unwrap())
 }
 
 #[test]
