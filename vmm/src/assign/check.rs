@@ -193,6 +193,18 @@ mod tests {
     }
 
     #[test]
+    fn a_virtio_device_needs_no_caching_mode_and_takes_it_from_nobody() {
+        let off = VtdOption { caching_mode: false, ..Default::default() };
+        for virtio in ["virtio-blk,file=/nowhere", "virtio-net,tap=none"] {
+            let alone = [virtio.parse().unwrap()];
+            assert!(check(&alone, Some(&off), 1 << 20).unwrap().is_empty());
+            assert!(matches!(check(&alone, None, 1 << 20), Err(Error::NoUnit { .. })));
+            let beside = [virtio.parse().unwrap(), "vfio,host=00:09.0".parse().unwrap()];
+            assert!(matches!(check(&beside, Some(&off), 1 << 20), Err(Error::NoCachingMode { kind: "vfio" })));
+        }
+    }
+
+    #[test]
     fn a_vfio_device_needs_a_unit_without_a_first_stage() {
         for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk"] {
             let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
