@@ -324,6 +324,44 @@ fn power_off_is_code_0_and_the_serial_port_is_stdout() {
 }
 
 #[test]
+fn a_guest_reads_the_registers_of_the_unit_without_an_exit() {
+    if !has_kvm() {
+        return;
+    }
+    let (dir, unit) = (TempDir::new().unwrap(), 0xfed9_0000u32.to_le_bytes());
+    let stats = dir.as_path().join("stats.json");
+    let [event_address, event_high] = [0xfed9_0040u32, 0xfed9_0044].map(u32::to_le_bytes);
+    let code: &[&[u8]] = &[
+        // mov ecx, 10000; mov eax, [version]; loop: what is read for ever costs nothing.
+        &[0xb9, 0x10, 0x27, 0, 0, 0xa1],
+        &unit,
+        &[0xe2, 0xf9],
+        // mov dword [event address], 0xfee01230; mov al, [there + 1]; shr: the byte that was written.
+        &[0xc7, 0x05],
+        &event_address,
+        &0xfee0_1230u32.to_le_bytes(),
+        &[0xa0],
+        &(u32::from_le_bytes(event_address) + 1).to_le_bytes(),
+        // add al, 'A' - 0x12
+        &[0x04, b'A' - 0x12],
+        PRINT_AL,
+        // add dword [event upper address], 5: a read and a write of it.
+        &[0x83, 0x05],
+        &event_high,
+        &[5, 0xa0],
+        &event_high,
+        &[0x04, b'A'],
+        PRINT_AL,
+        &debug_exit(0),
+        LOOP,
+    ];
+    let (code, out, err) = run_image(code, &["--stats", path(&stats)]);
+    assert_eq!((code, out.as_str()), (1, "AF"), "{err}");
+    let stats: serde_json::Value = serde_json::from_slice(&std::fs::read(stats).unwrap()).unwrap();
+    assert_eq!(stats["units"][0]["register_reads"], 0);
+}
+
+#[test]
 fn statistics_that_cannot_be_written_at_the_end_are_an_error() {
     if !has_kvm() {
         return;

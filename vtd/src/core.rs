@@ -1,7 +1,7 @@
 //! What every part of a unit uses: its configuration, guest memory, whom it tells, its registers and what of them is
 //! read without their lock.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
@@ -13,6 +13,7 @@ use crate::listener::SpaceListener;
 use crate::memory::write_word;
 use crate::msi::{Msi, MsiSink};
 use crate::registers::Registers;
+use crate::registers::page::RegistersGuard;
 use crate::registers::record::Recorded;
 use crate::source_ids::Sources;
 use crate::stats::Counters;
@@ -34,8 +35,8 @@ pub(crate) struct Core<M> {
 }
 
 impl<M: GuestMemoryBackend> Core<M> {
-    pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    pub(crate) fn registers(&self) -> RegistersGuard<'_> {
+        RegistersGuard::new(self.registers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// Sends a message of the unit itself: a write of 32 bits, which is an interrupt only where interrupts are, as on

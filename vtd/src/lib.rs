@@ -60,6 +60,7 @@ pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause
 pub use msi::{Msi, MsiSink};
 pub use queue_lock::InsideNotification;
 pub use range::{GpaRange, IovaRange};
+pub use registers::page::RegisterPage;
 pub use registers::restore::RestoreError;
 pub use registers::state::{EventRegisters, FaultRecord, State, StateVersion};
 pub use shadow::SpaceView;

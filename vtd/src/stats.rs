@@ -14,6 +14,8 @@ pub struct UnitStats {
     pub descriptors: DescriptorStats,
     /// Invalidations through CCMD and IOTLB_REG.
     pub register_invalidations: u64,
+    /// Reads of registers that the unit was asked for: none where the guest has a [`crate::RegisterPage`] of them.
+    pub register_reads: u64,
     /// Times that the queue stopped with IQE.
     pub queue_errors: u64,
     /// Faults by reason, "0x05" for a write that is not permitted; only those that happened.
@@ -97,6 +99,7 @@ pub(crate) struct Counters {
     pub(crate) interrupt_entry: QueueCounter,
     pub(crate) wait: QueueCounter,
     pub(crate) register_invalidations: QueueCounter,
+    pub(crate) register_reads: Counter,
     pub(crate) queue_errors: QueueCounter,
     pub(crate) faults: ByReason<{ FaultReason::ALL.len() }>,
     pub(crate) interrupt_faults: ByReason<{ InterruptFaultReason::ALL.len() }>,
@@ -137,6 +140,7 @@ impl Counters {
                 wait: self.wait.get(),
             },
             register_invalidations: self.register_invalidations.get(),
+            register_reads: self.register_reads.get(),
             queue_errors: self.queue_errors.get(),
             faults: faults.map(|(code, counter)| (format!("{code:#04x}"), counter.get())).collect(),
             faults_dropped: self.faults_dropped.get(),

@@ -20,6 +20,7 @@ use crate::msi::{Msi, MsiSink};
 use crate::queue;
 use crate::queue_lock::{QueueGuard, QueueLock};
 use crate::range::{GpaRange, IovaRange};
+use crate::registers::page::RegisterPage;
 use crate::registers::restore::RestoreError;
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
@@ -71,12 +72,17 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         &self.core.config
     }
 
-    /// Reads registers at `offset` into the window. Every (offset, size) is defined; see `registers.rs`.
+    /// Reads registers at `offset` into the window: the bytes that are there, 8 at most, whatever the place.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let value = self.core.registers().read(offset, data.len()).to_le_bytes();
-        data.fill(0);
-        let len = data.len().min(value.len());
-        data[..len].copy_from_slice(&value[..len]);
+        self.core.counters.register_reads.add(1);
+        self.core.registers().read(offset, data);
+    }
+
+    /// `page` has what the registers read from now on, instead of the page before it: a guest may be given it to read in
+    /// place of [`Self::read`]. What a write, a fault or a completion changes is there before the write returns, or
+    /// before the message of the fault or the completion is sent.
+    pub fn show_registers(&self, page: Arc<dyn RegisterPage>) {
+        self.core.registers().show_in(page);
     }
 
     /// Writes registers at `offset` into the window. When it returns, the commands that it gave are done.

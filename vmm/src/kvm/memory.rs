@@ -2,6 +2,7 @@
 //! anonymous memory, which gets them nearly everywhere. Start-up pays for each page of it once: pinned for a device, or
 //! faulted in by the guest.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -36,9 +37,10 @@ pub enum Error {
     },
 }
 
-fn memory_file(size: u64) -> io::Result<File> {
-    // SAFETY: the name is a C string literal, and the result is checked before it becomes an owned descriptor.
-    let fd = unsafe { libc::memfd_create(c"causeway-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+/// A file of `size` bytes in memory whose size nobody changes.
+pub(super) fn memory_file(name: &CStr, size: u64) -> io::Result<File> {
+    // SAFETY: the name is a C string, and the result is checked before it becomes an owned descriptor.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -83,7 +85,7 @@ fn map_error(size: u64) -> impl Fn(vm_memory::mmap::FromRangesError) -> Error {
 }
 
 fn shared_ram(size: u64) -> Result<Ram, Error> {
-    let file = Arc::new(memory_file(size).map_err(|source| Error::File { size, source })?);
+    let file = Arc::new(memory_file(c"causeway-ram", size).map_err(|source| Error::File { size, source })?);
     let mut offset = 0;
     let mut ranges = Vec::new();
     for (gpa, len) in layout::ram_regions(size) {

@@ -3,6 +3,7 @@
 pub mod cpuid;
 pub mod irq;
 pub mod memory;
+pub mod register_page;
 pub mod slots;
 pub mod vcpu;
 pub mod vm;

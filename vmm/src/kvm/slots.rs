@@ -1,4 +1,4 @@
-//! Pieces of files (BARs) in the guest-physical map, while the guest runs.
+//! Pieces of files (BARs, and the registers of units) in the guest-physical map, while the guest runs.
 //!
 //! # Order (F-3)
 //! A piece that goes leaves the guest first, then the DMA of every device ([`Peers::go`]), then this process. One that
@@ -131,6 +131,14 @@ impl KvmSlots {
             state: Mutex::new(State { next: first, free: Vec::new(), mapped: BTreeMap::new() }),
             told: Told::default(),
         }
+    }
+
+    /// Maps `window` at `gpa` for the guest and no device, for as long as the machine is there.
+    ///
+    /// # Errors
+    /// It cannot be mapped here, or KVM has something there.
+    pub fn show(&self, gpa: u64, window: &HostWindow) -> io::Result<()> {
+        self.map_for_guest(gpa, window, Arc::new(Mapped::new(window)?)).map(drop)
     }
 
     /// For devices first, then for the guest.

@@ -44,6 +44,7 @@ use crate::kvm::cpuid;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
 use crate::kvm::memory::Ram;
+use crate::kvm::register_page;
 use crate::kvm::slots::KvmSlots;
 use crate::kvm::vcpu::{self, Buses};
 use crate::kvm::vm;
@@ -281,6 +282,9 @@ impl Machine {
         let bridge = assigned.bridge.clone();
         let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
+        if let Some(Err(e)) = unit.as_ref().map(|unit| register_page::show(&slots, unit, layout::VTD_UNIT)) {
+            log::warn!("the guest's reads of the remapping unit's registers will be exits: {e}");
+        }
         let ports = Ports::new(&platform.root, wanted.root_ports, &interrupts, unit.as_ref())?;
         let mut plug = Plug {
             root: platform.root.clone(),

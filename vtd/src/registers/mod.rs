@@ -1,10 +1,11 @@
 //! The register file: what each (offset, size) reads and what a write of it changes. No register read has an
 //! effect.
 //!
-//! Defined accesses are 4 bytes at a multiple of 4 and 8 bytes at a multiple of 8. Of any other access, reads give
-//! zeros and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it
+//! A read gives the bytes that are there, whatever its size and place, as from a page that [shows](page) them. Writes are
+//! of 4 bytes at a multiple of 4 and of 8 bytes at a multiple of 8; any other is dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it
 //! is two, the lower one first (Xen writes FEADDR and FEUADDR so).
 
+pub(crate) mod page;
 pub(crate) mod record;
 pub(crate) mod restore;
 pub(crate) mod state;
@@ -21,6 +22,7 @@ use crate::spec::registers::{EventControl, FaultStatus, Global, offset};
 pub(crate) struct Registers {
     pub(crate) state: State,
     config: UnitConfig,
+    shown: Option<Box<page::Shown>>,
 }
 
 /// What a register write asks the unit to do.
@@ -49,7 +51,7 @@ const FRCD_END: u64 = offset::FRCD + 16 * FAULT_RECORDS as u64;
 
 impl Registers {
     pub(crate) fn new(config: UnitConfig) -> Self {
-        Self { state: State::default(), config }
+        Self { state: State::default(), config, shown: None }
     }
 
     /// Whether a write of `len` bytes at `at` may give a [`Command`], whatever the registers hold.
@@ -70,18 +72,15 @@ impl Registers {
         FaultStatus::from_bits(fault_status).queue_error() && self.fault_status().queue_error()
     }
 
-    /// What `len` bytes at `at` read, little endian.
-    pub(crate) fn read(&self, at: u64, len: usize) -> u64 {
-        match len {
-            4 if at.is_multiple_of(4) => u64::from(self.read_word(at)),
-            8 if at.is_multiple_of(8) => u64::from(self.read_word(at)) | u64::from(self.read_word(at + 4)) << 32,
-            _ => 0,
+    /// The bytes at `at`, little endian: as many as there are in 8, and none beyond the last address.
+    pub(crate) fn read(&self, at: u64, data: &mut [u8]) {
+        let (first, skipped) = (at & !7, (at & 7) as usize);
+        let quad = |at: Option<u64>| at.map_or(0, |at| self.read_quad(at)).to_le_bytes();
+        let (low, high) = (quad(Some(first)), quad(first.checked_add(8)));
+        let bytes = low.into_iter().chain(high).skip(skipped).take(8).chain(std::iter::repeat(0));
+        for (byte, value) in data.iter_mut().zip(bytes) {
+            *byte = value;
         }
-    }
-
-    fn read_word(&self, at: u64) -> u32 {
-        let quad = self.read_quad(at & !7);
-        (quad >> (8 * (at & 4))) as u32
     }
 
     /// The 8 bytes at `at`, a multiple of 8.

@@ -18,6 +18,7 @@ mod pasid_tables;
 mod pasids;
 mod queue;
 mod random;
+mod register_page;
 mod registers;
 mod remapping;
 mod renumber;

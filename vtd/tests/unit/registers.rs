@@ -8,17 +8,25 @@ use crate::rig::{Event, MEMORY, NIC, NVME, QUEUE, Rig, map, wait_interrupt, wait
 #[test]
 fn a5_every_offset_and_size_is_defined() {
     let rig = Rig::new();
+    let mut bytes = vec![0; vtd::REGISTER_WINDOW as usize + 32];
+    for at in (0..vtd::REGISTER_WINDOW as usize).step_by(8) {
+        rig.unit.read(at as u64, &mut bytes[at..at + 8]);
+    }
     for at in 0..vtd::REGISTER_WINDOW + 16 {
         for size in 0..=16usize {
-            let defined = matches!(size, 4 | 8) && at.is_multiple_of(size as u64);
             let mut data = vec![0xaa; size];
             rig.unit.read(at, &mut data);
-            if !defined {
-                assert!(data.iter().all(|byte| *byte == 0), "a read of {size} at {at:#x}");
+            let (there, beyond) = data.split_at(size.min(8));
+            assert_eq!(there, &bytes[at as usize..at as usize + there.len()], "a read of {size} at {at:#x}");
+            assert!(beyond.iter().all(|byte| *byte == 0), "a read of {size} at {at:#x}");
+            if !(matches!(size, 4 | 8) && at.is_multiple_of(size as u64)) {
                 rig.unit.write(at, &vec![0xff; size]);
             }
         }
     }
+    let mut data = [0xaa; 8];
+    rig.unit.read(u64::MAX - 3, &mut data);
+    assert_eq!(data, [0; 8]);
     // The undefined writes changed nothing.
     assert_eq!(rig.unit.save(), Rig::new().unit.save());
     assert_eq!(rig.read64(offset::RTADDR), 0);
@@ -448,7 +456,6 @@ fn a5_an_access_of_eight_bytes_that_is_not_aligned_serves_no_record() {
     for at in (offset::FRCD + 4..offset::FRCD + 16).step_by(4) {
         if !at.is_multiple_of(8) {
             rig.write64(at, u64::MAX);
-            assert_eq!(rig.read64(at), 0, "{at:#x}");
         }
     }
     assert_eq!(rig.fault_records(), records);
