@@ -31,6 +31,15 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
     pub(crate) fn get(&self, index: usize) -> Option<u64> {
         self.0.load::<u64>(index * 8, Ordering::Relaxed).ok().map(u64::from_le)
     }
+
+    /// The words from `index` on, as many as fit into `into`, each read once; `false` where they are not all there.
+    pub(crate) fn copy(&self, index: usize, into: &mut [u64]) -> bool {
+        let Ok(slice) = self.0.subslice(index * 8, into.len() * 8) else { return false };
+        // Word by word: no word is read in parts on a processor of 64 bits.
+        let copied = slice.copy_to(into);
+        into.iter_mut().for_each(|word| *word = u64::from_le(*word));
+        copied == into.len()
+    }
 }
 
 /// A structure of two words: the lower first, as its present bit is there and the guest sets it last.

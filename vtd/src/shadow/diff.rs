@@ -175,7 +175,15 @@ impl Shadow {
         }
     }
 
-    fn diff(&self, range: IovaRange, runs: &[Mapping], changes: &mut Changes) {
+    fn diff(&self, mut range: IovaRange, mut runs: &[Mapping], changes: &mut Changes) {
+        // Of most that is looked at, nothing changed: what stays at the beginning is passed quickly.
+        let (same, rest) = runs.split_at(self.extents.same_from(range.first, runs));
+        if let Some(last) = same.last().map(|run| run.last().0) {
+            if last == range.last {
+                return;
+            }
+            (range, runs) = (IovaRange::new(last + 1, range.last), rest);
+        }
         let unmaps_from = changes.unmaps.len();
         // Unmaps are joined over gaps as long as nothing lies between them that stays.
         let mut stays_since_unmap = true;

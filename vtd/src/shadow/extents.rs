@@ -69,10 +69,31 @@ impl Extents {
 
     /// Those that end at `at` or behind it, ascending.
     pub(crate) fn from(&self, at: u64) -> impl Iterator<Item = &Extent> {
+        self.slices_from(at).flatten()
+    }
+
+    /// The same, as they stand beside each other.
+    fn slices_from(&self, at: u64) -> impl Iterator<Item = &[Extent]> {
         let Place { chunk, index } = self.find(at);
         let (here, behind) = self.chunks[chunk.min(self.chunks.len())..].split_first().unzip();
         let here: &[Extent] = here.map_or(&[], |here| &here[index..]);
-        here.iter().chain(behind.into_iter().flatten().flatten())
+        std::iter::once(here).chain(behind.into_iter().flatten().map(Vec::as_slice))
+    }
+
+    /// How many of `others`, ascending, are the same as the extents from `at` on, one by one.
+    pub(crate) fn same_from<'a, E>(&self, at: u64, others: &'a [E]) -> usize
+    where
+        Extent: From<&'a E>,
+    {
+        let mut rest = others;
+        for extents in self.slices_from(at) {
+            let same = extents.iter().zip(rest).take_while(|(extent, other)| **extent == Extent::from(*other)).count();
+            rest = &rest[same..];
+            if same < extents.len() {
+                break;
+            }
+        }
+        others.len() - rest.len()
     }
 
     /// Where the first extent is that ends at `at` or behind it, if it is in the last chunk that begins no later than

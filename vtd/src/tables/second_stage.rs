@@ -364,6 +364,9 @@ fn walk_keeping<M: GuestMemoryBackend>(
     walker.table(root, levels(width), 0, (true, true))
 }
 
+/// Entries of the last level that are copied at a time; fewer are read one by one.
+const FEW: usize = 64;
+
 struct Walker<'a, M, K> {
     memory: &'a M,
     reserved: Reserved,
@@ -387,6 +390,9 @@ impl<M: GuestMemoryBackend, K: Fn(Mapping) -> Option<Mapping>> Walker<'_, M, K> 
             self.speaks_of(base, table_last);
             return Ok(());
         };
+        if level == 1 && count >= FEW as u64 {
+            return self.pages(&words, count as usize, base + from * span, (read, write));
+        }
         for index in 0..count {
             let first = base + (from + index) * span;
             let last = first + (span - 1);
@@ -407,12 +413,60 @@ impl<M: GuestMemoryBackend, K: Fn(Mapping) -> Option<Mapping>> Walker<'_, M, K> 
         Ok(())
     }
 
+    /// `count` entries of level 1, the first of which is for `first`. Neighbours that lead to neighbours with one
+    /// permission are taken as one leaf.
+    fn pages(
+        &mut self,
+        words: &Words<'_, M>,
+        count: usize,
+        first: u64,
+        (read, write): (bool, bool),
+    ) -> Result<(), Exhausted> {
+        self.speaks_of(first, first + (count as u64 * PAGE_SIZE - 1));
+        let mut copy = [0; FEW];
+        for begin in (0..count).step_by(FEW) {
+            let copied = &mut copy[..FEW.min(count - begin)];
+            if !words.copy(begin, copied) {
+                copied.fill(0);
+            }
+            let mut rest = &*copied;
+            let mut iova = first + begin as u64 * PAGE_SIZE;
+            while let Some(&word) = rest.first() {
+                let entry = SecondStageEntry::from_bits(word);
+                let perm = Perm::from_bits(read && entry.read(), write && entry.write());
+                let leaf = perm.zip(self.reserved.check(entry, 1).ok());
+                let mut len = 1;
+                if let Some((perm, Entry::Leaf(gpa))) = leaf {
+                    if rest.get(1) == Some(&word.wrapping_add(PAGE_SIZE)) {
+                        len = self.neighbours(rest, gpa);
+                    }
+                    self.found.leaves += len as u64;
+                    self.leaf(Mapping { iova: Iova(iova), gpa, len: len as u64 * PAGE_SIZE, perm })?;
+                }
+                rest = &rest[len..];
+                iova += len as u64 * PAGE_SIZE;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many of `words` lead to neighbours of the page `gpa`, where the first does, and are like it otherwise.
+    fn neighbours(&self, words: &[u64], gpa: Gpa) -> usize {
+        let alike = |(word, last): (&u64, &u64)| *word == last.wrapping_add(PAGE_SIZE);
+        let len = 1 + words[1..].iter().zip(words).take_while(|pair| alike(*pair)).count();
+        // The address may have grown out of its bits: then so it has at the last of them.
+        let last = self.reserved.check(SecondStageEntry::from_bits(words[len - 1]), 1);
+        let expected = Gpa(gpa.0 + (len as u64 - 1) * PAGE_SIZE);
+        if matches!(last, Ok(Entry::Leaf(last)) if last == expected) { len } else { 1 }
+    }
+
     fn speaks_of(&mut self, first: u64, last: u64) {
         let spoken_of = &mut self.found.range;
         *spoken_of = IovaRange::new(spoken_of.first.min(first), spoken_of.last.max(last));
     }
 
     /// Adds a leaf, without what lies in the interrupt range or leads there (A-12, B-6).
+    #[inline(always)]
     fn leaf(&mut self, leaf: Mapping) -> Result<(), Exhausted> {
         let Some(leaf) = (self.keep)(leaf) else { return Ok(()) };
         let window = INTERRUPT_WINDOW;
@@ -420,6 +474,13 @@ impl<M: GuestMemoryBackend, K: Fn(Mapping) -> Option<Mapping>> Walker<'_, M, K> 
         if !touches(leaf.iova.0) && !touches(leaf.gpa.0) {
             return self.run(leaf);
         }
+        self.outside_of_interrupts(leaf)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn outside_of_interrupts(&mut self, leaf: Mapping) -> Result<(), Exhausted> {
+        let window = INTERRUPT_WINDOW;
         for piece in outside(leaf, window, |mapping| mapping.iova.0) {
             for piece in outside(piece, window, |mapping| mapping.gpa.0) {
                 self.run(piece)?;
@@ -428,6 +489,7 @@ impl<M: GuestMemoryBackend, K: Fn(Mapping) -> Option<Mapping>> Walker<'_, M, K> 
         Ok(())
     }
 
+    #[inline(always)]
     fn run(&mut self, piece: Mapping) -> Result<(), Exhausted> {
         if let Some(run) = self.found.runs.last_mut() {
             let contiguous =
