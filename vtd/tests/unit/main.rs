@@ -13,6 +13,7 @@ mod inspect;
 mod layout;
 mod looks;
 mod memory_changes;
+mod neighbours;
 mod nested;
 mod pasid_tables;
 mod pasids;
