@@ -36,6 +36,17 @@ pub trait MemorySlots: Send + Sync {
     fn unmap(&self, slot: SlotId);
 }
 
+/// Signals an eventfd where the guest writes, in place of the write.
+pub trait Doorbells: Send + Sync {
+    /// A write at `gpa`, of any size and any value, signals `event` from now on, and goes nowhere else.
+    ///
+    /// # Errors
+    /// The host does not take it. Then writes go where they went before.
+    fn hang(&self, gpa: u64, event: &EventFd) -> io::Result<()>;
+    /// Takes down what hangs there.
+    fn take_down(&self, gpa: u64, event: &EventFd);
+}
+
 /// A message route: an eventfd whose signal becomes an MSI in the guest.
 pub trait IrqRoute: Send + Sync {
     /// The eventfd to hand to VFIO as the trigger. It stays the same for the life of the route.

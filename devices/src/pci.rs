@@ -9,7 +9,7 @@ pub mod root;
 pub mod root_port;
 
 pub use config::{BarKind, ConfigSpace, Identity};
-pub use decode::{BarTarget, Decoder};
+pub use decode::{BarTarget, Bells, Decoder};
 pub use host_bridge::HostBridge;
 pub use root::{ConfigPorts, Ecam, PciRoot, SlotError, gsi_of};
 pub use root_port::{Occupied, RootPort, RootPortWiring, SlotState};

@@ -38,3 +38,5 @@ expect_at_most "maps of an O_DIRECT read" $direct_maps $((16416 / 4))
 expect_at_most "unmaps of an O_DIRECT read" $direct_unmaps $((16416 / 20))
 # The counts have meaning only if the guest really mapped what it read.
 [ $buffered_unmaps -ge 64 ] && [ $direct_unmaps -ge 64 ] || fail "fewer than 64 unmaps: was the guest translating at all?"
+# The guest waits for its invalidations by reading registers; it has them in a page.
+expect "reads of the unit's registers that were exits" "$(grep -o '"register_reads":[0-9]*' direct.json)" '"register_reads":0'

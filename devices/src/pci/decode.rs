@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
 use vtd::SourceId;
 
-use crate::host::{HostWindow, MemorySlots, SlotId};
+use crate::host::{Doorbells, HostWindow, MemorySlots, SlotId};
 use crate::sync::{Mutex, RwLock};
 use crate::{Bus, BusDevice};
 
@@ -21,12 +22,25 @@ pub struct BarTarget {
     pub windows: Arc<[(u64, HostWindow)]>,
     /// Puts them there; without it there are none.
     pub slots: Option<Arc<dyn MemorySlots>>,
+    /// Where a write only says that there is something to do.
+    pub bells: Option<Bells>,
+}
+
+/// Places in a BAR where every write is the same: they signal an eventfd while the BAR is on the bus.
+#[derive(Clone)]
+pub struct Bells {
+    /// Who hangs them.
+    pub by: Arc<dyn Doorbells>,
+    /// What they signal.
+    pub event: Arc<EventFd>,
+    /// Offsets in the BAR.
+    pub offsets: Arc<[u64]>,
 }
 
 impl BarTarget {
     /// Only a device.
     pub fn of_device(device: Arc<dyn BusDevice>) -> Self {
-        Self { device, windows: Arc::new([]), slots: None }
+        Self { device, windows: Arc::new([]), slots: None, bells: None }
     }
 }
 
@@ -75,6 +89,8 @@ struct Claim {
     target: BarTarget,
     placed: bool,
     mapped: Vec<SlotId>,
+    /// Where bells hang.
+    hung: Vec<u64>,
 }
 
 impl Decoder {
@@ -107,7 +123,7 @@ impl Decoder {
             claims.by_bar.remove(&key);
         }
         if let Some((first, last)) = range {
-            let claim = Claim { first, last, target: target.clone(), placed: false, mapped: Vec::new() };
+            let claim = Claim { first, last, target: target.clone(), placed: false, mapped: vec![], hung: vec![] };
             claims.by_bar.insert(key, claim);
         }
         // The one that asks comes first: it may take what it only waits for because it moved over itself.
@@ -143,10 +159,19 @@ impl Claim {
         // Where something else answers, mapping over it would hide that.
         let device = &self.target.device;
         self.placed = decoder.bus.insert(self.first, self.last, device.clone()).is_ok();
-        if self.placed {
-            decoder.placed.write().unwrap().insert(self.first, (self.last, sid, device.clone()));
+        if !self.placed {
+            return;
         }
-        let Some(slots) = self.target.slots.as_ref().filter(|_| self.placed) else { return };
+        decoder.placed.write().unwrap().insert(self.first, (self.last, sid, device.clone()));
+        if let Some(bells) = &self.target.bells {
+            for at in bells.offsets.iter().map(|offset| self.first + offset) {
+                match bells.by.hang(at, &bells.event) {
+                    Ok(()) => self.hung.push(at),
+                    Err(e) => log::debug!("a write at {at:#x}, of BAR {bar} of {sid}, stays an exit: {e}"),
+                }
+            }
+        }
+        let Some(slots) = &self.target.slots else { return };
         for (offset, window) in &*self.target.windows {
             match slots.map(self.first + offset, window) {
                 Ok(slot) => self.mapped.push(slot),
@@ -159,6 +184,11 @@ impl Claim {
         for slot in self.mapped.drain(..) {
             if let Some(slots) = &self.target.slots {
                 slots.unmap(slot);
+            }
+        }
+        for at in self.hung.drain(..) {
+            if let Some(bells) = &self.target.bells {
+                bells.by.take_down(at, &bells.event);
             }
         }
         if std::mem::take(&mut self.placed) {

@@ -1,10 +1,13 @@
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex};
 
+use vmm_sys_util::eventfd::EventFd;
 use vtd::SourceId;
 
-use super::decode::{BarTarget, Decoder};
-use crate::host::{HostWindow, MemorySlots};
+use super::decode::{BarTarget, Bells, Decoder};
+use crate::host::{Doorbells, HostWindow, MemorySlots};
 use crate::testing::FakeSlots;
 use crate::{Bus, BusDevice};
 
@@ -22,7 +25,7 @@ fn target(answer: u8, slots: &Arc<FakeSlots>) -> BarTarget {
     let window = HostWindow { fd, offset: 0x7000, len: 0x2000, writable: true, dma_buf: None };
     let slots: Arc<dyn MemorySlots> = slots.clone();
     let device = Arc::new(Answer(answer));
-    BarTarget { device, windows: Arc::new([(0x2000, window)]), slots: Some(slots) }
+    BarTarget { device, windows: Arc::new([(0x2000, window)]), slots: Some(slots), bells: None }
 }
 
 const A: SourceId = SourceId::new(0, 1, 0);
@@ -87,4 +90,45 @@ fn f6_a_bar_that_lies_half_in_what_a_bridge_forwards_is_not_there() {
     }
     assert!(decoder.set(A, 0, Some((0x1f_c000, 0x1f_ffff)), &one));
     assert_eq!((who(&bus, 0x1f_c000), slots.mapped().len()), (1, 1));
+}
+
+/// Where bells hang. Two at one place are refused.
+#[derive(Default)]
+struct Hung(Mutex<BTreeSet<u64>>);
+
+impl Doorbells for Hung {
+    fn hang(&self, gpa: u64, _: &EventFd) -> io::Result<()> {
+        if self.0.lock().unwrap().insert(gpa) { Ok(()) } else { Err(io::ErrorKind::AlreadyExists.into()) }
+    }
+    fn take_down(&self, gpa: u64, _: &EventFd) {
+        assert!(self.0.lock().unwrap().remove(&gpa), "nothing hangs at {gpa:#x}");
+    }
+}
+
+#[test]
+fn f6_bells_hang_where_the_bar_is_and_for_as_long() {
+    let ((decoder, bus, _), hung) = (decoder(), Arc::new(Hung::default()));
+    let event = Arc::new(EventFd::new(0).unwrap());
+    let bells = |offsets: &[u64]| Bells { by: hung.clone(), event: event.clone(), offsets: offsets.into() };
+    let target = |answer: u8, offsets: &[u64]| BarTarget {
+        bells: Some(bells(offsets)),
+        ..BarTarget::of_device(Arc::new(Answer(answer)))
+    };
+    let (one, two) = (target(1, &[0x3000, 0x3004]), target(2, &[0x3000]));
+    let now = || hung.0.lock().unwrap().iter().copied().collect::<Vec<_>>();
+    decoder.set(A, 0, Some((0x10_0000, 0x10_7fff)), &one);
+    assert_eq!(now(), [0x10_3000, 0x10_3004]);
+    decoder.set(A, 0, Some((0x20_0000, 0x20_7fff)), &one);
+    assert_eq!(now(), [0x20_3000, 0x20_3004]);
+    // One that waits for its place has none, and none of the other's.
+    decoder.set(B, 0, Some((0x20_0000, 0x20_7fff)), &two);
+    assert_eq!((now(), who(&bus, 0x20_0000)), (vec![0x20_3000, 0x20_3004], 1));
+    decoder.set(A, 0, None, &one);
+    assert_eq!((now(), who(&bus, 0x20_0000)), (vec![0x20_3000], 2));
+    // What is taken already stays a write, and is not taken down with the rest.
+    hung.0.lock().unwrap().insert(0x30_3000);
+    decoder.set(B, 0, Some((0x30_0000, 0x30_7fff)), &two);
+    assert_eq!(now(), [0x30_3000]);
+    decoder.set(B, 0, None, &two);
+    assert_eq!(now(), [0x30_3000]);
 }

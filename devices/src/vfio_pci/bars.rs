@@ -94,7 +94,7 @@ fn decode(wiring: &Wiring<'_>, bar: u8, kind: BarKind, region: &RegionInfo, layo
     };
     let windows = windows(region, &holes).into_iter().filter_map(window).collect();
     let device: Arc<dyn BusDevice> = Arc::new(TrappedBar { trapped, bar, space: Space::Memory });
-    let target = BarTarget { device, windows, slots: Some(wiring.slots.clone()) };
+    let target = BarTarget { device, windows, slots: Some(wiring.slots.clone()), bells: None };
     Decoded::new(Space::Memory, wiring.decoders.memory.clone(), target)
 }
 

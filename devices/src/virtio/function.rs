@@ -25,9 +25,9 @@ use super::vectors::{Cause, Vectors};
 use super::worker::{Link, spawn};
 use super::{Device, Dma, Kind, NEEDED, RING_FEATURES};
 use crate::BusDevice;
-use crate::host::Interrupts;
+use crate::host::{Doorbells, Interrupts};
 use crate::pci::config::{CAP_MSIX, COMMAND_MASTER};
-use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::{BarKind, BarTarget, Bells, ConfigSpace, Decoder, Identity, PciFunction};
 
 const VENDOR: u16 = 0x1af4;
 /// Device ids begin here; the device type is added.
@@ -61,6 +61,8 @@ pub struct Wiring {
     pub decoder: Arc<Decoder>,
     /// Where its messages go.
     pub interrupts: Arc<dyn Interrupts>,
+    /// Wakes the device when a queue is kicked, without an exit.
+    pub doorbells: Option<Arc<dyn Doorbells>>,
     /// Stops the machine, because what the device does in the host's kernel does not end.
     pub stop_machine: Box<dyn Fn(&str) + Send + Sync>,
 }
@@ -97,7 +99,7 @@ impl VirtioPci {
     /// # Errors
     /// Its thread could not be started.
     pub fn new<D: Dma>(wiring: Wiring, dma: D, device: impl Device<D>) -> io::Result<Arc<Self>> {
-        let Wiring { requester, decoder, interrupts, stop_machine } = wiring;
+        let Wiring { requester, decoder, interrupts, doorbells, stop_machine } = wiring;
         let Kind { device: id, class, features, queues, config } = device.kind();
         let vectors = Vectors::new(requester, interrupts, queues.len());
         let identity =
@@ -111,7 +113,9 @@ impl VirtioPci {
         spawn(link.clone(), dma, device, &format!("virtio {}", requester.sid))?;
         let state = Mutex::new(State { space, msix, window, registers });
         let shared = Arc::new(Shared { requester, link, config, most: queues, stop_machine, state });
-        let bar = BarTarget::of_device(Arc::new(Bar(shared.clone())));
+        let kicks = (0..queues.len() as u64).map(|queue| KICKS + queue * KICK_SIZE).collect();
+        let bells = doorbells.map(|by| Bells { by, event: shared.link.wake().clone(), offsets: kicks });
+        let bar = BarTarget { bells, ..BarTarget::of_device(Arc::new(Bar(shared.clone()))) };
         Ok(Arc::new(Self { shared, decoder, bar }))
     }
 

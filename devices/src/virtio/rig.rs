@@ -70,6 +70,7 @@ impl Driver {
             requester: Requester { segment: 0, sid: SourceId::new(0, 3, 0) },
             decoder: Arc::new(Decoder::new(Arc::new(Bus::default()))),
             interrupts: interrupts.clone(),
+            doorbells: None,
             stop_machine: {
                 let stopped = stopped.clone();
                 Box::new(move |_| {

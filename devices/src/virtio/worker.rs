@@ -38,7 +38,7 @@ pub struct Link {
     /// Status bits that the device sets.
     status: AtomicU8,
     isr: AtomicU8,
-    wake: EventFd,
+    wake: Arc<EventFd>,
     told: Told,
 }
 
@@ -73,7 +73,7 @@ impl Link {
             stop: AtomicBool::new(true),
             status: AtomicU8::new(0),
             isr: AtomicU8::new(0),
-            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            wake: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             told: Told::default(),
         }))
     }
@@ -86,6 +86,11 @@ impl Link {
     pub fn kick(&self) {
         // A counter that is full wakes as well.
         let _ = self.wake.write(1);
+    }
+
+    /// What [`Self::kick`] signals.
+    pub fn wake(&self) -> &Arc<EventFd> {
+        &self.wake
     }
 
     /// Status bits that the device has set.

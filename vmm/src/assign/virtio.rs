@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use devices::host::Doorbells;
 use devices::pci::Decoder;
 use devices::virtio::blk::Blk;
 use devices::virtio::console::{Console, Input};
@@ -49,6 +50,8 @@ pub struct VirtioWiring<'a> {
     pub interrupts: Arc<KvmInterrupts>,
     /// Where its BAR is decoded.
     pub decoder: Arc<Decoder>,
+    /// How kicks of its queues come without an exit.
+    pub doorbells: Arc<dyn Doorbells>,
 }
 
 /// A device.
@@ -135,6 +138,7 @@ impl VirtioWiring<'_> {
             requester,
             decoder: self.decoder.clone(),
             interrupts: self.interrupts.clone(),
+            doorbells: Some(self.doorbells.clone()),
             stop_machine: Box::new(move |why| breaker.stop_machine(&[requester], why)),
         };
         let thread = |source| Error::Virtio { name: format!("the thread of {id}"), source };

@@ -1,6 +1,7 @@
 //! What there is of KVM: the virtual machine with its memory and slots, its vCPUs, its interrupts.
 
 pub mod cpuid;
+pub mod doorbells;
 pub mod irq;
 pub mod memory;
 pub mod register_page;

@@ -30,11 +30,7 @@ impl RegisterPage for Page {
 ///
 /// # Errors
 /// The host has no memory for it, or KVM no slot. Then reads are exits as before.
-pub fn show<M: GuestMemoryBackend + Clone + Send + Sync>(
-    slots: &KvmSlots,
-    unit: &Unit<M>,
-    gpa: u64,
-) -> io::Result<()> {
+pub fn show<M: GuestMemoryBackend + Clone + Send + Sync>(slots: &KvmSlots, unit: &Unit<M>, gpa: u64) -> io::Result<()> {
     let len = vtd::REGISTER_WINDOW;
     let file = memory_file(c"causeway-registers", len)?;
     let fd: Arc<OwnedFd> = Arc::new(file.try_clone()?.into());

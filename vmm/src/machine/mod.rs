@@ -41,6 +41,7 @@ use crate::boot::{Payload, Start};
 use crate::config::{MachineConfig, Place};
 use crate::console::GuestInput;
 use crate::kvm::cpuid;
+use crate::kvm::doorbells::KvmDoorbells;
 use crate::kvm::irq::{self, KvmInterrupts, Remapper};
 use crate::kvm::memory;
 use crate::kvm::memory::Ram;
@@ -292,6 +293,7 @@ impl Machine {
             unit: unit.clone(),
             interrupts: interrupts.clone(),
             slots,
+            doorbells: Arc::new(KvmDoorbells::new(vm.clone())),
             ram: ram.clone(),
             output,
             taken,

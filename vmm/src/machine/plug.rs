@@ -16,6 +16,7 @@ use vtd::{Pasid, Requester, SourceId, Stream, Unit};
 use super::Error;
 use crate::assign::{self, Breaker, Opener, UserRequests};
 use crate::config::{DeviceKind, DeviceOption, Place, slot_of_port};
+use crate::kvm::doorbells::KvmDoorbells;
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
 use crate::kvm::slots::{FunctionSlots, KvmSlots};
@@ -44,6 +45,8 @@ pub(super) struct Plug {
     pub unit: Option<Arc<Unit<Ram>>>,
     pub interrupts: Arc<KvmInterrupts>,
     pub slots: Arc<KvmSlots>,
+    /// Eventfds in place of writes.
+    pub doorbells: Arc<KvmDoorbells>,
     pub ram: Arc<Ram>,
     /// Where the guest's output goes.
     pub output: OutputWriter,
@@ -178,6 +181,7 @@ impl Plug {
                     breaker: self.breaker.clone(),
                     interrupts: self.interrupts.clone(),
                     decoder: self.root.decoder(),
+                    doorbells: self.doorbells.clone(),
                 };
                 let plugged = assign::plug_virtio(kind, wiring)?;
                 placed.pins = plugged.pins;
