@@ -78,8 +78,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.registers().read(offset, data);
     }
 
-    /// `page` has what the registers read from now on, instead of the page before it: a guest may be given it to read in
-    /// place of [`Self::read`]. What a write, a fault or a completion changes is there before the write returns, or
+    /// `page` has what the registers read from now on, instead of the page before it: a guest may be given it to read
+    /// in place of [`Self::read`]. What a write, a fault or a completion changes is there before the write returns, or
     /// before the message of the fault or the completion is sent.
     pub fn show_registers(&self, page: Arc<dyn RegisterPage>) {
         self.core.registers().show_in(page);

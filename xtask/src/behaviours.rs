@@ -3,7 +3,7 @@
 use crate::cache::workspace;
 use crate::rust_files::rust_files;
 use regex::Regex;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 /// Whose tests and comments have ids: what the document calls them, and their folders.
@@ -150,4 +150,17 @@ fn every_test_that_the_document_of_behaviours_names_is_there() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_suite_says_what_its_behaviours_rest_on_as_the_document_does() {
+    let document = document();
+    let rests_on = |row: &Vec<&str>| (row[0].to_owned(), row[2].replace('`', ""));
+    let documented: BTreeMap<String, String> =
+        rows(&document).iter().filter(|row| row.len() == COLUMNS).map(rests_on).collect();
+    let text = std::fs::read_to_string(workspace().join("tests/images/src/rests_on.rs")).unwrap();
+    let line = Regex::new(r#"(?m)^    "(.+)" => "(.+)",$"#).unwrap();
+    let said: BTreeMap<String, String> =
+        line.captures_iter(&text).map(|found| (found[1].to_owned(), found[2].to_owned())).collect();
+    assert_eq!(said, documented);
 }

@@ -36,12 +36,30 @@ macro_rules! tests {
         pub static TESTS: &[$crate::harness::Test] = &[
             $($crate::harness::Test { name: stringify!($name), options: concat!("" $(, $options)?), run: $name }),*
         ];
+        $crate::listed!(concat!($(stringify!($name), $(" ", $options,)? "\n"),*));
+    };
+}
+
+/// What behaviours rest on: says so in the file, in lines of an `@`, the behaviour and the rest. A test's behaviour is
+/// the one that its name begins with: `A-8` of `a8_x`.
+#[macro_export]
+macro_rules! rests_on {
+    ($($behaviour:literal => $what:literal),* $(,)?) => {
+        $crate::listed!(concat!($("@", $behaviour, " ", $what, "\n"),*));
+    };
+}
+
+/// Puts lines where `causeway test` finds them in the file.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! listed {
+    ($text:expr) => {
         const _: () = {
-            const TEXT: &[u8] = concat!($(stringify!($name), $(" ", $options,)? "\n"),*).as_bytes();
+            const TEXT: &[u8] = $text.as_bytes();
             #[used]
             // SAFETY: the linker script collects it with the other lists; nothing else is in that section.
             #[unsafe(link_section = ".tests")]
-            static NAMES: [u8; TEXT.len()] = {
+            static LINES: [u8; TEXT.len()] = {
                 let mut bytes = [0; TEXT.len()];
                 let mut at = 0;
                 while at < TEXT.len() {

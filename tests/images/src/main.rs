@@ -2,6 +2,8 @@
 #![no_std]
 #![no_main]
 
+mod rests_on;
+
 mod suite {
     pub mod concurrent;
     pub mod device;

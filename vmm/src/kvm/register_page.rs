@@ -1,5 +1,5 @@
-//! The page from which the guest reads a unit's registers without an exit: memory that it can only read, at the place of
-//! the registers. A write there is an exit, as where there is no memory.
+//! The page from which the guest reads a unit's registers without an exit: memory that it can only read, at their
+//! place. A write there is an exit, as where there is no memory.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,9 +1,10 @@
 //! The register file: what each (offset, size) reads and what a write of it changes. No register read has an
 //! effect.
 //!
-//! A read gives the bytes that are there, whatever its size and place, as from a page that [shows](page) them. Writes are
-//! of 4 bytes at a multiple of 4 and of 8 bytes at a multiple of 8; any other is dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it
-//! is two, the lower one first (Xen writes FEADDR and FEUADDR so).
+//! A read gives the bytes that are there, whatever its size and place, as from a page that [shows](page) them. Writes
+//! are of 4 bytes at a multiple of 4 and of 8 bytes at a multiple of 8; any other is dropped. An 8-byte access to a
+//! 64-bit register is one access; a write to a pair of 32-bit registers is two, the lower one first (Xen writes FEADDR
+//! and FEUADDR so).
 
 pub(crate) mod page;
 pub(crate) mod record;

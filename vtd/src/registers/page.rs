@@ -8,8 +8,8 @@ use crate::spec::registers::offset;
 /// Memory that a guest reads in place of the registers, [`crate::REGISTER_WINDOW`] bytes of it; its writes go to
 /// [`crate::Unit::write`] as ever. All of it is 0 at first.
 pub trait RegisterPage: Send + Sync {
-    /// Puts 8 bytes at `offset`, a multiple of 8: a read of all of them, or of one half, sees them together. Called with
-    /// the lock of the registers held, so it waits for nothing.
+    /// Puts 8 bytes at `offset`, a multiple of 8: a read of all of them, or of one half, sees them together. Called
+    /// with the lock of the registers held, so it waits for nothing.
     fn store(&self, offset: u64, value: u64);
 }
 

@@ -28,8 +28,13 @@ fn neighbours() -> impl Strategy<Value = Neighbours> {
         1 => (1u64 << 40) - 80..1u64 << 40,
     ];
     // Read and write; bits that are ignored; one that is reserved.
-    let bits = prop_oneof![4 => Just(3), 1 => 0..4u64, 1 => Just(3 | 1 << 52), 1 => Just(3 | 1 << 10), 1 => Just(3 | 1 << 11)];
-    (page, prop_oneof![1..4u64, 60..70u64, 1..300u64], bits).prop_map(|(page, len, bits)| Neighbours { page, len, bits })
+    let bits =
+        prop_oneof![4 => Just(3), 1 => 0..4u64, 1 => Just(3 | 1 << 52), 1 => Just(3 | 1 << 10), 1 => Just(3 | 1 << 11)];
+    (page, prop_oneof![1..4u64, 60..70u64, 1..300u64], bits).prop_map(|(page, len, bits)| Neighbours {
+        page,
+        len,
+        bits,
+    })
 }
 
 proptest! {

@@ -94,7 +94,7 @@ mod tests {
     }
 
     fn placed(wanted: &[&str], more: &[&str]) -> (Vec<String>, Vec<usize>, String) {
-        let test = Test { name: String::new(), reboots: false, options: Vec::new(), devices: parse(more) };
+        let test = Test { devices: parse(more), ..Test::named("") };
         let Placed { options, processes, words } = Devices::new(parse(wanted), false).of(&test);
         (options, processes, words)
     }
@@ -132,7 +132,7 @@ mod tests {
         assert_eq!(placed(&["edu,id=x"], &["edu"]), emulated(&["edu,id=x", "edu"]));
         // Without Caching Mode none could follow.
         let options = vec!["--iommu".to_owned(), "vtd,caching-mode=off".to_owned()];
-        let test = Test { name: String::new(), reboots: false, options, devices: Vec::new() };
+        let test = Test { options, ..Test::named("") };
         assert!(Devices::new(Vec::new(), false).of(&test).processes.is_empty());
     }
 }

@@ -39,13 +39,15 @@ fn text(outcomes: &[Outcome]) -> String {
             escape(&test.name),
             time.as_secs_f64()
         );
-        text.push_str(&match verdict {
-            Verdict::Passed => format!("{head}/>\n"),
-            Verdict::Skipped(why) => format!("{head}><skipped message=\"{}\"/></testcase>\n", escape(why)),
-            Verdict::Failed(why) => {
-                format!("{head}><failure message=\"{}\">{}</failure></testcase>\n", escape(why), escape(log))
-            }
+        let rests_on = test.rests_on.as_ref().map_or_else(String::new, |what| {
+            format!("<properties><property name=\"rests-on\" value=\"{}\"/></properties>", escape(what))
         });
+        let result = match verdict {
+            Verdict::Passed => String::new(),
+            Verdict::Skipped(why) => format!("<skipped message=\"{}\"/>", escape(why)),
+            Verdict::Failed(why) => format!("<failure message=\"{}\">{}</failure>", escape(why), escape(log)),
+        };
+        text.push_str(&format!("{head}>{rests_on}{result}</testcase>\n"));
     }
     text.push_str("</testsuite>\n");
     text
@@ -66,7 +68,7 @@ mod tests {
     #[test]
     fn results_are_elements_and_their_text_is_escaped() {
         let outcome = |name: &str, verdict, log: &str| Outcome {
-            test: Test { name: name.to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() },
+            test: Test { rests_on: (name == "a").then(|| "VT-d 7.2 & 7.3".to_owned()), ..Test::named(name) },
             verdict,
             time: Duration::from_millis(50),
             log: log.to_owned(),
@@ -77,7 +79,8 @@ mod tests {
             outcome("c", Verdict::Skipped("why".to_owned()), ""),
         ]);
         assert!(text.contains("tests=\"3\" failures=\"1\" skipped=\"1\""));
-        assert!(text.contains("name=\"a\" time=\"0.050\"/>"));
+        let rests_on = "<properties><property name=\"rests-on\" value=\"VT-d 7.2 &amp; 7.3\"/></properties>";
+        assert!(text.contains(&format!("name=\"a\" time=\"0.050\">{rests_on}</testcase>")));
         assert!(text.contains("message=\"1 &lt; 2 &amp; &quot;x&quot;\">\u{fffd}[1mred</failure>"));
         assert!(text.contains("<skipped message=\"why\"/>"));
     }

@@ -1,5 +1,7 @@
 //! The list of tests in an image's file.
 
+use std::collections::HashMap;
+
 use crate::boot::image::section;
 use crate::config::{DeviceKind, DeviceOption, IommuOption};
 
@@ -14,9 +16,34 @@ pub struct Test {
     pub options: Vec<String>,
     /// Devices besides the one that every test has.
     pub devices: Vec<(String, DeviceOption)>,
+    /// What the behaviour that it checks rests on, if its image says so: a section of a specification.
+    pub rests_on: Option<String>,
 }
 
 impl Test {
+    /// A test that asks for nothing.
+    pub fn named(name: &str) -> Self {
+        Self { name: name.to_owned(), reboots: false, options: vec![], devices: vec![], rests_on: None }
+    }
+
+    /// The behaviour that it checks, by which its name begins: `A-8` of `a8_x`.
+    pub fn behaviour(&self) -> Option<String> {
+        let id = self.name.split('_').next()?;
+        let (letters, number) = id.split_at(id.find(|c: char| c.is_ascii_digit())?);
+        let is_id = !letters.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+        is_id.then(|| match letters {
+            "rule" => format!("rule {number}"),
+            _ => format!("{}-{number}", letters.to_uppercase()),
+        })
+    }
+
+    /// What `--list --json` says of it.
+    pub fn as_json(&self) -> serde_json::Value {
+        let devices: Vec<&String> = self.devices.iter().map(|(device, _)| device).collect();
+        serde_json::json!({"name": self.name, "behaviour": self.behaviour(), "rests_on": self.rests_on,
+            "reboots": self.reboots, "options": self.options, "devices": devices})
+    }
+
     /// Whether what it asks of the unit leaves room for an assigned device: without Caching Mode there is none.
     pub fn allows_assigned(&self) -> bool {
         let units = self.options.iter().filter_map(|option| option.parse::<IommuOption>().ok());
@@ -38,10 +65,19 @@ const ALLOWED: [&str; 3] = ["--iommu", "--cpus", "--memory"];
 /// The list is not one, for the user.
 pub fn of(file: &[u8], name: &str) -> Result<Vec<Test>, String> {
     let Some(content) = section(file, b".tests") else {
-        return Ok(vec![Test { name: name.to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() }]);
+        return Ok(vec![Test::named(name)]);
     };
     let lines = content.split(|byte| matches!(byte, b'\n' | 0)).filter(|line| !line.is_empty());
-    lines.map(|line| parse(&String::from_utf8_lossy(line))).collect()
+    let lines: Vec<_> = lines.map(String::from_utf8_lossy).collect();
+    // `@A-8 VT-d 7.2`: what a behaviour rests on.
+    let said = lines.iter().filter_map(|line| line.strip_prefix('@')?.split_once(' '));
+    let said: HashMap<&str, &str> = said.collect();
+    let tests = lines.iter().filter(|line| !line.starts_with('@')).map(|line| {
+        let test = parse(line)?;
+        let rests_on = test.behaviour().and_then(|behaviour| said.get(behaviour.as_str()).map(|what| what.to_string()));
+        Ok(Test { rests_on, ..test })
+    });
+    tests.collect()
 }
 
 fn parse(line: &str) -> Result<Test, String> {
@@ -71,7 +107,7 @@ fn parse(line: &str) -> Result<Test, String> {
             _ => return Err(refused()),
         }
     }
-    Ok(Test { name, reboots, options, devices })
+    Ok(Test { name, reboots, options, devices, rests_on: None })
 }
 
 #[cfg(test)]
@@ -103,8 +139,15 @@ mod tests {
     }
 
     #[test]
+    fn a_test_checks_the_behaviour_that_its_name_begins_with() {
+        let behaviour = |name: &str| Test::named(name).behaviour();
+        assert_eq!(behaviour("a8_b2_x").as_deref(), Some("A-8"));
+        assert_eq!(behaviour("rule12_x").as_deref(), Some("rule 12"));
+        assert_eq!((behaviour("ab_x"), behaviour("8_x"), behaviour("a8b_x"), behaviour("")), (None, None, None, None));
+    }
+
+    #[test]
     fn a_file_without_a_list_is_one_test() {
-        let test = Test { name: "x".to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() };
-        assert_eq!(of(b"\x7fELF", "x").unwrap(), [test]);
+        assert_eq!(of(b"\x7fELF", "x").unwrap(), [Test::named("x")]);
     }
 }

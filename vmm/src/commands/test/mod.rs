@@ -40,6 +40,10 @@ pub struct TestArgs {
     /// Print the names and run nothing
     #[arg(long)]
     list: bool,
+    /// With --list: an array of objects, with the behaviour that a test checks and what that rests on, such as a
+    /// section of the specification
+    #[arg(long, requires = "list")]
+    json: bool,
     /// The device that the tests drive: `edu` emulates it inside the virtual machine, `vfio,host=BDF` is one of the
     /// host, beside which there is an emulated one for what the guest hears of. Without it each edu is emulated by a
     /// process of its own, behind the bridge
@@ -137,6 +141,11 @@ impl<'a> Runner<'a> {
 
     /// Whether all passed.
     fn run(self) -> Result<bool, Stopped> {
+        if self.args.json {
+            let tests: Vec<_> = self.tests.iter().map(Test::as_json).collect();
+            tell(format_args!("{:#}", serde_json::Value::from(tests)));
+            return Ok(true);
+        }
         if self.args.list {
             self.tests.iter().for_each(|test| tell(format_args!("{}", test.name)));
             return Ok(true);
@@ -267,7 +276,7 @@ mod tests {
     use super::*;
 
     fn outcome(name: &str, verdict: Verdict) -> Outcome {
-        let test = Test { name: name.to_owned(), reboots: false, options: Vec::new(), devices: Vec::new() };
+        let test = Test::named(name);
         Outcome { test, verdict, time: Duration::ZERO, log: String::new() }
     }
 
@@ -301,10 +310,8 @@ mod tests {
     #[test]
     fn a_unit_that_the_host_cannot_follow_is_a_reason_to_skip() {
         let test = |options: &[&str]| Test {
-            name: "x".to_owned(),
             options: options.iter().map(|option| option.to_string()).collect(),
-            reboots: false,
-            devices: Vec::new(),
+            ..Test::named("x")
         };
         let log = "causeway: info: x\ncauseway: error: the host maps 48 bits\n";
         assert_eq!(
@@ -326,5 +333,9 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), count);
+        for test in tests {
+            let rule = test.behaviour().is_none_or(|behaviour| behaviour.starts_with("rule "));
+            assert_eq!(test.rests_on.is_none(), rule, "{}: what it rests on", test.name);
+        }
     }
 }
