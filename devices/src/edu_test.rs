@@ -6,6 +6,7 @@ use super::*;
 use crate::Bus;
 use crate::dma::{DirectMemory, DmaFailed};
 use crate::pci::PciRoot;
+use crate::pci::config::COMMAND_MASTER;
 use crate::pci::config::COMMAND_MEMORY;
 use crate::testing::{FakeInterrupts, FakeLine};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

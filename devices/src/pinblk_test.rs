@@ -3,6 +3,7 @@ use vtd::SourceId;
 use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
+use crate::pci::config::COMMAND_MASTER;
 use crate::pci::config::COMMAND_MEMORY;
 use crate::testing::FakeInterrupts;
 

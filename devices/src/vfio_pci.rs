@@ -43,7 +43,7 @@ use crate::pci::config::{
     BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE,
     INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
-use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -477,6 +477,10 @@ impl PciFunction for VfioPci {
             }
             start = end;
         }
+    }
+
+    fn path_changed(&self, path: &Path) {
+        self.command.set_gets_through(path.masters);
     }
 
     fn quiesce(&self) {

@@ -3,6 +3,7 @@
 #![no_main]
 
 mod suite {
+    pub mod bridges;
     pub mod concurrent;
     pub mod device;
     pub mod faults;
@@ -26,6 +27,7 @@ mod suite {
 use suite::*;
 
 images::image!(
+    bridges::TESTS,
     concurrent::TESTS,
     device::TESTS,
     faults::TESTS,

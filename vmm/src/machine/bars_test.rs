@@ -58,7 +58,7 @@ fn bars_are_found_with_their_sizes_and_keep_their_addresses() {
         &[(0, BarKind::Memory32, 0x10_0000), (2, BarKind::Prefetchable64, 128 * GIB), (5, BarKind::Memory32, 16)],
         &[(4, BarKind::Memory64, 4 * GIB)],
     ]);
-    let bar = |device, index, size, is_64| Bar { sid: sid(device), index, size, is_64 };
+    let bar = |device, index, size, is_64| Bar { sid: sid(device), index, size, is_64, may_be_high: is_64 };
     let expected =
         [bar(1, 0, 0x10_0000, false), bar(1, 2, 128 * GIB, true), bar(1, 5, 16, false), bar(2, 4, 4 * GIB, true)];
     assert_eq!(all(&root), expected);
@@ -165,6 +165,7 @@ fn port(root: &PciRoot, number: u8, bars: &[(usize, BarKind, u64)]) {
     let port = RootPort::new(RootPortWiring {
         requester: root.requester(sid(0x0f + number)),
         number,
+        bus: number,
         decoder: root.decoder(),
         port_decoder: root.port_decoder(),
         interrupts: Arc::new(NoInterrupts),
