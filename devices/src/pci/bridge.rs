@@ -37,11 +37,14 @@ impl Path {
 
     /// What of `below`, a bridge's own, gets through this, too.
     pub fn through(&self, below: &Self) -> Self {
-        let inside = |inner: (u8, u8), outer: (u8, u8)| outer.0 <= inner.0 && inner.1 <= outer.1;
+        // What leads to a bus is the number of that bus.
+        let within = |(from, to): (u8, u8), (first, last): (u8, u8)| {
+            (first..=last).contains(&from).then_some((from, to.min(last)))
+        };
         Self {
             memory: both(&self.memory, &below.memory),
             ports: both(&self.ports, &below.ports),
-            buses: below.buses.filter(|inner| self.buses.is_some_and(|outer| inside(*inner, outer))),
+            buses: below.buses.and_then(|inner| within(inner, self.buses?)),
             masters: self.masters && below.masters,
         }
     }
