@@ -14,14 +14,19 @@ use vtd::Requester;
 use super::Machine;
 use super::plug::{Placed, Seat};
 use crate::assign::{self, Checked};
-use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket};
+use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket, VirtioKind};
 
 /// How long a guest has until it is asked again, or a device that it did not turn on is taken from it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether such a device can come and go.
 fn can_move(kind: &DeviceKind) -> bool {
-    matches!(kind, DeviceKind::Edu { .. } | DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. })
+    match kind {
+        DeviceKind::Edu { .. } | DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => true,
+        // What is typed is led to the console that there was at the start.
+        DeviceKind::Virtio(kind) => *kind != VirtioKind::Console,
+        DeviceKind::PciBridge | DeviceKind::PinBlk { .. } => false,
+    }
 }
 
 impl Machine {
@@ -205,10 +210,10 @@ impl Machine {
 
     /// A device is gone from the guest: nothing that it could reach stays mapped, and the host has its own back.
     fn forget(&mut self, placed: Placed, function: Arc<dyn PciFunction>) {
-        let Placed { id, requester, port, host, process, .. } = placed;
+        let Placed { id, requester, port, host, process, pins, .. } = placed;
         self.ports.went(port);
         self.forget_in_unit(&id, requester);
-        drop((function, process));
+        drop((function, process, pins));
         self.plug.opener.close(host.map(|(bdf, _)| bdf));
         log::info!("{id}: it is gone");
     }
