@@ -302,6 +302,11 @@ impl Machine {
             assigned: Vec::new(),
         };
         let placed = plug.devices(&wanted.devices, names, places, &buses, assigned.functions)?;
+        let of_host = placed.iter().filter_map(|device| {
+            let bus = device.bridge.as_ref().map(|bridge| bridge.alias().sid.bus());
+            device.host.map(|(_, group)| (device.id.as_str(), group, bus))
+        });
+        assign::report_groups(&of_host.collect::<Vec<_>>());
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
         // quiet now.
         platform.root.reset();
