@@ -480,7 +480,10 @@ impl PciFunction for VfioPci {
     }
 
     fn path_changed(&self, path: &Path) {
-        self.command.set_gets_through(path.masters);
+        match &self.intx {
+            Some(intx) => intx.set_gets_through(&self.command, path.masters),
+            None => self.command.set_gets_through(path.masters),
+        }
     }
 
     fn quiesce(&self) {

@@ -17,6 +17,8 @@ const SLOT_STATUS: u16 = EXPRESS + 0x1a;
 const LINK_CONTROL: u16 = EXPRESS + 0x10;
 const LINK_STATUS: u16 = EXPRESS + 0x12;
 const POWER_OFF: u16 = 1 << 10;
+/// That of power management.
+const POWER: u16 = 0x8c;
 
 struct Answer;
 impl BusDevice for Answer {
@@ -497,7 +499,7 @@ proptest! {
             let powered = world.read16(SLOT_CONTROL) & POWER_OFF == 0;
             let linked = present && powered && world.read16(LINK_CONTROL) & 1 << 4 == 0;
             prop_assert_eq!(world.read16(LINK_STATUS) & 1 << 13 != 0, linked);
-            let reachable = linked && world.read16(0x3e) & 1 << 6 == 0;
+            let reachable = linked && world.read16(0x3e) & 1 << 6 == 0 && world.read16(POWER + 4) & 3 == 0;
             if let Some(id) = id {
                 prop_assert_eq!(world.read(id, 0) == 0x5678_1234, reachable);
                 prop_assert!(reachable || world.read(id, 0) == u32::MAX);
