@@ -22,8 +22,8 @@ use vtd::{Iova, Msi, Pasid, Requester};
 use crate::BusDevice;
 use crate::dma::{DmaFailed, DmaTarget};
 use crate::host::{Interrupts, IrqLine};
-use crate::pci::config::{CAP_EXPRESS, CAP_MSI, COMMAND_INTX_OFF, COMMAND_MASTER, COMMAND_MEMORY, STATUS, STATUS_INTX};
-use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::config::{CAP_EXPRESS, CAP_MSI, COMMAND_INTX_OFF, COMMAND_MEMORY, STATUS, STATUS_INTX};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// Bytes of BAR 0.
 pub const BAR_SIZE: u64 = 1 << 20;
@@ -222,6 +222,14 @@ impl PciFunction for Edu {
         state.config.write(offset, data);
         self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
+    }
+
+    fn path_changed(&self, path: &Path) {
+        let mut state = self.shared.lock();
+        state.config.set_gets_through(path.masters);
+        if !path.masters {
+            drop(self.shared.changed.wait_while(state, |state| state.busy).unwrap());
+        }
     }
 
     fn reset(&self) {
@@ -438,7 +446,7 @@ impl State {
     }
 
     fn is_master(&self) -> bool {
-        self.config.command() & COMMAND_MASTER != 0
+        self.config.is_master()
     }
 
     /// PASID Enable.

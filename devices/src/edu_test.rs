@@ -6,7 +6,7 @@ use super::*;
 use crate::Bus;
 use crate::dma::{DirectMemory, DmaFailed};
 use crate::pci::PciRoot;
-use crate::pci::config::COMMAND_MEMORY;
+use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY};
 use crate::testing::{FakeInterrupts, FakeLine};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -157,6 +157,16 @@ fn edu_does_nothing_on_the_bus_without_bus_master() {
     memory.read_slice(&mut there, GuestAddress(0x2000)).unwrap();
     assert_eq!(there, [0x55; 16]);
     assert!(bench.interrupts.take().is_empty(), "a message is a write too");
+    // Nor behind a bridge that lets no requests through, whatever its own bit says.
+    bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    let functions = bench.root.functions();
+    let (_, edu) = functions.iter().find(|(sid, _)| *sid == SID).unwrap();
+    for (masters, written) in [(false, [0x55; 16]), (true, [0; 16])] {
+        edu.path_changed(&Path { masters, ..Path::of_root() });
+        bench.transfer(BUFFER, 0x2000, 16, DMA_START | DMA_TO_MEMORY | DMA_IRQ);
+        memory.read_slice(&mut there, GuestAddress(0x2000)).unwrap();
+        assert_eq!((bench.failed(), there, bench.interrupts.take().len()), (!masters, written, masters.into()));
+    }
 }
 
 #[test]
@@ -247,6 +257,26 @@ fn edu_reset_waits_for_the_transfer_in_flight_and_drops_its_result() {
     bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
     bench.command(COMMAND_MEMORY);
     assert_eq!((bench.read(0x24), bench.read(0x98), bench.read(0x90)), (0, 0, 0));
+}
+
+#[test]
+fn edu_has_no_transfer_under_way_when_a_bridge_above_has_closed() {
+    let (bench, asks, answers) = slow();
+    bench.write64(0x80, BUFFER);
+    bench.write64(0x90, 8);
+    bench.write64(0x98, DMA_START | DMA_TO_MEMORY);
+    asks.recv().unwrap();
+    let functions = bench.root.functions();
+    let (_, edu) = functions.iter().find(|(sid, _)| *sid == SID).unwrap();
+    std::thread::scope(|scope| {
+        let closing = scope.spawn(|| edu.path_changed(&Path { masters: false, ..Path::of_root() }));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let early = closing.is_finished();
+        answers.send(Ok(())).unwrap();
+        closing.join().unwrap();
+        assert!(!early, "a transfer is under way");
+    });
+    assert!(!bench.failed());
 }
 
 impl Bench {

@@ -24,8 +24,8 @@ use vtd::{Iova, Msi, Requester};
 
 use crate::BusDevice;
 use crate::host::Interrupts;
-use crate::pci::config::{CAP_MSI, COMMAND_MASTER};
-use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::config::CAP_MSI;
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// Vendor and device.
 pub const ID: (u16, u16) = (0x1234, 0x70b1);
@@ -153,6 +153,15 @@ impl PciFunction for PinBlk {
         }
     }
 
+    fn path_changed(&self, path: &Path) {
+        let mut state = self.shared.lock();
+        let was_master = state.is_master();
+        state.config.set_gets_through(path.masters);
+        if was_master && !state.is_master() {
+            self.shared.stop(state, STATUS_FAILED);
+        }
+    }
+
     fn reset(&self) {
         let mut state = self.shared.lock();
         state.config.reset();
@@ -250,7 +259,7 @@ impl State {
     }
 
     fn is_master(&self) -> bool {
-        self.config.command() & COMMAND_MASTER != 0
+        self.config.is_master()
     }
 
     /// The message, while MSI is enabled. A message is a memory write, so it needs Bus Master.

@@ -3,7 +3,7 @@ use vtd::SourceId;
 use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
-use crate::pci::config::COMMAND_MEMORY;
+use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY};
 use crate::testing::FakeInterrupts;
 
 const SID: SourceId = SourceId::new(0, 3, 0);
@@ -132,6 +132,15 @@ fn rule12_bus_master_off_and_a_reset_end_what_is_in_flight() {
     bench.ends(true);
     assert_eq!((bench.status(), bench.interrupts.take()), (STATUS_FAILED, vec![]), "its end comes too late");
     bench.command(COMMAND_MEMORY | COMMAND_MASTER);
+    bench.start(0, 0, 0x1000);
+    let above = |masters| bench.device.path_changed(&Path { masters, ..Path::of_root() });
+    above(false);
+    assert_eq!((bench.stops(), bench.status()), (1, STATUS_FAILED), "by a bridge above it");
+    bench.start(0, 0, 0x1000);
+    assert_eq!((bench.stops(), bench.status(), bench.interrupts.take()), (0, STATUS_FAILED, vec![]));
+    bench.ends(true);
+    assert_eq!(bench.interrupts.take(), []);
+    above(true);
     bench.start(0, 0, 0x1000);
     bench.root.reset();
     assert_eq!(bench.stops(), 1);

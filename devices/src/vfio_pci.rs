@@ -43,7 +43,7 @@ use crate::pci::config::{
     BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE,
     INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
-use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -476,6 +476,13 @@ impl PciFunction for VfioPci {
                 self.write_uniform(&mut config, at, part);
             }
             start = end;
+        }
+    }
+
+    fn path_changed(&self, path: &Path) {
+        match &self.intx {
+            Some(intx) => intx.set_gets_through(&self.command, path.masters),
+            None => self.command.set_gets_through(path.masters),
         }
     }
 

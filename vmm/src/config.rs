@@ -119,6 +119,46 @@ pub enum Place {
     Root(Slot),
     /// Behind the root port of this number.
     Port(u8),
+    /// Behind a bridge.
+    Bridge {
+        /// Its place in the list of devices.
+        bridge: usize,
+        /// Where on its bus.
+        slot: Slot,
+    },
+}
+
+/// The numbers of buses in the names of functions, which a guest that numbers its buses itself need not give them.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct BusNumbers {
+    /// Of the bus below each root port, in order.
+    pub ports: Vec<u8>,
+    /// Of the bus below a bridge, by the bridge's place in the list of devices.
+    pub bridges: std::collections::BTreeMap<usize, u8>,
+    /// The highest of them, 0 without any.
+    pub last: u8,
+}
+
+impl BusNumbers {
+    /// Of a machine with so many root ports, and these devices in these places: each port, with a bridge behind it right
+    /// after it; then the bridges on bus 0. What is below a bridge follows it, as type 1 headers need it.
+    pub fn new(root_ports: u8, devices: &[DeviceOption], places: &[Place]) -> Self {
+        let mut numbers = Self::default();
+        let bridges = || devices.iter().zip(places).enumerate().filter(|(_, (it, _))| it.kind == DeviceKind::PciBridge);
+        for port in 1..=root_ports {
+            numbers.last += 1;
+            numbers.ports.push(numbers.last);
+            for (index, _) in bridges().filter(|(_, (_, place))| **place == Place::Port(port)) {
+                numbers.last += 1;
+                numbers.bridges.insert(index, numbers.last);
+            }
+        }
+        for (index, _) in bridges().filter(|(_, (_, place))| matches!(place, Place::Root(_))) {
+            numbers.last += 1;
+            numbers.bridges.insert(index, numbers.last);
+        }
+        numbers
+    }
 }
 
 /// `--device`.
@@ -130,6 +170,8 @@ pub struct DeviceOption {
     pub addr: Option<Slot>,
     /// `port=`: behind that root port instead.
     pub port: Option<u8>,
+    /// `bus=`: on the bus below the bridge with this id.
+    pub bus: Option<String>,
     /// Which device.
     pub kind: DeviceKind,
 }
@@ -151,6 +193,8 @@ pub enum DeviceKind {
         /// It is given no file of the guest's memory, and asks for each access by message.
         confine: bool,
     },
+    /// A bridge from PCI Express to conventional PCI, for devices with `bus=`.
+    PciBridge,
     /// The educational device of QEMU, emulated in this process.
     Edu {
         /// It has a PASID capability.
@@ -242,6 +286,7 @@ impl DeviceKind {
         match self {
             Self::Vfio { .. } => "vfio",
             Self::VfioUser { .. } => "vfio-user",
+            Self::PciBridge => "pcie-pci-bridge",
             Self::Edu { .. } => "edu",
             Self::PinBlk { .. } => "pinblk",
             Self::Virtio(VirtioKind::Rng) => "virtio-rng",
@@ -261,13 +306,14 @@ impl DeviceKind {
             Self::Virtio(VirtioKind::Blk { file, read_only: false }) => Some(format!("file={}", file.display())),
             Self::Virtio(VirtioKind::Net { tap, .. }) => Some(format!("tap={tap}")),
             Self::Virtio(VirtioKind::Console) => Some("stdin".to_owned()),
-            Self::Edu { .. } | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
+            Self::PciBridge | Self::Edu { .. } | Self::PinBlk { .. } => None,
+            Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Rng) => None,
         }
     }
 
     /// Whether it needs nothing from outside but what can be read.
     pub fn is_emulated(&self) -> bool {
-        matches!(self, Self::Edu { .. } | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
+        matches!(self, Self::PciBridge | Self::Edu { .. } | Self::PinBlk { .. } | Self::Virtio(VirtioKind::Rng))
     }
 
     /// Whether its DMA follows what the guest's unit tells: it is refused without a unit.
@@ -275,7 +321,7 @@ impl DeviceKind {
         match self {
             Self::Vfio { .. } | Self::VfioUser { .. } | Self::PinBlk { .. } => true,
             Self::Virtio(VirtioKind::Blk { .. } | VirtioKind::Net { .. }) => true,
-            Self::Edu { .. } | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
+            Self::PciBridge | Self::Edu { .. } | Self::Virtio(VirtioKind::Rng | VirtioKind::Console) => false,
         }
     }
 

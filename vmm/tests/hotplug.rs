@@ -114,7 +114,10 @@ fn f6_what_cannot_come_or_go_is_refused_and_changes_nothing() {
         (&["add", "--device", "edu,port=3"], "root ports 1 to 2"),
         (&["add", "--device", "edu,id=there"], "another device has id=there"),
         (&["add", "--device", "edu,addr=05.0"], "behind root ports only"),
-        (&["add", "--device", "virtio-rng"], "cannot be added"),
+        (&["add", "--device", "virtio-console"], "cannot be added"),
+        (&["add", "--device", "virtio-blk,file=/nowhere"], "/nowhere"),
+        (&["add", "--device", "pcie-pci-bridge"], "cannot be added"),
+        (&["add", "--device", "edu,bus=br"], "a conventional bus has no hot-plug"),
         (&["add", "--device", "pinblk"], "cannot be added"),
         (&["add", "--device", "floppy"], "unknown device"),
         (&["add", "--device", "vfio-user,fd=7"], "fd=N is for the start"),
@@ -151,6 +154,57 @@ fn f6_a_device_goes_when_its_guest_takes_its_power_and_another_can_come() {
     assert_eq!(machine.devices(), json!([[["next", "01:00.0", 1]], [["next", false, false]]]));
     let said = machine.quit();
     assert!(said.contains("edu0: it is gone"), "{said}");
+}
+
+#[test]
+fn f6_virtio_devices_go_and_come_again_with_all_that_they_use() {
+    if !has_kvm() {
+        return;
+    }
+    let disk = TempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let blk = format!("virtio-blk,id=it,file={},port=1", text(disk.as_path()));
+    for option in [&blk, "virtio-rng,id=it,port=1"] {
+        let machine = Machine::start(LET_GO, &["--root-ports", "1", "--device", option]);
+        let threads = || std::fs::read_dir(format!("/proc/{}/task", machine.child.id())).unwrap().count();
+        // But for connections of `ctl`, which come and go.
+        let files = || {
+            let all = std::fs::read_dir(format!("/proc/{}/fd", machine.child.id())).unwrap();
+            let names = all.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+            names.filter(|name| !name.to_string_lossy().starts_with("socket:")).count()
+        };
+        let there = json!([[["it", "01:00.0", 1]], [["it", true, false]]]);
+        let mut used = Vec::new();
+        for _ in 0..3 {
+            machine.becomes(&there);
+            used.push((threads(), files()));
+            machine.done(&["remove", "it"]);
+            machine.becomes(&json!([[], [[null, false, false]]]));
+            assert_eq!(machine.done(&["audit"])["differences"], json!([]));
+            assert!(threads() < used[0].0 && files() < used[0].1, "its thread and its files are gone");
+            assert_eq!(machine.done(&["add", "--device", option]), json!({"id": "it", "port": 1}));
+            // After a reset a card that is there has power, and the guest waits for the button again.
+            machine.done(&["reset"]);
+        }
+        assert_eq!(used, vec![used[0]; 3], "nothing is left of one that went");
+        machine.quit();
+    }
+}
+
+#[test]
+fn f6_functions_behind_a_bridge_have_addresses_and_stay() {
+    if !has_kvm() {
+        return;
+    }
+    let more = ["--root-ports", "1", "--device", "edu,bus=br", "--device", "pcie-pci-bridge,id=br,port=1"];
+    let machine = Machine::start(SLEEP, &[&more[..], &["--device", "edu,bus=br,addr=1e.0"]].concat());
+    let expected =
+        json!([[["edu0", "02:01.0", null], ["br", "01:00.0", 1], ["edu1", "02:1e.0", null]], [["br", true, false]]]);
+    assert_eq!(machine.devices(), expected);
+    machine.refuses(&["remove", "edu0"], "on a conventional bus, and stays");
+    machine.refuses(&["remove", "br"], "cannot be removed");
+    machine.refuses(&["add", "--device", "edu,port=1"], "root port 1 has a device in it");
+    machine.quit();
 }
 
 #[test]

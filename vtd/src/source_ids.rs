@@ -7,7 +7,7 @@ use crate::ids::{Requester, SourceId};
 /// What the requests of a function carry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Source {
-    /// An id of its own.
+    /// An id of its own, or of the bridge that makes its requests.
     Own(SourceId),
     /// An id that another function has as well.
     Shared(SourceId),

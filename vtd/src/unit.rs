@@ -142,6 +142,20 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.spaces().renumber(&self.core, changes);
     }
 
+    /// The function that is called `name` is behind a bridge that makes its requests in its own name: they carry the id
+    /// of `alias` ([`Self::renumber`]), whatever that is, until the function is removed. Functions with one alias have
+    /// one id together, and one context entry.
+    ///
+    /// To be called before the function is added. A bridge is a name like any other, of which nothing need be added.
+    pub fn set_alias(&self, name: Requester, alias: Requester) {
+        self.spaces().set_alias(&self.core, name, alias);
+    }
+
+    /// The source id of the requests of the function of this name; `None` while it has none.
+    pub fn source_id(&self, name: Requester) -> Option<SourceId> {
+        self.core.sources.load().of(name).id()
+    }
+
     /// The guest-physical map changed in `range`: a BAR appeared, moved (that is two ranges) or went away (B-15). The
     /// map that the listener resolves guest-physical addresses with is exchanged first; the host may still have the old
     /// memory mapped then. When this returns, no assigned function in a paged space reaches what was behind `range`

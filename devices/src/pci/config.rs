@@ -126,6 +126,8 @@ pub struct ConfigSpace {
     clear_on_one: Box<[u8; CONFIG_SIZE]>,
     bars: [Option<(BarKind, u64)>; 6],
     rom: Option<u64>,
+    /// Requests get through the bridges above.
+    gets_through: bool,
     next_capability: u16,
     last_link: u16,
 }
@@ -140,6 +142,7 @@ impl ConfigSpace {
             clear_on_one: Box::new([0; CONFIG_SIZE]),
             bars: [None; 6],
             rom: None,
+            gets_through: true,
             next_capability: 0x40,
             last_link: CAPABILITIES,
         };
@@ -262,6 +265,17 @@ impl ConfigSpace {
     /// The command register.
     pub fn command(&self) -> u16 {
         self.u16(COMMAND)
+    }
+
+    /// Whether requests get through the bridges above: as long as nothing is said, they do. No register, and no reset
+    /// changes it.
+    pub fn set_gets_through(&mut self, gets_through: bool) {
+        self.gets_through = gets_through;
+    }
+
+    /// Whether the function's requests reach anything: its Bus Master is set, and they get through the bridges above.
+    pub fn is_master(&self) -> bool {
+        self.command() & COMMAND_MASTER != 0 && self.gets_through
     }
 
     /// Where BAR `index` is decoded now, first and last address (of memory, or of ports): `None` while Memory Enable,

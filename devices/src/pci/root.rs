@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use vtd::{Requester, SourceId};
 
 use super::config::{CONFIG_SIZE, HEADER_TYPE};
-use super::{Decoder, HostBridge, PciFunction, RootPort};
+use super::{Decoder, HostBridge, Path, PciFunction, RootPort};
 use crate::host::PowerControl;
 use crate::{Bus, BusDevice};
 
@@ -54,6 +54,12 @@ impl PciRoot {
         let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
         let (decoder, port_decoder) = (Arc::new(Decoder::new(mmio)), Arc::new(Decoder::new(ports)));
         Arc::new(Self { decoder, port_decoder, functions, ports: RwLock::default() })
+    }
+
+    /// Puts `bridge` at `sid` of bus 0, with nothing above it.
+    pub fn insert_bridge(&self, sid: SourceId, bridge: Arc<dyn PciFunction>) -> Result<(), SlotError> {
+        bridge.path_changed(&Path::of_root());
+        self.insert(sid, bridge)
     }
 
     /// The decoder that functions put their memory BARs on the bus with.
@@ -114,7 +120,7 @@ impl PciRoot {
         self.ports.read().unwrap().clone()
     }
 
-    /// The functions of bus 0, by source id.
+    /// The functions of bus 0, by source id. What is below bridges is found by them.
     pub fn functions(&self) -> Vec<(SourceId, Arc<dyn PciFunction>)> {
         self.functions.read().unwrap().iter().map(|(sid, function)| (*sid, function.clone())).collect()
     }
@@ -134,7 +140,7 @@ impl PciRoot {
         }
     }
 
-    /// What is below ports, then what is on bus 0.
+    /// What is below ports, then what is on bus 0. Other bridges make quiet and reset what is below them.
     fn all(&self) -> Vec<Arc<dyn PciFunction>> {
         let below = self.ports().into_iter().filter_map(|port| port.function_below());
         below.chain(self.functions().into_iter().map(|(_, function)| function)).collect()
@@ -147,15 +153,19 @@ impl PciRoot {
             let function = self.functions.read().unwrap().get(&sid).cloned();
             return function.map(|function| act(&*function));
         }
-        // Where a guest gave one bus to two ports, the first has it.
-        let port = self.ports.read().unwrap().iter().find(|port| port.leads_to(sid.bus())).cloned();
-        port?.with_card(sid, act)
+        // Where a guest gave one bus to two bridges, the first has it.
+        let leads =
+            |function: &&Arc<dyn PciFunction>| function.as_bridge().is_some_and(|bridge| bridge.leads_to(sid.bus()));
+        let bridge = self.functions.read().unwrap().values().find(leads).cloned()?;
+        let (mut act, mut result) = (Some(act), None);
+        bridge.as_bridge()?.with_below(sid, &mut |function| result = act.take().map(|act| act(function)));
+        result
     }
 
-    /// Whether the slot of `sid`, a function 0, has further functions. What is below a port has none.
+    /// Whether the slot of `sid`, a function 0, has further functions.
     fn is_multi_function(&self, sid: SourceId) -> bool {
-        let functions = self.functions.read().unwrap();
-        sid.function() == 0 && functions.range(SourceId(sid.0 + 1)..=SourceId(sid.0 | 7)).next().is_some()
+        let is_there = |function| self.with(SourceId(sid.0 | function), |_| ()).is_some();
+        sid.function() == 0 && (1..8).any(is_there)
     }
 
     /// Reads configuration space; ones where there is no function.

@@ -2,7 +2,8 @@
 //!
 //! What is in the slot keeps one name, whatever bus number the guest gives the bus below: the port says which source id
 //! its requests carry (A-16), and which addresses reach it ([`Decoder::forward`]). A card is reached while it has power
-//! and the link is active, and not while the bus below is held in reset.
+//! and the link is active, and neither while the bus below is held in reset nor while the port sleeps. The card may be a
+//! bridge, with functions of its own below it.
 //!
 //! ```text
 //!  comes   presence and button ► the guest turns the power on: link active, the card answers
@@ -15,15 +16,15 @@
 //! for the queue of the unit: nothing that a drain calls may take it. `card` comes after it; an access of the card's
 //! configuration space holds it shared, so that who takes the card away waits for it.
 
-mod header;
 mod slot;
 
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use vtd::{Msi, Requester, SourceId};
 
-use self::header::Range;
 use self::slot::{BUTTON, LINK_CHANGED, PRESENCE, SlotRegisters};
+use super::bridge::power::Power;
+use super::bridge::{Bridge, Path, header};
 use super::config::{CAP_MSI, COMMAND_MASTER};
 use super::{ConfigSpace, Decoder, Identity, PciFunction};
 use crate::host::{Interrupts, SlotPower, SourceIds};
@@ -48,9 +49,11 @@ pub struct RootPortWiring {
     pub requester: Requester,
     /// The number of port and slot, 1 to 31.
     pub number: u8,
+    /// The number of the bus below in the card's name.
+    pub bus: u8,
     /// Knows where BARs are.
     pub decoder: Arc<Decoder>,
-    /// Knows where I/O BARs are: the port forwards none.
+    /// Knows where I/O BARs are.
     pub port_decoder: Arc<Decoder>,
     /// Takes the port's message.
     pub interrupts: Arc<dyn Interrupts>,
@@ -79,13 +82,16 @@ struct State {
     /// Offset of the MSI capability.
     msi: u16,
     slot: SlotRegisters,
+    power: Power,
     /// A card is there, or is being made.
     reserved: bool,
     /// What the registers said when it was made true.
     linked: bool,
-    answers: bool,
+    /// The link is active and the bus below is not held in reset.
+    is_up: bool,
     id: Option<SourceId>,
-    forwarded: Vec<Range>,
+    /// What the card was told, once there is one.
+    path: Option<Path>,
     interrupts: bool,
 }
 
@@ -112,28 +118,26 @@ impl RootPort {
         body[0] = 0x80;
         let msi = config.add_capability(CAP_MSI, &body, &writable);
         let slot = SlotRegisters::add(&mut config, wiring.number);
+        let power = Power::add(&mut config);
         config.put(EXTENDED, &ACS.to_le_bytes());
         config.put(EXTENDED + 4, &ACS_CAPABILITIES.to_le_bytes());
         config.allow(EXTENDED + 6, &ACS_CAPABILITIES.to_le_bytes());
-        let name = Self::name_in(wiring.requester.segment, wiring.number).sid;
+        let name = SourceId::new(wiring.bus, 0, 0);
         wiring.decoder.forward(name, &[]);
         wiring.port_decoder.forward(name, &[]);
         let state = State {
             config,
             msi,
             slot,
+            power,
             reserved: false,
             linked: false,
-            answers: false,
+            is_up: false,
             id: None,
-            forwarded: Vec::new(),
+            path: None,
             interrupts: false,
         };
         Arc::new(Self { wiring, state: Mutex::new(state), card: RwLock::default() })
-    }
-
-    fn name_in(segment: u16, number: u8) -> Requester {
-        Requester { segment, sid: SourceId::new(number, 0, 0) }
     }
 
     /// The port's own function.
@@ -146,9 +150,9 @@ impl RootPort {
         self.wiring.number
     }
 
-    /// The name of what is in the slot, which is also its id in a guest that numbers buses as ports are numbered.
+    /// The name of what is in the slot, which is also its id in a guest that numbers buses as names do.
     pub fn name_below(&self) -> Requester {
-        Self::name_in(self.wiring.requester.segment, self.wiring.number)
+        Requester { sid: SourceId::new(self.wiring.bus, 0, 0), ..self.wiring.requester }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -196,6 +200,7 @@ impl RootPort {
     pub fn fill(&self, function: Arc<dyn PciFunction>) {
         self.card.write().unwrap().function = Some(function);
         let state = &mut *self.lock();
+        state.path = None;
         state.slot.reset(&mut state.config, true);
         self.follow(state);
         state.slot.reset(&mut state.config, true);
@@ -205,6 +210,7 @@ impl RootPort {
     pub fn insert(&self, function: Arc<dyn PciFunction>) {
         self.card.write().unwrap().function = Some(function);
         self.change(|state| {
+            state.path = None;
             state.slot.set_present(&mut state.config, true);
             // Who waits for the button does not look for cards (Linux), and the other way round.
             state.slot.happened(&mut state.config, PRESENCE | BUTTON);
@@ -262,17 +268,18 @@ impl RootPort {
             state.slot.show_link(&mut state.config, linked);
             state.slot.happened(&mut state.config, LINK_CHANGED);
         }
-        let answers = linked && !header::holds_in_reset(&state.config);
-        let goes = state.answers && !answers;
-        state.answers = answers;
-        if goes {
+        let is_up = linked && !header::holds_in_reset(&state.config);
+        let is_on = state.power.is_on(&state.config);
+        let goes = state.is_up && !is_up;
+        state.is_up = is_up;
+        if !is_up || !is_on {
             // From here on no configuration request is under way, and none gets through.
             let card = {
                 let mut card = self.card.write().unwrap();
                 card.answers = false;
                 card.function.clone()
             };
-            if let Some(function) = card {
+            if let Some(function) = card.filter(|_| goes) {
                 function.quiesce();
                 function.reset();
             }
@@ -282,29 +289,24 @@ impl RootPort {
             state.id = id;
             self.tell_id(id);
         }
-        let forwarded = if answers { header::forwarded(&state.config) } else { Vec::new() };
-        if forwarded != state.forwarded {
-            self.wiring.decoder.forward(self.name_below().sid, &forwarded);
-            state.forwarded = forwarded;
-        }
-        if answers {
+        self.follow_path(state, header::path(&state.config, is_on && is_up));
+        if is_up && is_on {
             self.card.write().unwrap().answers = true;
         }
     }
 
-    /// Whether configuration requests for `bus` go this way.
-    pub fn leads_to(&self, bus: u8) -> bool {
-        let (secondary, subordinate) = header::buses(&self.lock().config);
-        secondary != 0 && (secondary..=subordinate).contains(&bus)
-    }
-
-    /// Does something with the card's function, if a configuration request for `sid` reaches it.
-    pub fn with_card<T>(&self, sid: SourceId, act: impl FnOnce(&dyn PciFunction) -> T) -> Option<T> {
-        if header::id_below(&self.lock().config) != Some(sid) {
-            return None;
+    /// This gets through the port now.
+    fn follow_path(&self, state: &mut State, path: Path) {
+        if state.path.as_ref() == Some(&path) {
+            return;
         }
-        let card = self.card.read().unwrap();
-        card.function.as_deref().filter(|_| card.answers).map(act)
+        let name = self.name_below().sid;
+        self.wiring.decoder.forward(name, &path.memory);
+        self.wiring.port_decoder.forward(name, &path.ports);
+        if let Some(function) = self.function_below() {
+            function.path_changed(&path);
+        }
+        state.path = Some(path);
     }
 
     /// The card's function, whatever state the slot is in.
@@ -317,8 +319,9 @@ impl State {
     /// The message to send, if the port has reason to interrupt that it did not have before. A message is a memory
     /// write, so it needs Bus Master.
     fn message(&mut self) -> Option<Msi> {
-        let Self { config, slot, msi, interrupts, .. } = self;
-        let enabled = config.u16(*msi + 2) & 1 != 0 && config.command() & COMMAND_MASTER != 0;
+        let Self { config, slot, msi, power, interrupts, .. } = self;
+        let may = config.command() & COMMAND_MASTER != 0 && power.is_on(config);
+        let enabled = config.u16(*msi + 2) & 1 != 0 && may;
         let has_reason = enabled && slot.interrupts(config);
         let begins = has_reason && !*interrupts;
         *interrupts = has_reason;
@@ -337,7 +340,7 @@ impl PciFunction for RootPort {
         let mut has_power = false;
         self.change(|state| {
             had_power = state.slot.has_power(&state.config);
-            state.config.write(offset, data);
+            state.power.write(&mut state.config, offset, data);
             has_power = state.slot.has_power(&state.config);
         });
         if had_power
@@ -346,6 +349,10 @@ impl PciFunction for RootPort {
         {
             power.powered_off();
         }
+    }
+
+    fn as_bridge(&self) -> Option<&dyn Bridge> {
+        Some(self)
     }
 
     /// What is below is reset before.
@@ -358,6 +365,35 @@ impl PciFunction for RootPort {
         // A link that went and came in it is no news afterwards.
         state.slot.reset(&mut state.config, present);
         state.interrupts = false;
+    }
+}
+
+impl Bridge for RootPort {
+    fn bus(&self) -> u8 {
+        self.wiring.bus
+    }
+
+    fn leads_to(&self, bus: u8) -> bool {
+        let (secondary, subordinate) = header::buses(&self.lock().config);
+        secondary != 0 && (secondary..=subordinate).contains(&bus)
+    }
+
+    fn with_below(&self, sid: SourceId, act: &mut dyn FnMut(&dyn PciFunction)) {
+        let own = header::id_below(&self.lock().config);
+        // Held meanwhile, so that who takes the card away waits.
+        let card = self.card.read().unwrap();
+        let Some(function) = card.function.as_deref().filter(|_| card.answers) else { return };
+        if own == Some(sid) {
+            act(function);
+        } else if own.is_some_and(|own| own.bus() != sid.bus())
+            && let Some(bridge) = function.as_bridge().filter(|bridge| bridge.leads_to(sid.bus()))
+        {
+            bridge.with_below(sid, act);
+        }
+    }
+
+    fn below(&self) -> Vec<(SourceId, Arc<dyn PciFunction>)> {
+        self.function_below().map(|function| (self.name_below().sid, function)).into_iter().collect()
     }
 }
 

@@ -17,6 +17,8 @@ const SLOT_STATUS: u16 = EXPRESS + 0x1a;
 const LINK_CONTROL: u16 = EXPRESS + 0x10;
 const LINK_STATUS: u16 = EXPRESS + 0x12;
 const POWER_OFF: u16 = 1 << 10;
+/// That of power management.
+const POWER: u16 = 0x8c;
 
 struct Answer;
 impl BusDevice for Answer {
@@ -110,6 +112,7 @@ impl World {
         let port = RootPort::new(RootPortWiring {
             requester: root.requester(SourceId::new(0, 0x0f + number, 0)),
             number,
+            bus: number,
             decoder: root.decoder(),
             port_decoder: root.port_decoder(),
             interrupts: interrupts.clone(),
@@ -184,8 +187,8 @@ fn f6_a_root_port_says_what_it_is() {
     assert_eq!([0x00, 0x08, 0x0c].map(|at| world.read(port, at)), [0x000c_1b36, 0x0604_0000, 0x0001_0000]);
     assert_eq!(world.read(port, 0x34), u32::from(MSI));
     assert_eq!(world.read(port, MSI) & 0xffff, u32::from(EXPRESS) << 8 | 0x05);
-    // The last capability: version 2, root port, slot.
-    assert_eq!(world.read(port, EXPRESS), 0x0142_0010);
+    // Version 2, root port, slot; then power management.
+    assert_eq!(world.read(port, EXPRESS), 0x0142_8c10);
     assert_eq!(world.read(port, EXPRESS + 0x14), 1 << 19 | 0x4007b, "slot 1, hot-plug, by surprise, no completions");
     assert_eq!(world.read(port, EXPRESS + 0x0c) >> 20 & 1, 1, "the link's state is told");
     assert_eq!([0x100, 0x104].map(|at| world.read(port, at)), [0x0001_000d, 0x1f]);
@@ -496,7 +499,7 @@ proptest! {
             let powered = world.read16(SLOT_CONTROL) & POWER_OFF == 0;
             let linked = present && powered && world.read16(LINK_CONTROL) & 1 << 4 == 0;
             prop_assert_eq!(world.read16(LINK_STATUS) & 1 << 13 != 0, linked);
-            let reachable = linked && world.read16(0x3e) & 1 << 6 == 0;
+            let reachable = linked && world.read16(0x3e) & 1 << 6 == 0 && world.read16(POWER + 4) & 3 == 0;
             if let Some(id) = id {
                 prop_assert_eq!(world.read(id, 0) == 0x5678_1234, reachable);
                 prop_assert!(reachable || world.read(id, 0) == u32::MAX);

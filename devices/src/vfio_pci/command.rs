@@ -23,6 +23,8 @@ struct State {
     /// What the guest wants.
     value: u16,
     quarantined: bool,
+    /// Requests get through the bridges above.
+    gets_through: bool,
     /// INTx Disable is set, whatever the guest wants.
     holds_line: bool,
 }
@@ -30,7 +32,7 @@ struct State {
 impl HostCommand {
     /// Of a function that is not quarantined, and whose legacy interrupt nobody hears. Nothing is enabled.
     pub fn new(host: Arc<dyn Function>) -> Self {
-        let state = State { value: 0, quarantined: false, holds_line: true };
+        let state = State { value: 0, quarantined: false, gets_through: true, holds_line: true };
         let command = Self { host, state: Mutex::new(state), told: Told::default() };
         command.put(&command.state.lock().unwrap());
         command
@@ -52,12 +54,21 @@ impl HostCommand {
         }
     }
 
+    /// Whether what the function asks for gets through the bridges above it. Where it does not, its Bus Master is off,
+    /// which a function of the host is not asked about in its own configuration space.
+    pub fn set_gets_through(&self, gets_through: bool) {
+        let mut state = self.state.lock().unwrap();
+        if std::mem::replace(&mut state.gets_through, gets_through) != gets_through {
+            self.put(&state);
+        }
+    }
+
     fn put(&self, state: &State) {
         let mut value = state.value;
         if state.holds_line {
             value |= COMMAND_INTX_OFF;
         }
-        if state.quarantined {
+        if state.quarantined || !state.gets_through {
             value &= !COMMAND_MASTER;
         }
         if let Err(e) = self.host.write(RegionKind::Config, COMMAND.into(), &value.to_le_bytes()) {

@@ -161,6 +161,15 @@ fn f6_bus_master_is_forwarded_and_an_unaligned_write_reaches_every_field() {
     let bench = Bench::new();
     bench.command(COMMAND_MASTER);
     assert_eq!(bench.host.command() & COMMAND_MASTER, COMMAND_MASTER);
+    // Behind a bridge that lets no requests through it is off in the host, whatever the guest writes, and on afterwards.
+    let above = |masters| bench.function.path_changed(&Path { masters, ..Path::of_root() });
+    above(false);
+    assert_eq!((bench.host.command() & COMMAND_MASTER, bench.config(4) & 0x4), (0, 0x4));
+    bench.command(0);
+    bench.command(COMMAND_MASTER);
+    assert_eq!(bench.host.command() & COMMAND_MASTER, 0);
+    above(true);
+    assert_eq!(bench.host.command() & COMMAND_MASTER, COMMAND_MASTER);
     bench.root.config_write(SID, 0x03, &[0xaa, 0x00, 0x04, 0x00]);
     assert_eq!((bench.host.command(), bench.config(4) & 0xffff), (0x0400, 0x0400));
 }

@@ -80,9 +80,18 @@ impl Intx {
     /// Disable can come in between: the bit would be lost, and a level that VFIO takes for masked would stay on the
     /// host's line. So it is masked meanwhile.
     pub fn write_command(&self, command: &HostCommand, value: u16, change: &Change) {
+        self.while_masked(|| command.write(value, change));
+    }
+
+    /// The same for whether requests get through the bridges above, which is a bit of that register, too.
+    pub fn set_gets_through(&self, command: &HostCommand, gets_through: bool) {
+        self.while_masked(|| command.set_gets_through(gets_through));
+    }
+
+    fn while_masked(&self, write: impl FnOnce()) {
         let state = self.state.lock().unwrap();
         let masked = state.enabled && self.host.mask_intx().is_ok();
-        command.write(value, change);
+        write();
         // What fired, and is not the guest's yet, VFIO signals once more.
         if masked
             && !state.pending

@@ -26,8 +26,8 @@ use super::worker::{Link, spawn};
 use super::{Device, Dma, Kind, NEEDED, RING_FEATURES};
 use crate::BusDevice;
 use crate::host::{Doorbells, Interrupts};
-use crate::pci::config::{CAP_MSIX, COMMAND_MASTER};
-use crate::pci::{BarKind, BarTarget, Bells, ConfigSpace, Decoder, Identity, PciFunction};
+use crate::pci::config::CAP_MSIX;
+use crate::pci::{BarKind, BarTarget, Bells, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 const VENDOR: u16 = 0x1af4;
 /// Device ids begin here; the device type is added.
@@ -191,10 +191,8 @@ impl PciFunction for VirtioPci {
         let mut state = self.shared.lock();
         let window = state.window(offset);
         state.space.write(offset, data);
-        let master = state.space.command() & COMMAND_MASTER != 0;
-        self.shared.link.vectors.set_control(state.space.u16(state.msix + 2), master);
         self.decode(&state);
-        let stopped = self.shared.link.set_master(master);
+        let stopped = self.shared.follow_master(&state);
         drop(state);
         self.shared.judge(stopped);
         if let Some((at, len)) = window
@@ -202,6 +200,14 @@ impl PciFunction for VirtioPci {
         {
             self.bar.device.write(at, &data[..len]);
         }
+    }
+
+    fn path_changed(&self, path: &Path) {
+        let mut state = self.shared.lock();
+        state.space.set_gets_through(path.masters);
+        let stopped = self.shared.follow_master(&state);
+        drop(state);
+        self.shared.judge(stopped);
     }
 
     fn reset(&self) {
@@ -230,6 +236,14 @@ impl State {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// Messages and transfers go as the registers, and the bridges above, allow it. `false`: what goes on did not end
+    /// in time.
+    fn follow_master(&self, state: &State) -> bool {
+        let master = state.space.is_master();
+        self.link.vectors.set_control(state.space.u16(state.msix + 2), master);
+        self.link.set_master(master)
     }
 
     /// Whether it stopped in time; if not, it may still reach memory that is not its any more.

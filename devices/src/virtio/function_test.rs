@@ -11,7 +11,7 @@ use super::super::rig::{BUFFERS, Driver, MEMORY, SIZE, Way, available, descripto
 use super::super::ring::Broken;
 use super::super::rng::Rng;
 use super::super::{ACCESS_PLATFORM, Device, Kind, Untranslated, VERSION_1, Work};
-use crate::pci::PciFunction;
+use crate::pci::{Path, PciFunction};
 
 /// Gives 1, 2, 3, ...
 #[derive(Default)]
@@ -215,14 +215,27 @@ fn h3_a_stop_waits_for_what_is_under_way_and_nothing_comes_after_it() {
 #[test]
 fn h3_work_goes_on_when_the_function_may_do_dma_again() {
     let gate = Arc::new(Gate::default());
-    let mut driver = Driver::ready(Gated(gate.clone()), 0);
     gate.open(true);
-    driver.function.config_write(4, &[2, 0]);
+    // By its own Bus Master, or by that of a bridge above it.
+    let own = |driver: &Driver, on: bool| driver.function.config_write(4, &[if on { 6 } else { 2 }, 0]);
+    let above = |driver: &Driver, on| driver.function.path_changed(&Path { masters: on, ..Path::of_root() });
+    let ways: [&dyn Fn(&Driver, bool); 2] = [&own, &above];
+    for way in ways {
+        let mut driver = Driver::ready(Gated(gate.clone()), 0);
+        way(&driver, false);
+        driver.offer(1, 0, &[(BUFFERS, 4, Way::ToDevice)]);
+        assert_eq!(driver.try_take(1), None);
+        way(&driver, true);
+        assert_eq!(driver.take(1), (0, 0));
+        assert_eq!(driver.messages(), [2]);
+    }
+    // Neither makes up for the other.
+    let mut driver = Driver::ready(Gated(gate), 0);
+    above(&driver, false);
+    own(&driver, false);
+    own(&driver, true);
     driver.offer(1, 0, &[(BUFFERS, 4, Way::ToDevice)]);
     assert_eq!(driver.try_take(1), None);
-    driver.function.config_write(4, &[6, 0]);
-    assert_eq!(driver.take(1), (0, 0));
-    assert_eq!(driver.messages(), [2]);
 }
 
 #[test]

@@ -60,6 +60,8 @@ struct State {
     ended: bool,
     /// The thread ends.
     closed: bool,
+    /// It has ended, and the device is gone.
+    gone: bool,
 }
 
 impl Link {
@@ -177,13 +179,16 @@ impl Link {
         Some(state)
     }
 
-    /// The thread ends.
+    /// The thread ends, and with it the device: when this returns its file, its pins and its place in the unit are free
+    /// for another one. Not where something is under way that does not end, or that ends late.
     pub fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         self.stop.store(true, Ordering::Release);
-        drop(state);
         self.kick();
+        if !state.ended {
+            drop(self.changed.wait_timeout_while(state, LAST_WAIT, |state| !state.gone).unwrap());
+        }
     }
 
     /// The device's DEVICE_NEEDS_RESET (section 2.1.2).
@@ -209,8 +214,21 @@ impl State {
     }
 }
 
-/// Starts the thread of `device`. Nobody waits for its end: I/O that never ends must not keep the process.
-pub fn spawn<D: Dma>(link: Arc<Link>, dma: D, mut device: impl Device<D>, name: &str) -> io::Result<()> {
+/// Says that the thread has ended, however it did.
+struct Gone(Arc<Link>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        // A lock that a panic of this thread has poisoned says nothing new.
+        if let Ok(mut state) = self.0.state.lock() {
+            state.gone = true;
+        }
+        self.0.changed.notify_all();
+    }
+}
+
+/// Starts the thread of `device`. Nobody waits long for its end: I/O that never ends must not keep the process.
+pub fn spawn<D: Dma>(link: Arc<Link>, dma: D, device: impl Device<D>, name: &str) -> io::Result<()> {
     let events = Epoll::new()?;
     events.ctl(ControlOperation::Add, link.wake.as_raw_fd(), EpollEvent::new(EventSet::IN, 0))?;
     if let Some(input) = device.input() {
@@ -218,7 +236,12 @@ pub fn spawn<D: Dma>(link: Arc<Link>, dma: D, mut device: impl Device<D>, name: 
         events.ctl(ControlOperation::Add, input, EpollEvent::new(edges, 1))?;
     }
     let thread = std::thread::Builder::new().name(name.to_owned());
-    thread.spawn(move || while link.turn(&events, &dma, &mut device) {})?;
+    thread.spawn(move || {
+        let gone = Gone(link);
+        // Dropped before `gone` is.
+        let (dma, mut device) = (dma, device);
+        while gone.0.turn(&events, &dma, &mut device) {}
+    })?;
     Ok(())
 }
 

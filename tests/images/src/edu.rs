@@ -18,6 +18,8 @@ const BUFFER: u64 = 0x40000;
 const START: u64 = 1;
 const TO_MEMORY: u64 = 2;
 const MSI: u8 = 5;
+const VENDOR: u16 = 0x1234;
+const DEVICE: u16 = 0x11e8;
 
 /// The device. QEMU's takes a tenth of a second for each transfer, and trusts the guest that it stays in the buffer of
 /// 4 KiB.
@@ -37,14 +39,22 @@ pub struct Edu {
 impl Edu {
     /// Every one on bus 0, with Bus Master on.
     pub fn all() -> impl Iterator<Item = Self> {
-        pci::find(0x1234, 0x11e8).map(|sid| {
-            sid.command(MEMORY | MASTER, 0);
-            let (assigned, recorded) = (harness::is_assigned(sid), !harness::is_unrecorded(sid));
-            let edu = Self { sid, assigned, recorded, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() };
-            // On a bus that nothing resets, a function still has what the guest of before raised.
-            edu.write(ACKNOWLEDGE, u32::MAX);
-            edu
-        })
+        pci::find(0, VENDOR, DEVICE).map(Self::at)
+    }
+
+    /// Every one on this bus, with Bus Master on.
+    pub fn on_bus(bus: u8) -> impl Iterator<Item = Self> {
+        pci::find(bus, VENDOR, DEVICE).map(Self::at)
+    }
+
+    /// That at `sid`, with Bus Master on.
+    pub fn at(sid: SourceId) -> Self {
+        sid.command(MEMORY | MASTER, 0);
+        let (assigned, recorded) = (harness::is_assigned(sid), !harness::is_unrecorded(sid));
+        let edu = Self { sid, assigned, recorded, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() };
+        // On a bus that nothing resets, a function still has what the guest of before raised.
+        edu.write(ACKNOWLEDGE, u32::MAX);
+        edu
     }
 
     /// The device that the tests are about: an assigned one, if there is one.

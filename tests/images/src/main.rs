@@ -5,6 +5,7 @@
 mod rests_on;
 
 mod suite {
+    pub mod bridges;
     pub mod concurrent;
     pub mod device;
     pub mod faults;
@@ -28,6 +29,7 @@ mod suite {
 use suite::*;
 
 images::image!(
+    bridges::TESTS,
     concurrent::TESTS,
     device::TESTS,
     faults::TESTS,

@@ -1,4 +1,4 @@
-//! PCI: configuration space by ports, and the scan of bus 0.
+//! PCI: configuration space by ports, the scan of a bus, and bridges.
 
 use crate::x86::{self, inl, outl};
 
@@ -71,8 +71,45 @@ impl SourceId {
     }
 }
 
-/// The functions of bus 0 with this vendor and device, in the order of their addresses.
-pub fn find(vendor: u16, device: u16) -> impl Iterator<Item = SourceId> {
+/// The functions of `bus` with this vendor and device, in the order of their addresses.
+pub fn find(bus: u8, vendor: u16, device: u16) -> impl Iterator<Item = SourceId> {
     let wanted = u32::from(device) << 16 | u32::from(vendor);
-    (0..256u16).map(SourceId).filter(move |function| function.read(0) == wanted)
+    let first = u16::from(bus) << 8;
+    (first..=first | 0xff).map(SourceId).filter(move |function| function.read(0) == wanted)
+}
+
+/// Offset of primary, secondary and subordinate bus number.
+const BUSES: u16 = 0x18;
+/// Offset of the interrupt line; the bridge's control register is above it.
+const BRIDGE_CONTROL: u16 = 0x3c;
+/// Vendor and device of Causeway's root ports and of its PCIe-to-PCI bridge.
+const BRIDGES: [(u16, u16); 2] = [(0x1b36, 0x000c), (0x1b36, 0x000e)];
+
+impl SourceId {
+    /// The root ports of Causeway's machine.
+    pub fn root_ports() -> impl Iterator<Item = Self> {
+        find(0, BRIDGES[0].0, BRIDGES[0].1)
+    }
+
+    /// The PCIe-to-PCI bridges on `bus`.
+    pub fn bridges(bus: u8) -> impl Iterator<Item = Self> {
+        find(bus, BRIDGES[1].0, BRIDGES[1].1)
+    }
+
+    /// The bus below a bridge, and the last one that it leads to.
+    pub fn buses(self) -> (u8, u8) {
+        let [_, secondary, subordinate, _] = self.read(BUSES).to_le_bytes();
+        (secondary, subordinate)
+    }
+
+    /// Gives the bus below a bridge its number, and those further down.
+    pub fn set_buses(self, secondary: u8, subordinate: u8) {
+        self.write(BUSES, u32::from_le_bytes([0, secondary, subordinate, 0]));
+    }
+
+    /// Holds what is below a bridge in reset, or lets go of it.
+    pub fn hold_in_reset(self, hold: bool) {
+        let control = self.read(BRIDGE_CONTROL) & !(1 << 22);
+        self.write(BRIDGE_CONTROL, control | u32::from(hold) << 22);
+    }
 }

@@ -30,7 +30,7 @@ pub struct PinBlk {
 impl PinBlk {
     /// The first one on bus 0, with Bus Master on. The test is skipped where there is none.
     pub fn first() -> Self {
-        let Some(sid) = pci::find(0x1234, 0x70b1).next() else { harness::skipped("there is no pinblk") };
+        let Some(sid) = pci::find(0, 0x1234, 0x70b1).next() else { harness::skipped("there is no pinblk") };
         sid.command(MEMORY | MASTER, 0);
         Self { sid, bar: u64::from(sid.read(BAR0) & !0xf) }
     }

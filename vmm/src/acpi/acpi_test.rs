@@ -48,14 +48,14 @@ fn find(description: &Description<'_>) -> BTreeMap<String, Vec<u8>> {
 fn every_table_is_found_and_its_length_and_checksum_are_right() {
     let remapping = Remapping { width: 48, interrupts: true, units: vec![unit()] };
     let pci64 = layout::pci64_window(512 << 20, 40, &[]);
-    let tables = find(&Description { cpus: 4, pci64, root_ports: 0, remapping: Some(&remapping) });
+    let tables = find(&Description { cpus: 4, pci64, root_ports: 0, last_bus: 0, remapping: Some(&remapping) });
     assert_eq!(tables.keys().collect::<Vec<_>>(), ["APIC", "DMAR", "DSDT", "FACP", "MCFG", "XSDT"]);
     for (name, table) in &tables {
         assert_eq!(&table[..4], name.as_bytes());
         assert_eq!(u32_at(table, 4) as usize, table.len(), "{name}");
         assert_eq!(sum(table), 0, "{name}");
     }
-    assert!(!find(&Description { cpus: 4, pci64, root_ports: 0, remapping: None }).contains_key("DMAR"));
+    assert!(!find(&Description { cpus: 4, pci64, root_ports: 0, last_bus: 0, remapping: None }).contains_key("DMAR"));
 }
 
 #[test]
@@ -64,6 +64,7 @@ fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
         cpus: 254,
         pci64: layout::pci64_window(1 << 40, 46, &[]),
         root_ports: 0,
+        last_bus: 0,
         remapping: None,
     });
     placed.sort();
@@ -74,7 +75,7 @@ fn tables_do_not_overlap_and_fit_for_the_largest_machine() {
 
 #[test]
 fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
-    let tables = find(&Description { cpus: 3, pci64: None, root_ports: 0, remapping: None });
+    let tables = find(&Description { cpus: 3, pci64: None, root_ports: 0, last_bus: 0, remapping: None });
     let madt = &tables["APIC"];
     assert_eq!(u32_at(madt, 40), 1, "a pair of 8259A is there");
     let mut rest = &madt[44..];
@@ -94,14 +95,14 @@ fn the_madt_names_each_cpu_the_ioapic_and_a_level_triggered_sci() {
 
 #[test]
 fn the_fadt_says_that_there_is_a_clock_with_a_century() {
-    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, remapping: None });
+    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, last_bus: 0, remapping: None });
     let fadt = &tables["FACP"];
     assert_eq!((fadt[108], fadt[109] & 1 << 5), (0x32, 0));
 }
 
 #[test]
 fn the_fadt_says_that_the_power_button_is_fixed_hardware_and_that_there_is_no_sleep_button() {
-    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, remapping: None });
+    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, last_bus: 0, remapping: None });
     let flags = u32_at(&tables["FACP"], 112);
     assert_eq!((flags >> 4 & 1, flags >> 5 & 1), (0, 1));
     // A device of the namespace would be a second one.
@@ -112,7 +113,7 @@ fn the_fadt_says_that_the_power_button_is_fixed_hardware_and_that_there_is_no_sl
 fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
     let pci64 = layout::pci64_window(512 << 20, 40, &[128 << 30]).unwrap();
     assert_eq!(pci64, Window { first: 128 << 30, last: (256 << 30) - 1 });
-    let tables = find(&Description { cpus: 1, pci64: Some(pci64), root_ports: 0, remapping: None });
+    let tables = find(&Description { cpus: 1, pci64: Some(pci64), root_ports: 0, last_bus: 0, remapping: None });
     let dsdt = &tables["DSDT"];
     let has = |part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);
     let ends = [(pci64.first).to_le_bytes(), (pci64.last).to_le_bytes()].concat();
@@ -127,8 +128,8 @@ fn the_dsdt_has_both_windows_and_an_interrupt_for_every_pin() {
 
 #[test]
 fn f6_with_root_ports_there_is_a_bus_for_each_and_native_hot_plug_is_granted() {
-    let without = find(&Description { cpus: 1, pci64: None, root_ports: 0, remapping: None });
-    let with = find(&Description { cpus: 1, pci64: None, root_ports: 3, remapping: None });
+    let without = find(&Description { cpus: 1, pci64: None, root_ports: 0, last_bus: 0, remapping: None });
+    let with = find(&Description { cpus: 1, pci64: None, root_ports: 3, last_bus: 3, remapping: None });
     let has = |dsdt: &[u8], part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);
     assert_eq!(with["MCFG"][52..56], [0, 0, 0, 3], "segment, first bus, last bus");
     // Bus numbers: granularity, first, last, translation, length.
@@ -146,7 +147,7 @@ fn f6_with_root_ports_there_is_a_bus_for_each_and_native_hot_plug_is_granted() {
 
 #[test]
 fn the_mcfg_and_the_root_bridge_name_bus_0_alone() {
-    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, remapping: None });
+    let tables = find(&Description { cpus: 1, pci64: None, root_ports: 0, last_bus: 0, remapping: None });
     let mcfg = &tables["MCFG"];
     assert_eq!((mcfg.len(), u64_at(mcfg, 44)), (60, 0xe000_0000));
     assert_eq!(mcfg[52..56], [0, 0, 0, 0], "segment, first bus, last bus");

@@ -60,9 +60,9 @@ impl Aml for OperatingSystemCapabilities {
     }
 }
 
-fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, root_ports: u8) {
+fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, hot_plug: bool, last_bus: u8) {
     let memory = AddressSpaceCacheable::NotCacheable;
-    let buses = AddressSpace::new_bus_number(0u16, root_ports.into());
+    let buses = AddressSpace::new_bus_number(0u16, last_bus.into());
     let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
@@ -81,7 +81,7 @@ fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, root_ports: u8) {
     children.extend(numbers.iter().map(|number| number as &dyn Aml));
     children.extend([&current as &dyn Aml, &routing]);
     // Where there is nothing to be plugged a guest is asked for nothing.
-    if root_ports > 0 {
+    if hot_plug {
         children.push(&OperatingSystemCapabilities);
     }
     Device::new("PCI0".into(), children).to_aml_bytes(sink);
@@ -129,10 +129,10 @@ fn clock(sink: &mut dyn AmlSink) {
 }
 
 /// The whole table.
-pub fn table(pci64: Option<Window>, root_ports: u8) -> Vec<u8> {
+pub fn table(pci64: Option<Window>, hot_plug: bool, last_bus: u8) -> Vec<u8> {
     let mut system_bus = Vec::new();
-    root_bridge(&mut system_bus, pci64, root_ports);
-    reserved(&mut system_bus, root_ports);
+    root_bridge(&mut system_bus, pci64, hot_plug, last_bus);
+    reserved(&mut system_bus, last_bus);
     serial(&mut system_bus);
     clock(&mut system_bus);
     let mut body = Scope::raw("_SB_".into(), system_bus);

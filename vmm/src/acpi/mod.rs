@@ -49,6 +49,8 @@ pub struct Description<'a> {
     pub pci64: Option<Window>,
     /// Root ports, each with a bus of its own: 1 to this many.
     pub root_ports: u8,
+    /// The highest bus number that a guest can give.
+    pub last_bus: u8,
     /// The remapping units.
     pub remapping: Option<&'a Remapping>,
 }
@@ -156,8 +158,8 @@ fn tables(description: &Description<'_>) -> Vec<(u64, Vec<u8>)> {
         at
     };
     let facs = place(bytes(&FACS::new()));
-    let dsdt = place(dsdt::table(description.pci64, description.root_ports));
-    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg(description.root_ports))];
+    let dsdt = place(dsdt::table(description.pci64, description.root_ports > 0, description.last_bus));
+    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg(description.last_bus))];
     if let Some(remapping) = description.remapping {
         listed.push(place(dmar::table(remapping)));
     }

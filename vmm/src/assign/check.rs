@@ -66,9 +66,11 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::Vfio { host: bdf, backend: asked } => {
             Some(Candidate { bdf, asked, type1: paths.check(bdf), iommufd: paths.check_for_iommufd(bdf) })
         }
-        DeviceKind::VfioUser { .. } | DeviceKind::Edu { .. } | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => {
-            None
-        }
+        DeviceKind::VfioUser { .. }
+        | DeviceKind::PciBridge
+        | DeviceKind::Edu { .. }
+        | DeviceKind::PinBlk { .. }
+        | DeviceKind::Virtio(_) => None,
     });
     let mut chosen = choose(candidates.collect())?.into_iter();
     let checked = devices.iter().filter_map(|device| match &device.kind {
@@ -79,7 +81,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
         DeviceKind::VfioUser { socket, confine } => {
             Some(check_socket(socket).map(|()| Checked::User { socket: socket.clone(), confine: *confine }))
         }
-        DeviceKind::Edu { .. } | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
+        DeviceKind::PciBridge | DeviceKind::Edu { .. } | DeviceKind::PinBlk { .. } | DeviceKind::Virtio(_) => None,
     });
     let checked = checked.collect::<Result<Vec<_>, _>>()?;
     let groups_by = |backend: Backend| -> BTreeSet<GroupId> {

@@ -25,7 +25,7 @@ pub use self::check::{Checked, check, unit_width};
 pub use self::open::{Opener, open};
 pub use self::pinblk::{PinBlkWiring, plug_pinblk};
 pub use self::quarantine::Breaker;
-pub use self::report::{report, report_functions};
+pub use self::report::{report, report_functions, report_groups};
 pub use self::requests::UserRequests;
 pub use self::virtio::{VirtioWiring, plug_virtio};
 use crate::config::UserSocket;

@@ -1,5 +1,6 @@
 //! What is said about the host and about assigned functions before the guest starts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vfio_bridge::{Function, GroupId, Limits};
@@ -57,6 +58,33 @@ pub fn report_functions(functions: &[Arc<dyn Function>]) {
     }
 }
 
+/// Says which functions share a group of the host (C-3) and are not where the guest groups them, too: each with its id,
+/// its group, and the bus of the conventional bridge that it is behind.
+pub fn report_groups(functions: &[(&str, GroupId, Option<u8>)]) {
+    for line in apart(functions) {
+        log::info!("{line}");
+    }
+}
+
+fn apart(functions: &[(&str, GroupId, Option<u8>)]) -> Vec<String> {
+    let mut groups: BTreeMap<GroupId, Vec<(&str, Option<u8>)>> = BTreeMap::new();
+    for (id, group, bus) in functions {
+        groups.entry(*group).or_default().push((id, *bus));
+    }
+    groups.retain(|_, members| {
+        let together = members[0].1.is_some() && members.iter().all(|(_, bus)| *bus == members[0].1);
+        members.len() > 1 && !together
+    });
+    let line = |(group, members): (GroupId, Vec<(&str, Option<u8>)>)| {
+        let ids: Vec<&str> = members.into_iter().map(|(id, _)| id).collect();
+        format!(
+            "{} share a host group ({group}) and reach nothing while the guest has them in different domains; with bus= behind one pcie-pci-bridge the guest, too, has them in one group",
+            ids.join(" and ")
+        )
+    };
+    groups.into_iter().map(line).collect()
+}
+
 fn page_sizes(mask: u64) -> String {
     let names: Vec<String> = (12..64u32)
         .filter(|bit| mask >> bit & 1 != 0)
@@ -72,6 +100,17 @@ fn page_sizes(mask: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn c3_functions_of_one_group_that_the_guest_has_in_several_are_named() {
+        let (one, other) = (GroupId::of_software(1), GroupId::of_software(2));
+        assert!(apart(&[("a", one, None), ("b", other, None)]).is_empty());
+        assert!(apart(&[("a", one, Some(2)), ("b", one, Some(2)), ("c", other, None)]).is_empty());
+        for buses in [[None, None], [Some(2), None], [Some(2), Some(3)]] {
+            let lines = apart(&[("a", one, buses[0]), ("b", one, buses[1])]);
+            assert!(lines.len() == 1 && lines[0].starts_with("a and b share"), "{lines:?}");
+        }
+    }
 
     #[test]
     fn page_sizes_are_named() {

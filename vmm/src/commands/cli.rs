@@ -57,7 +57,9 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device virtio-rng[,addr=DD.F][,id=NAME]
   --device edu[,pasid=on|off][,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
+  --device pcie-pci-bridge[,addr=DD.F][,id=NAME]
   port=N in place of addr=DD.F: behind that root port
+  bus=ID beside addr=DD.F: on the conventional bus below the pcie-pci-bridge with that id
 
 Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6 host or VMM error while running;
 8 the guest crashed (triple fault, or reset under --no-reboot); 10 time limit; odd: an image wrote V to isa-debug-exit,

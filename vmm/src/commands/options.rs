@@ -1,6 +1,6 @@
 //! The grammar of option values: `kind[,key=value]...`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -255,7 +255,7 @@ impl std::str::FromStr for DeviceOption {
         let (kind, rest) = split_kind(text);
         let (keys, kind) = match kind {
             "vfio" => {
-                let keys = Keys::parse(kind, rest, &["addr", "backend", "host", "id", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "backend", "bus", "host", "id", "port"])?;
                 let backend = keys.get("backend", |value| match value {
                     "auto" => Ok(None),
                     "type1" => Ok(Some(Backend::Type1)),
@@ -267,13 +267,14 @@ impl std::str::FromStr for DeviceOption {
                     .ok_or_else(|| BadOption("vfio: host=BDF is missing".into()))?;
                 (keys, DeviceKind::Vfio { host, backend: backend.flatten() })
             }
+            "pcie-pci-bridge" => (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::PciBridge),
             "edu" => {
-                let keys = Keys::parse(kind, rest, &["addr", "id", "pasid", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "bus", "id", "pasid", "port"])?;
                 let pasid = keys.switch("pasid")?.unwrap_or(false);
                 (keys, DeviceKind::Edu { pasid })
             }
             "pinblk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "direct", "file", "id", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "bus", "direct", "file", "id", "port"])?;
                 let file = keys.get("file", path)?;
                 let direct = keys.switch("direct")?.unwrap_or(false);
                 if direct && file.is_none() {
@@ -282,7 +283,7 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::PinBlk { file, direct })
             }
             "vfio-user" => {
-                let keys = Keys::parse(kind, rest, &["addr", "confine", "fd", "id", "socket", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "bus", "confine", "fd", "id", "socket", "port"])?;
                 let path = keys.get("socket", |text| path(text).map(UserSocket::Path))?;
                 let socket = match (path, keys.get("fd", descriptor)?) {
                     (Some(path), None) => path,
@@ -294,41 +295,46 @@ impl std::str::FromStr for DeviceOption {
                 (keys, DeviceKind::VfioUser { socket, confine })
             }
             "virtio-blk" => {
-                let keys = Keys::parse(kind, rest, &["addr", "file", "id", "readonly", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "bus", "file", "id", "readonly", "port"])?;
                 let file =
                     keys.get("file", path)?.ok_or_else(|| BadOption("virtio-blk: file=PATH is missing".into()))?;
                 let read_only = keys.switch("readonly")?.unwrap_or(false);
                 (keys, DeviceKind::Virtio(VirtioKind::Blk { file, read_only }))
             }
             "virtio-net" => {
-                let keys = Keys::parse(kind, rest, &["addr", "id", "mac", "tap", "port"])?;
+                let keys = Keys::parse(kind, rest, &["addr", "bus", "id", "mac", "tap", "port"])?;
                 let tap =
                     keys.get("tap", interface)?.ok_or_else(|| BadOption("virtio-net: tap=NAME is missing".into()))?;
                 let mac = keys.get("mac", mac)?;
                 (keys, DeviceKind::Virtio(VirtioKind::Net { tap, mac }))
             }
             "virtio-console" => {
-                (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Console))
+                (Keys::parse(kind, rest, &["addr", "bus", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Console))
             }
-            "virtio-rng" => (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Rng)),
+            "virtio-rng" => {
+                (Keys::parse(kind, rest, &["addr", "bus", "id", "port"])?, DeviceKind::Virtio(VirtioKind::Rng))
+            }
             _ => {
                 return bad(format!(
-                    "unknown device `{kind}`; it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk"
+                    "unknown device `{kind}`; it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu, pinblk or pcie-pci-bridge"
                 ));
             }
         };
-        let (addr, port) = (keys.get("addr", slot)?, keys.get("port", port)?);
-        if addr.is_some() && port.is_some() {
-            return bad(format!("{}: addr= and port= exclude each other", keys.kind));
+        let (addr, port, bus) = (keys.get("addr", slot)?, keys.get("port", port)?, keys.get("bus", identifier)?);
+        if port.is_some() && (addr.is_some() || bus.is_some()) {
+            return bad(format!("{}: port= excludes addr= and bus=: behind a root port there is one place", keys.kind));
         }
-        Ok(Self { id: keys.get("id", identifier)?, addr, port, kind })
+        if bus.is_some() && kind == (DeviceKind::Edu { pasid: true }) {
+            return bad("edu: pasid=on and bus= exclude each other: a conventional bus has no PASIDs");
+        }
+        Ok(Self { id: keys.get("id", identifier)?, addr, port, bus, kind })
     }
 }
 
-/// Gives every device its place, of which there are `root_ports` besides bus 0: the one that it was given, whatever the
-/// order, else the lowest slot that is free.
+/// Gives every device its place, of which there are `root_ports` besides bus 0 and the buses of bridges: the one that it
+/// was given, whatever the order, else the lowest slot of its bus that is free.
 pub fn place_devices(devices: &[DeviceOption], root_ports: u8) -> Result<Vec<Place>, BadOption> {
-    let mut filled = std::collections::BTreeSet::new();
+    let mut filled = BTreeSet::new();
     for port in devices.iter().filter_map(|device| device.port) {
         if port > root_ports {
             return bad(format!("port={port}: there are {root_ports} root ports; use --root-ports {port}"));
@@ -337,42 +343,60 @@ pub fn place_devices(devices: &[DeviceOption], root_ports: u8) -> Result<Vec<Pla
             return bad(format!("port={port} is given to two devices"));
         }
     }
+    let names = name_devices(devices)?;
+    let bridge_of = |device: &DeviceOption| {
+        let Some(bus) = &device.bus else { return Ok(None) };
+        let found = names.iter().position(|name| name == bus).filter(|at| devices[*at].kind == DeviceKind::PciBridge);
+        found.map(Some).ok_or_else(|| BadOption(format!("bus={bus}: there is no pcie-pci-bridge with id={bus}")))
+    };
     let of_ports: Vec<Slot> = (1..=root_ports).map(slot_of_port).collect();
-    let mut taken = std::collections::BTreeSet::new();
-    for slot in devices.iter().filter_map(|device| device.addr) {
-        if of_ports.iter().any(|port| port.device == slot.device) {
+    // By the bridge, none for bus 0.
+    let mut taken: BTreeMap<Option<usize>, BTreeSet<Slot>> = BTreeMap::new();
+    for device in devices {
+        let (bridge, Some(slot)) = (bridge_of(device)?, device.addr) else { continue };
+        if bridge.is_none() && of_ports.iter().any(|port| port.device == slot.device) {
             return bad(format!("addr={slot} is a root port's; use a slot below {}", of_ports[0]));
         }
-        if !taken.insert(slot) {
+        if !taken.entry(bridge).or_default().insert(slot) {
             return bad(format!("addr={slot} is given to two devices"));
         }
     }
     // Guests look for further functions only where there is a function 0.
-    if let Some(slot) = taken.iter().find(|slot| !taken.contains(&Slot { function: 0, ..**slot })) {
-        return bad(format!("addr={slot} needs a device with addr={} too", Slot { function: 0, ..*slot }));
+    for taken in taken.values() {
+        if let Some(slot) = taken.iter().find(|slot| !taken.contains(&Slot { function: 0, ..**slot })) {
+            return bad(format!("addr={slot} needs a device with addr={} too", Slot { function: 0, ..*slot }));
+        }
     }
-    taken.extend(of_ports);
-    let mut free = (1..0x1f).filter(|device| !taken.iter().any(|slot| slot.device == *device));
-    let places = devices.iter().map(|device| match (device.port, device.addr) {
-        (Some(port), _) => Ok(Place::Port(port)),
-        (None, Some(slot)) => Ok(Place::Root(slot)),
-        (None, None) => match free.next() {
-            Some(device) => Ok(Place::Root(Slot { device, function: 0 })),
-            None => bad("there is no free slot on bus 0 for all of these devices"),
-        },
-    });
-    places.collect()
+    taken.entry(None).or_default().extend(of_ports);
+    let mut places = Vec::with_capacity(devices.len());
+    for device in devices {
+        if let Some(port) = device.port {
+            places.push(Place::Port(port));
+            continue;
+        }
+        let bridge = bridge_of(device)?;
+        let taken = taken.entry(bridge).or_default();
+        let free = (1..0x1f).find(|device| !taken.iter().any(|slot| slot.device == *device));
+        let slot = device.addr.or_else(|| free.map(|device| Slot { device, function: 0 }));
+        let Some(slot) = slot else {
+            let bus = device.bus.as_deref().map_or_else(|| "bus 0".to_owned(), |bus| format!("bus={bus}"));
+            return bad(format!("there is no free slot on {bus} for all of these devices"));
+        };
+        taken.insert(slot);
+        places.push(bridge.map_or(Place::Root(slot), |bridge| Place::Bridge { bridge, slot }));
+    }
+    Ok(places)
 }
 
 /// Gives every device its id: the one it was given, or the first free of `vfio0`, `vfio1`, ...
 pub fn name_devices(devices: &[DeviceOption]) -> Result<Vec<String>, BadOption> {
-    let mut taken = std::collections::BTreeSet::new();
+    let mut taken = BTreeSet::new();
     for id in devices.iter().filter_map(|device| device.id.as_deref()) {
         if !taken.insert(id.to_owned()) {
             return bad(format!("two devices have id={id}"));
         }
     }
-    let mut outside = std::collections::BTreeSet::new();
+    let mut outside = BTreeSet::new();
     for device in devices {
         if let Some(twice) = device.kind.outside().filter(|this| !outside.insert(this.clone())) {
             return bad(format!("{twice} is given to two devices"));

@@ -1,6 +1,7 @@
 use vfio_bridge::Bdf;
 
 use super::*;
+use crate::config::BusNumbers;
 
 fn error<T: std::str::FromStr<Err = BadOption>>(text: &str) -> String {
     match text.parse::<T>() {
@@ -90,7 +91,7 @@ fn iommu_keys() {
 
 #[test]
 fn device_keys() {
-    let edu = |pasid| DeviceOption { id: None, addr: None, port: None, kind: DeviceKind::Edu { pasid } };
+    let edu = |pasid| DeviceOption { id: None, addr: None, port: None, bus: None, kind: DeviceKind::Edu { pasid } };
     assert_eq!("edu".parse(), Ok(edu(false)));
     assert_eq!("edu,pasid=on".parse(), Ok(edu(true)));
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
@@ -117,6 +118,7 @@ fn device_keys() {
             id: Some("disk".into()),
             addr: Some(Slot { device: 0x1e, function: 7 }),
             port: None,
+            bus: None,
             kind: DeviceKind::Vfio { host, backend: Some(Backend::Type1) }
         })
     );
@@ -143,29 +145,32 @@ fn device_keys() {
         ("vfio,host=0:0:0:0.0", "not a PCI address"),
         ("vfio,host=+0:09.0", "not a PCI address"),
         ("vfio,host=00:09.0,backend=foo", "not auto, type1 or iommufd"),
-        ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, host, id"),
+        ("vfio,host=00:09.0,speed=1", "the keys are addr, backend, bus, host, id"),
         ("vfio,host=00:09.0,host=00:09.0", "given twice"),
         ("vfio-user", "socket=PATH (or fd=N) is missing"),
         ("vfio-user,socket=", "a path is expected"),
         ("vfio-user,socket=x,fd=3", "exclude each other"),
         ("vfio-user,fd=2", "standard descriptors"),
-        ("vfio-user,host=00:09.0", "the keys are addr, confine, fd, id, socket"),
+        ("vfio-user,host=00:09.0", "the keys are addr, bus, confine, fd, id, socket"),
         ("edu,addr=00.0", "host bridge"),
         ("edu,addr=1f.0", "kept"),
         ("edu,addr=5", "not a slot"),
         ("edu,port=0", "not the number of a root port"),
         ("edu,port=16", "not the number of a root port (1 to 15)"),
-        ("edu,port=1,addr=05.0", "addr= and port= exclude each other"),
+        ("edu,port=1,addr=05.0", "port= excludes addr= and bus="),
+        ("edu,port=1,bus=b", "port= excludes addr= and bus="),
+        ("edu,pasid=on,bus=b", "pasid=on and bus= exclude each other"),
+        ("pcie-pci-bridge,bus=b", "the keys are addr, id, port"),
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
-        ("edu,host=00:09.0", "the keys are addr, id"),
-        ("pinblk,host=00:09.0", "the keys are addr, direct, file, id"),
+        ("edu,host=00:09.0", "the keys are addr, bus, id"),
+        ("pinblk,host=00:09.0", "the keys are addr, bus, direct, file, id"),
         ("pinblk,direct=on", "direct=on needs file=PATH"),
         ("pinblk,file=", "a path is expected"),
         ("virtio-blk", "file=PATH is missing"),
         ("virtio-blk,file=", "a path is expected"),
         ("virtio-blk,file=x,readonly=1", "`on` or `off` is expected"),
-        ("virtio-blk,file=x,ro=on", "the keys are addr, file, id, readonly"),
+        ("virtio-blk,file=x,ro=on", "the keys are addr, bus, file, id, readonly"),
         ("virtio-net", "tap=NAME is missing"),
         ("virtio-net,tap=", "not the name of an interface"),
         ("virtio-net,tap=a/b", "not the name of an interface"),
@@ -175,10 +180,13 @@ fn device_keys() {
         ("virtio-net,tap=a,mac=01:00:00:00:00:01", "not the address of an interface"),
         ("virtio-net,tap=a,mac=00:00:00:00:00:00", "not the address of an interface"),
         ("virtio-net,tap=a,mac=2:0:0:0:0:1", "not the address of an interface"),
-        ("virtio-net,file=x", "the keys are addr, id, mac, tap"),
-        ("virtio-console,file=x", "the keys are addr, id"),
-        ("virtio-rng,file=x", "the keys are addr, id"),
-        ("floppy", "it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu or pinblk"),
+        ("virtio-net,file=x", "the keys are addr, bus, id, mac, tap"),
+        ("virtio-console,file=x", "the keys are addr, bus, id"),
+        ("virtio-rng,file=x", "the keys are addr, bus, id"),
+        (
+            "floppy",
+            "it is vfio, vfio-user, virtio-blk, virtio-net, virtio-rng, virtio-console, edu, pinblk or pcie-pci-bridge",
+        ),
     ] {
         let message = error::<DeviceOption>(text);
         assert!(message.contains(part), "{text}: {message}");
@@ -205,6 +213,7 @@ fn slots_are_given_from_01_around_those_that_are_taken() {
         let of = |place: &Place| match place {
             Place::Root(slot) => slot.to_string(),
             Place::Port(port) => format!("port {port}"),
+            Place::Bridge { bridge, slot } => format!("bridge {bridge} {slot}"),
         };
         place_devices(&parse(texts), ports).map(|places| places.iter().map(of).collect::<Vec<_>>())
     };
@@ -225,11 +234,23 @@ fn slots_are_given_from_01_around_those_that_are_taken() {
         let message = placed_beside(ports, texts).unwrap_err().to_string();
         assert!(message.contains(part), "{message}");
     }
+    // Behind bridges, each with a bus of its own; the bridge may be named after what is behind it.
+    let bridged =
+        ["edu,bus=b", "edu", "pcie-pci-bridge,id=b", "edu,bus=b,addr=01.0", "edu,bus=c", "edu,bus=b,addr=11.0"];
+    let bridged = [&bridged[..], &["pcie-pci-bridge,id=c,port=2"]].concat();
+    let expected = ["bridge 2 02.0", "01.0", "02.0", "bridge 2 01.0", "bridge 6 01.0", "bridge 2 11.0", "port 2"];
+    assert_eq!(placed_beside(2, &bridged).unwrap(), expected);
+    let devices = parse(&bridged);
+    let numbers = BusNumbers::new(2, &devices, &place_devices(&devices, 2).unwrap());
+    assert_eq!((numbers.ports, numbers.last), (vec![1, 2], 4));
+    assert_eq!(numbers.bridges.into_iter().collect::<Vec<_>>(), [(2, 4), (6, 3)]);
     assert_eq!(placed_beside(1, &["edu,addr=11.0"]).unwrap(), ["11.0"], "there is no second port");
     for (texts, part) in [
         (&["edu,addr=05.0", "edu,addr=5.0"][..], "addr=05.0 is given to two devices"),
         (&["edu,addr=05.0", "edu,addr=06.1", "edu"], "addr=06.1 needs a device with addr=06.0 too"),
         (&["edu"; 31], "no free slot"),
+        (&["edu,bus=b", "edu,id=b"], "bus=b: there is no pcie-pci-bridge with id=b"),
+        (&["edu,bus=b,addr=02.0", "edu,bus=b,addr=02.0", "pcie-pci-bridge,id=b"], "addr=02.0 is given to two devices"),
     ] {
         let message = placed(texts).unwrap_err().to_string();
         assert!(message.contains(part), "{message}");

@@ -2,8 +2,8 @@
 
 use std::cmp::Reverse;
 
-use devices::pci::PciRoot;
 use devices::pci::config::{BAR0, COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, HEADER_TYPE};
+use devices::pci::{PciFunction, PciRoot};
 use vtd::SourceId;
 
 use crate::boot::layout::{self, Window};
@@ -20,8 +20,10 @@ pub struct Bar {
     pub index: u8,
     /// Bytes, a power of two.
     pub size: u64,
-    /// It may lie above 4 GiB.
+    /// It has addresses of 64 bits.
     pub is_64: bool,
+    /// It may lie above 4 GiB. Behind a bridge only what is prefetchable does.
+    pub may_be_high: bool,
 }
 
 /// A BAR for which the guest has no place.
@@ -90,8 +92,8 @@ fn undecoded<T>(root: &PciRoot, sid: SourceId, what: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The memory BARs of all functions, found as software finds them; of one behind a root port as if the bus below had
-/// the port's number. No vCPU may run.
+/// The memory BARs of all functions, found as software finds them; of one behind a bridge as if the bus below had the
+/// number in its name. No vCPU may run.
 pub fn all(root: &PciRoot) -> Vec<Bar> {
     number_buses(root, true);
     let (bars, _) = found(root);
@@ -99,24 +101,61 @@ pub fn all(root: &PciRoot) -> Vec<Bar> {
     bars
 }
 
-/// Gives each bus below a port the port's number, or none.
-fn number_buses(root: &PciRoot, numbered: bool) {
-    for port in root.ports() {
-        let number = if numbered { u32::from(port.number()) } else { 0 };
-        write32(root, port.requester().sid, BUSES, number << 16 | number << 8);
-    }
-}
-
 /// Primary, secondary and subordinate bus number of a bridge.
 const BUSES: u16 = 0x18;
 
+/// Gives each bus below a bridge the number in the names of functions there, or none.
+fn number_buses(root: &PciRoot, numbered: bool) {
+    for (sid, function) in root.functions() {
+        number_below(root, sid, &*function, numbered);
+    }
+}
+
+/// Gives back the last bus number below.
+fn number_below(root: &PciRoot, sid: SourceId, function: &dyn PciFunction, numbered: bool) -> u8 {
+    let Some(bridge) = function.as_bridge() else { return 0 };
+    let bus = bridge.bus();
+    let write = |last: u8| {
+        let number = if numbered { u32::from(last) << 16 | u32::from(bus) << 8 | u32::from(sid.bus()) } else { 0 };
+        write32(root, sid, BUSES, number);
+    };
+    // What is further down is found by its numbers before the bridge above it has none any more.
+    if numbered {
+        write(u8::MAX);
+    }
+    let below = bridge.below();
+    let last = below.iter().map(|(sid, function)| number_below(root, *sid, &**function, numbered)).max();
+    let last = last.unwrap_or(0).max(bus);
+    write(last);
+    last
+}
+
 /// All functions that have BARs and are not bridges.
 fn endpoints(root: &PciRoot) -> Vec<SourceId> {
-    let on_root = root.functions().into_iter().map(|(sid, _)| sid);
+    let mut found = Vec::new();
+    root.functions().iter().for_each(|(sid, function)| endpoints_in(*sid, &**function, &mut found));
     let is_bridge = |sid: &SourceId| read32(root, *sid, HEADER_TYPE & !3) >> 16 & 0x7f == 1;
-    let below = root.ports().into_iter().filter(|port| port.function_below().is_some());
-    on_root.filter(|sid| !is_bridge(sid)).chain(below.map(|port| port.name_below().sid)).collect()
+    found.retain(|sid| !is_bridge(sid));
+    found
 }
+
+fn endpoints_in(sid: SourceId, function: &dyn PciFunction, found: &mut Vec<SourceId>) {
+    match function.as_bridge() {
+        None => found.push(sid),
+        Some(bridge) => bridge.below().iter().for_each(|(sid, below)| endpoints_in(*sid, &**below, found)),
+    }
+}
+
+/// A bridge at `sid`, and those below it, outermost first; none if it is no bridge.
+fn bridges_in(sid: SourceId, function: &dyn PciFunction) -> Vec<SourceId> {
+    let Some(bridge) = function.as_bridge() else { return Vec::new() };
+    let below = bridge.below();
+    let further = below.iter().flat_map(|(sid, function)| bridges_in(*sid, &**function));
+    std::iter::once(sid).chain(further).collect()
+}
+
+/// What it reads is the same however often.
+const PREFETCHABLE: u32 = 8;
 
 /// An I/O BAR.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -154,7 +193,8 @@ fn of(root: &PciRoot, sid: SourceId, bars: &mut Vec<Bar>, ports: &mut Vec<Ports>
         if is_io || (low & !0xf == 0 && !is_64) || mask == 0 {
             continue;
         }
-        bars.push(Bar { sid, index: this, size: 1 << mask.trailing_zeros(), is_64 });
+        let may_be_high = is_64 && (sid.bus() == 0 || low & PREFETCHABLE != 0);
+        bars.push(Bar { sid, index: this, size: 1 << mask.trailing_zeros(), is_64, may_be_high });
     }
 }
 
@@ -185,7 +225,7 @@ impl Room {
 /// Where BARs go, those first that have no choice, of them the largest.
 fn in_order(bars: &[Bar]) -> Vec<Bar> {
     let mut sorted = bars.to_vec();
-    sorted.sort_by_key(|bar| (bar.is_64, Reverse(bar.size), bar.sid, bar.index));
+    sorted.sort_by_key(|bar| (bar.may_be_high, Reverse(bar.size), bar.sid, bar.index));
     sorted
 }
 
@@ -200,36 +240,40 @@ const LOW: Window = Window { first: layout::PCI32_FIRST, last: layout::PCI32_LAS
 /// # Errors
 /// A BAR has no place. The largest of those.
 pub fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPlace> {
-    let wide: Vec<u64> = bars.iter().filter(|bar| bar.is_64).map(|bar| bar.size.max(PAGE)).collect();
+    let wide: Vec<u64> = bars.iter().filter(|bar| bar.may_be_high).map(|bar| bar.size.max(PAGE)).collect();
     let window = layout::pci64_window(ram, width, &wide);
     let (mut low, mut high) = (Room(LOW), window.map(Room));
     for bar in in_order(bars) {
         // As guests do it: above 4 GiB what may be there.
-        let above = high.as_mut().filter(|_| bar.is_64).and_then(|room| room.take(bar.size));
+        let above = high.as_mut().filter(|_| bar.may_be_high).and_then(|room| room.take(bar.size));
         if above.or_else(|| low.take(bar.size)).is_none() {
-            return Err(NoPlace { bar, full: if bar.is_64 { Full::High(width) } else { Full::Low } });
+            return Err(NoPlace { bar, full: if bar.may_be_high { Full::High(width) } else { Full::Low } });
         }
     }
     Ok(window)
 }
 
 /// Gives every BAR an address and sets Memory Enable, and I/O Enable where there is an I/O BAR, as firmware does.
-/// 64-bit BARs go above 4 GiB only when they do not fit below. No vCPU may run.
+/// 64-bit BARs go above 4 GiB only when they do not fit below. Bridges forward what is below them. No vCPU may run.
 pub fn assign(root: &PciRoot, above: Option<Window>) {
-    let (mut low, mut high) = (Room(LOW), above.map(Room));
+    let mut rooms = Rooms { low: Room(LOW), high: above.map(Room), ports: Room(PORTS) };
     number_buses(root, true);
-    let (bars, mut ports) = found(root);
-    let (bars, below): (Vec<Bar>, Vec<Bar>) = bars.into_iter().partition(|bar| bar.sid.bus() == 0);
-    // What no port forwards.
-    ports.retain(|bar| bar.sid.bus() == 0);
-    assign_ports(root, &mut ports);
-    for port in root.ports() {
-        let sid = port.name_below().sid;
-        let its: Vec<Bar> = below.iter().copied().filter(|bar| bar.sid == sid).collect();
-        assign_behind(root, port.requester().sid, &its, &mut low);
+    let (mut bars, mut ports) = found(root);
+    for (sid, function) in root.functions() {
+        let bridges = bridges_in(sid, &*function);
+        if bridges.is_empty() {
+            continue;
+        }
+        let mut below = Vec::new();
+        endpoints_in(sid, &*function, &mut below);
+        let its_bars = bars.extract_if(.., |bar| below.contains(&bar.sid)).collect();
+        let its_ports = ports.extract_if(.., |bar| below.contains(&bar.sid)).collect();
+        assign_behind(root, &bridges, its_bars, its_ports, &mut rooms);
     }
+    assign_ports(root, ports, &mut rooms.ports);
     for bar in in_order(&bars) {
-        let place = low.take(bar.size).or_else(|| high.as_mut().filter(|_| bar.is_64)?.take(bar.size));
+        let place = rooms.low.take(bar.size);
+        let place = place.or_else(|| rooms.high.as_mut().filter(|_| bar.may_be_high)?.take(bar.size));
         let Some(address) = place else {
             // The start made sure that this does not happen.
             log::warn!("BAR {} of {} ({:#x} bytes) has no room", bar.index, bar.sid, bar.size);
@@ -237,12 +281,20 @@ pub fn assign(root: &PciRoot, above: Option<Window>) {
         };
         put(root, &bar, address);
     }
+    let (_, ports) = found(root);
     for sid in endpoints(root) {
         let has_ports = ports.iter().any(|bar| bar.sid == sid);
         let enables = if has_ports { ENABLES } else { COMMAND_MEMORY };
         let command = read32(root, sid, COMMAND) as u16;
         root.config_write(sid, COMMAND, &(command | enables).to_le_bytes());
     }
+}
+
+/// What is left of the windows.
+struct Rooms {
+    low: Room,
+    high: Option<Room>,
+    ports: Room,
 }
 
 /// Writes a BAR's address.
@@ -255,42 +307,83 @@ fn put(root: &PciRoot, bar: &Bar, address: u64) {
     });
 }
 
-/// What a bridge forwards begins and ends at multiples of this.
+/// What a bridge forwards of memory begins and ends at multiples of this.
 const MIB: u64 = 1 << 20;
+/// The same of ports.
+const PORT_GRAIN: u64 = 1 << 12;
 
-/// Gives the BARs behind a bridge addresses below 4 GiB, which the bridge forwards.
-fn assign_behind(root: &PciRoot, bridge: SourceId, bars: &[Bar], low: &mut Room) {
+/// Base and limit of the ports that a bridge forwards, in 4 Ki, in the upper 4 bits of each byte.
+const PORT_WINDOW: u16 = 0x1c;
+/// Base and limit of the memory that a bridge forwards, in MiB, in the upper 12 bits of each half.
+const MEMORY_WINDOW: u16 = 0x20;
+/// The same of prefetchable memory, with the upper halves of base and limit after it.
+const PREFETCHABLE_WINDOW: u16 = 0x24;
+
+/// Gives what is behind `bridges`, one below the other, addresses that all of them forward: memory below 4 GiB if it
+/// has room there, else what is prefetchable above.
+fn assign_behind(root: &PciRoot, bridges: &[SourceId], bars: Vec<Bar>, ports: Vec<Ports>, rooms: &mut Rooms) {
+    let write = |register: u16, value: u32| bridges.iter().for_each(|bridge| write32(root, *bridge, register, value));
+    // Nothing, until something is behind it: a base above the limit.
+    write(PORT_WINDOW, 0x00f0);
+    write(MEMORY_WINDOW, 0xfff0);
+    write(PREFETCHABLE_WINDOW, 0xfff0);
+    let mut low = bars;
+    if let Some((first, last)) = place_together(root, &low, &mut rooms.low) {
+        write(MEMORY_WINDOW, window_of(first, last));
+    } else if !low.is_empty() {
+        let high: Vec<Bar> = low.extract_if(.., |bar| bar.may_be_high).collect();
+        if let Some((first, last)) = place_together(root, &low, &mut rooms.low) {
+            write(MEMORY_WINDOW, window_of(first, last));
+        } else if !low.is_empty() {
+            log::warn!("the BARs behind {} have no room below 4 GiB", bridges[0]);
+        }
+        match rooms.high.as_mut().and_then(|room| place_together(root, &high, room)) {
+            Some((first, last)) => {
+                write(PREFETCHABLE_WINDOW, window_of(first, last));
+                write(PREFETCHABLE_WINDOW + 4, (first >> 32) as u32);
+                write(PREFETCHABLE_WINDOW + 8, (last >> 32) as u32);
+            }
+            None if high.is_empty() => {}
+            None => log::warn!("the BARs behind {} have no room above 4 GiB", bridges[0]),
+        }
+    }
+    let count = ports.iter().map(|bar| bar.count).sum::<u64>().next_multiple_of(PORT_GRAIN);
+    let has_ports = !ports.is_empty();
+    if has_ports && let Some(first) = rooms.ports.take_spanning(count, PORT_GRAIN) {
+        let last = first + (count - 1);
+        assign_ports(root, ports, &mut Room(Window { first, last }));
+        write(PORT_WINDOW, (first >> 8 & 0xf0 | last & 0xf000) as u32);
+    }
+    let io = if has_ports { COMMAND_IO } else { 0 };
+    write(COMMAND, (io | COMMAND_MEMORY | COMMAND_MASTER).into());
+}
+
+/// Base and limit as a window's register has them.
+fn window_of(first: u64, last: u64) -> u32 {
+    (first >> 16 & 0xfff0) as u32 | (last as u32 & 0xfff0_0000)
+}
+
+/// Gives these BARs addresses in one range of whole MiB, and says where that is; `None` if there is no room, or no BAR.
+fn place_together(root: &PciRoot, bars: &[Bar], room: &mut Room) -> Option<(u64, u64)> {
     let mut sorted = bars.to_vec();
-    sorted.sort_by_key(|bar| (Reverse(bar.size), bar.index));
-    let largest = sorted.iter().map(|bar| bar.size).max().unwrap_or(0).max(MIB);
+    sorted.sort_by_key(|bar| (Reverse(bar.size), bar.sid, bar.index));
+    let largest = sorted.first()?.size.max(MIB);
     // Descending sizes need no gaps.
     let all: u64 = sorted.iter().map(|bar| bar.size.max(PAGE)).fold(0, u64::saturating_add);
-    let len = all.checked_next_multiple_of(largest).unwrap_or(u64::MAX);
-    let command = u32::from(COMMAND_MEMORY | COMMAND_MASTER);
-    if sorted.is_empty() {
-        write32(root, bridge, COMMAND, command);
-        return;
-    }
-    let Some(first) = low.take_spanning(len, largest) else {
-        log::warn!("the BARs behind {bridge} ({all:#x} bytes) have no room");
-        return;
-    };
-    let mut room = Room(Window { first, last: first + (len - 1) });
+    let len = all.checked_next_multiple_of(largest)?;
+    let first = room.take_spanning(len, largest)?;
+    let last = first + (len - 1);
+    let mut room = Room(Window { first, last });
     for bar in sorted {
         if let Some(address) = room.take(bar.size) {
             put(root, &bar, address);
         }
     }
-    write32(root, bridge, MEMORY_WINDOW, (first >> 16) as u32 | ((first + (len - 1)) >> 16 << 16) as u32);
-    write32(root, bridge, COMMAND, command);
+    Some((first, last))
 }
 
-/// Base and limit of what a bridge forwards, in MiB, in the upper 12 bits of each half.
-const MEMORY_WINDOW: u16 = 0x20;
-
-fn assign_ports(root: &PciRoot, bars: &mut [Ports]) {
+fn assign_ports(root: &PciRoot, mut bars: Vec<Ports>, room: &mut Room) {
     bars.sort_by_key(|bar| (Reverse(bar.count), bar.sid, bar.index));
-    let mut room = Room(PORTS);
     for bar in bars {
         // One without an address is decoded nowhere.
         let Some(first) = room.take_aligned(bar.count) else {

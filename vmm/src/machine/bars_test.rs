@@ -2,7 +2,9 @@ use std::sync::{Arc, Mutex};
 
 use devices::Bus;
 use devices::host::{Interrupts, IrqRoute};
-use devices::pci::{BarKind, ConfigSpace, Identity, PciFunction, RootPort, RootPortWiring};
+use devices::pci::{
+    BarKind, ConfigSpace, Identity, PciFunction, PciePciBridge, PciePciBridgeWiring, RootPort, RootPortWiring,
+};
 use vtd::{Msi, Requester};
 
 use super::*;
@@ -58,7 +60,7 @@ fn bars_are_found_with_their_sizes_and_keep_their_addresses() {
         &[(0, BarKind::Memory32, 0x10_0000), (2, BarKind::Prefetchable64, 128 * GIB), (5, BarKind::Memory32, 16)],
         &[(4, BarKind::Memory64, 4 * GIB)],
     ]);
-    let bar = |device, index, size, is_64| Bar { sid: sid(device), index, size, is_64 };
+    let bar = |device, index, size, is_64| Bar { sid: sid(device), index, size, is_64, may_be_high: is_64 };
     let expected =
         [bar(1, 0, 0x10_0000, false), bar(1, 2, 128 * GIB, true), bar(1, 5, 16, false), bar(2, 4, 4 * GIB, true)];
     assert_eq!(all(&root), expected);
@@ -165,6 +167,7 @@ fn port(root: &PciRoot, number: u8, bars: &[(usize, BarKind, u64)]) {
     let port = RootPort::new(RootPortWiring {
         requester: root.requester(sid(0x0f + number)),
         number,
+        bus: number,
         decoder: root.decoder(),
         port_decoder: root.port_decoder(),
         interrupts: Arc::new(NoInterrupts),
@@ -176,6 +179,68 @@ fn port(root: &PciRoot, number: u8, bars: &[(usize, BarKind, u64)]) {
         port.reserve().unwrap();
         port.fill(Fake::new(bars));
     }
+}
+
+#[test]
+fn f6_bridges_forward_ports_and_what_lies_above_4_gib_and_one_behind_the_other_the_same() {
+    let root = root(&[&[(0, BarKind::Io, 8)]]);
+    // One whose memory is too much below 4 GiB, and a port with a bridge behind it.
+    let large = &[(0, BarKind::Io, 0x20), (1, BarKind::Memory32, 0x1000), (2, BarKind::Prefetchable64, 2 * GIB)];
+    port(&root, 1, large);
+    port(&root, 2, &[]);
+    let bridge = PciePciBridge::new(PciePciBridgeWiring {
+        bus: 3,
+        segment: 0,
+        decoder: root.decoder(),
+        port_decoder: root.port_decoder(),
+        ids: None,
+    });
+    let behind = root.ports()[1].clone();
+    behind.reserve().unwrap();
+    behind.fill(bridge.clone());
+    for device in [1, 2] {
+        let function = Fake::new(&[(0, BarKind::Io, 8), (1, BarKind::Memory32, 0x1000)]);
+        assert!(bridge.insert(device, 0, function).is_ok());
+    }
+    let bars = all(&root);
+    let window = window(&bars, GIB / 2, 40).unwrap();
+    assert_eq!(bars.iter().filter(|bar| bar.may_be_high).count(), 1);
+    assign(&root, window);
+    let (one, two, inner) = (sid(0x10), sid(0x11), SourceId::new(2, 0, 0));
+    assert_eq!([one, two, inner].map(|at| read32(&root, at, BUSES)), [0x01_0100, 0x03_0200, 0x03_0302]);
+    let memory = |at: SourceId| {
+        let register = read32(&root, at, MEMORY_WINDOW);
+        u64::from(register & 0xfff0) << 16..=u64::from(register & 0xfff0_0000 | 0xf_ffff)
+    };
+    let ports = |at: SourceId| {
+        let register = read32(&root, at, PORT_WINDOW);
+        (register & 0xf0) << 8..=register & 0xf000 | 0xfff
+    };
+    let above = |at: SourceId| {
+        let [low, base, limit] = [0, 4, 8].map(|more| u64::from(read32(&root, at, PREFETCHABLE_WINDOW + more)));
+        base << 32 | (low & 0xfff0) << 16..=limit << 32 | low & 0xfff0_0000 | 0xf_ffff
+    };
+    let io = |at, index| read32(&root, at, register(index)) & !3;
+    for bar in &bars {
+        let (at, bridges) = (address(&root, bar), if bar.sid.bus() == 1 { vec![one] } else { vec![two, inner] });
+        let last = at + bar.size - 1;
+        for bridge in bridges.into_iter().filter(|_| bar.sid.bus() != 0) {
+            let window = if bar.may_be_high { above(bridge) } else { memory(bridge) };
+            assert!(at != 0 && window.contains(&at) && window.contains(&last), "{bar:?} at {at:#x}, {window:x?}");
+        }
+        assert!(!bar.may_be_high || window.is_some_and(|window| window.first <= at && last <= window.last));
+    }
+    for (function, bridges) in [(SourceId::new(1, 0, 0), vec![one]), (SourceId::new(3, 2, 0), vec![two, inner])] {
+        for bridge in bridges {
+            assert!(ports(bridge).contains(&io(function, 0)), "{function}");
+            assert_eq!(read32(&root, bridge, COMMAND) & 7, 7);
+        }
+        assert_eq!(read32(&root, function, COMMAND) as u16 & ENABLES, ENABLES);
+    }
+    assert!(ports(one).is_empty() || !ports(one).contains(&io(sid(1), 0)), "nobody else's ports");
+    assert_ne!(io(SourceId::new(3, 1, 0), 0), io(SourceId::new(3, 2, 0), 0));
+    // Nothing is forwarded where nothing is.
+    assert!(above(two).is_empty());
 }
 
 struct NoInterrupts;

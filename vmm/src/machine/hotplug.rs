@@ -9,18 +9,24 @@ use std::time::Duration;
 
 use devices::pci::{PciFunction, RootPort};
 use vfio_bridge::Function;
+use vtd::Requester;
 
 use super::Machine;
 use super::plug::{Placed, Seat};
 use crate::assign::{self, Checked};
-use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket, slot_of_port};
+use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket, VirtioKind};
 
 /// How long a guest has until it is asked again, or a device that it did not turn on is taken from it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether such a device can come and go.
 fn can_move(kind: &DeviceKind) -> bool {
-    matches!(kind, DeviceKind::Edu { .. } | DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. })
+    match kind {
+        DeviceKind::Edu { .. } | DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => true,
+        // What is typed is led to the console that there was at the start.
+        DeviceKind::Virtio(kind) => *kind != VirtioKind::Console,
+        DeviceKind::PciBridge | DeviceKind::PinBlk { .. } => false,
+    }
 }
 
 impl Machine {
@@ -32,6 +38,9 @@ impl Machine {
         let kind = option.kind.name();
         if !can_move(&option.kind) {
             return Err(format!("a {kind} cannot be added to a machine that runs; give it at the start"));
+        }
+        if let Some(bus) = &option.bus {
+            return Err(format!("bus={bus}: a conventional bus has no hot-plug; use port=N, or neither"));
         }
         if let Some(addr) = option.addr {
             return Err(format!("addr={addr}: devices are added behind root ports only; use port=N, or neither"));
@@ -49,7 +58,7 @@ impl Machine {
         let port = self.ports.choose(option.port)?;
         let checked = self.check(option).map_err(|e| e.to_string())?;
         let requester = port.reserve().map_err(|e| e.to_string())?;
-        let seat = Seat { requester, device: slot_of_port(port.number()).device, port: Some(port.number()) };
+        let seat = Seat::behind_port(requester, port.number());
         if let Err(e) = self.insert(option, &id, seat, &port, checked.as_ref()) {
             port.release();
             return Err(e.to_string());
@@ -67,12 +76,12 @@ impl Machine {
         checked: Option<&Checked>,
     ) -> Result<(), super::Error> {
         let open = checked.map(|checked| self.plug.opener.open(checked)).transpose()?;
-        let made = self.fits(open.as_deref()).and_then(|()| self.plug.device(option, id, seat, open.clone()));
+        let made = self.fits(open.as_deref()).and_then(|()| self.plug.device(option, id, seat.clone(), open.clone()));
         let (placed, function) = match made {
             Ok(made) => made,
             Err(e) => {
                 let bdf = open.as_ref().and_then(|open| open.bdf());
-                self.forget_in_unit(id, seat);
+                self.forget_in_unit(id, seat.requester);
                 drop(open);
                 self.plug.opener.close(bdf);
                 return Err(e);
@@ -138,7 +147,8 @@ impl Machine {
         let placed = self.placed.iter().find(|placed| placed.id == id);
         let placed = placed.ok_or_else(|| format!("there is no device {id}"))?;
         let port = placed.port.and_then(|number| self.ports.get(number)).cloned();
-        let port = port.ok_or_else(|| format!("{id} is on bus 0, and stays; only what is behind a root port goes"))?;
+        let bus = if placed.bridge.is_some() { "a conventional bus" } else { "bus 0" };
+        let port = port.ok_or_else(|| format!("{id} is on {bus}, and stays; only what is behind a root port goes"))?;
         if !can_move(&placed.kind) || self.bridge.backend(placed.requester) == Some("iommufd") {
             return Err(format!("{id} stays for the whole run: it is a device that cannot be removed"));
         }
@@ -200,18 +210,16 @@ impl Machine {
 
     /// A device is gone from the guest: nothing that it could reach stays mapped, and the host has its own back.
     fn forget(&mut self, placed: Placed, function: Arc<dyn PciFunction>) {
-        let Placed { id, requester, port, host, process, .. } = placed;
+        let Placed { id, requester, port, host, process, pins, .. } = placed;
         self.ports.went(port);
-        let seat = Seat { requester, device: 0, port };
-        self.forget_in_unit(&id, seat);
-        drop((function, process));
+        self.forget_in_unit(&id, requester);
+        drop((function, process, pins));
         self.plug.opener.close(host.map(|(bdf, _)| bdf));
         log::info!("{id}: it is gone");
     }
 
     /// Nothing here knows the device any more. It is quiet, or was never used.
-    fn forget_in_unit(&mut self, id: &str, seat: Seat) {
-        let requester = seat.requester;
+    fn forget_in_unit(&mut self, id: &str, requester: Requester) {
         self.plug.breaker.remove(requester);
         self.plug.assigned.retain(|(other, _)| other != id);
         if let Some(unit) = &self.unit {

@@ -2,9 +2,10 @@
 //! call gives one page, which is bounded, so that no guest and no client can hold the machine up.
 
 use vtd::inspect::{PageBounds, Position};
-use vtd::{IovaRange, Requester, SourceId};
+use vtd::{IovaRange, Requester, SourceId, Unit};
 
 use super::Machine;
+use crate::kvm::memory::Ram;
 use crate::view::Hex;
 use crate::view::mappings::{self, Item};
 use crate::view::tables;
@@ -20,10 +21,12 @@ impl Machine {
     pub fn iommu_tables(&self, device: Option<&str>, position: Option<&str>) -> Result<tables::Page, String> {
         let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
         let from = begin(position)?;
-        let only = device.map(|device| self.source_of(device)).transpose()?;
+        let only = device.map(|device| self.source_of(device, unit)).transpose()?;
+        // Behind a bridge functions have one entry together.
         let id_of = |source: SourceId| {
-            let placed = self.placed.iter().find(|placed| placed.requester.sid == source);
-            placed.map(|placed| placed.id.clone())
+            let its = self.placed.iter().filter(|placed| unit.source_id(placed.requester) == Some(source));
+            let ids: Vec<&str> = its.map(|placed| placed.id.as_str()).collect();
+            (!ids.is_empty()).then(|| ids.join(","))
         };
         Ok(tables::Page::new(&unit.tables_page(only, from, PageBounds::default()), &id_of))
     }
@@ -33,11 +36,11 @@ impl Machine {
     pub fn iommu_mappings(&self, device: Option<&str>, position: Option<&str>) -> Result<mappings::Page, String> {
         let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
         let mut from = begin(position)?;
-        let only = device.map(|device| self.source_of(device)).transpose()?;
+        let only = device.map(|device| self.source_of(device, unit)).transpose()?;
         let _unchanged = self.peers.hold();
         let mut page = mappings::Page::default();
         let mut attached = unit.attachments();
-        attached.retain(|(requester, _)| only.is_none_or(|only| requester.sid == only));
+        attached.retain(|(name, _)| only.is_none_or(|only| unit.source_id(*name) == Some(only)));
         if let (Some(device), true) = (device, attached.is_empty()) {
             return Err(format!("nothing is mapped for {device} in the host: it is not assigned, or emulated here"));
         }
@@ -62,7 +65,7 @@ impl Machine {
                 let refused = found.refused.iter().take(MOST_ITEMS);
                 page.items.push(Item::Function(mappings::Function {
                     id: self.id_of(requester),
-                    addr: requester.sid.to_string(),
+                    addr: unit.source_id(requester).map_or_else(|| "none".to_owned(), |id| id.to_string()),
                     space,
                     backend: self.bridge.backend(requester).unwrap_or("nobody").to_owned(),
                     refused: refused.map(|range| (Hex(range.first), Hex(range.last))).collect(),
@@ -83,11 +86,13 @@ impl Machine {
         self.placed.iter().find(|placed| placed.requester == requester).map(|placed| placed.id.clone())
     }
 
-    /// The device with this id, or at this address: `05.0`, `00:05.0` or `0000:00:05.0`.
-    fn source_of(&self, device: &str) -> Result<SourceId, String> {
-        let placed = self.placed.iter().find(|placed| placed.id == device);
-        let found = placed.map(|placed| placed.requester.sid).or_else(|| address(device));
-        found.ok_or_else(|| format!("there is no device {device}: `devices` has ids and addresses"))
+    /// The source id of the device with this id, or this one: `05.0`, `00:05.0` or `0000:00:05.0`.
+    fn source_of(&self, device: &str, unit: &Unit<Ram>) -> Result<SourceId, String> {
+        if let Some(placed) = self.placed.iter().find(|placed| placed.id == device) {
+            let source = unit.source_id(placed.requester);
+            return source.ok_or_else(|| format!("{device} has no source id: the guest gave its bus no number"));
+        }
+        address(device).ok_or_else(|| format!("there is no device {device}: `devices` has ids and addresses"))
     }
 }
 

@@ -12,6 +12,7 @@ mod legacy;
 mod peers;
 mod plug;
 mod ports;
+mod source_ids;
 pub mod stats;
 mod steering;
 mod top;
@@ -38,7 +39,7 @@ use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
-use crate::config::{MachineConfig, Place};
+use crate::config::{BusNumbers, MachineConfig, Place};
 use crate::console::GuestInput;
 use crate::kvm::cpuid;
 use crate::kvm::doorbells::KvmDoorbells;
@@ -178,6 +179,7 @@ struct Tables {
     cpus: u8,
     pci64: Option<layout::Window>,
     root_ports: u8,
+    last_bus: u8,
     remapping: Option<Remapping>,
 }
 
@@ -237,6 +239,7 @@ impl Machine {
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { config: wanted, names, places, payload, checked, control, output, drained, trace } = parts;
         let vm = vm::create(kvm)?;
+        let buses = BusNumbers::new(wanted.root_ports, &wanted.devices, places);
         // A process may come later.
         let for_processes =
             wanted.root_ports > 0 || checked.iter().any(|function| matches!(function, Checked::User { .. }));
@@ -252,7 +255,7 @@ impl Machine {
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
-        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, wanted.root_ports)?;
+        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, buses.last)?;
 
         let unit = match wanted.vtd() {
             None => None,
@@ -286,7 +289,7 @@ impl Machine {
         if let Some(Err(e)) = unit.as_ref().map(|unit| register_page::show(&slots, unit, layout::VTD_UNIT)) {
             log::warn!("the guest's reads of the remapping unit's registers will be exits: {e}");
         }
-        let ports = Ports::new(&platform.root, wanted.root_ports, &interrupts, unit.as_ref())?;
+        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, unit.as_ref())?;
         let mut plug = Plug {
             root: platform.root.clone(),
             ioapic: platform.ioapic.clone(),
@@ -304,7 +307,12 @@ impl Machine {
             input: None,
             assigned: Vec::new(),
         };
-        let placed = plug.devices(&wanted.devices, names, places, assigned.functions)?;
+        let placed = plug.devices(&wanted.devices, names, places, &buses, assigned.functions)?;
+        let of_host = placed.iter().filter_map(|device| {
+            let bus = device.bridge.as_ref().map(|bridge| bridge.alias().sid.bus());
+            device.host.map(|(_, group)| (device.id.as_str(), group, bus))
+        });
+        assign::report_groups(&of_host.collect::<Vec<_>>());
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
         // quiet now.
         platform.root.reset();
@@ -317,6 +325,7 @@ impl Machine {
             cpus: wanted.cpus,
             pci64,
             root_ports: wanted.root_ports,
+            last_bus: buses.last,
             remapping: unit.as_ref().map(|unit| Remapping {
                 width: physical_bits,
                 interrupts: unit.config().interrupt_remapping,
@@ -395,9 +404,14 @@ impl Machine {
 
     /// Writes the kernel and what describes the machine into RAM.
     fn load(&mut self) -> Result<(), Error> {
-        let Tables { cpus, pci64, root_ports, remapping } = &self.tables;
-        let description =
-            acpi::Description { cpus: *cpus, pci64: *pci64, root_ports: *root_ports, remapping: remapping.as_ref() };
+        let Tables { cpus, pci64, root_ports, last_bus, remapping } = &self.tables;
+        let description = acpi::Description {
+            cpus: *cpus,
+            pci64: *pci64,
+            root_ports: *root_ports,
+            last_bus: *last_bus,
+            remapping: remapping.as_ref(),
+        };
         let rsdp = acpi::write(&self.ram, &description)?;
         let start = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         *self.entry.lock().unwrap() = start;

@@ -1,12 +1,13 @@
 //! Devices come into the machine: functions of the host, of other processes, and emulated ones.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::{Edu, Pasids};
 use devices::host::IrqLine;
 use devices::ioapic::{EoiListener, IoApic};
-use devices::pci::{PciFunction, PciRoot, RootPort, gsi_of};
+use devices::pci::{PciFunction, PciRoot, PciePciBridge, PciePciBridgeWiring, RootPort, SlotError, gsi_of};
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
 use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient, Software};
@@ -14,8 +15,9 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Pasid, Requester, SourceId, Stream, Unit};
 
 use super::Error;
+use super::source_ids::ids_of;
 use crate::assign::{self, Breaker, Opener, UserRequests};
-use crate::config::{DeviceKind, DeviceOption, Place, slot_of_port};
+use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, slot_of_port};
 use crate::kvm::doorbells::KvmDoorbells;
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
@@ -30,12 +32,23 @@ pub(super) struct Placed {
     pub requester: Requester,
     /// Its root port.
     pub port: Option<u8>,
+    /// The bridge that it is behind.
+    pub bridge: Option<Arc<PciePciBridge>>,
     /// Of the host's function: its address, and the kernel's number of its group.
     pub host: Option<(Bdf, GroupId)>,
     /// The function, if another process emulates it.
     pub process: Option<Arc<dyn Function>>,
     /// Of a device that pins.
     pub pins: Option<Arc<PinClient>>,
+}
+
+impl Placed {
+    /// A device of which nothing more is known.
+    fn new(option: &DeviceOption, id: &str, seat: Seat) -> Self {
+        let Seat { requester, port, bridge, .. } = seat;
+        let (host, process, pins) = (None, None, None);
+        Self { id: id.to_owned(), kind: option.kind.clone(), requester, port, bridge, host, process, pins }
+    }
 }
 
 /// Puts devices into a machine: all that they are connected to.
@@ -67,14 +80,35 @@ pub(super) struct Plug {
 }
 
 /// Where a device is, and what follows from it.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Seat {
     /// The device's name.
     pub requester: Requester,
-    /// The device of bus 0 whose interrupt pins its own are, behind the port of this number.
+    /// The device of bus 0 whose interrupt pins its own are, behind a port or a bridge.
     pub device: u8,
     /// Its root port.
     pub port: Option<u8>,
+    /// The bridge that it is behind.
+    pub bridge: Option<Arc<PciePciBridge>>,
+}
+
+impl Seat {
+    /// On bus 0.
+    pub fn on_root(requester: Requester) -> Self {
+        Self { requester, device: requester.sid.device(), port: None, bridge: None }
+    }
+
+    /// Behind a root port.
+    pub fn behind_port(requester: Requester, number: u8) -> Self {
+        Self { requester, device: slot_of_port(number).device, port: Some(number), bridge: None }
+    }
+
+    /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below it,
+    /// a root port by device 0 (PCI-to-PCI bridge architecture specification 1.2, section 9.1).
+    fn pin(&self, pin: u8) -> u8 {
+        let turned = self.bridge.as_ref().map_or(0, |_| self.requester.sid.device());
+        (pin - 1 + turned) % 4 + 1
+    }
 }
 
 impl Plug {
@@ -84,10 +118,12 @@ impl Plug {
         wanted: &[DeviceOption],
         names: &[String],
         places: &[Place],
+        buses: &BusNumbers,
         functions: Vec<Arc<dyn Function>>,
     ) -> Result<Vec<Placed>, Error> {
         let mut functions = functions.into_iter();
         let mut placed = Vec::with_capacity(wanted.len());
+        let bridges = self.bridges(names, places, buses)?;
         for ((option, id), place) in wanted.iter().zip(names).zip(places) {
             // One open function for each of these devices.
             let open = match option.kind {
@@ -95,25 +131,74 @@ impl Plug {
                 _ => None,
             };
             let not_there = |source| Error::Slot { id: id.clone(), source };
+            if let Some((_, seat)) = bridges.get(&placed.len()) {
+                placed.push(Placed::new(option, id, seat.clone()));
+                continue;
+            }
             match *place {
                 Place::Root(slot) => {
                     let sid = SourceId::new(0, slot.device, slot.function);
-                    let seat = Seat { requester: self.root.requester(sid), device: slot.device, port: None };
-                    let (device, function) = self.device(option, id, seat, open)?;
+                    let (device, function) = self.device(option, id, Seat::on_root(self.root.requester(sid)), open)?;
                     self.root.insert(sid, function).map_err(not_there)?;
                     placed.push(device);
                 }
                 Place::Port(number) => {
                     let port = self.port(number)?;
                     let requester = port.reserve()?;
-                    let seat = Seat { requester, device: slot_of_port(number).device, port: Some(number) };
-                    let (device, function) = self.device(option, id, seat, open)?;
+                    let (device, function) = self.device(option, id, Seat::behind_port(requester, number), open)?;
                     port.fill(function);
+                    placed.push(device);
+                }
+                Place::Bridge { bridge, slot } => {
+                    let (bridge, above) = bridges.get(&bridge).ok_or_else(|| Error::NotOpen(id.clone()))?;
+                    let requester = bridge.name_of(slot.device, slot.function);
+                    if let Some(unit) = &self.unit {
+                        unit.set_alias(requester, bridge.alias());
+                    }
+                    let seat = Seat { requester, device: above.device, port: None, bridge: Some(bridge.clone()) };
+                    let (device, function) = self.device(option, id, seat, open)?;
+                    let taken = |_| not_there(SlotError::Taken(requester.sid));
+                    bridge.insert(slot.device, slot.function, function).map_err(taken)?;
                     placed.push(device);
                 }
             }
         }
         Ok(placed)
+    }
+
+    /// Makes the bridges, each in its place, before what is behind them; by their places in the list of devices.
+    fn bridges(
+        &self,
+        names: &[String],
+        places: &[Place],
+        buses: &BusNumbers,
+    ) -> Result<BTreeMap<usize, (Arc<PciePciBridge>, Seat)>, Error> {
+        let mut bridges = BTreeMap::new();
+        for (index, bus) in &buses.bridges {
+            let bridge = PciePciBridge::new(PciePciBridgeWiring {
+                bus: *bus,
+                segment: 0,
+                decoder: self.root.decoder(),
+                port_decoder: self.root.port_decoder(),
+                ids: self.unit.as_ref().map(ids_of),
+            });
+            let seat = match places[*index] {
+                Place::Port(number) => {
+                    let port = self.port(number)?;
+                    let requester = port.reserve()?;
+                    port.fill(bridge.clone());
+                    Seat::behind_port(requester, number)
+                }
+                Place::Root(slot) | Place::Bridge { slot, .. } => {
+                    let sid = SourceId::new(0, slot.device, slot.function);
+                    let taken = |source| Error::Slot { id: names[*index].clone(), source };
+                    self.root.insert_bridge(sid, bridge.clone()).map_err(taken)?;
+                    Seat::on_root(self.root.requester(sid))
+                }
+            };
+            bridges.insert(*index, (bridge, seat));
+        }
+        Ok(bridges)
     }
 
     /// The root port of this number.
@@ -132,15 +217,7 @@ impl Plug {
         open: Option<Arc<dyn Function>>,
     ) -> Result<(Placed, Arc<dyn PciFunction>), Error> {
         let requester = seat.requester;
-        let mut placed = Placed {
-            id: id.to_owned(),
-            kind: option.kind.clone(),
-            requester,
-            port: seat.port,
-            host: None,
-            process: None,
-            pins: None,
-        };
+        let mut placed = Placed::new(option, id, seat.clone());
         let function: Arc<dyn PciFunction> = match &option.kind {
             DeviceKind::Vfio { .. } | DeviceKind::VfioUser { .. } => {
                 let function = open.ok_or_else(|| Error::NotOpen(id.to_owned()))?;
@@ -151,6 +228,8 @@ impl Plug {
                 self.assigned.push((id.to_owned(), vfio.clone()));
                 vfio
             }
+            // They are made before the others.
+            DeviceKind::PciBridge => return Err(Error::NotOpen(id.to_owned())),
             DeviceKind::Edu { pasid } => self.edu(seat, *pasid)?,
             DeviceKind::PinBlk { file, direct } => {
                 let unit = self.unit.as_ref().ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
@@ -193,8 +272,8 @@ impl Plug {
     }
 
     /// The pin `pin` of the function at `seat`: its line, and the line's number.
-    fn line(&self, seat: Seat, pin: u8) -> (Arc<dyn IrqLine>, u8) {
-        let gsi = gsi_of(seat.device, pin) as u8;
+    fn line(&self, seat: &Seat, pin: u8) -> (Arc<dyn IrqLine>, u8) {
+        let gsi = gsi_of(seat.device, seat.pin(pin)) as u8;
         (self.ioapic.line(gsi), gsi)
     }
 
@@ -208,7 +287,7 @@ impl Plug {
             }
             None => Box::new(DirectMemory((*self.ram).clone())),
         };
-        let line = self.line(seat, 1);
+        let line = self.line(&seat, 1);
         // That there is a unit with PASIDs was checked.
         let pasids = self.unit.as_ref().filter(|_| pasid).map(|unit| {
             let (unit, decoder) = (unit.clone(), self.root.decoder());
@@ -240,7 +319,7 @@ impl Plug {
             let attach = |source| assign::Error::Attach { name: name.clone(), source };
             unit.add_requester(requester).map_err(attach)?;
         }
-        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(seat, pin));
+        let intx = VfioPci::pin_of(&*function).map(|pin| self.line(&seat, pin));
         let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
             requester,

@@ -4,25 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use devices::host::{SlotPower, SourceIds};
+use devices::host::SlotPower;
 use devices::pci::{PciRoot, RootPort, RootPortWiring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vtd::{Requester, SourceId, Unit};
+use vtd::{SourceId, Unit};
 
 use super::plug::Placed;
+use super::source_ids::ids_of;
 use super::{Error, stats};
 use crate::config::slot_of_port;
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
-
-/// Tells the unit which ids functions behind ports have.
-struct UnitIds(Arc<Unit<Ram>>);
-
-impl SourceIds for UnitIds {
-    fn renumbered(&self, name: Requester, id: Option<SourceId>) {
-        self.0.renumber(&[(name, id)]);
-    }
-}
 
 /// Wakes the main thread.
 struct Wake(EventFd);
@@ -46,20 +38,21 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Makes `count` ports.
+    /// Makes a port for each of `buses`, the numbers in the names of what is behind them.
     pub fn new(
         root: &PciRoot,
-        count: u8,
+        buses: &[u8],
         interrupts: &Arc<KvmInterrupts>,
         unit: Option<&Arc<Unit<Ram>>>,
     ) -> Result<Self, Error> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::PortEvent)?;
-        let ids = unit.map(|unit| Arc::new(UnitIds(unit.clone())) as Arc<dyn SourceIds>);
+        let ids = unit.map(ids_of);
         let power = Arc::new(Wake(event.try_clone().map_err(Error::PortEvent)?));
-        let port = |number: u8| {
+        let port = |(number, bus): (u8, &u8)| {
             let port = RootPort::new(RootPortWiring {
                 requester: root.requester(SourceId::new(0, slot_of_port(number).device, 0)),
                 number,
+                bus: *bus,
                 decoder: root.decoder(),
                 port_decoder: root.port_decoder(),
                 interrupts: interrupts.clone(),
@@ -70,7 +63,7 @@ impl Ports {
             root.insert_port(&port).map_err(taken)?;
             Ok(port)
         };
-        let ports = (1..=count).map(port).collect::<Result<_, Error>>()?;
+        let ports = (1..).zip(buses).map(port).collect::<Result<_, Error>>()?;
         Ok(Self { ports, event, asked: BTreeMap::new(), came: BTreeMap::new() })
     }
 
@@ -130,6 +123,10 @@ impl Ports {
 
     /// The address of a device in the guest.
     pub fn address(&self, placed: &Placed) -> String {
+        if let Some(bridge) = &placed.bridge {
+            let devfn = u16::from(placed.requester.sid.devfn());
+            return bridge.id().map_or_else(|| "none".to_owned(), |id| SourceId(id.0 | devfn).to_string());
+        }
         let Some(port) = placed.port.and_then(|number| self.get(number)) else {
             return placed.requester.sid.to_string();
         };

@@ -96,7 +96,7 @@ impl Spaces {
             self.leave(requester, member.attached);
             self.reported.retain(|(reported, _)| *reported != requester);
             self.said_blocked.remove(&requester);
-            self.ids.remove(&requester);
+            self.forget_id(requester);
             self.sources_changed(core);
         }
     }
@@ -122,7 +122,7 @@ impl Spaces {
         let is_there =
             self.members.contains_key(&requester) || self.endpoints.iter().any(|(name, _)| *name == requester);
         if !is_there {
-            self.ids.remove(&requester);
+            self.forget_id(requester);
         }
         self.sources_changed(core);
     }

@@ -54,6 +54,8 @@ pub(crate) struct Spaces {
     endpoints: Vec<(Requester, Arc<Iotlb>)>,
     /// The source ids of functions that do not have the one of their name; `None` for one that has none.
     ids: BTreeMap<Requester, Option<SourceId>>,
+    /// Functions whose requests carry the id of somebody else: the bridge that they are behind.
+    aliases: BTreeMap<Requester, Requester>,
     pending: Pending,
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,

@@ -7,6 +7,10 @@
 //! guest that renumbers its buses, nobody can tell their requests apart: with translation on, neither reaches anything.
 //! So does one that has no id.
 //!
+//! A conventional function has no id at all: the bridge that takes its requests to PCI Express makes them in its own
+//! name (PCI Express to PCI bridge specification 1.0, section 2.3). Functions that have such an **alias** in common have
+//! one id together, and their requests are no strangers to each other: the alias is who must not share its id.
+//!
 //! Order of a change, so that nothing of the old id is left when it returns:
 //!
 //! 1. the new ids are in force: a walk that begins now uses them, and a walk that began before is not cached (its epoch
@@ -42,6 +46,20 @@ impl Spaces {
             }
         }
         self.sources_changed(core);
+    }
+
+    /// The requests of `name` carry whatever id those of `alias` do.
+    pub(crate) fn set_alias<M: GuestMemoryBackend>(&mut self, core: &Core<M>, name: Requester, alias: Requester) {
+        self.aliases.insert(name, alias);
+        self.sources_changed(core);
+    }
+
+    /// A function of this name is gone. What it is an alias of stays.
+    pub(super) fn forget_id(&mut self, name: Requester) {
+        self.aliases.remove(&name);
+        if !self.aliases.values().any(|alias| *alias == name) {
+            self.ids.remove(&name);
+        }
     }
 
     /// Who there is, or which ids they have, changed: whoever is concerned is looked up again.
@@ -80,21 +98,26 @@ impl Spaces {
 
     /// Who has which id, from `ids` and from who there is.
     fn sources(&self) -> Sources {
-        if self.ids.is_empty() {
+        if self.ids.is_empty() && self.aliases.is_empty() {
             return Sources::default();
         }
-        let there = self.members.keys().chain(self.endpoints.iter().map(|(name, _)| name)).chain(self.ids.keys());
+        let there = self.members.keys().chain(self.endpoints.iter().map(|(name, _)| name));
+        let there = there.chain(self.ids.keys()).chain(self.aliases.keys());
         let there: BTreeSet<Requester> = there.copied().collect();
-        let id_of = |name: &Requester| self.ids.get(name).copied().unwrap_or(Some(name.sid));
-        let mut having: BTreeMap<(u16, SourceId), usize> = BTreeMap::new();
+        let alias_of = |name: &Requester| self.aliases.get(name).copied().unwrap_or(*name);
+        let id_of = |name: &Requester| {
+            let alias = alias_of(name);
+            self.ids.get(&alias).copied().unwrap_or(Some(alias.sid))
+        };
+        let mut having: BTreeMap<(u16, SourceId), BTreeSet<Requester>> = BTreeMap::new();
         for name in &there {
             if let Some(id) = id_of(name) {
-                *having.entry((name.segment, id)).or_default() += 1;
+                having.entry((name.segment, id)).or_default().insert(alias_of(name));
             }
         }
         let source = |name: &Requester| match id_of(name) {
             None => Source::None,
-            Some(id) if having.get(&(name.segment, id)).is_some_and(|count| *count > 1) => Source::Shared(id),
+            Some(id) if having.get(&(name.segment, id)).is_some_and(|having| having.len() > 1) => Source::Shared(id),
             Some(id) => Source::Own(id),
         };
         let differ = there.iter().map(|name| (*name, source(name)));

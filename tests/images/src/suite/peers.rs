@@ -20,7 +20,7 @@ const ADMIN_QUEUE: u64 = 0x28;
 /// reaches them.
 fn b10_bar_of_another_function() {
     let host_has_edu = !Edu::first().recorded;
-    match pci::find(0x1b36, 0x0010).next().filter(|_| host_has_edu) {
+    match pci::find(0, 0x1b36, 0x0010).next().filter(|_| host_has_edu) {
         Some(nvme) => registers_are_reached_while_they_are_there(nvme),
         None => registers_without_memory_are_reached_by_emulated_dma(),
     }

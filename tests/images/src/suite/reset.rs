@@ -156,7 +156,7 @@ const OTHER_PLACE: u64 = 0xd000_0000;
 fn a11_reset_under_dma_leaves_the_device_quiet() {
     let resets = resets();
     seal(MAPPED);
-    let sid = pci::find(0x1234, 0x11e8).next().unwrap_or_else(|| panic!("there is no edu"));
+    let sid = pci::find(0, 0x1234, 0x11e8).next().unwrap_or_else(|| panic!("there is no edu"));
     let configuration = |offset| sid.read(offset as u16);
     as_after_power_on("configuration space at", CONFIGURATION, 64, resets == 0, configuration);
     check_eq!(sid.read(COMMAND) & MASTER, 0, "Bus Master");

@@ -63,7 +63,9 @@ impl Devices {
             if is_process {
                 placed.processes.push(index);
             }
-            if is_process || !option.kind.is_emulated() {
+            // What is not on bus 0 the image finds behind its bridge.
+            let on_root = option.port.is_none() && option.bus.is_none();
+            if on_root && (is_process || !option.kind.is_emulated()) {
                 // Where the image is told that it is. A bus without a free slot is refused at the start.
                 if let Some(Slot { device, function }) = option.addr.or_else(|| free.next()) {
                     if option.addr.is_none() {
@@ -82,7 +84,10 @@ impl Devices {
 }
 
 fn edu() -> (String, DeviceOption) {
-    ("edu".to_owned(), DeviceOption { id: None, addr: None, port: None, kind: DeviceKind::Edu { pasid: false } })
+    (
+        "edu".to_owned(),
+        DeviceOption { id: None, addr: None, port: None, bus: None, kind: DeviceKind::Edu { pasid: false } },
+    )
 }
 
 #[cfg(test)]
@@ -117,6 +122,13 @@ mod tests {
         assert_eq!(options, ["edu,addr=01.0", "edu,addr=02.0", "edu,addr=05.0"]);
         assert_eq!(processes, [0, 1, 2]);
         assert_eq!(words, " assigned=01.0 assigned=02.0 assigned=05.0");
+    }
+
+    #[test]
+    fn an_edu_behind_a_bridge_is_a_process_too_and_needs_no_slot() {
+        let (options, processes, words) = placed(&[], &["pcie-pci-bridge,id=br,addr=08.0", "edu,bus=br", "edu,port=1"]);
+        assert_eq!(options, ["edu,addr=01.0", "pcie-pci-bridge,id=br,addr=08.0", "edu,bus=br", "edu,port=1"]);
+        assert_eq!((processes, words.as_str()), (vec![0, 2, 3], " assigned=01.0"));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Test {
 const REBOOTS: &str = "reboots";
 
 /// What an image may ask for, besides emulated devices: it is somebody's file, and `--stats FILE` would write one.
-const ALLOWED: [&str; 3] = ["--iommu", "--cpus", "--memory"];
+const ALLOWED: [&str; 4] = ["--iommu", "--cpus", "--memory", "--root-ports"];
 
 /// The tests of the image `file`. An image without a list is one test, called `name`.
 ///
@@ -97,6 +97,7 @@ fn parse(line: &str) -> Result<Test, String> {
                     DeviceKind::Edu { pasid: false },
                     DeviceKind::Edu { pasid: true },
                     DeviceKind::PinBlk { file: None, direct: false },
+                    DeviceKind::PciBridge,
                 ];
                 let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
                 devices.push((value.clone(), device.ok_or_else(refused)?));
@@ -119,6 +120,8 @@ mod tests {
         let test = parse("a1_x --iommu vtd,aw-bits=57 --device edu").unwrap();
         assert_eq!((test.name.as_str(), test.options.len(), test.devices.len()), ("a1_x", 2, 1));
         assert!(test.allows_assigned() && !test.reboots);
+        let bridged = parse("c5_x --root-ports 1 --device pcie-pci-bridge,id=br,port=1 --device edu,bus=br").unwrap();
+        assert_eq!((bridged.options.len(), bridged.devices.len()), (2, 2));
         assert_eq!(parse("d3_x --device pinblk").unwrap().devices.len(), 1);
         assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
         let test = parse("a11_x reboots --cpus 2").unwrap();

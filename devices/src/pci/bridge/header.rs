@@ -3,11 +3,14 @@
 
 use vtd::SourceId;
 
-use crate::pci::config::{COMMAND_MEMORY, HEADER_TYPE};
+use super::{Path, Range};
+use crate::pci::config::{COMMAND, COMMAND_INTX_OFF, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, HEADER_TYPE};
 use crate::pci::{ConfigSpace, Identity};
 
 /// Primary, secondary and subordinate bus number, one byte each.
 const BUSES: u16 = 0x18;
+/// Base, and one byte further the limit, of ports.
+const PORTS: u16 = 0x1c;
 const SECONDARY_STATUS: u16 = 0x1e;
 /// Base, and two bytes further the limit, of memory that is not prefetchable.
 const MEMORY: u16 = 0x20;
@@ -19,14 +22,14 @@ const BRIDGE_CONTROL: u16 = 0x3e;
 /// Bridge control: what is below is held in reset.
 const SECONDARY_RESET: u16 = 1 << 6;
 
-/// First and last address.
-pub type Range = (u64, u64);
-
-/// Configuration space of a bridge that forwards memory and no ports, with 64-bit addresses of prefetchable memory.
+/// Configuration space of a bridge, with 16-bit addresses of ports and 64-bit addresses of prefetchable memory.
 pub fn new(id: &Identity) -> ConfigSpace {
     let mut config = ConfigSpace::new(&Identity { subsystem: (0, 0), ..*id });
     config.put(HEADER_TYPE, &[1]);
+    let command = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER | COMMAND_INTX_OFF | 0x0140;
+    config.allow(COMMAND, &command.to_le_bytes());
     config.allow(BUSES, &[0xff; 3]);
+    config.allow(PORTS, &[0xf0; 2]);
     config.clear_on_one(SECONDARY_STATUS, &0xf900u16.to_le_bytes());
     for register in [MEMORY, MEMORY + 2, PREFETCHABLE, PREFETCHABLE + 2] {
         config.allow(register, &0xfff0u16.to_le_bytes());
@@ -69,6 +72,24 @@ pub fn forwarded(config: &ConfigSpace) -> Vec<Range> {
     let prefetchable = (base | upper(PREFETCHABLE_BASE_UPPER), limit | upper(PREFETCHABLE_LIMIT_UPPER));
     // A base above its limit: nothing is forwarded.
     [ends(MEMORY), prefetchable].into_iter().filter(|(base, limit)| base <= limit).collect()
+}
+
+/// The ports that are forwarded downwards. None while I/O Enable is clear.
+pub fn forwarded_ports(config: &ConfigSpace) -> Vec<Range> {
+    let [base, limit] = config.u16(PORTS).to_le_bytes().map(|byte| u64::from(byte & 0xf0) << 8);
+    let enabled = config.command() & COMMAND_IO != 0 && base <= limit;
+    if enabled { vec![(base, limit | 0xfff)] } else { Vec::new() }
+}
+
+/// What gets through a bridge that is in D0, or is not.
+pub fn path(config: &ConfigSpace, is_on: bool) -> Path {
+    let (secondary, subordinate) = buses(config);
+    Path {
+        memory: if is_on { forwarded(config) } else { Vec::new() },
+        ports: if is_on { forwarded_ports(config) } else { Vec::new() },
+        buses: id_below(config).map(|_| (secondary, subordinate)),
+        masters: is_on && config.command() & COMMAND_MASTER != 0,
+    }
 }
 
 /// Whether what is below is held in reset.
