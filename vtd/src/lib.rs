@@ -24,6 +24,7 @@
 #[cfg(test)]
 extern crate self as vtd;
 
+mod ats;
 pub mod audit;
 pub mod config;
 mod core;
@@ -51,10 +52,11 @@ mod sync;
 mod tables;
 mod unit;
 
+pub use ats::{AtsFunction, Completion, PageResponse, ResponseCode, TlbScope};
 pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, Stages, UnitConfig};
-pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint};
-pub use faults::{Access, Fault};
+pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint, NoTranslation};
+pub use faults::{Access, Fault, RequestType};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
 pub use msi::{Msi, MsiSink};

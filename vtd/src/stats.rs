@@ -39,7 +39,7 @@ pub struct DescriptorStats {
     pub context_cache: u64,
     /// IOTLB invalidate.
     pub iotlb: u64,
-    /// Device-TLB invalidate.
+    /// Device-TLB invalidate, PASID-based or not.
     pub device_tlb: u64,
     /// PASID-cache invalidate.
     pub pasid_cache: u64,
@@ -92,6 +92,7 @@ impl<const REASONS: usize> Default for ByReason<REASONS> {
 pub(crate) struct Counters {
     pub(crate) context_cache: QueueCounter,
     pub(crate) iotlb: QueueCounter,
+    pub(crate) device_tlb: QueueCounter,
     pub(crate) pasid_cache: QueueCounter,
     pub(crate) pasid_iotlb: QueueCounter,
     pub(crate) interrupt_entry: QueueCounter,
@@ -129,8 +130,7 @@ impl Counters {
             descriptors: DescriptorStats {
                 context_cache: self.context_cache.get(),
                 iotlb: self.iotlb.get(),
-                // Not offered yet: a descriptor of it is a queue error.
-                device_tlb: 0,
+                device_tlb: self.device_tlb.get(),
                 pasid_cache: self.pasid_cache.get(),
                 pasid_iotlb: self.pasid_iotlb.get(),
                 interrupt_entry: self.interrupt_entry.get(),

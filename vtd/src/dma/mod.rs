@@ -1,5 +1,6 @@
 //! The way of an emulated device to guest memory (rule 6).
 
+mod ats;
 mod dirty;
 mod endpoint;
 pub(crate) mod iotlb;
@@ -8,6 +9,7 @@ mod iotlb_test;
 mod session;
 mod walk;
 
+pub use ats::NoTranslation;
 pub use dirty::{DirtyLog, DirtySlice};
 pub use endpoint::{DmaError, Endpoint};
 pub use session::DmaSession;

@@ -60,14 +60,21 @@ impl Registers {
     }
 
     /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that
-    /// clears IQE gives a [`Command`], so that a fault handler has no other lock to wait for.
+    /// clears IQE or ITE gives a [`Command`], so that a fault handler has no other lock to wait for.
     pub(crate) fn resumes(&self, at: u64, len: usize, value: u64) -> bool {
         let fault_status = match (at, len) {
             (offset::FSTS, 4) => value as u32,
             (0x30, 8) => (value >> 32) as u32,
             _ => 0,
         };
-        FaultStatus::from_bits(fault_status).queue_error() && self.fault_status().queue_error()
+        let (written, now) = (FaultStatus::from_bits(fault_status), self.fault_status());
+        written.queue_error() && now.queue_error() || written.timeout_error() && now.timeout_error()
+    }
+
+    /// An error stops the invalidation queue. Section 6.5.2.11.
+    pub(crate) fn queue_is_stopped(&self) -> bool {
+        let status = self.state.fault_status;
+        status.queue_error() || status.timeout_error()
     }
 
     /// What `len` bytes at `at` read, little endian.
@@ -193,9 +200,9 @@ impl Registers {
         Outcome::default()
     }
 
-    /// FSTS is write-1-to-clear. Clearing IQE lets the queue go on.
+    /// FSTS is write-1-to-clear. Clearing IQE, and ITE, lets the queue go on.
     fn write_fault_status(&mut self, written: FaultStatus) -> Outcome {
-        let before = self.state.fault_status;
+        let was_stopped = self.queue_is_stopped();
         self.set_fault_status(|status| {
             status
                 .with_overflow(status.overflow() && !written.overflow())
@@ -204,7 +211,7 @@ impl Registers {
                 .with_timeout_error(status.timeout_error() && !written.timeout_error())
         });
         self.fault_conditions_cleared();
-        let resumed = before.queue_error() && written.queue_error();
+        let resumed = was_stopped && !self.queue_is_stopped();
         Outcome { command: resumed.then_some(Command::Drain), message: None }
     }
 

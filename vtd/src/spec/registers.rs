@@ -149,14 +149,23 @@ pub struct ExtendedCapability {
     __: u8,
     /// NEST: nested translation.
     pub nested: bool,
+    #[bits(2)]
     __: u8,
+    /// PRS: page requests.
+    pub page_requests: bool,
+    #[bits(3)]
+    __: u8,
+    /// NWFS: a translation request with the no-write flag gets no write permission, and makes no page dirty.
+    pub no_write_flag: bool,
+    __: bool,
     /// PSS: bits of a PASID, less 1.
     #[bits(5)]
     pub pasid_size: u8,
     /// PASID: requests may carry one.
     pub pasid: bool,
-    #[bits(2)]
-    __: u8,
+    __: bool,
+    /// PDS: a wait descriptor may ask that the page requests before it are in their queue.
+    pub page_request_drain: bool,
     /// SMTS: scalable mode.
     pub scalable_mode: bool,
     __: bool,

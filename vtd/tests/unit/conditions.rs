@@ -83,7 +83,7 @@ fn a8_a_read_of_nothing_is_recorded_as_a_read() {
 fn a8_fpd_silences_what_is_found_at_the_context_entry_or_behind_it() {
     for reason in FaultReason::ALL {
         let legacy = matches!(reason.code(), 0x1 | 0x8 | 0x9 | 0xa);
-        let unqualified = legacy || matches!(reason.code(), 0x30 | 0x31 | 0x33 | 0x38..=0x3a | 0x40 | 0x50 | 0x58);
+        let unqualified = legacy || matches!(reason.code(), 0x30..=0x33 | 0x38..=0x3a | 0x40 | 0x50 | 0x58);
         assert_eq!(reason.qualified(), !unqualified, "{reason:?}");
     }
     for reason in InterruptFaultReason::ALL {

@@ -1,5 +1,6 @@
 //! The unit as a guest and a listener see it. Tests are named by the behaviours that they show.
 
+mod ats;
 mod bounds;
 mod callbacks;
 mod conditions;
