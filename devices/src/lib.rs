@@ -1,6 +1,7 @@
 //! Device models: PCI core, IOAPIC, serial, edu and the assigned vfio-pci function.
 #![forbid(unsafe_code)]
 
+pub mod ats;
 pub mod bus;
 #[cfg(test)]
 mod bus_test;

@@ -6,7 +6,7 @@
 
 use vm_memory::GuestMemoryBackend;
 
-use crate::ats::{Completion, TlbScope};
+use crate::ats::{Completion, PageResponse, ResponseCode, TlbScope};
 use crate::config::MAX_HANDLE_MASK;
 use crate::core::Core;
 use crate::ids::{Gpa, Pasid, SourceId};
@@ -16,8 +16,8 @@ use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of, pasid_
 use crate::shadow::Spaces;
 use crate::spec::ats::sized_range;
 use crate::spec::invalidation::{
-    ContextCacheLow, Descriptor, DeviceTlbHigh, DeviceTlbLow, InterruptEntryLow, IotlbHigh, IotlbLow,
-    PasidDeviceTlbHigh, PasidDeviceTlbLow, PasidLow, QueueError, WaitHigh, WaitLow, kind,
+    ContextCacheLow, Descriptor, DeviceTlbHigh, DeviceTlbLow, InterruptEntryLow, IotlbHigh, IotlbLow, PageResponseHigh,
+    PageResponseLow, PasidDeviceTlbHigh, PasidDeviceTlbLow, PasidLow, QueueError, WaitHigh, WaitLow, kind,
 };
 use crate::spec::registers::table_mode;
 use crate::tables::interrupt::EntriesChanged;
@@ -195,6 +195,7 @@ fn handle<M: GuestMemoryBackend>(
         kind::PASID_CACHE | kind::PASID_IOTLB => mode != Mode::Legacy,
         kind::DEVICE_TLB => core.config.device_tlb,
         kind::PASID_DEVICE_TLB => core.config.device_tlb && mode != Mode::Legacy,
+        kind::PAGE_RESPONSE => core.config.page_requests && mode != Mode::Legacy,
         _ => false,
     };
     if !is_known {
@@ -248,6 +249,16 @@ fn handle<M: GuestMemoryBackend>(
             match name {
                 Some((name, _)) => spaces.wait_for_sessions_of(name),
                 None => *timed_out = timed_out.or(Some(source)),
+            }
+            Ok(None)
+        }
+        kind::PAGE_RESPONSE => {
+            let (source, response) = page_response(descriptor)?;
+            core.counters.page_response.add(1);
+            // What the function asks for anew is as the guest made it before it answered.
+            spaces.flush(core);
+            if let Some((_, function)) = core.ats.of(&core.sources.load(), source) {
+                function.respond(response);
             }
             Ok(None)
         }
@@ -309,6 +320,16 @@ fn device_tlb_scope(descriptor: Descriptor) -> Result<(SourceId, TlbScope, IovaR
     }
     let of = if high.global() { TlbScope::EveryPasid } else { TlbScope::Pasid(Pasid(low.pasid())) };
     Ok((SourceId(low.source()), of, sized_range(high.page(), high.large())))
+}
+
+fn page_response(descriptor: Descriptor) -> Result<(SourceId, PageResponse), QueueError> {
+    let (low, high) = (PageResponseLow::from_bits(descriptor.low), PageResponseHigh::from_bits(descriptor.high));
+    if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+        return Err(QueueError::Reserved);
+    }
+    let pasid = low.pasid_present().then_some(Pasid(low.pasid()));
+    let response = PageResponse { pasid, group: high.group(), code: ResponseCode::from_bits(low.code()) };
+    Ok((SourceId(low.source()), response))
 }
 
 fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError> {

@@ -45,6 +45,8 @@ pub struct DescriptorStats {
     pub pasid_cache: u64,
     /// PASID-based IOTLB invalidate.
     pub pasid_iotlb: u64,
+    /// Page group response.
+    pub page_response: u64,
     /// Interrupt-entry-cache invalidate.
     pub interrupt_entry: u64,
     /// Invalidation wait.
@@ -93,6 +95,7 @@ pub(crate) struct Counters {
     pub(crate) context_cache: QueueCounter,
     pub(crate) iotlb: QueueCounter,
     pub(crate) device_tlb: QueueCounter,
+    pub(crate) page_response: QueueCounter,
     pub(crate) pasid_cache: QueueCounter,
     pub(crate) pasid_iotlb: QueueCounter,
     pub(crate) interrupt_entry: QueueCounter,
@@ -131,6 +134,7 @@ impl Counters {
                 context_cache: self.context_cache.get(),
                 iotlb: self.iotlb.get(),
                 device_tlb: self.device_tlb.get(),
+                page_response: self.page_response.get(),
                 pasid_cache: self.pasid_cache.get(),
                 pasid_iotlb: self.pasid_iotlb.get(),
                 interrupt_entry: self.interrupt_entry.get(),

@@ -10,7 +10,7 @@ use super::endpoint::{DmaError, Endpoint, PAGE};
 use super::session::DmaSession;
 use crate::core::Core;
 use crate::faults::{Access, Fault, RequestType};
-use crate::ids::{Gpa, Iova};
+use crate::ids::{Gpa, Iova, Requester};
 use crate::range::IovaRange;
 use crate::source_ids::Source;
 use crate::spec::INTERRUPT_WINDOW;
@@ -27,7 +27,7 @@ use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Reached, SecondStag
 /// Why a translation request has no translation for an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoTranslation {
-    /// Unsupported Request: the guest does not let the function have any. It turns its ATS off, as PCI Express demands.
+    /// Unsupported Request: the guest does not let the function have any.
     #[error("the function may not ask for translations")]
     Unsupported,
     /// Completer Abort: the tables are not as they have to be.
@@ -126,6 +126,13 @@ pub(super) struct Asked {
     pub(super) resolved: Resolved,
     pub(super) scalable: bool,
     source: Source,
+}
+
+impl Asked {
+    /// The requester of this name, with the id of its requests.
+    pub(super) fn seen(&self, name: Requester) -> Requester {
+        self.source.seen(name)
+    }
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {

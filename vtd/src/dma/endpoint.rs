@@ -118,6 +118,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         self.requester
     }
 
+    /// The PASID that its requests carry.
+    pub fn pasid(&self) -> Option<Pasid> {
+        self.pasid
+    }
+
     /// The unit that it stands behind.
     pub fn unit(&self) -> &Arc<Unit<M>> {
         &self.unit

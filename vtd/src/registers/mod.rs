@@ -5,6 +5,7 @@
 //! zeros and writes are dropped. An 8-byte access to a 64-bit register is one access; to a pair of 32-bit registers it
 //! is two, the lower one first (Xen writes FEADDR and FEUADDR so).
 
+pub(crate) mod page_requests;
 pub(crate) mod record;
 pub(crate) mod restore;
 pub(crate) mod state;
@@ -15,7 +16,7 @@ use state::{EventRegisters, State};
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
-use crate::spec::registers::{EventControl, FaultStatus, Global, offset};
+use crate::spec::registers::{EventControl, FaultStatus, Global, PageRequestStatus, offset};
 
 /// The registers of a unit.
 pub(crate) struct Registers {
@@ -112,6 +113,13 @@ impl Registers {
             offset::IECTL => pair(state.completion_event.control.into_bits(), state.completion_event.data),
             offset::IEADDR => pair(state.completion_event.address, state.completion_event.upper_address),
             offset::IQERCD => state.queue_error_record.into_bits(),
+            offset::PQH => state.page_requests.head,
+            offset::PQT => state.page_requests.tail,
+            offset::PQA => state.page_requests.address.into_bits(),
+            0xd8 => pair(0, state.page_requests.status.into_bits()),
+            offset::PECTL..=offset::PEUADDR if !self.config.page_requests => 0,
+            offset::PECTL => pair(state.page_requests.event.control.into_bits(), state.page_requests.event.data),
+            offset::PEADDR => pair(state.page_requests.event.address, state.page_requests.event.upper_address),
             // IVA is write-only.
             offset::IRTA => state.interrupt_table_address.into_bits(),
             offset::IOTLB => state.iotlb_invalidate.into_bits(),
@@ -131,7 +139,16 @@ impl Registers {
                 self.write_quad(at & !7, (value & LOW) << shift, LOW << shift)
             }
             8 if at.is_multiple_of(8) => match at {
-                offset::GCMD | 0x30 | offset::FECTL | offset::FEADDR | 0x98 | offset::IECTL | offset::IEADDR => {
+                offset::GCMD
+                | 0x30
+                | offset::FECTL
+                | offset::FEADDR
+                | 0x98
+                | offset::IECTL
+                | offset::IEADDR
+                | 0xd8
+                | offset::PECTL
+                | offset::PEADDR => {
                     let low = self.write_quad(at, value, LOW);
                     let high = self.write_quad(at, value, HIGH);
                     Outcome { command: low.command.or(high.command), message: low.message.or(high.message) }
@@ -181,6 +198,16 @@ impl Registers {
             }
             offset::IRTA => {
                 write.merge(&mut state.interrupt_table_address, writable::interrupt_table_address(&self.config));
+            }
+            offset::PQH..=offset::PEUADDR if !self.config.page_requests => {}
+            offset::PQH => write.merge(&mut state.page_requests.head, writable::PAGE_QUEUE_OFFSET),
+            offset::PQT => write.merge(&mut state.page_requests.tail, writable::PAGE_QUEUE_OFFSET),
+            offset::PQA => {
+                write.merge(&mut state.page_requests.address, writable::page_queue_address(&self.config));
+            }
+            0xd8 if touches_high => self.write_page_request_status(PageRequestStatus::from_bits(high_word)),
+            offset::PECTL | offset::PEADDR => {
+                return event_write(&mut state.page_requests.event, at - offset::PECTL, value, mask);
             }
             offset::IVA => write.merge(&mut state.invalidate_address, writable::INVALIDATE_ADDRESS),
             offset::IOTLB => {

@@ -8,6 +8,7 @@ pub mod fault;
 pub mod first_stage;
 pub mod invalidation;
 pub mod irte;
+pub mod page_requests;
 pub mod pasid;
 pub mod registers;
 pub mod root_context;

@@ -15,6 +15,7 @@ mod layout;
 mod looks;
 mod memory_changes;
 mod nested;
+mod page_requests;
 mod pasid_tables;
 mod pasids;
 mod queue;
