@@ -1,4 +1,5 @@
-//! A device-TLB (ATS): what an emulated function has cached of translations, as a function of hardware has.
+//! What an emulated function with ATS has: a device-TLB, which caches translations as a function of hardware does, and
+//! page requests.
 //!
 //! A translation is looked up and used inside one session of the function's endpoint, and is kept only if no
 //! invalidation came since it was asked for. So when the unit has told of an invalidation and waited for the sessions
@@ -9,7 +10,9 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
 use vtd::spec::ats::TranslationData;
-use vtd::{AtsFunction, Completion, Gpa, Iova, IovaRange, PageResponse, Pasid, TlbScope};
+use vtd::{AtsFunction, Completion, Gpa, Iova, IovaRange, PageRequest, PageRequested, PageResponse, Pasid, TlbScope};
+
+use crate::page_requests::PageRequests;
 
 /// Translations that are kept at most; a new one takes the place of the oldest.
 pub const ENTRIES: usize = 32;
@@ -37,6 +40,27 @@ pub trait AtsTarget: Send + Sync {
     /// # Errors
     /// Nothing, or not all, was written.
     fn write_by(&self, tlb: &DeviceTlb, iova: Iova, data: &[u8]) -> Result<(), AtsFailed>;
+    /// Asks the guest for a page. The answer may come before this returns.
+    fn request_page(&self, request: PageRequest) -> PageRequested;
+}
+
+/// The ATS of a function, as the unit tells it.
+#[derive(Default)]
+pub struct Ats {
+    /// What it has cached.
+    pub tlb: DeviceTlb,
+    /// What it asked the guest for.
+    pub requests: PageRequests,
+}
+
+impl AtsFunction for Ats {
+    fn invalidate(&self, of: TlbScope, range: IovaRange) -> Completion {
+        self.tlb.invalidate(of, range)
+    }
+
+    fn respond(&self, response: PageResponse) {
+        self.requests.respond(response);
+    }
 }
 
 /// What one translation request of a function was answered with.
@@ -126,8 +150,9 @@ impl DeviceTlb {
     }
 }
 
-impl AtsFunction for DeviceTlb {
-    fn invalidate(&self, of: TlbScope, range: IovaRange) -> Completion {
+impl DeviceTlb {
+    /// Forgets what it has cached of `range`, of requests that are under way, too.
+    pub fn invalidate(&self, of: TlbScope, range: IovaRange) -> Completion {
         let mut tlb = self.lock();
         if tlb.silent {
             return Completion::Never;
@@ -141,8 +166,6 @@ impl AtsFunction for DeviceTlb {
         tlb.entries.retain(|entry| !named(entry.pasid) || entry.range.intersection(range).is_none());
         Completion::Sent
     }
-
-    fn respond(&self, _: PageResponse) {}
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
-use vtd::{DmaError, DmaSession, Endpoint, Gpa, Iova};
+use vtd::{DmaError, DmaSession, Endpoint, Gpa, Iova, PageRequest, PageRequested};
 
 use crate::BusDevice;
 use crate::ats::{AtsFailed, AtsTarget, DeviceTlb};
@@ -168,6 +168,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> AtsTarget for BehindUnit<M> {
             |session, gpa| session.write_translated(gpa, data),
             &mut |device, offset, piece| device.write(offset, &data[piece]),
         )
+    }
+
+    fn request_page(&self, request: PageRequest) -> PageRequested {
+        self.endpoint.request_page(request)
     }
 }
 

@@ -12,6 +12,7 @@ pub mod fw_cfg;
 pub mod host;
 pub mod ioapic;
 pub mod legacy;
+pub mod page_requests;
 pub mod pc_testdev;
 pub mod pci;
 pub mod pic;

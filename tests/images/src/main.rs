@@ -3,6 +3,7 @@
 #![no_main]
 
 mod suite {
+    pub mod ats;
     pub mod concurrent;
     pub mod device;
     pub mod faults;
@@ -26,6 +27,7 @@ mod suite {
 use suite::*;
 
 images::image!(
+    ats::TESTS,
     concurrent::TESTS,
     device::TESTS,
     faults::TESTS,

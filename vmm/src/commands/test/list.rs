@@ -57,12 +57,10 @@ fn parse(line: &str) -> Result<Test, String> {
         let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
         match option {
             [key, value] if key == "--device" => {
-                let allowed = [
-                    DeviceKind::Edu { pasid: false },
-                    DeviceKind::Edu { pasid: true },
-                    DeviceKind::PinBlk { file: None, direct: false },
-                ];
-                let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
+                let is_allowed = |device: &DeviceOption| {
+                    matches!(device.kind, DeviceKind::Edu { .. } | DeviceKind::PinBlk { file: None, direct: false })
+                };
+                let device = value.parse().ok().filter(is_allowed);
                 devices.push((value.clone(), device.ok_or_else(refused)?));
             }
             [key, value] if ALLOWED.contains(&key.as_str()) && !value.starts_with('-') => {
@@ -83,7 +81,7 @@ mod tests {
         let test = parse("a1_x --iommu vtd,aw-bits=57 --device edu").unwrap();
         assert_eq!((test.name.as_str(), test.options.len(), test.devices.len()), ("a1_x", 2, 1));
         assert!(test.allows_assigned() && !test.reboots);
-        assert_eq!(parse("d3_x --device pinblk").unwrap().devices.len(), 1);
+        assert_eq!(parse("d3_x --device pinblk --device edu,ats=on,pri=on").unwrap().devices.len(), 2);
         assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
         let test = parse("a11_x reboots --cpus 2").unwrap();
         assert_eq!((test.name.as_str(), test.reboots, test.options.len()), ("a11_x", true, 2));
