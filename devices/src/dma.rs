@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
-use vtd::{DmaError, Endpoint, Gpa, Iova};
+use vtd::{DmaError, DmaSession, Endpoint, Gpa, Iova, PageRequest, PageRequested};
 
 use crate::BusDevice;
+use crate::ats::{AtsFailed, AtsTarget, DeviceTlb};
 use crate::pci::Decoder;
 
 /// The access did not happen, or not in full. Where a unit blocked it, the guest has a fault record.
@@ -21,6 +22,10 @@ pub trait DmaTarget: Send + Sync {
     fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaFailed>;
     /// Writes `data` at `iova`.
     fn write(&self, iova: Iova, data: &[u8]) -> Result<(), DmaFailed>;
+    /// The same for a function with a device-TLB, where there is a unit that may have some.
+    fn ats(&self) -> Option<&dyn AtsTarget> {
+        None
+    }
 }
 
 /// Memory, and the BARs of other functions, behind a remapping unit.
@@ -71,12 +76,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
             let done = at.0.checked_sub(iova.0).map_or(len, |done| done as usize);
             // To the end of the page: what follows leads elsewhere.
             let part = len.checked_sub(done).ok_or(DmaFailed)?.min((0x1000 - (at.0 & 0xfff)) as usize);
-            for piece in pieces(gpa, part) {
-                let (address, piece) = (gpa + piece.start as u64, done + piece.start..done + piece.end);
-                let found = self.decoder.find(address, piece.len()).filter(|(sid, ..)| *sid != own.sid);
-                let (_, offset, device) = found.ok_or_else(|| failed(error))?;
-                access(&*device, offset, piece);
-            }
+            self.to_registers(gpa, part, &mut |device, offset, piece| {
+                access(device, offset, done + piece.start..done + piece.end);
+            })
+            .map_err(|DmaFailed| failed(error))?;
             let done = done + part;
             if part == 0 || done == len {
                 return if part == 0 { Err(failed(error)) } else { Ok(()) };
@@ -90,7 +93,93 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
     }
 }
 
+impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
+    /// Does `access` for each piece of the `len` bytes behind a BAR at `gpa`.
+    fn to_registers(&self, gpa: u64, len: usize, access: &mut ToRegisters<'_>) -> Result<(), DmaFailed> {
+        let own = self.endpoint.requester().sid;
+        for piece in pieces(gpa, len) {
+            let found = self.decoder.find(gpa + piece.start as u64, piece.len()).filter(|(sid, ..)| *sid != own);
+            let (_, offset, device) = found.ok_or(DmaFailed)?;
+            access(&*device, offset, piece);
+        }
+        Ok(())
+    }
+
+    /// Does `transfer` with where the device-TLB, or else the unit, says that `iova` leads, and `access` for what lies
+    /// behind a BAR there.
+    fn by_tlb(
+        &self,
+        tlb: &DeviceTlb,
+        (iova, len, write): (Iova, usize, bool),
+        transfer: impl FnOnce(&DmaSession<'_, M>, Gpa) -> Result<(), DmaError>,
+        access: &mut ToRegisters<'_>,
+    ) -> Result<(), AtsFailed> {
+        let failed = |error: &dyn std::fmt::Display| {
+            log::debug!("{}: {iova}: {error}", self.endpoint.requester());
+            AtsFailed::Failed
+        };
+        let pasid = self.endpoint.pasid();
+        // An invalidation waits for the session, so what was looked up inside it may be used inside it.
+        let session = self.endpoint.enter();
+        let gpa = match tlb.look_up(pasid, iova, write) {
+            Some(gpa) => gpa,
+            None => {
+                let asked = tlb.ask();
+                let found = session.request_translation(iova, !write).map_err(|error| failed(&error))?;
+                if found.untranslated_only() {
+                    return Err(failed(&"it is for untranslated requests"));
+                }
+                if !(if write { found.write() } else { found.read() }) {
+                    return Err(AtsFailed::Missing);
+                }
+                tlb.keep(asked, pasid, iova, found);
+                let target = found.target();
+                Gpa(target.first + (iova.0 & (target.last - target.first)))
+            }
+        };
+        let done = transfer(&session, gpa);
+        drop(session);
+        match done {
+            Ok(()) => Ok(()),
+            Err(error @ DmaError::NoMemory { .. }) => {
+                self.to_registers(gpa.0, len, access).map_err(|DmaFailed| failed(&error))
+            }
+            Err(error) => Err(failed(&error)),
+        }
+    }
+}
+
+impl<M: GuestMemoryBackend + Clone + Send + Sync> AtsTarget for BehindUnit<M> {
+    fn read_by(&self, tlb: &DeviceTlb, iova: Iova, data: &mut [u8]) -> Result<(), AtsFailed> {
+        let of = (iova, data.len(), false);
+        let data = std::cell::RefCell::new(data);
+        self.by_tlb(
+            tlb,
+            of,
+            |session, gpa| session.read_translated(gpa, &mut data.borrow_mut()),
+            &mut |device, offset, piece| device.read(offset, &mut data.borrow_mut()[piece]),
+        )
+    }
+
+    fn write_by(&self, tlb: &DeviceTlb, iova: Iova, data: &[u8]) -> Result<(), AtsFailed> {
+        self.by_tlb(
+            tlb,
+            (iova, data.len(), true),
+            |session, gpa| session.write_translated(gpa, data),
+            &mut |device, offset, piece| device.write(offset, &data[piece]),
+        )
+    }
+
+    fn request_page(&self, request: PageRequest) -> PageRequested {
+        self.endpoint.request_page(request)
+    }
+}
+
 impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaTarget for BehindUnit<M> {
+    fn ats(&self) -> Option<&dyn AtsTarget> {
+        Some(self)
+    }
+
     fn read(&self, iova: Iova, data: &mut [u8]) -> Result<(), DmaFailed> {
         let Err(error) = self.endpoint.read(iova, data) else { return Ok(()) };
         let len = data.len();

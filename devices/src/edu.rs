@@ -10,8 +10,15 @@
 //! With [`Pasids`] it has a PASID capability, which QEMU's has not, and a register of ours ([`PASID_REGISTER`]) that
 //! says by which PASID a transfer goes. Such a transfer is never a message.
 //!
+//! With [`Ats`] it has an ATS capability, a device-TLB that its transfers go by while that is enabled, and two registers
+//! of ours ([`ATS_REGISTER`], [`TRANSLATIONS_REGISTER`]); and a PRI capability, if it is asked for: while that is enabled,
+//! a transfer that the guest's tables do not permit asks the guest for the page, and goes on when it has answered.
+//!
 //! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
 //! command was written is not reached.
+
+mod capabilities;
+mod translated;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -20,9 +27,14 @@ use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{Iova, Msi, Pasid, Requester};
 
 use crate::BusDevice;
+use crate::ats::Ats;
 use crate::dma::{DmaFailed, DmaTarget};
 use crate::host::{Interrupts, IrqLine};
-use crate::pci::config::{CAP_EXPRESS, CAP_MSI, COMMAND_INTX_OFF, COMMAND_MEMORY, STATUS, STATUS_INTX};
+use crate::page_requests::MayAsk;
+use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MEMORY, STATUS, STATUS_INTX};
+use capabilities::Capabilities;
+use translated::{Bytes, Refused, Way, transfer_by_tlb};
+
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// Bytes of BAR 0.
@@ -38,6 +50,14 @@ pub const BUFFER_SIZE: usize = 4096;
 pub const PASID_REGISTER: u64 = 0xa0;
 /// PASID register: a transfer carries the PASID. It is refused while the PASID capability is not enabled.
 pub const PASID_VALID: u32 = 1 << 31;
+
+/// Offset of the register, of four bytes, by which a test of a guest makes the device misbehave. Without ATS there is no
+/// such register.
+pub const ATS_REGISTER: u64 = 0xa8;
+/// ATS register: invalidations are neither acted on nor answered.
+pub const ATS_SILENT: u32 = 1;
+/// Offset of the register, of four bytes and read-only, that says how many translations the device has cached.
+pub const TRANSLATIONS_REGISTER: u64 = 0xac;
 
 /// Status: a factorial is being computed.
 pub const STATUS_COMPUTING: u32 = 0x01;
@@ -63,6 +83,17 @@ const IDENTIFICATION: u32 = 0x0100_00ed;
 /// Where transfers with a PASID go: called once for each PASID that is used in a row.
 pub type Pasids = Box<dyn Fn(Pasid) -> Box<dyn DmaTarget> + Send + Sync>;
 
+/// What an edu has that QEMU's has not.
+#[derive(Default)]
+pub struct Features {
+    /// It has PASIDs.
+    pub pasids: Option<Pasids>,
+    /// It has a device-TLB, of which the unit tells this.
+    pub ats: Option<Arc<Ats>>,
+    /// It has page requests, too.
+    pub page_requests: bool,
+}
+
 /// The function. Dropping it ends the worker, after the transfer in flight.
 pub struct Edu {
     shared: Arc<Shared>,
@@ -76,7 +107,7 @@ struct Shared {
     interrupts: Arc<dyn Interrupts>,
     line: Option<Arc<dyn IrqLine>>,
     dma: Box<dyn DmaTarget>,
-    pasids: Option<Pasids>,
+    features: Features,
     /// The target of the PASID that was used last. Only the worker looks.
     last: Mutex<Option<(Pasid, Box<dyn DmaTarget>)>>,
     state: Mutex<State>,
@@ -88,8 +119,7 @@ struct State {
     config: ConfigSpace,
     /// Offset of the MSI capability.
     msi: u16,
-    /// Offset of the PASID capability, if there is one.
-    pasid: Option<u16>,
+    capabilities: Capabilities,
     registers: Registers,
     buffer: Box<[u8; BUFFER_SIZE]>,
     /// The worker has taken a task and works on it without the lock.
@@ -108,15 +138,16 @@ struct Registers {
     count: u64,
     command: u64,
     pasid: u32,
+    ats: u32,
 }
 
 /// What the worker does without the lock.
 enum Task {
     Factorial(u32),
     /// Memory to buffer: from, and the range of the buffer.
-    FromMemory(Iova, Option<Pasid>, std::ops::Range<usize>),
+    FromMemory(Iova, Way, std::ops::Range<usize>),
     /// Buffer to memory: the bytes, and to where.
-    ToMemory(Vec<u8>, Iova, Option<Pasid>),
+    ToMemory(Vec<u8>, Iova, Way),
     Refuse,
 }
 
@@ -133,20 +164,20 @@ impl Edu {
         intx: Option<(Arc<dyn IrqLine>, u8)>,
         dma: Box<dyn DmaTarget>,
     ) -> std::io::Result<Arc<Self>> {
-        Self::with_pasids(requester, decoder, interrupts, intx, dma, None)
+        Self::with_features(requester, decoder, interrupts, intx, dma, Features::default())
     }
 
-    /// The same, which has PASIDs if `pasids` says where their transfers go.
+    /// The same, with `features`.
     ///
     /// # Errors
     /// The worker thread could not be started.
-    pub fn with_pasids(
+    pub fn with_features(
         requester: Requester,
         decoder: Arc<Decoder>,
         interrupts: Arc<dyn Interrupts>,
         intx: Option<(Arc<dyn IrqLine>, u8)>,
         dma: Box<dyn DmaTarget>,
-        pasids: Option<Pasids>,
+        features: Features,
     ) -> std::io::Result<Arc<Self>> {
         let id =
             Identity { vendor: 0x1234, device: 0x11e8, revision: 0x10, class: 0x00_ff_00, subsystem: (0x1af4, 0x1100) };
@@ -161,12 +192,13 @@ impl Edu {
         let mut writable = [0xff; 12];
         writable[..3].copy_from_slice(&[0x01, 0x00, 0xfc]);
         let msi = config.add_capability(CAP_MSI, &body, &writable);
-        let pasid = pasids.is_some().then(|| add_pasid_capability(&mut config));
+        let (pasid, ats) = (features.pasids.is_some(), features.ats.is_some());
+        let capabilities = Capabilities::add(&mut config, pasid, ats, ats && features.page_requests);
 
         let state = State {
             config,
             msi,
-            pasid,
+            capabilities,
             registers: Registers::default(),
             buffer: Box::new([0; BUFFER_SIZE]),
             busy: false,
@@ -178,7 +210,7 @@ impl Edu {
             interrupts,
             line,
             dma,
-            pasids,
+            features,
             last: Mutex::default(),
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -205,6 +237,7 @@ impl Edu {
 impl Drop for Edu {
     fn drop(&mut self) {
         self.shared.lock().stop = true;
+        self.shared.give_up();
         self.shared.changed.notify_all();
         if let Some(Err(_)) = self.worker.take().map(JoinHandle::join) {
             log::error!("{}: the worker ended in a panic", self.shared.requester);
@@ -214,12 +247,23 @@ impl Drop for Edu {
 
 impl PciFunction for Edu {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
-        self.shared.lock().config.read(offset, data);
+        let mut state = self.shared.lock();
+        self.shared.take_unexpected(&mut state);
+        state.config.read(offset, data);
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.shared.lock();
+        self.shared.take_unexpected(&mut state);
         state.config.write(offset, data);
+        let State { config, capabilities, .. } = &mut *state;
+        let off = capabilities.written(config, offset, data);
+        if off.ats {
+            self.shared.forget_translations();
+        }
+        if off.requests {
+            self.shared.give_up();
+        }
         self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
     }
@@ -236,11 +280,18 @@ impl PciFunction for Edu {
         let mut state = self.shared.lock();
         state.config.reset();
         state.registers = Registers::default();
+        let State { config, capabilities, .. } = &mut *state;
+        capabilities.written(config, 0, &[]);
+        self.shared.give_up();
         // After a reset nothing of before it reaches memory: the unit may be reset next (rule 12).
         state = self.shared.changed.wait_while(state, |state| state.busy).unwrap();
         let State { config, registers, buffer, .. } = &mut *state;
         *registers = Registers::default();
         buffer.fill(0);
+        self.shared.forget_translations();
+        if let Some(ats) = &self.shared.features.ats {
+            ats.tlb.set_silent(false);
+        }
         self.decoder.set(self.shared.requester.sid, 0, config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
     }
@@ -258,11 +309,14 @@ impl Shared {
             if state.stop {
                 return;
             }
-            let task = state.take_task();
+            let may_ask = self.features.ats.as_ref().map(|ats| ats.requests.may_ask());
+            let task = state.take_task(may_ask);
             state.busy = true;
             drop(state);
-            let done = self.perform(&task);
+            let (done, failed) = self.perform(&task);
             state = self.lock();
+            let State { config, capabilities, .. } = &mut *state;
+            capabilities.told(config, failed, false);
             state.busy = false;
             let interrupt = state.finish(task, done);
             let message = self.raise(&mut state, interrupt);
@@ -275,40 +329,70 @@ impl Shared {
         }
     }
 
-    /// What came of it: the bytes read, or the factorial's; `None`: refused.
-    fn perform(&self, task: &Task) -> Option<Vec<u8>> {
+    /// What came of it: the bytes read, or the factorial's; `None`: refused. And whether the guest said that page requests
+    /// fail.
+    fn perform(&self, task: &Task) -> (Option<Vec<u8>>, bool) {
         match task {
-            Task::Factorial(n) => Some(factorial(*n).to_le_bytes().to_vec()),
-            Task::FromMemory(from, pasid, range) => {
+            Task::Factorial(n) => (Some(factorial(*n).to_le_bytes().to_vec()), false),
+            Task::FromMemory(from, way, range) => {
                 let mut data = vec![0; range.len()];
-                self.transfer(*pasid, |dma| dma.read(*from, &mut data))?;
-                Some(data)
+                let done = self.transfer(*way, *from, Bytes::Read(&mut data));
+                (done.is_ok().then_some(data), done == Err(Refused::ResponseFailure))
             }
-            Task::ToMemory(data, to, pasid) => {
+            Task::ToMemory(data, to, way) => {
                 // With a PASID the interrupt address range is translated like any other. VT-d 3.15.
-                match message_of(*to, data).filter(|_| pasid.is_none()) {
-                    Some(message) => self.interrupts.signal(self.requester, message),
-                    None => self.transfer(*pasid, |dma| dma.write(*to, data))?,
+                if let Some(message) = message_of(*to, data).filter(|_| way.pasid.is_none()) {
+                    self.interrupts.signal(self.requester, message);
+                    return (Some(Vec::new()), false);
                 }
-                Some(Vec::new())
+                let done = self.transfer(*way, *to, Bytes::Write(data));
+                (done.is_ok().then(Vec::new), done == Err(Refused::ResponseFailure))
             }
-            Task::Refuse => None,
+            Task::Refuse => (None, false),
         }
     }
 
-    /// Has `access` done by the target of a PASID, or of none; `None` if it was not done.
-    fn transfer(
-        &self,
-        pasid: Option<Pasid>,
-        access: impl FnOnce(&dyn DmaTarget) -> Result<(), DmaFailed>,
-    ) -> Option<()> {
-        let Some(pasid) = pasid else { return access(&*self.dma).ok() };
-        let make = self.pasids.as_ref()?;
+    /// Does a transfer by the target of a PASID, or of none.
+    fn transfer(&self, way: Way, iova: Iova, bytes: Bytes<'_>) -> Result<(), Refused> {
         let mut last = self.last.lock().unwrap();
-        if last.as_ref().is_none_or(|(used, _)| *used != pasid) {
-            *last = Some((pasid, make(pasid)));
+        let target = match way.pasid {
+            None => &*self.dma,
+            Some(pasid) => {
+                let make = self.features.pasids.as_ref().ok_or(Refused::Access)?;
+                if last.as_ref().is_none_or(|(used, _)| *used != pasid) {
+                    *last = Some((pasid, make(pasid)));
+                }
+                &*last.as_ref().ok_or(Refused::Access)?.1
+            }
+        };
+        match (target.ats(), &self.features.ats) {
+            (Some(target), Some(ats)) if way.translated => transfer_by_tlb(target, ats, way, iova, bytes),
+            _ => match bytes {
+                Bytes::Read(data) => target.read(iova, data),
+                Bytes::Write(data) => target.write(iova, data),
+            }
+            .map_err(|DmaFailed| Refused::Access),
         }
-        access(&*last.as_ref()?.1).ok()
+    }
+
+    /// Nothing is asked of the guest any more.
+    fn give_up(&self) {
+        if let Some(ats) = &self.features.ats {
+            ats.requests.give_up();
+        }
+    }
+
+    fn forget_translations(&self) {
+        if let Some(ats) = &self.features.ats {
+            ats.tlb.clear();
+        }
+    }
+
+    /// The status of page requests says if an answer came that nothing waited for.
+    fn take_unexpected(&self, state: &mut State) {
+        let unexpected = self.features.ats.as_ref().is_some_and(|ats| ats.requests.take_unexpected());
+        let State { config, capabilities, .. } = state;
+        capabilities.told(config, false, unexpected);
     }
 
     /// Sets bits of the interrupt status; the message to send, with the lock dropped.
@@ -344,7 +428,11 @@ impl Shared {
             0x90 => registers.count,
             0x94 => registers.count >> 32,
             0x98 => registers.command,
-            PASID_REGISTER if state.pasid.is_some() => registers.pasid.into(),
+            PASID_REGISTER if state.capabilities.has_pasid() => registers.pasid.into(),
+            ATS_REGISTER if state.capabilities.has_ats() => registers.ats.into(),
+            TRANSLATIONS_REGISTER if state.capabilities.has_ats() => {
+                self.features.ats.as_ref().map_or(0, |ats| ats.tlb.len() as u64)
+            }
             _ => u64::MAX,
         }
     }
@@ -356,7 +444,7 @@ impl Shared {
         if state.config.command() & COMMAND_MEMORY == 0 {
             return None;
         }
-        let has_pasid = state.pasid.is_some();
+        let (has_pasid, has_ats) = (state.capabilities.has_pasid(), state.capabilities.has_ats());
         let registers = &mut state.registers;
         let word = value as u32;
         match offset {
@@ -371,6 +459,12 @@ impl Shared {
             0x64 => {
                 registers.irq_status &= !word;
                 self.update_line(&mut state);
+            }
+            ATS_REGISTER if has_ats => {
+                registers.ats = word & ATS_SILENT;
+                if let Some(ats) = &self.features.ats {
+                    ats.tlb.set_silent(registers.ats & ATS_SILENT != 0);
+                }
             }
             // While a transfer goes on its registers do not change.
             _ if registers.command & DMA_START != 0 => {}
@@ -397,7 +491,7 @@ impl State {
         self.registers.status & STATUS_COMPUTING != 0 || self.registers.command & DMA_START != 0
     }
 
-    fn take_task(&self) -> Task {
+    fn take_task(&self, may_ask: Option<MayAsk>) -> Task {
         let registers = &self.registers;
         if registers.status & STATUS_COMPUTING != 0 {
             return Task::Factorial(registers.factorial);
@@ -409,15 +503,18 @@ impl State {
             (registers.destination, registers.source)
         };
         let Some(range) = in_buffer(inner, registers.count).filter(|_| self.is_master()) else { return Task::Refuse };
-        let pasid = match (registers.pasid & PASID_VALID != 0, self.sends_pasids()) {
+        let pasid = match (registers.pasid & PASID_VALID != 0, self.capabilities.sends_pasids(&self.config)) {
             (false, _) => None,
             (true, true) => Some(Pasid(registers.pasid & Pasid::MAX.0)),
             (true, false) => return Task::Refuse,
         };
+        let translated = self.capabilities.translates(&self.config);
+        let way =
+            Way { pasid, translated, requests: may_ask.filter(|_| self.capabilities.requests_pages(&self.config)) };
         if to_memory {
-            Task::ToMemory(self.buffer[range].to_vec(), Iova(outer), pasid)
+            Task::ToMemory(self.buffer[range].to_vec(), Iova(outer), way)
         } else {
-            Task::FromMemory(Iova(outer), pasid, range)
+            Task::FromMemory(Iova(outer), way, range)
         }
     }
 
@@ -449,11 +546,6 @@ impl State {
         self.config.is_master()
     }
 
-    /// PASID Enable.
-    fn sends_pasids(&self) -> bool {
-        self.pasid.is_some_and(|at| self.config.u16(at + 6) & 1 != 0)
-    }
-
     fn has_msi(&self) -> bool {
         self.config.u16(self.msi + 2) & 1 != 0
     }
@@ -464,25 +556,6 @@ impl State {
         let data = self.config.u16(self.msi + 12).into();
         (self.has_msi() && self.is_master()).then_some(Msi { address, data })
     }
-}
-
-/// Offset of the PASID capability: the first of extended configuration space.
-const PASID_CAPABILITY: u16 = 0x100;
-
-/// Makes the function one of PCI Express, integrated into the root complex, that sends PASIDs of 20 bits as a prefix.
-/// PCI Express 7.5.3 and 7.8.9.
-fn add_pasid_capability(config: &mut ConfigSpace) -> u16 {
-    let mut express = [0; 58];
-    // Version 2, an integrated endpoint; its role-based error reporting.
-    express[0] = 0x92;
-    express[3] = 0x80;
-    // Device Capabilities 2: end-to-end prefixes, one at most.
-    express[0x24] = 0x60;
-    config.add_capability(CAP_EXPRESS, &express, &[]);
-    config.put(PASID_CAPABILITY, &0x0001_001b_u32.to_le_bytes());
-    config.put(PASID_CAPABILITY + 4, &(20_u16 << 8).to_le_bytes());
-    config.allow(PASID_CAPABILITY + 6, &[1]);
-    PASID_CAPABILITY
 }
 
 /// The part of the buffer from `address` on, if all of it lies inside.

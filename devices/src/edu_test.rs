@@ -22,15 +22,15 @@ struct Bench {
 
 impl Bench {
     fn with(dma: Box<dyn DmaTarget>) -> Self {
-        Self::with_pasids(dma, None)
+        Self::with_features(dma, Features::default())
     }
-    fn with_pasids(dma: Box<dyn DmaTarget>, pasids: Option<Pasids>) -> Self {
+    fn with_features(dma: Box<dyn DmaTarget>, features: Features) -> Self {
         let bus = Arc::new(Bus::default());
         let root = PciRoot::new(bus.clone());
         let (interrupts, line) = (Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
         let intx: Option<(Arc<dyn IrqLine>, u8)> = Some((line.clone(), 19));
         let (requester, decoder) = (root.requester(SID), root.decoder());
-        let edu = Edu::with_pasids(requester, decoder, interrupts.clone(), intx, dma, pasids).unwrap();
+        let edu = Edu::with_features(requester, decoder, interrupts.clone(), intx, dma, features).unwrap();
         root.insert(SID, edu).unwrap();
         let bench = Self { bus, root, interrupts, line };
         bench.root.config_write(SID, 0x10, &(BAR_GPA as u32).to_le_bytes());
@@ -298,7 +298,14 @@ fn with_pasids() -> (Bench, GuestMemoryMmap, OfPasids) {
         asked.lock().unwrap().push((pasid, memory.clone()));
         Box::new(DirectMemory(memory))
     });
-    (Bench::with_pasids(Box::new(DirectMemory(plain.clone())), Some(pasids)), plain, made)
+    (
+        Bench::with_features(
+            Box::new(DirectMemory(plain.clone())),
+            Features { pasids: Some(pasids), ..Default::default() },
+        ),
+        plain,
+        made,
+    )
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Device models: PCI core, IOAPIC, serial, edu and the assigned vfio-pci function.
 #![forbid(unsafe_code)]
 
+pub mod ats;
 pub mod bus;
 #[cfg(test)]
 mod bus_test;
@@ -11,6 +12,7 @@ pub mod fw_cfg;
 pub mod host;
 pub mod ioapic;
 pub mod legacy;
+pub mod page_requests;
 pub mod pc_testdev;
 pub mod pci;
 pub mod pic;

@@ -69,6 +69,10 @@ pub struct VtdOption {
     pub second_stage_dirty: bool,
     /// Bits of a PASID, 0 to 20. 0: there are none. Never without scalable mode.
     pub pasid_bits: u8,
+    /// Whether device-TLBs are offered.
+    pub device_tlb: bool,
+    /// Whether page requests are offered. Never without device-TLBs and scalable mode.
+    pub page_requests: bool,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
 }
@@ -92,6 +96,8 @@ impl Default for VtdOption {
             nested: false,
             second_stage_dirty: false,
             pasid_bits: 0,
+            device_tlb: false,
+            page_requests: false,
             ioapic_check: true,
         }
     }
@@ -199,6 +205,10 @@ pub enum DeviceKind {
     Edu {
         /// It has a PASID capability.
         pasid: bool,
+        /// It has an ATS capability, and a device-TLB.
+        ats: bool,
+        /// It has a PRI capability. Never without ATS.
+        pri: bool,
     },
     /// A device, emulated in this process, that reads a file into pinned pages.
     PinBlk {
@@ -281,6 +291,9 @@ impl fmt::Display for UserSocket {
 }
 
 impl DeviceKind {
+    /// An edu without capabilities that QEMU's has not.
+    pub const PLAIN_EDU: Self = Self::Edu { pasid: false, ats: false, pri: false };
+
     /// As statistics and default ids name it.
     pub fn name(&self) -> &'static str {
         match self {

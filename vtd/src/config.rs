@@ -76,6 +76,11 @@ pub struct UnitConfig {
     /// Bits of a PASID in requests that carry one, 1 to 20; 0: there are no such requests. They are of scalable mode,
     /// and of emulated functions: of an assigned one, only the requests without PASID are attached to anything.
     pub pasid_bits: u8,
+    /// Offer device-TLBs (ATS). They are of emulated functions: the ATS capability of an assigned one is not the
+    /// guest's, since what its device-TLB held would be addresses of the host.
+    pub device_tlb: bool,
+    /// Offer page requests (PRI), of emulated functions with a device-TLB, in scalable mode.
+    pub page_requests: bool,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
@@ -107,6 +112,9 @@ pub enum ConfigError {
     /// There are flags in scalable mode only.
     #[error("accessed and dirty flags of the second stage need scalable mode with a second stage")]
     FlagsAlone,
+    /// A page request says what a device-TLB missed, and is of scalable mode.
+    #[error("page requests need device-TLBs and scalable mode")]
+    PageRequestsAlone,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
@@ -129,6 +137,8 @@ impl UnitConfig {
             nested: false,
             second_stage_dirty: false,
             pasid_bits: 0,
+            device_tlb: false,
+            page_requests: false,
             unchecked_source: None,
             bounds: Bounds::default(),
         }
@@ -156,6 +166,9 @@ impl UnitConfig {
         }
         if self.second_stage_dirty && !self.second_stage() {
             return Err(ConfigError::FlagsAlone);
+        }
+        if self.page_requests && !(self.device_tlb && self.scalable.is_some()) {
+            return Err(ConfigError::PageRequestsAlone);
         }
         let bounds = [
             (self.bounds.shadow_entries as u64, "shadow entries"),
@@ -217,6 +230,10 @@ impl UnitConfig {
         ExtendedCapability::new()
             .with_coherent(true)
             .with_queued_invalidation(true)
+            .with_device_tlb(self.device_tlb)
+            .with_no_write_flag(self.device_tlb)
+            .with_page_requests(self.page_requests)
+            .with_page_request_drain(self.page_requests)
             .with_pass_through(self.pass_through)
             .with_interrupt_remapping(self.interrupt_remapping)
             .with_extended_interrupt_mode(self.extended_interrupt_mode)

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
 
+use crate::ats::Functions;
 use crate::config::UnitConfig;
 use crate::faults::Fault;
 use crate::ids::Gpa;
@@ -31,6 +32,7 @@ pub(crate) struct Core<M> {
     pub(crate) sources: ArcSwap<Sources>,
     pub(crate) remapping: ArcSwap<Remapping>,
     pub(crate) remap_listener: Mutex<Option<Arc<dyn RemapListener>>>,
+    pub(crate) ats: Functions,
     pub(crate) counters: Counters,
 }
 

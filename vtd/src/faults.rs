@@ -14,6 +14,20 @@ pub enum Access {
     ZeroLengthRead,
 }
 
+/// What kind of request it is, beside what it wants. Sections 4.1 and 7.4.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum RequestType {
+    /// A read or a write whose address is to be translated: AT is 00.
+    #[default]
+    Untranslated,
+    /// What a device-TLB asks a translation with: AT is 01.
+    Translation,
+    /// A read or a write whose address comes from a device-TLB: AT is 10.
+    Translated,
+    /// A page request.
+    Page,
+}
+
 /// A request that the unit blocked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{requester} was blocked at {iova} ({access:?}): {reason:?} ({:#x})", .reason.code())]
@@ -26,6 +40,8 @@ pub struct Fault {
     pub iova: Iova,
     /// What it wanted.
     pub access: Access,
+    /// Which kind of request it was.
+    pub request: RequestType,
     /// Why it was blocked.
     pub reason: FaultReason,
     /// FPD of an entry that led there silences it: it is not recorded.

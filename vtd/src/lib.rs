@@ -24,6 +24,7 @@
 #[cfg(test)]
 extern crate self as vtd;
 
+mod ats;
 pub mod audit;
 pub mod config;
 mod core;
@@ -51,10 +52,11 @@ mod sync;
 mod tables;
 mod unit;
 
+pub use ats::{AtsFunction, Completion, PageResponse, ResponseCode, TlbScope};
 pub use audit::{Audit, Difference};
 pub use config::{Bounds, ConfigError, REGISTER_WINDOW, Stages, UnitConfig};
-pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint};
-pub use faults::{Access, Fault};
+pub use dma::{DirtyLog, DirtySlice, DmaError, DmaSession, Endpoint, NoTranslation, PageRequest, PageRequested};
+pub use faults::{Access, Fault, RequestType};
 pub use ids::{DomainId, Gpa, Iova, Pasid, Requester, SourceId, Stream, UnitId};
 pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause, SpaceListener};
 pub use msi::{Msi, MsiSink};
@@ -62,7 +64,7 @@ pub use queue_lock::InsideNotification;
 pub use range::{GpaRange, IovaRange};
 pub use registers::page::RegisterPage;
 pub use registers::restore::RestoreError;
-pub use registers::state::{EventRegisters, FaultRecord, State, StateVersion};
+pub use registers::state::{EventRegisters, FaultRecord, PageRequestRegisters, State, StateVersion};
 pub use shadow::SpaceView;
 pub use space::{PagedSpace, Perm, SpaceKey, Tables};
 pub use stats::{DescriptorStats, UnitStats};

@@ -6,16 +6,20 @@
 
 use vm_memory::GuestMemoryBackend;
 
+use crate::ats::{Completion, PageResponse, ResponseCode, TlbScope};
 use crate::config::MAX_HANDLE_MASK;
 use crate::core::Core;
-use crate::ids::{Gpa, Pasid};
+use crate::ids::{Gpa, Pasid, SourceId};
 use crate::memory::{read_pair, read_words, write_word};
+use crate::range::IovaRange;
 use crate::scope::{ContextScope, Scope, context_scope_of, iotlb_scope_of, pasid_iotlb_scope_of, pasid_scope_of};
 use crate::shadow::Spaces;
+use crate::spec::ats::sized_range;
 use crate::spec::invalidation::{
-    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, PasidLow, QueueError, WaitHigh, WaitLow, kind,
+    ContextCacheLow, Descriptor, DeviceTlbHigh, DeviceTlbLow, InterruptEntryLow, IotlbHigh, IotlbLow, PageResponseHigh,
+    PageResponseLow, PasidDeviceTlbHigh, PasidDeviceTlbLow, PasidLow, QueueError, WaitHigh, WaitLow, kind,
 };
-use crate::spec::registers::{QueueErrorRecord, table_mode};
+use crate::spec::registers::table_mode;
 use crate::tables::interrupt::EntriesChanged;
 
 /// The queue in use.
@@ -30,6 +34,8 @@ struct Queue {
     told: u64,
     /// In bytes.
     tail: u64,
+    /// The first function that did not answer a device-TLB invalidation.
+    timed_out: Option<SourceId>,
 }
 
 impl Queue {
@@ -37,7 +43,7 @@ impl Queue {
     fn running<M: GuestMemoryBackend>(core: &Core<M>) -> Option<Self> {
         let registers = core.registers();
         let state = &registers.state;
-        if !state.global_status.queued_invalidation() || registers.fault_status().queue_error() {
+        if !state.global_status.queued_invalidation() || registers.queue_is_stopped() {
             return None;
         }
         let address = state.queue_in_use;
@@ -50,6 +56,7 @@ impl Queue {
             head,
             told: head,
             tail: state.queue_tail,
+            timed_out: None,
         })
     }
 
@@ -81,6 +88,9 @@ pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) 
     let result = process(core, spaces, &mut queue);
     spaces.flush(core);
     spaces.end_drain();
+    if let Some(source) = queue.timed_out {
+        tell_timeout(core, source);
+    }
     let Err(error) = result else {
         if queue.head != queue.told {
             queue.tell_head(core);
@@ -92,8 +102,20 @@ pub(crate) fn drain<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces) 
     let mut registers = core.registers();
     registers.state.queue_head = queue.head_offset();
     let before = registers.fault_status();
-    registers.state.queue_error_record = QueueErrorRecord::new().with_queue_error(error as u8);
+    registers.state.queue_error_record = registers.state.queue_error_record.with_queue_error(error as u8);
     registers.set_fault_status(|status| status.with_queue_error(true));
+    let message = registers.raise_fault_event(before);
+    drop(registers);
+    core.signal(message);
+}
+
+/// A function did not answer: ITE, and the queue goes on when the guest clears it. Section 6.5.2.11.
+fn tell_timeout<M: GuestMemoryBackend>(core: &Core<M>, source: SourceId) {
+    log::debug!("unit {}: {source} did not answer a device-TLB invalidation", core.config.id.0);
+    let mut registers = core.registers();
+    let before = registers.fault_status();
+    registers.state.queue_error_record = registers.state.queue_error_record.with_timeout_source(source.0);
+    registers.set_fault_status(|status| status.with_timeout_error(true));
     let message = registers.raise_fault_event(before);
     drop(registers);
     core.signal(message);
@@ -118,11 +140,15 @@ fn process<M: GuestMemoryBackend>(core: &Core<M>, spaces: &mut Spaces, queue: &m
     }
     while queue.head != tail {
         let descriptor = queue.fetch(&core.memory)?;
-        let wait = handle(core, spaces, mode, descriptor)?;
+        let wait = handle(core, spaces, mode, descriptor, &mut queue.timed_out)?;
         queue.head = (queue.head + 1) % queue.size;
         if let Some(wait) = wait {
             spaces.flush(core);
             queue.tell_head(core);
+            if queue.timed_out.is_some() {
+                // It is aborted, and nothing behind it is fetched until ITE is cleared. Section 6.5.2.11.
+                return Ok(());
+            }
             complete(core, wait);
         }
     }
@@ -156,17 +182,20 @@ struct Wait {
 }
 
 /// Takes one descriptor in; everything but a wait takes effect at the next flush.
-fn handle<M>(
+fn handle<M: GuestMemoryBackend>(
     core: &Core<M>,
     spaces: &mut Spaces,
     mode: Mode,
     descriptor: Descriptor,
+    timed_out: &mut Option<SourceId>,
 ) -> Result<Option<Wait>, QueueError> {
     let is_known = match descriptor.kind() {
         kind::CONTEXT_CACHE | kind::IOTLB | kind::WAIT => true,
         kind::INTERRUPT_ENTRY => core.config.interrupt_remapping,
         kind::PASID_CACHE | kind::PASID_IOTLB => mode != Mode::Legacy,
-        // Device-TLB descriptors belong to a capability that is not offered.
+        kind::DEVICE_TLB => core.config.device_tlb,
+        kind::PASID_DEVICE_TLB => core.config.device_tlb && mode != Mode::Legacy,
+        kind::PAGE_RESPONSE => core.config.page_requests && mode != Mode::Legacy,
         _ => false,
     };
     if !is_known {
@@ -202,12 +231,36 @@ fn handle<M>(
         }
         kind::WAIT => {
             let (low, high) = (WaitLow::from_bits(descriptor.low), WaitHigh::from_bits(descriptor.high));
-            if low.reserved() != 0 || high.reserved() != 0 {
+            let drains = low.page_request_drain() && !core.config.page_requests;
+            if low.reserved() != 0 || high.reserved() != 0 || drains {
                 return Err(QueueError::Reserved);
             }
             core.counters.wait.add(1);
             let status = low.status_write().then_some((Gpa(high.address() << 2), low.status()));
             Ok(Some(Wait { status, interrupt: low.interrupt() }))
+        }
+        kind::DEVICE_TLB | kind::PASID_DEVICE_TLB => {
+            let (source, of, range) = device_tlb_scope(descriptor)?;
+            core.counters.device_tlb.add(1);
+            // What it asks for anew is as the tables are now. Section 6.5.2.12.
+            spaces.flush(core);
+            let function = core.ats.of(&core.sources.load(), source);
+            let name = function.filter(|(_, function)| function.invalidate(of, range) == Completion::Sent);
+            match name {
+                Some((name, _)) => spaces.wait_for_sessions_of(name),
+                None => *timed_out = timed_out.or(Some(source)),
+            }
+            Ok(None)
+        }
+        kind::PAGE_RESPONSE => {
+            let (source, response) = page_response(descriptor)?;
+            core.counters.page_response.add(1);
+            // What the function asks for anew is as the guest made it before it answered.
+            spaces.flush(core);
+            if let Some((_, function)) = core.ats.of(&core.sources.load(), source) {
+                function.respond(response);
+            }
+            Ok(None)
         }
         kind::INTERRUPT_ENTRY => {
             let changed = changed_entries(descriptor)?;
@@ -251,6 +304,32 @@ fn iotlb_scope(descriptor: Descriptor) -> Result<Scope, QueueError> {
         return Err(QueueError::Reserved);
     }
     iotlb_scope_of(low.granularity(), low.domain(), high.page(), high.address_mask()).ok_or(QueueError::Reserved)
+}
+
+fn device_tlb_scope(descriptor: Descriptor) -> Result<(SourceId, TlbScope, IovaRange), QueueError> {
+    if descriptor.kind() == kind::DEVICE_TLB {
+        let (low, high) = (DeviceTlbLow::from_bits(descriptor.low), DeviceTlbHigh::from_bits(descriptor.high));
+        if low.reserved() != 0 || low.reserved_middle() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+            return Err(QueueError::Reserved);
+        }
+        return Ok((SourceId(low.source()), TlbScope::WithoutPasid, sized_range(high.page(), high.large())));
+    }
+    let (low, high) = (PasidDeviceTlbLow::from_bits(descriptor.low), PasidDeviceTlbHigh::from_bits(descriptor.high));
+    if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+        return Err(QueueError::Reserved);
+    }
+    let of = if high.global() { TlbScope::EveryPasid } else { TlbScope::Pasid(Pasid(low.pasid())) };
+    Ok((SourceId(low.source()), of, sized_range(high.page(), high.large())))
+}
+
+fn page_response(descriptor: Descriptor) -> Result<(SourceId, PageResponse), QueueError> {
+    let (low, high) = (PageResponseLow::from_bits(descriptor.low), PageResponseHigh::from_bits(descriptor.high));
+    if low.reserved() != 0 || low.reserved_high() != 0 || high.reserved() != 0 {
+        return Err(QueueError::Reserved);
+    }
+    let pasid = low.pasid_present().then_some(Pasid(low.pasid()));
+    let response = PageResponse { pasid, group: high.group(), code: ResponseCode::from_bits(low.code()) };
+    Ok((SourceId(low.source()), response))
 }
 
 fn changed_entries(descriptor: Descriptor) -> Result<EntriesChanged, QueueError> {

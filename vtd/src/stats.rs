@@ -41,12 +41,14 @@ pub struct DescriptorStats {
     pub context_cache: u64,
     /// IOTLB invalidate.
     pub iotlb: u64,
-    /// Device-TLB invalidate.
+    /// Device-TLB invalidate, PASID-based or not.
     pub device_tlb: u64,
     /// PASID-cache invalidate.
     pub pasid_cache: u64,
     /// PASID-based IOTLB invalidate.
     pub pasid_iotlb: u64,
+    /// Page group response.
+    pub page_response: u64,
     /// Interrupt-entry-cache invalidate.
     pub interrupt_entry: u64,
     /// Invalidation wait.
@@ -94,6 +96,8 @@ impl<const REASONS: usize> Default for ByReason<REASONS> {
 pub(crate) struct Counters {
     pub(crate) context_cache: QueueCounter,
     pub(crate) iotlb: QueueCounter,
+    pub(crate) device_tlb: QueueCounter,
+    pub(crate) page_response: QueueCounter,
     pub(crate) pasid_cache: QueueCounter,
     pub(crate) pasid_iotlb: QueueCounter,
     pub(crate) interrupt_entry: QueueCounter,
@@ -132,8 +136,8 @@ impl Counters {
             descriptors: DescriptorStats {
                 context_cache: self.context_cache.get(),
                 iotlb: self.iotlb.get(),
-                // Not offered yet: a descriptor of it is a queue error.
-                device_tlb: 0,
+                device_tlb: self.device_tlb.get(),
+                page_response: self.page_response.get(),
                 pasid_cache: self.pasid_cache.get(),
                 pasid_iotlb: self.pasid_iotlb.get(),
                 interrupt_entry: self.interrupt_entry.get(),

@@ -6,11 +6,12 @@
 //! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
 //! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
 
+use crate::ats::{AtsFunction, Functions};
 use crate::audit::{Audit, AuditHost};
 use crate::config::{ConfigError, UnitConfig};
 use crate::core::Core;
@@ -61,6 +62,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 sources: ArcSwap::default(),
                 remapping: ArcSwap::default(),
                 remap_listener: Mutex::default(),
+                ats: Functions::default(),
                 counters: Counters::default(),
             },
             spaces: QueueLock::default(),
@@ -191,6 +193,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         if !self.core.config.caching_mode {
             self.spaces().look_at(&self.core, requester, ranges);
         }
+    }
+
+    /// `function` is what device-TLB invalidations and page responses for `requester`, an emulated function, go to from
+    /// now on; when it is gone they go nowhere, and invalidations time out.
+    pub fn set_ats_function(&self, requester: Requester, function: Weak<dyn AtsFunction>) {
+        self.core.ats.add(requester, function);
     }
 
     /// `listener` hears of every change to interrupt remapping from now on, instead of the one before it. The unit

@@ -12,6 +12,8 @@ const COUNT: u64 = 0x90;
 const DMA_COMMAND: u64 = 0x98;
 const PASID: u64 = 0xa0;
 const PASID_VALID: u32 = 1 << 31;
+const ATS: u64 = 0xa8;
+const TRANSLATIONS: u64 = 0xac;
 const RAISE: u64 = 0x60;
 const ACKNOWLEDGE: u64 = 0x64;
 const BUFFER: u64 = 0x40000;
@@ -169,16 +171,83 @@ impl Edu {
 
     /// Turns PASIDs on, if the device has them, as Causeway's has with `pasid=on`.
     pub fn enable_pasids(&self) -> bool {
-        let has = self.sid.read_extended(pci::PASID) as u16 == 0x1b;
-        if has {
-            self.sid.write_extended(pci::PASID + 4, 1 << 16);
+        let has = self.sid.extended_capability(0x1b);
+        if let Some(at) = has {
+            self.sid.write_extended(at + 4, 1 << 16);
         }
-        has
+        has.is_some()
+    }
+
+    /// Turns its device-TLB on, if it has one, as Causeway's has with `ats=on`.
+    pub fn enable_ats(&self) -> bool {
+        let has = self.sid.extended_capability(0x0f);
+        if let Some(at) = has {
+            self.sid.write_extended(at + 4, 1 << 31);
+        }
+        has.is_some()
+    }
+
+    /// Turns it off.
+    pub fn disable_ats(&self) {
+        if let Some(at) = self.sid.extended_capability(0x0f) {
+            self.sid.write_extended(at + 4, 0);
+        }
+    }
+
+    /// Turns page requests on, one outstanding at a time, if the device has them, as Causeway's has with `pri=on`.
+    pub fn enable_page_requests(&self) -> bool {
+        let has = self.sid.extended_capability(0x13);
+        if let Some(at) = has {
+            self.sid.write_extended(at + 12, 1);
+            self.sid.write_extended(at + 4, 1);
+        }
+        has.is_some()
+    }
+
+    /// Turns them off: whatever waits for an answer is given up.
+    pub fn disable_page_requests(&self) {
+        if let Some(at) = self.sid.extended_capability(0x13) {
+            self.sid.write_extended(at + 4, 0);
+        }
+    }
+
+    /// The status register of page requests.
+    pub fn page_request_status(&self) -> u16 {
+        self.sid.extended_capability(0x13).map_or(0, |at| (self.sid.read_extended(at + 4) >> 16) as u16)
+    }
+
+    /// Clears bits of it.
+    pub fn clear_page_request_status(&self, bits: u16) {
+        if let Some(at) = self.sid.extended_capability(0x13) {
+            self.sid.write_extended(at + 4, u32::from(bits) << 16 | self.sid.read_extended(at + 4) & 0xffff);
+        }
+    }
+
+    /// The device acts on no invalidation of its device-TLB and answers none, or does again.
+    pub fn set_silent(&self, silent: bool) {
+        self.write(ATS, silent.into());
+    }
+
+    /// How many translations its device-TLB has.
+    pub fn translations(&self) -> u32 {
+        self.read(TRANSLATIONS)
+    }
+
+    /// Whether the last transfer was refused.
+    pub fn failed(&self) -> bool {
+        self.read(0x20) & 0x100 != 0
+    }
+
+    /// The device is to read `len` bytes at `iova` into its buffer; it is not waited for.
+    pub fn begin_read(&self, iova: u64, len: u64) {
+        self.begin(iova, BUFFER, len, 0);
     }
 
     /// Turns them off.
     pub fn disable_pasids(&self) {
-        self.sid.write_extended(pci::PASID + 4, 0);
+        if let Some(at) = self.sid.extended_capability(0x1b) {
+            self.sid.write_extended(at + 4, 0);
+        }
     }
 
     /// Transfers carry this PASID from now on, or none.

@@ -5,6 +5,7 @@
 mod rests_on;
 
 mod suite {
+    pub mod ats;
     pub mod bridges;
     pub mod concurrent;
     pub mod device;
@@ -29,6 +30,7 @@ mod suite {
 use suite::*;
 
 images::image!(
+    ats::TESTS,
     bridges::TESTS,
     concurrent::TESTS,
     device::TESTS,

@@ -17,8 +17,8 @@ pub const BAR0: u16 = 0x10;
 const CAPABILITIES: u16 = 0x34;
 /// Where Causeway's machine has configuration space in memory.
 const ECAM: u64 = 0xe000_0000;
-/// Offset of the first extended capability: that for PASIDs, in an edu that has them.
-pub const PASID: u16 = 0x100;
+/// Offset of the first extended capability.
+const EXTENDED: u16 = 0x100;
 
 impl SourceId {
     fn select(self, offset: u16) {
@@ -51,6 +51,26 @@ impl SourceId {
     pub fn command(self, set: u32, clear: u32) {
         let command = self.read(COMMAND) & 0xffff;
         self.write(COMMAND, command & !clear | set);
+    }
+
+    /// The offset of the extended capability with this id.
+    pub fn extended_capability(self, id: u16) -> Option<u16> {
+        let mut at = EXTENDED;
+        // A list of so many would fill configuration space.
+        for _ in 0..0x3c0 {
+            let header = self.read_extended(at);
+            if matches!(header, 0 | u32::MAX) {
+                return None;
+            }
+            if header as u16 == id {
+                return Some(at);
+            }
+            at = (header >> 20 & 0xffc) as u16;
+            if at < EXTENDED {
+                return None;
+            }
+        }
+        None
     }
 
     /// The offset of the capability with this id.

@@ -28,6 +28,10 @@ pub const SECOND_DIRTY: u64 = 1 << 9;
 
 /// Context entry: PASIDE.
 pub const PASID_ENABLE: u64 = 1 << 3;
+/// Context entry: DTE.
+pub const DEVICE_TLB_ENABLE: u64 = 1 << 2;
+/// Context entry: PRE.
+pub const PAGE_REQUEST_ENABLE: u64 = 1 << 4;
 /// Entry of a PASID table: SSADE.
 pub const SECOND_FLAGS: u64 = 1 << 9;
 
@@ -44,6 +48,33 @@ pub const fn pasid_iotlb(domain: u16, pasid: u32) -> Descriptor {
 /// The same of `2^mask` pages.
 pub const fn pasid_pages(domain: u16, pasid: u32, iova: u64, mask: u8) -> Descriptor {
     [6 | 3 << 4 | (domain as u64) << 16 | (pasid as u64) << 32, iova | mask as u64]
+}
+
+/// Device-TLB invalidation of a page, of requests without PASID. Section 6.5.2.5.
+pub const fn device_tlb(source: SourceId, iova: u64) -> Descriptor {
+    [3 | (source.0 as u64) << 32, iova]
+}
+/// The same of everything.
+pub const fn device_tlb_all(source: SourceId) -> Descriptor {
+    [3 | (source.0 as u64) << 32, (u64::MAX >> 1) & !0xfff | 1]
+}
+/// Device-TLB invalidation of a page of a PASID. Section 6.5.2.6.
+pub const fn pasid_device_tlb(source: SourceId, pasid: u32, iova: u64) -> Descriptor {
+    [8 | (source.0 as u64) << 16 | (pasid as u64) << 32, iova]
+}
+/// Answer to a group of page requests. Section 7.6.1.
+pub const fn page_response(source: SourceId, pasid: Option<u32>, group: u16, code: u8) -> Descriptor {
+    let (present, pasid) = match pasid {
+        Some(pasid) => (1, pasid),
+        None => (0, 0),
+    };
+    [9 | present << 4 | (code as u64) << 12 | (source.0 as u64) << 16 | (pasid as u64) << 32, (group as u64) << 3]
+}
+
+/// The first edu with a device-TLB, which is on; without one the test is skipped.
+pub fn a_device_with_ats() -> Edu {
+    let edu = Edu::all().find(Edu::enable_ats);
+    edu.unwrap_or_else(|| harness::skipped("there is no edu with a device-TLB"))
 }
 
 /// An entry of a PASID table: its first three words. Section 9.6. Walks snoop.
@@ -126,6 +157,29 @@ impl ScalableWorld {
     pub fn with_pasids() -> Self {
         let edu = Edu::all().find(Edu::enable_pasids);
         Self::of(edu.unwrap_or_else(|| harness::skipped("there is no edu with PASIDs")))
+    }
+
+    /// The same with a device that has a device-TLB, which its context entry lets it have.
+    pub fn with_ats() -> Self {
+        let mut world = Self::of(a_device_with_ats());
+        let context = world.context(world.edu.sid);
+        world.entry(0);
+        store(context, load(context) | DEVICE_TLB_ENABLE);
+        world.forget();
+        world
+    }
+
+    /// The same with a device that may ask for pages, too, and has PASIDs if the unit has some.
+    pub fn with_page_requests() -> Self {
+        let mut world = Self::with_ats();
+        if !world.edu.enable_page_requests() {
+            harness::skipped("the edu has no page requests");
+        }
+        world.edu.enable_pasids();
+        let context = world.context(world.edu.sid);
+        store(context, load(context) | PAGE_REQUEST_ENABLE);
+        world.forget();
+        world
     }
 
     fn of(edu: Edu) -> Self {

@@ -33,6 +33,11 @@ pub mod offset {
     pub const IEUADDR: u64 = 0xac;
     pub const IQERCD: u64 = 0xb0;
     pub const IRTA: u64 = 0xb8;
+    pub const PQH: u64 = 0xc0;
+    pub const PQT: u64 = 0xc8;
+    pub const PQA: u64 = 0xd0;
+    pub const PRS: u64 = 0xdc;
+    pub const PECTL: u64 = 0xe0;
 }
 use offset::*;
 
@@ -57,6 +62,12 @@ pub const OVERFLOW: u32 = 1 << 0;
 pub const PENDING: u32 = 1 << 1;
 /// FSTS: IQE.
 pub const QUEUE_ERROR: u32 = 1 << 4;
+/// FSTS: ITE.
+pub const TIME_OUT: u32 = 1 << 6;
+/// PRS: PPR.
+pub const PAGE_REQUEST: u32 = 1 << 0;
+/// PRS: PRO.
+pub const PAGE_OVERFLOW: u32 = 1 << 1;
 
 /// A fault record. Section 11.4.7.6.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

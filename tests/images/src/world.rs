@@ -47,6 +47,11 @@ impl World {
         Self::of(Edu::recorded(), None)
     }
 
+    /// The same with this device.
+    pub fn with_device(edu: Edu) -> Self {
+        Self::of(edu, None)
+    }
+
     fn of(edu: Edu, beside: Option<Edu>) -> Self {
         let mut unit = Unit::new();
         let (root, contexts) = (page(), page());

@@ -1,5 +1,7 @@
 //! The DMAR table (A-13; VT-d specification, chapter 8), from the same description that the units are built from.
 
+use std::collections::BTreeSet;
+
 use acpi_tables::sdt::Sdt;
 
 use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
@@ -55,6 +57,8 @@ pub struct Remapping {
     pub width: u8,
     /// Whether they remap interrupts.
     pub interrupts: bool,
+    /// Whether functions behind root ports may have device-TLBs; those beside them may wherever a unit has some.
+    pub device_tlbs: bool,
     /// The units.
     pub units: Vec<UnitDescription>,
 }
@@ -63,6 +67,9 @@ pub struct Remapping {
 const INTR_REMAP: u8 = 1;
 const DRHD: u16 = 0;
 const INCLUDE_PCI_ALL: u8 = 1;
+/// Section 8.5.
+const ATSR: u16 = 2;
+const ALL_PORTS: u8 = 1;
 /// Header of the table: the ACPI header, width, flags, ten reserved bytes.
 const HEADER: u32 = 48;
 
@@ -85,6 +92,17 @@ pub fn table(remapping: &Remapping) -> Vec<u8> {
         drhd.extend_from_slice(&unit.base.to_le_bytes());
         drhd.extend_from_slice(&scopes);
         sdt.append_slice(&drhd);
+    }
+    if remapping.device_tlbs {
+        let segments: BTreeSet<u16> = remapping.units.iter().map(|unit| unit.segment).collect();
+        for segment in segments {
+            let mut atsr = Vec::new();
+            atsr.extend_from_slice(&ATSR.to_le_bytes());
+            atsr.extend_from_slice(&8_u16.to_le_bytes());
+            atsr.extend_from_slice(&[ALL_PORTS, 0]);
+            atsr.extend_from_slice(&segment.to_le_bytes());
+            sdt.append_slice(&atsr);
+        }
     }
     sdt.as_slice().to_vec()
 }
@@ -109,10 +127,14 @@ mod tests {
                 scopes: vec![Scope::Endpoint((0, 5, 0)), Scope::Bridge((0, 6, 1))],
             },
         ];
-        let remapping = Remapping { width: 48, interrupts: false, units };
+        let remapping = Remapping { width: 48, interrupts: false, device_tlbs: false, units };
         let with_interrupts = table(&Remapping { interrupts: true, ..remapping.clone() });
         assert_eq!((with_interrupts[36], with_interrupts[37]), (47, INTR_REMAP));
+        let with_tlbs = table(&Remapping { device_tlbs: true, ..remapping.clone() });
         let table = table(&remapping);
+        // One structure for all ports of the segment, behind the units.
+        assert_eq!(with_tlbs[48..], [&table[48..], &[2, 0, 8, 0, 1, 0, 0, 0]].concat());
+        assert_eq!(with_tlbs.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         assert_eq!(&table[..4], b"DMAR");
         assert_eq!(u32::from_le_bytes(table[4..8].try_into().unwrap()) as usize, table.len());

@@ -44,9 +44,18 @@ impl Checked {
 
 /// Checks that open nothing: the functions among `devices`, in their order. `unit` is `None` under `--iommu none`.
 pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Result<Vec<Checked>, Error> {
-    let with_pasids = devices.iter().any(|device| device.kind == DeviceKind::Edu { pasid: true });
-    if with_pasids && unit.is_none_or(|unit| unit.pasid_bits == 0) {
+    let any_edu = |wanted: fn(bool, bool, bool) -> bool| {
+        let is_wanted = |device: &DeviceOption| matches!(device.kind, DeviceKind::Edu { pasid, ats, pri } if wanted(pasid, ats, pri));
+        devices.iter().any(is_wanted)
+    };
+    if any_edu(|pasid, _, _| pasid) && unit.is_none_or(|unit| unit.pasid_bits == 0) {
         return Err(Error::NoPasids);
+    }
+    if any_edu(|_, ats, _| ats) && unit.is_none_or(|unit| !unit.device_tlb) {
+        return Err(Error::NoDeviceTlbs);
+    }
+    if any_edu(|_, _, pri| pri) && unit.is_none_or(|unit| !unit.page_requests) {
+        return Err(Error::NoPageRequests);
     }
     let Some(first) = devices.iter().find(|device| device.kind.follows_unit()) else { return Ok(Vec::new()) };
     let kind = first.kind.name();
@@ -236,6 +245,20 @@ mod tests {
         assert!(refused(None) && refused(Some(&VtdOption::default())));
         let scalable = Some(vtd::Stages::Second);
         assert!(!refused(Some(&VtdOption { scalable, pasid_bits: 1, ..Default::default() })));
+    }
+
+    #[test]
+    fn an_edu_with_ats_or_pri_needs_a_unit_with_it() {
+        let (ats, pri) = (["edu,ats=on".parse().unwrap()], ["edu,ats=on,pri=on".parse().unwrap()]);
+        let without = VtdOption::default();
+        let with_ats = VtdOption { device_tlb: true, ..Default::default() };
+        let with_both = VtdOption { page_requests: true, scalable: Some(vtd::Stages::Second), ..with_ats.clone() };
+        for unit in [None, Some(&without)] {
+            assert!(matches!(check(&ats, unit, 1 << 20), Err(Error::NoDeviceTlbs)));
+        }
+        assert!(check(&ats, Some(&with_ats), 1 << 20).unwrap().is_empty());
+        assert!(matches!(check(&pri, Some(&with_ats), 1 << 20), Err(Error::NoPageRequests)));
+        assert!(check(&pri, Some(&with_both), 1 << 20).unwrap().is_empty());
     }
 
     #[test]

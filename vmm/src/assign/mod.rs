@@ -67,6 +67,12 @@ pub enum Error {
     /// Nothing would take its requests with a PASID.
     #[error("edu,pasid=on needs a unit with PASIDs: use --iommu vtd,scalable=on,pasid-bits=20")]
     NoPasids,
+    /// Nothing would take its translation requests.
+    #[error("edu,ats=on needs a unit with device-TLBs: use --iommu vtd,ats=on")]
+    NoDeviceTlbs,
+    /// Nothing would take its page requests.
+    #[error("edu,pri=on needs a unit with page requests: use --iommu vtd,scalable=on,ats=on,pri=on")]
+    NoPageRequests,
     /// The host's IOMMU sets no flags in the guest's tables.
     #[error(
         "slads=on with a {kind} device is refused: what the device writes would leave no dirty flag in the guest's tables; \

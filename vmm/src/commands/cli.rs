@@ -48,6 +48,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
+              [,ats=on|off][,pri=on|off]
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
@@ -55,7 +56,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device virtio-net,tap=NAME[,mac=XX:XX:XX:XX:XX:XX][,addr=DD.F][,id=NAME]
   --device virtio-console[,addr=DD.F][,id=NAME]
   --device virtio-rng[,addr=DD.F][,id=NAME]
-  --device edu[,pasid=on|off][,addr=DD.F][,id=NAME]
+  --device edu[,pasid=on|off][,ats=on|off][,pri=on|off][,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
   --device pcie-pci-bridge[,addr=DD.F][,id=NAME]
   port=N in place of addr=DD.F: behind that root port

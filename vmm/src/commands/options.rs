@@ -112,7 +112,8 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 11] = [
+        const KEYS: [&str; 13] = [
+            "ats",
             "aw-bits",
             "caching-mode",
             "eim",
@@ -120,6 +121,7 @@ impl std::str::FromStr for IommuOption {
             "ioapic-check",
             "nest",
             "pasid-bits",
+            "pri",
             "pt",
             "scalable",
             "slads",
@@ -170,6 +172,11 @@ impl std::str::FromStr for IommuOption {
                 if pasid_bits != 0 && scalable.is_none() {
                     return bad("vtd: pasid-bits needs scalable=on: PASIDs are of scalable mode");
                 }
+                let device_tlb = keys.switch("ats")?.unwrap_or(default.device_tlb);
+                let page_requests = keys.switch("pri")?.unwrap_or(default.page_requests);
+                if page_requests && !(device_tlb && scalable.is_some()) {
+                    return bad("vtd: pri=on needs ats=on,scalable=on: a page request says what a device-TLB missed");
+                }
                 Ok(Self::Vtd(VtdOption {
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
@@ -180,6 +187,8 @@ impl std::str::FromStr for IommuOption {
                     nested,
                     second_stage_dirty,
                     pasid_bits,
+                    device_tlb,
+                    page_requests,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }
@@ -269,9 +278,13 @@ impl std::str::FromStr for DeviceOption {
             }
             "pcie-pci-bridge" => (Keys::parse(kind, rest, &["addr", "id", "port"])?, DeviceKind::PciBridge),
             "edu" => {
-                let keys = Keys::parse(kind, rest, &["addr", "bus", "id", "pasid", "port"])?;
-                let pasid = keys.switch("pasid")?.unwrap_or(false);
-                (keys, DeviceKind::Edu { pasid })
+                let keys = Keys::parse(kind, rest, &["addr", "ats", "bus", "id", "pasid", "port", "pri"])?;
+                let on = |key: &str| keys.switch(key).map(|on| on.unwrap_or(false));
+                let (pasid, ats, pri) = (on("pasid")?, on("ats")?, on("pri")?);
+                if pri && !ats {
+                    return bad("edu: pri=on needs ats=on: it asks for what its device-TLB misses");
+                }
+                (keys, DeviceKind::Edu { pasid, ats, pri })
             }
             "pinblk" => {
                 let keys = Keys::parse(kind, rest, &["addr", "bus", "direct", "file", "id", "port"])?;

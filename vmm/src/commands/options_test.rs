@@ -44,12 +44,17 @@ fn iommu_keys() {
             nested: false,
             second_stage_dirty: false,
             pasid_bits: 0,
+            device_tlb: false,
+            page_requests: false,
             ioapic_check: false,
         }))
     );
     let (scalable, nested, second_stage_dirty, pasid_bits) = (Some(Stages::Both), true, true, 20);
     let expected = VtdOption { scalable, nested, second_stage_dirty, pasid_bits, ..VtdOption::default() };
     assert_eq!("vtd,scalable=on,stage=both,nest=on,slads=on,pasid-bits=0x14".parse(), Ok(IommuOption::Vtd(expected)));
+    let expected =
+        VtdOption { scalable: Some(Stages::Second), device_tlb: true, page_requests: true, ..VtdOption::default() };
+    assert_eq!("vtd,scalable=on,ats=on,pri=on".parse(), Ok(IommuOption::Vtd(expected)));
     for (text, interrupt_remapping, extended_interrupt_mode) in [
         ("vtd", true, true),
         ("vtd,eim=on", true, true),
@@ -80,6 +85,8 @@ fn iommu_keys() {
         ("vtd,slads=on", "slads=on needs scalable=on"),
         ("vtd,scalable=on,stage=first,slads=on", "slads=on needs scalable=on"),
         ("vtd,pasid-bits=4", "pasid-bits needs scalable=on"),
+        ("vtd,scalable=on,pri=on", "pri=on needs ats=on,scalable=on"),
+        ("vtd,ats=on,pri=on", "pri=on needs ats=on,scalable=on"),
         ("vtd,scalable=on,pasid-bits=21", "`21` is not 0 to 20"),
         ("vtd,scalable=off,stage=second", "stage needs scalable=on"),
         ("vtd,scalable=on,stage=third", "`third` is not first, second or both"),
@@ -91,9 +98,14 @@ fn iommu_keys() {
 
 #[test]
 fn device_keys() {
-    let edu = |pasid| DeviceOption { id: None, addr: None, port: None, bus: None, kind: DeviceKind::Edu { pasid } };
-    assert_eq!("edu".parse(), Ok(edu(false)));
-    assert_eq!("edu,pasid=on".parse(), Ok(edu(true)));
+    let edu = |pasid, ats, pri| {
+        let kind = DeviceKind::Edu { pasid, ats, pri };
+        DeviceOption { id: None, addr: None, port: None, bus: None, kind }
+    };
+    assert_eq!("edu".parse(), Ok(edu(false, false, false)));
+    assert_eq!("edu,pasid=on".parse(), Ok(edu(true, false, false)));
+    assert_eq!("edu,ats=on".parse(), Ok(edu(false, true, false)));
+    assert_eq!("edu,pri=on,ats=on,pasid=on".parse(), Ok(edu(true, true, true)));
     let pinblk = |text: &str| text.parse::<DeviceOption>().unwrap().kind;
     assert_eq!(pinblk("pinblk"), DeviceKind::PinBlk { file: None, direct: false });
     assert_eq!(pinblk("pinblk,file=/x,addr=03.0"), DeviceKind::PinBlk { file: Some("/x".into()), direct: false });

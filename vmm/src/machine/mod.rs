@@ -270,6 +270,8 @@ impl Machine {
                 config.nested = option.nested;
                 config.second_stage_dirty = option.second_stage_dirty;
                 config.pasid_bits = option.pasid_bits;
+                config.device_tlb = option.device_tlb;
+                config.page_requests = option.page_requests;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
@@ -329,6 +331,7 @@ impl Machine {
             remapping: unit.as_ref().map(|unit| Remapping {
                 width: physical_bits,
                 interrupts: unit.config().interrupt_remapping,
+                device_tlbs: unit.config().device_tlb,
                 units: vec![describe_unit()],
             }),
         };

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
+use devices::ats::Ats;
 use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
-use devices::edu::{Edu, Pasids};
+use devices::edu::{Edu, Features, Pasids};
 use devices::host::IrqLine;
 use devices::ioapic::{EoiListener, IoApic};
 use devices::pci::{PciFunction, PciRoot, PciePciBridge, PciePciBridgeWiring, RootPort, SlotError, gsi_of};
@@ -12,7 +13,7 @@ use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
 use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient, Software};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Pasid, Requester, SourceId, Stream, Unit};
+use vtd::{AtsFunction, Pasid, Requester, SourceId, Stream, Unit};
 
 use super::Error;
 use super::source_ids::ids_of;
@@ -230,7 +231,7 @@ impl Plug {
             }
             // They are made before the others.
             DeviceKind::PciBridge => return Err(Error::NotOpen(id.to_owned())),
-            DeviceKind::Edu { pasid } => self.edu(seat, *pasid)?,
+            DeviceKind::Edu { pasid, ats, pri } => self.edu(seat, *pasid, *ats, *pri)?,
             DeviceKind::PinBlk { file, direct } => {
                 let unit = self.unit.as_ref().ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
                 let wiring = assign::PinBlkWiring {
@@ -278,7 +279,7 @@ impl Plug {
     }
 
     /// An emulated device, whose DMA goes through its endpoint of the unit.
-    fn edu(&self, seat: Seat, pasid: bool) -> Result<Arc<Edu>, Error> {
+    fn edu(&self, seat: Seat, pasid: bool, ats: bool, page_requests: bool) -> Result<Arc<Edu>, Error> {
         let requester = seat.requester;
         let memory: Box<dyn DmaTarget> = match &self.unit {
             Some(unit) => {
@@ -288,7 +289,13 @@ impl Plug {
             None => Box::new(DirectMemory((*self.ram).clone())),
         };
         let line = self.line(&seat, 1);
-        // That there is a unit with PASIDs was checked.
+        // That there is a unit with PASIDs, and one with device-TLBs, was checked.
+        let ats = self.unit.as_ref().filter(|_| ats).map(|unit| {
+            let ats = Arc::<Ats>::default();
+            let function: Weak<dyn AtsFunction> = Arc::<Ats>::downgrade(&ats);
+            unit.set_ats_function(requester, function);
+            ats
+        });
         let pasids = self.unit.as_ref().filter(|_| pasid).map(|unit| {
             let (unit, decoder) = (unit.clone(), self.root.decoder());
             let target = move |pasid: Pasid| -> Box<dyn DmaTarget> {
@@ -298,7 +305,8 @@ impl Plug {
             Box::new(target) as Pasids
         });
         let (decoder, interrupts) = (self.root.decoder(), self.interrupts.clone());
-        Edu::with_pasids(requester, decoder, interrupts, Some(line), memory, pasids).map_err(Error::Thread)
+        let features = Features { pasids, ats, page_requests };
+        Edu::with_features(requester, decoder, interrupts, Some(line), memory, features).map_err(Error::Thread)
     }
 
     /// Puts `function` behind the unit, which gives it what the guest's tables say before its first DMA, and makes it a

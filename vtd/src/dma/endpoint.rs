@@ -34,6 +34,10 @@ pub enum DmaError {
     /// to record.
     #[error("{0} was asked for by a device without a source id")]
     NoSourceId(Iova),
+    /// A translated request to this address where the unit takes none: it has no device-TLBs, translation is off, or the
+    /// device has no source id. No fault. Section 4.2.1.
+    #[error("a translated request to {0} is not supported")]
+    Unsupported(Gpa),
     /// The translation leads to no memory. No fault: hardware would end such a request elsewhere. Nor is there memory
     /// for what goes on beyond the last address that there is, [`u64::MAX`].
     #[error("{iova} leads to {gpa}, where there is no memory")]
@@ -112,6 +116,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// The requester, by the name that the endpoint was made with ([`Unit::renumber`]).
     pub fn requester(&self) -> Requester {
         self.requester
+    }
+
+    /// The PASID that its requests carry.
+    pub fn pasid(&self) -> Option<Pasid> {
+        self.pasid
     }
 
     /// The unit that it stands behind.

@@ -13,7 +13,7 @@ use vm_memory::{
 
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
 use super::iotlb::SessionToken;
-use crate::faults::Access;
+use crate::faults::{Access, Fault};
 use crate::ids::{Gpa, Iova};
 use crate::msi::Msi;
 
@@ -70,12 +70,21 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
 
     fn translate_for(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         self.endpoint.look_up(iova, wanted).inspect_err(|error| {
-            if let DmaError::Fault(fault) = error
-                && let Some(message) = self.endpoint.unit.core.record(fault)
-            {
-                *self.message.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(message);
+            if let DmaError::Fault(fault) = error {
+                self.record(fault);
             }
         })
+    }
+
+    /// Records a fault; its message is sent when the session is over.
+    pub(super) fn record(&self, fault: &Fault) {
+        if let Some(message) = self.endpoint.unit.core.record(fault) {
+            *self.message.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(message);
+        }
+    }
+
+    pub(super) fn endpoint(&self) -> &Endpoint<M> {
+        self.endpoint
     }
 
     /// Reads `data.len()` bytes at `iova`. See [`Endpoint::read`].

@@ -5,7 +5,7 @@ use vm_memory::GuestMemoryBackend;
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
 use super::iotlb::Sampled;
 use crate::core::Core;
-use crate::faults::{Access, Fault};
+use crate::faults::{Access, Fault, RequestType};
 use crate::ids::{Gpa, Iova};
 use crate::source_ids::Source;
 use crate::space::Perm;
@@ -65,7 +65,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let source = core.sources.load().of(self.requester);
         let translation = **core.translation.load();
         let attached = match source {
-            Source::Own(id) => resolve(&core.memory, &core.config, translation, id, self.pasid),
+            Source::Own(id) => {
+                resolve(&core.memory, &core.config, translation, id, self.pasid, RequestType::Untranslated)
+            }
             Source::Shared(_) | Source::None if !translation.enabled => Ok(Resolved::Off.into()),
             // Of two entries, neither is said to be for it.
             Source::Shared(_) => Err(FaultReason::ContextInvalid.into()),
@@ -74,7 +76,15 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let fault = |access: Access, reason: FaultReason, disabled: bool| {
             let silenced = disabled && reason.qualified();
             let (requester, pasid) = (source.seen(self.requester), self.pasid);
-            DmaError::Fault(Fault { requester, pasid, iova, access, reason, silenced })
+            DmaError::Fault(Fault {
+                requester,
+                pasid,
+                iova,
+                access,
+                request: RequestType::Untranslated,
+                reason,
+                silenced,
+            })
         };
         let attached = attached.map_err(|Unresolved { reason, fault_processing_disable }| {
             fault(wanted.first, reason, fault_processing_disable)

@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryBackend;
 use super::paging::Pager;
 use super::{FunctionEntries, PageBounds, Position, Stage, TableItem};
 use crate::core::Core;
+use crate::faults::RequestType;
 use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::{Words, read_pair, read_words};
 use crate::spec::fault::FaultReason;
@@ -125,7 +126,8 @@ impl<M: GuestMemoryBackend> Listing<'_, M> {
 
     fn fault(&self, source: SourceId, pasid: Option<Pasid>) -> Option<FaultReason> {
         let Core { memory, config, .. } = self.core;
-        resolve(memory, config, self.translation, source, pasid).err().map(|unresolved| unresolved.reason)
+        let request = RequestType::Untranslated;
+        resolve(memory, config, self.translation, source, pasid, request).err().map(|unresolved| unresolved.reason)
     }
 
     fn empty(&self, source: SourceId, root_entry: Vec<u64>) -> FunctionEntries {

@@ -7,6 +7,7 @@
 //! and FEUADDR so).
 
 pub(crate) mod page;
+pub(crate) mod page_requests;
 pub(crate) mod record;
 pub(crate) mod restore;
 pub(crate) mod state;
@@ -17,7 +18,7 @@ use state::{EventRegisters, State};
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
-use crate::spec::registers::{EventControl, FaultStatus, Global, offset};
+use crate::spec::registers::{EventControl, FaultStatus, Global, PageRequestStatus, offset};
 
 /// The registers of a unit.
 pub(crate) struct Registers {
@@ -63,14 +64,21 @@ impl Registers {
     }
 
     /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that
-    /// clears IQE gives a [`Command`], so that a fault handler has no other lock to wait for.
+    /// clears IQE or ITE gives a [`Command`], so that a fault handler has no other lock to wait for.
     pub(crate) fn resumes(&self, at: u64, len: usize, value: u64) -> bool {
         let fault_status = match (at, len) {
             (offset::FSTS, 4) => value as u32,
             (0x30, 8) => (value >> 32) as u32,
             _ => 0,
         };
-        FaultStatus::from_bits(fault_status).queue_error() && self.fault_status().queue_error()
+        let (written, now) = (FaultStatus::from_bits(fault_status), self.fault_status());
+        written.queue_error() && now.queue_error() || written.timeout_error() && now.timeout_error()
+    }
+
+    /// An error stops the invalidation queue. Section 6.5.2.11.
+    pub(crate) fn queue_is_stopped(&self) -> bool {
+        let status = self.state.fault_status;
+        status.queue_error() || status.timeout_error()
     }
 
     /// The bytes at `at`, little endian: as many as there are in 8, and none beyond the last address.
@@ -105,6 +113,13 @@ impl Registers {
             offset::IECTL => pair(state.completion_event.control.into_bits(), state.completion_event.data),
             offset::IEADDR => pair(state.completion_event.address, state.completion_event.upper_address),
             offset::IQERCD => state.queue_error_record.into_bits(),
+            offset::PQH => state.page_requests.head,
+            offset::PQT => state.page_requests.tail,
+            offset::PQA => state.page_requests.address.into_bits(),
+            0xd8 => pair(0, state.page_requests.status.into_bits()),
+            offset::PECTL..=offset::PEUADDR if !self.config.page_requests => 0,
+            offset::PECTL => pair(state.page_requests.event.control.into_bits(), state.page_requests.event.data),
+            offset::PEADDR => pair(state.page_requests.event.address, state.page_requests.event.upper_address),
             // IVA is write-only.
             offset::IRTA => state.interrupt_table_address.into_bits(),
             offset::IOTLB => state.iotlb_invalidate.into_bits(),
@@ -124,7 +139,16 @@ impl Registers {
                 self.write_quad(at & !7, (value & LOW) << shift, LOW << shift)
             }
             8 if at.is_multiple_of(8) => match at {
-                offset::GCMD | 0x30 | offset::FECTL | offset::FEADDR | 0x98 | offset::IECTL | offset::IEADDR => {
+                offset::GCMD
+                | 0x30
+                | offset::FECTL
+                | offset::FEADDR
+                | 0x98
+                | offset::IECTL
+                | offset::IEADDR
+                | 0xd8
+                | offset::PECTL
+                | offset::PEADDR => {
                     let low = self.write_quad(at, value, LOW);
                     let high = self.write_quad(at, value, HIGH);
                     Outcome { command: low.command.or(high.command), message: low.message.or(high.message) }
@@ -175,6 +199,16 @@ impl Registers {
             offset::IRTA => {
                 write.merge(&mut state.interrupt_table_address, writable::interrupt_table_address(&self.config));
             }
+            offset::PQH..=offset::PEUADDR if !self.config.page_requests => {}
+            offset::PQH => write.merge(&mut state.page_requests.head, writable::PAGE_QUEUE_OFFSET),
+            offset::PQT => write.merge(&mut state.page_requests.tail, writable::PAGE_QUEUE_OFFSET),
+            offset::PQA => {
+                write.merge(&mut state.page_requests.address, writable::page_queue_address(&self.config));
+            }
+            0xd8 if touches_high => self.write_page_request_status(PageRequestStatus::from_bits(high_word)),
+            offset::PECTL | offset::PEADDR => {
+                return event_write(&mut state.page_requests.event, at - offset::PECTL, value, mask);
+            }
             offset::IVA => write.merge(&mut state.invalidate_address, writable::INVALIDATE_ADDRESS),
             offset::IOTLB => {
                 write.merge(&mut state.iotlb_invalidate, writable::IOTLB_INVALIDATE);
@@ -193,9 +227,9 @@ impl Registers {
         Outcome::default()
     }
 
-    /// FSTS is write-1-to-clear. Clearing IQE lets the queue go on.
+    /// FSTS is write-1-to-clear. Clearing IQE, and ITE, lets the queue go on.
     fn write_fault_status(&mut self, written: FaultStatus) -> Outcome {
-        let before = self.state.fault_status;
+        let was_stopped = self.queue_is_stopped();
         self.set_fault_status(|status| {
             status
                 .with_overflow(status.overflow() && !written.overflow())
@@ -204,7 +238,7 @@ impl Registers {
                 .with_timeout_error(status.timeout_error() && !written.timeout_error())
         });
         self.fault_conditions_cleared();
-        let resumed = before.queue_error() && written.queue_error();
+        let resumed = was_stopped && !self.queue_is_stopped();
         Outcome { command: resumed.then_some(Command::Drain), message: None }
     }
 

@@ -2,7 +2,7 @@
 
 use super::Registers;
 use super::state::FaultRecord;
-use crate::faults::{Access, Fault};
+use crate::faults::{Access, Fault, RequestType};
 use crate::ids::Pasid;
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
@@ -21,10 +21,18 @@ pub(crate) enum Recorded {
 impl Registers {
     /// Records `fault`, and says which message to send.
     pub(crate) fn record_fault(&mut self, fault: &Fault) -> (Recorded, Option<Msi>) {
+        let is_page_request = fault.request == RequestType::Page;
+        let address_type = match fault.request {
+            RequestType::Untranslated | RequestType::Page => 0b00,
+            RequestType::Translation => 0b01,
+            RequestType::Translated => 0b10,
+        };
         let high = FaultRecordHigh::new()
             .with_source(fault.requester.sid.0)
             .with_reason(fault.reason.code())
-            .with_type_1(fault.access != Access::Write)
+            .with_type_1(fault.access != Access::Write && !is_page_request)
+            .with_type_2(is_page_request)
+            .with_address_type(address_type)
             .with_pasid_present(fault.pasid.is_some())
             .with_pasid(fault.pasid.map_or(0, |pasid| pasid.0 & Pasid::MAX.0));
         self.record(fault.iova.0 & !0xfff, high)

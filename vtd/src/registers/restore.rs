@@ -1,7 +1,7 @@
 //! Whether a state that was saved can be one of this unit: what comes from a file is trusted no more than what comes
 //! from a guest (A-14, rule 1).
 
-use super::state::{EventRegisters, FaultRecord, State, StateVersion};
+use super::state::{EventRegisters, FaultRecord, PageRequestRegisters, State, StateVersion};
 use super::writable;
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::ids::Pasid;
@@ -59,6 +59,7 @@ impl State {
             queue_error_record,
             invalidate_address,
             iotlb_invalidate,
+            page_requests,
         } = *self;
         if version != StateVersion::CURRENT {
             return Err(RestoreError::Version(version));
@@ -106,6 +107,7 @@ impl State {
         }
         check_event(["FECTL", "FEDATA", "FEADDR"], fault_event)?;
         check_event(["IECTL", "IEDATA", "IEADDR"], completion_event)?;
+        check_page_requests(config, page_requests)?;
         fault_records.into_iter().try_for_each(|record| check_record(config, record))?;
         let len = if global_status.queued_invalidation() { 4096 << queue_in_use.size() } else { 0 };
         // The head is 0 while the queue is off.
@@ -130,10 +132,21 @@ fn check_event([control, data, address]: [&'static str; 3], event: EventRegister
     check(address, lower.into(), writable::EVENT_ADDRESS.into())
 }
 
+fn check_page_requests(config: &UnitConfig, registers: PageRequestRegisters) -> Result<(), RestoreError> {
+    let PageRequestRegisters { head, tail, address, status, event } = registers;
+    let offered = |bits: u64| if config.page_requests { bits } else { 0 };
+    check("PQH", head, offered(writable::PAGE_QUEUE_OFFSET))?;
+    check("PQT", tail, offered(writable::PAGE_QUEUE_OFFSET))?;
+    check("PQA", address.into_bits(), offered(writable::page_queue_address(config)))?;
+    check("PRS", status.into_bits().into(), offered(3))?;
+    check_event(["PECTL", "PEDATA", "PEADDR"], event)
+}
+
 fn check_record(config: &UnitConfig, FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreError> {
     let possible = FaultRecordHigh::new().with_source(u16::MAX).with_reason(u8::MAX).with_type_1(true).with_fault(true);
     let pasid = if config.pasid_bits == 0 { 0 } else { Pasid::MAX.0 };
     let possible = possible.with_pasid_present(pasid != 0).with_pasid(pasid);
+    let possible = possible.with_address_type(if config.device_tlb { 3 } else { 0 }).with_type_2(config.page_requests);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())
 }

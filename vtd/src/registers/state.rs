@@ -7,7 +7,7 @@ use crate::config::FAULT_RECORDS;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::{
     ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
-    QueueAddress, QueueErrorRecord, RootTableAddress,
+    PageRequestAddress, PageRequestStatus, QueueAddress, QueueErrorRecord, RootTableAddress,
 };
 
 /// A fault recording register: its two halves.
@@ -20,7 +20,7 @@ pub struct FaultRecord {
     pub high: FaultRecordHigh,
 }
 
-/// An event with its message: fault event or invalidation completion event.
+/// An event with its message: fault event, invalidation completion event or page request event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EventRegisters {
@@ -40,13 +40,29 @@ impl Default for EventRegisters {
     }
 }
 
+/// The registers of the page request queue; those at power-on where page requests are not offered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PageRequestRegisters {
+    /// PQH.
+    pub head: u64,
+    /// PQT.
+    pub tail: u64,
+    /// PQA.
+    pub address: PageRequestAddress,
+    /// PRS.
+    pub status: PageRequestStatus,
+    /// PECTL, PEDATA, PEADDR, PEUADDR.
+    pub event: EventRegisters,
+}
+
 /// The form in which a [`State`] is serialised: which fields there are, and what they mean.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct StateVersion(pub u32);
 
 impl StateVersion {
     /// The form of this library, the only one that it reads.
-    pub const CURRENT: Self = Self(1);
+    pub const CURRENT: Self = Self(2);
 }
 
 impl Default for StateVersion {
@@ -100,6 +116,8 @@ pub struct State {
     pub invalidate_address: InvalidateAddress,
     /// IOTLB.
     pub iotlb_invalidate: IotlbInvalidate,
+    /// PQH, PQT, PQA, PRS and the page request event.
+    pub page_requests: PageRequestRegisters,
 }
 
 impl State {
@@ -127,6 +145,7 @@ impl State {
             queue_error_record,
             invalidate_address,
             iotlb_invalidate,
+            page_requests,
         } = self;
         *version = StateVersion::CURRENT;
         *global_status = Global::new();
@@ -148,5 +167,6 @@ impl State {
         *queue_error_record = QueueErrorRecord::new();
         *invalidate_address = InvalidateAddress::new();
         *iotlb_invalidate = IotlbInvalidate::new();
+        *page_requests = PageRequestRegisters::default();
     }
 }

@@ -9,9 +9,11 @@ pub(super) const ROOT_TABLE_ADDRESS: u64 = !0x3ff;
 pub(super) const QUEUE_TAIL: u64 = 0x7_fff0;
 /// IVA.
 pub(super) const INVALIDATE_ADDRESS: u64 = !0xf80;
-/// FEDATA and IEDATA.
+/// PQH and PQT: an offset, in bytes.
+pub(super) const PAGE_QUEUE_OFFSET: u64 = 0x7_ffe0;
+/// FEDATA, IEDATA and PEDATA.
 pub(super) const EVENT_DATA: u32 = 0xffff;
-/// FEADDR and IEADDR.
+/// FEADDR, IEADDR and PEADDR.
 pub(super) const EVENT_ADDRESS: u32 = !3;
 /// CCMD.
 pub(super) const CONTEXT_COMMAND: u64 = ContextCommand::new()
@@ -34,6 +36,11 @@ pub(super) const IOTLB_INVALIDATE: u64 = IotlbInvalidate::new()
 pub(super) const fn queue_address(config: &UnitConfig) -> u64 {
     let wide = if config.scalable.is_some() { QueueAddress::new().with_wide(true).into_bits() } else { 0 };
     ((1 << config.host_address_width) - 1) & !0xff8 | wide
+}
+
+/// PQA: there are no address bits beyond the width of the unit.
+pub(super) const fn page_queue_address(config: &UnitConfig) -> u64 {
+    ((1 << config.host_address_width) - 1) & !0xff8
 }
 
 /// IRTA, where interrupt remapping is offered.

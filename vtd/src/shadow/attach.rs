@@ -10,7 +10,7 @@ use super::members::Member;
 use super::space::Space;
 use super::waiting::{Now, Occasion, Waiting};
 use crate::core::Core;
-use crate::faults::{Access, Fault};
+use crate::faults::{Access, Fault, RequestType};
 use crate::ids::{Iova, Requester};
 use crate::listener::{AttachRefused, Refusal, RefusalCause};
 use crate::space::{PagedSpace, SpaceKey};
@@ -158,6 +158,7 @@ fn refused_fault<M>(core: &Core<M>, requester: Requester, iova: Iova) -> Fault {
         pasid: None,
         iova,
         access: Access::Read,
+        request: RequestType::Untranslated,
         reason: FaultReason::PagingTableAccess,
         silenced: false,
     }

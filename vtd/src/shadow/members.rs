@@ -9,6 +9,7 @@ use super::Spaces;
 use super::waiting::Waiting;
 use crate::core::Core;
 use crate::dma::iotlb::Iotlb;
+use crate::faults::RequestType;
 use crate::ids::{DomainId, Pasid, Requester, SourceId};
 use crate::listener::AttachRefused;
 use crate::scope::ContextScope;
@@ -111,6 +112,12 @@ impl Spaces {
         self.sources_changed(core);
     }
 
+    /// Waits for what emulated devices of this name have under way.
+    pub(crate) fn wait_for_sessions_of(&self, requester: Requester) {
+        let own = self.endpoints.iter().filter(|(name, _)| *name == requester);
+        own.for_each(|(_, iotlb)| iotlb.wait_for_sessions());
+    }
+
     /// An emulated device leaves, and with the last endpoint of its name its id: who had the same one has it alone.
     pub(crate) fn remove_endpoint<M: GuestMemoryBackend>(
         &mut self,
@@ -197,8 +204,10 @@ pub(crate) fn resolve_requester<M: GuestMemoryBackend>(
         // With translation off nobody looks at the id.
         return (if translation.enabled { SpaceKey::Blocked } else { SpaceKey::Identity }, None, None);
     };
+    let request = RequestType::Untranslated;
     // Only these requests of an assigned function are attached: see `UnitConfig::pasid_bits`.
-    let Ok(Attached { resolved, pasid }) = resolve(&core.memory, &core.config, translation, source, None) else {
+    let Ok(Attached { resolved, pasid }) = resolve(&core.memory, &core.config, translation, source, None, request)
+    else {
         return (SpaceKey::Blocked, None, None);
     };
     let key = match resolved {

@@ -39,6 +39,8 @@ pub enum FaultReason {
     TableModeInvalid = 0x30,
     /// A request with a PASID in legacy mode (RTA.2).
     PasidInLegacyMode = 0x31,
+    /// A page request in legacy mode (RTA.3).
+    PageRequestInLegacyMode = 0x32,
     /// Abort-DMA mode (RTA.4).
     AbortMode = 0x33,
     /// The root table could not be read (SRT.1).
@@ -55,10 +57,14 @@ pub enum FaultReason {
     ScalableContextReserved = 0x42,
     /// The context entry's RID_PASID is beyond its PASID directory (SCT.4).
     ScalableContextInvalid = 0x43,
+    /// A translation request or a translated one, and DTE of the context entry is clear (SCT.5).
+    DeviceTlbNotEnabled = 0x44,
     /// The context entry permits no requests with a PASID (SCT.6).
     PasidNotEnabled = 0x45,
     /// The PASID is beyond the context entry's PASID directory (SCT.7).
     PasidBeyondDirectory = 0x46,
+    /// A page request, and PRE of the context entry is clear (SCT.8).
+    PageRequestNotEnabled = 0x47,
     /// The PASID is the one that requests without PASID have (SCT.9).
     PasidIsRidPasid = 0x48,
     /// The PASID directory could not be read (SPD.1).
@@ -127,7 +133,7 @@ pub enum FaultReason {
 
 impl FaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 58] = [
+    pub const ALL: [Self; 61] = [
         Self::RootNotPresent,
         Self::ContextNotPresent,
         Self::ContextInvalid,
@@ -144,6 +150,7 @@ impl FaultReason {
         Self::OutputInInterruptRange,
         Self::TableModeInvalid,
         Self::PasidInLegacyMode,
+        Self::PageRequestInLegacyMode,
         Self::AbortMode,
         Self::ScalableRootAccess,
         Self::ScalableRootNotPresent,
@@ -152,8 +159,10 @@ impl FaultReason {
         Self::ScalableContextNotPresent,
         Self::ScalableContextReserved,
         Self::ScalableContextInvalid,
+        Self::DeviceTlbNotEnabled,
         Self::PasidNotEnabled,
         Self::PasidBeyondDirectory,
+        Self::PageRequestNotEnabled,
         Self::PasidIsRidPasid,
         Self::PasidDirectoryAccess,
         Self::PasidDirectoryNotPresent,
@@ -204,6 +213,7 @@ impl FaultReason {
                 | Self::RootReserved
                 | Self::TableModeInvalid
                 | Self::PasidInLegacyMode
+                | Self::PageRequestInLegacyMode
                 | Self::AbortMode
                 | Self::ScalableRootAccess
                 | Self::ScalableRootNotPresent

@@ -19,6 +19,10 @@ pub mod kind {
     pub const PASID_IOTLB: u8 = 6;
     /// PASID-cache invalidate, 256 bits. Section 6.5.2.2.
     pub const PASID_CACHE: u8 = 7;
+    /// PASID-based device-TLB invalidate, 256 bits. Section 6.5.2.6.
+    pub const PASID_DEVICE_TLB: u8 = 8;
+    /// Page group response, 256 bits. Section 7.6.1.
+    pub const PAGE_RESPONSE: u8 = 9;
 }
 
 /// A descriptor as it lies in memory.
@@ -137,6 +141,100 @@ pub struct PasidLow {
     pub reserved_high: u16,
 }
 
+/// Bits 63:0 of a device-TLB invalidate descriptor. Section 6.5.2.5. The physical function of a virtual one (PFSID) is
+/// reserved, as throttling (DIT) is not offered.
+#[bitfield(u64)]
+pub struct DeviceTlbLow {
+    #[bits(4)]
+    pub kind: u8,
+    #[bits(12)]
+    pub reserved: u16,
+    /// MIP: a hint that throttles invalidations, which come one at a time.
+    #[bits(5)]
+    pub max_pending: u8,
+    #[bits(11)]
+    pub reserved_middle: u16,
+    /// SID.
+    pub source: u16,
+    pub reserved_high: u16,
+}
+
+/// Bits 127:64 of a device-TLB invalidate descriptor.
+#[bitfield(u64)]
+pub struct DeviceTlbHigh {
+    /// S: more than 4 KiB, see [`super::ats::sized_range`].
+    pub large: bool,
+    #[bits(11)]
+    pub reserved: u16,
+    /// ADDR: page number.
+    #[bits(52)]
+    pub page: u64,
+}
+
+/// Bits 63:0 of a PASID-based device-TLB invalidate descriptor. Section 6.5.2.6.
+#[bitfield(u64)]
+pub struct PasidDeviceTlbLow {
+    #[bits(4)]
+    pub kind: u8,
+    /// MIP, as of [`DeviceTlbLow`].
+    #[bits(5)]
+    pub max_pending: u8,
+    #[bits(7)]
+    pub reserved: u8,
+    /// SID.
+    pub source: u16,
+    #[bits(20)]
+    pub pasid: u32,
+    #[bits(12)]
+    pub reserved_high: u16,
+}
+
+/// Bits 127:64 of a PASID-based device-TLB invalidate descriptor.
+#[bitfield(u64)]
+pub struct PasidDeviceTlbHigh {
+    /// GI: every PASID.
+    pub global: bool,
+    #[bits(10)]
+    pub reserved: u16,
+    /// S, as of [`DeviceTlbHigh`].
+    pub large: bool,
+    /// ADDR: page number.
+    #[bits(52)]
+    pub page: u64,
+}
+
+/// Bits 63:0 of a page group response descriptor. Section 7.6.1.
+#[bitfield(u64)]
+pub struct PageResponseLow {
+    #[bits(4)]
+    pub kind: u8,
+    /// PP: `pasid` is valid.
+    pub pasid_present: bool,
+    #[bits(7)]
+    pub reserved: u8,
+    /// RC: see [`crate::ResponseCode`].
+    #[bits(4)]
+    pub code: u8,
+    /// RID.
+    pub source: u16,
+    #[bits(20)]
+    pub pasid: u32,
+    #[bits(12)]
+    pub reserved_high: u16,
+}
+
+/// Bits 127:64 of a page group response descriptor.
+#[bitfield(u64)]
+pub struct PageResponseHigh {
+    #[bits(3)]
+    pub ignored: u8,
+    /// PRGI.
+    #[bits(9)]
+    pub group: u16,
+    #[bits(52)]
+    pub reserved: u64,
+}
+
 /// Bits 63:0 of an interrupt-entry-cache invalidate descriptor; bits 127:64 are reserved. Section 6.5.2.7.
 #[bitfield(u64)]
 pub struct InterruptEntryLow {
@@ -165,8 +263,9 @@ pub struct WaitLow {
     pub status_write: bool,
     /// FN: later descriptors wait for this one.
     pub fence: bool,
-    /// PD and reserved bits.
-    #[bits(25)]
+    /// PD: page requests before it are in their queue; reserved unless the unit has page requests.
+    pub page_request_drain: bool,
+    #[bits(24)]
     pub reserved: u32,
     /// The status that is written.
     pub status: u32,

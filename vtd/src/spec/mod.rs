@@ -3,10 +3,12 @@
 //! Section numbers are those of the Intel Virtualization Technology for Directed I/O architecture specification,
 //! revision 4.1 (chapter 9: memory-resident structures, chapter 11: registers, section 6.5.2: descriptors).
 
+pub mod ats;
 pub mod fault;
 pub mod first_stage;
 pub mod invalidation;
 pub mod irte;
+pub mod page_requests;
 pub mod pasid;
 pub mod registers;
 pub mod root_context;

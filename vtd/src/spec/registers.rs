@@ -49,6 +49,22 @@ pub mod offset {
     pub const IQERCD: u64 = 0xb0;
     /// Interrupt remapping table address, 64 bits.
     pub const IRTA: u64 = 0xb8;
+    /// Page request queue head, 64 bits.
+    pub const PQH: u64 = 0xc0;
+    /// Page request queue tail, 64 bits.
+    pub const PQT: u64 = 0xc8;
+    /// Page request queue address, 64 bits.
+    pub const PQA: u64 = 0xd0;
+    /// Page request status.
+    pub const PRS: u64 = 0xdc;
+    /// Page request event control.
+    pub const PECTL: u64 = 0xe0;
+    /// Page request event data.
+    pub const PEDATA: u64 = 0xe4;
+    /// Page request event address.
+    pub const PEADDR: u64 = 0xe8;
+    /// Page request event upper address.
+    pub const PEUADDR: u64 = 0xec;
     /// Invalidate address, 64 bits; placed by ECAP.IRO.
     pub const IVA: u64 = 0xf0;
     /// IOTLB invalidate, 64 bits; 8 bytes after [`IVA`].
@@ -149,14 +165,23 @@ pub struct ExtendedCapability {
     __: u8,
     /// NEST: nested translation.
     pub nested: bool,
+    #[bits(2)]
     __: u8,
+    /// PRS: page requests.
+    pub page_requests: bool,
+    #[bits(3)]
+    __: u8,
+    /// NWFS: a translation request with the no-write flag gets no write permission, and makes no page dirty.
+    pub no_write_flag: bool,
+    __: bool,
     /// PSS: bits of a PASID, less 1.
     #[bits(5)]
     pub pasid_size: u8,
     /// PASID: requests may carry one.
     pub pasid: bool,
-    #[bits(2)]
-    __: u8,
+    __: bool,
+    /// PDS: a wait descriptor may ask that the page requests before it are in their queue.
+    pub page_request_drain: bool,
     /// SMTS: scalable mode.
     pub scalable_mode: bool,
     __: bool,
@@ -342,6 +367,32 @@ pub struct QueueAddress {
     /// IQA: page number.
     #[bits(52)]
     pub page: u64,
+}
+
+/// Page request queue address register (64 bits, RW). Section 11.4.11.3.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRequestAddress {
+    /// PQS: the queue has `2^size` pages of 4 KiB.
+    #[bits(3)]
+    pub size: u8,
+    #[bits(9)]
+    __: u16,
+    /// PQA: page number.
+    #[bits(52)]
+    pub page: u64,
+}
+
+/// Page request status register (32 bits, W1C). Section 11.4.11.4.
+#[bitfield(u32)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRequestStatus {
+    /// PPR: a request was put into the queue.
+    pub pending: bool,
+    /// PRO: there was no room for one.
+    pub overflow: bool,
+    #[bits(30)]
+    __: u32,
 }
 
 /// Interrupt remapping table address register (64 bits, RW). Section 11.4, IRTA_REG.

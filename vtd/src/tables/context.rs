@@ -7,6 +7,7 @@ use super::first_stage::FirstStage;
 use super::flags::Flags;
 use super::second_stage::SecondStage;
 use crate::config::UnitConfig;
+use crate::faults::RequestType;
 use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::read_pair;
 use crate::space::{PagedSpace, Tables};
@@ -108,6 +109,7 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     config: &UnitConfig,
     root_table: u64,
     source: SourceId,
+    request: RequestType,
 ) -> Result<Resolved, Unresolved> {
     if beyond_width(config, root_table) {
         return Err(FaultReason::RootTableAccess.into());
@@ -141,18 +143,23 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     }
     let width = supported_width(config, high.address_width()).ok_or(unresolved(FaultReason::ContextInvalid))?;
     let domain = DomainId(high.domain());
+    let of_device_tlb = request != RequestType::Untranslated;
     match kind {
+        Some(TranslationType::PassThrough) if config.pass_through && of_device_tlb => {
+            Err(unresolved(FaultReason::RequestTypeBlocked))
+        }
+        Some(TranslationType::Untranslated) if of_device_tlb => Err(unresolved(FaultReason::RequestTypeBlocked)),
         Some(TranslationType::PassThrough) if config.pass_through => {
             Ok(Resolved::PassThrough { domain, fault_processing_disable })
         }
-        Some(TranslationType::Untranslated) => {
+        Some(kind)
+            if kind == TranslationType::Untranslated || kind == TranslationType::DeviceTlb && config.device_tlb =>
+        {
             let space = PagedSpace { unit: config.id, tables: Tables::Second { root: Gpa(root), width }, domain };
             Ok(Resolved::Paged { space, flags: Flags::Ignored, fault_processing_disable })
         }
-        // Neither a device-TLB nor, then, pass-through is offered; 11 is reserved.
-        Some(TranslationType::DeviceTlb | TranslationType::PassThrough) | None => {
-            Err(unresolved(FaultReason::ContextInvalid))
-        }
+        // One that is not offered; 11 is reserved.
+        Some(_) | None => Err(unresolved(FaultReason::ContextInvalid)),
     }
 }
 

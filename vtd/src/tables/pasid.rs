@@ -10,6 +10,7 @@ use super::first_stage::FirstStage;
 use super::flags::Flags;
 use super::second_stage::SecondStage;
 use crate::config::UnitConfig;
+use crate::faults::RequestType;
 use crate::ids::{DomainId, Gpa, Pasid, SourceId};
 use crate::memory::{Words, read_words};
 use crate::space::{PagedSpace, Tables};
@@ -32,12 +33,21 @@ pub(super) fn resolve<M: GuestMemoryBackend>(
     root_table: Gpa,
     source: SourceId,
     pasid: Option<Pasid>,
+    request: RequestType,
 ) -> Result<Attached, Unresolved> {
     let context = context(memory, config, root_table, source)?;
     let unresolved = |reason| unresolved(reason, context.low.fault_processing_disable());
     let rid_pasid = Pasid(context.high.rid_pasid());
-    if rid_pasid.0 > context.low.max_pasid() {
+    let (device_tlb, page_requests) = (context.low.device_tlb(), context.low.page_request());
+    if rid_pasid.0 > context.low.max_pasid() || page_requests && !device_tlb {
         return Err(unresolved(FaultReason::ScalableContextInvalid));
+    }
+    match request {
+        RequestType::Translation | RequestType::Translated if !device_tlb => {
+            return Err(unresolved(FaultReason::DeviceTlbNotEnabled));
+        }
+        RequestType::Page if !page_requests => return Err(unresolved(FaultReason::PageRequestNotEnabled)),
+        _ => {}
     }
     if let Some(pasid) = pasid {
         if pasid.0 >> config.pasid_bits != 0 {
@@ -90,8 +100,8 @@ fn context<M: GuestMemoryBackend>(
     if !low.present() {
         return Err(unresolved(FaultReason::ScalableContextNotPresent, disabled));
     }
-    // Neither a device-TLB nor page requests are offered.
-    let reserved = low.device_tlb() || low.page_request() || low.reserved() != 0;
+    let reserved = low.device_tlb() && !config.device_tlb || low.page_request() && !config.page_requests;
+    let reserved = reserved || low.reserved() != 0;
     let reserved = reserved || low.pasid() && config.pasid_bits == 0;
     let reserved = reserved || high.reserved() != 0 || rest != [0, 0];
     if reserved || beyond_width(config, low.directory() << 12) {

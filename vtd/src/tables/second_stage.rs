@@ -22,6 +22,8 @@ const MERGE_SPAN: u64 = 2 << 20;
 #[derive(Clone, Copy)]
 struct Reserved {
     host_address_width: u8,
+    /// TM is a hint to device-TLBs.
+    device_tlb: bool,
 }
 
 /// What a present entry leads to.
@@ -33,11 +35,16 @@ enum Entry {
 }
 
 impl Reserved {
+    const fn of(config: &UnitConfig) -> Self {
+        Self { host_address_width: config.host_address_width, device_tlb: config.device_tlb }
+    }
+
     /// What `entry`, of `level`, is; an error if a reserved bit is set.
     fn check(self, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
         let address = entry.page() << 12;
-        // Neither snoop control nor a device-TLB is offered, so SNP and TM are reserved everywhere.
-        if address >> self.host_address_width != 0 || entry.snoop() || entry.transient() {
+        // Snoop control is not offered, so SNP is reserved everywhere.
+        let reserved = entry.snoop() || entry.transient() && !self.device_tlb;
+        if address >> self.host_address_width != 0 || reserved {
             return Err(Blocked::Reserved);
         }
         match level {
@@ -224,7 +231,7 @@ impl Directory {
         if !entry.read() && !entry.write() {
             return Err(Blocked::NothingPermitted);
         }
-        Reserved { host_address_width: config.host_address_width }.check(entry, level)
+        Reserved::of(config).check(entry, level)
     }
 
     /// A step of a stage with flags, by the entry at `at`. By itself, so that others are not the slower for it.
@@ -354,7 +361,7 @@ fn walk_keeping<M: GuestMemoryBackend>(
     }
     let mut walker = Walker {
         memory,
-        reserved: Reserved { host_address_width: config.host_address_width },
+        reserved: Reserved::of(config),
         range: IovaRange::new(range.first, range.last.min(top)),
         merge,
         keep,

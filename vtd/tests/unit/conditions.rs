@@ -6,11 +6,11 @@ use vtd::spec::fault::{FaultReason, FaultRecordHigh, InterruptFaultReason};
 use vtd::spec::invalidation::QueueError;
 use vtd::spec::registers::{
     ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
-    QueueAddress, QueueErrorRecord, RootTableAddress, offset,
+    PageRequestAddress, PageRequestStatus, QueueAddress, QueueErrorRecord, RootTableAddress, offset,
 };
 use vtd::{
-    Access, DmaError, EventRegisters, FaultRecord, Gpa, Iova, Msi, MsiSink, Perm, State, StateVersion, Unit,
-    UnitConfig, UnitId,
+    Access, DmaError, EventRegisters, FaultRecord, Gpa, Iova, Msi, MsiSink, PageRequestRegisters, Perm, Stages, State,
+    StateVersion, Unit, UnitConfig, UnitId,
 };
 
 use crate::rig::{
@@ -83,7 +83,7 @@ fn a8_a_read_of_nothing_is_recorded_as_a_read() {
 fn a8_fpd_silences_what_is_found_at_the_context_entry_or_behind_it() {
     for reason in FaultReason::ALL {
         let legacy = matches!(reason.code(), 0x1 | 0x8 | 0x9 | 0xa);
-        let unqualified = legacy || matches!(reason.code(), 0x30 | 0x31 | 0x33 | 0x38..=0x3a | 0x40 | 0x50 | 0x58);
+        let unqualified = legacy || matches!(reason.code(), 0x30..=0x33 | 0x38..=0x3a | 0x40 | 0x50 | 0x58);
         assert_eq!(reason.qualified(), !unqualified, "{reason:?}");
     }
     for reason in InterruptFaultReason::ALL {
@@ -335,8 +335,9 @@ fn a14_descriptors_that_were_not_processed_are_when_a_unit_is_restored() {
 fn a11_reset_leaves_nothing_of_any_register() {
     let control = EventControl::new().with_pending(true);
     let event = EventRegisters { control, data: 0x41, address: 0xfee0_0000, upper_address: 0x100 };
+    let scalable = Some(Stages::Second);
     let config = UnitConfig { interrupt_remapping: true, ..UnitConfig::new(UnitId(0), 48) };
-    let rig = Rig::with(config);
+    let rig = Rig::with(UnitConfig { scalable, device_tlb: true, page_requests: true, ..config });
     let record = FaultRecord { low: 0x1000, high: FaultRecordHigh::new().with_fault(true) };
     let state = State {
         version: StateVersion::CURRENT,
@@ -359,6 +360,13 @@ fn a11_reset_leaves_nothing_of_any_register() {
         queue_error_record: QueueErrorRecord::from_bits(2),
         invalidate_address: InvalidateAddress::from_bits(0x7000),
         iotlb_invalidate: IotlbInvalidate::new().with_domain(5),
+        page_requests: PageRequestRegisters {
+            head: 0x20,
+            tail: 0x40,
+            address: PageRequestAddress::from_bits(0x8000),
+            status: PageRequestStatus::new().with_overflow(true),
+            event,
+        },
     };
     rig.unit.restore(state.clone()).unwrap();
     assert_eq!(rig.unit.save(), state);

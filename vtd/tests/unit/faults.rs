@@ -17,7 +17,10 @@ type Translation = Result<Gpa, Option<FaultReason>>;
 fn translate(endpoint: &Endpoint<Memory>, iova: u64, access: Access) -> Translation {
     endpoint.enter().translate(Iova(iova), access).map_err(|error| match error {
         DmaError::Fault(fault) => Some(fault.reason),
-        DmaError::InterruptRange(_) | DmaError::NoSourceId(_) | DmaError::NoMemory { .. } => None,
+        DmaError::InterruptRange(_)
+        | DmaError::NoSourceId(_)
+        | DmaError::NoMemory { .. }
+        | DmaError::Unsupported(_) => None,
     })
 }
 

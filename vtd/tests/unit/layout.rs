@@ -1,10 +1,11 @@
 //! Where each field stands: the layouts of the specification in numbers. All other tests build their tables with the
 //! crate's own types, so a field in the wrong place would be wrong on both sides there.
 
+use vtd::spec::ats::TranslationData;
 use vtd::spec::fault::{FaultReason, FaultRecordHigh, InterruptFaultReason};
 use vtd::spec::invalidation::{
-    ContextCacheLow, Descriptor, InterruptEntryLow, IotlbHigh, IotlbLow, QueueError, WaitHigh, WaitLow, granularity,
-    kind,
+    ContextCacheLow, Descriptor, DeviceTlbHigh, DeviceTlbLow, InterruptEntryLow, IotlbHigh, IotlbLow, PageResponseHigh,
+    PageResponseLow, PasidDeviceTlbHigh, PasidDeviceTlbLow, QueueError, WaitHigh, WaitLow, granularity, kind,
 };
 use vtd::spec::irte::{
     ADDRESS_PREFIX, CompatibilityAddress, CompatibilityData, DeliveryMode, IoapicEntry, IrteHigh, IrteLow,
@@ -70,7 +71,29 @@ fn the_fields_of_descriptors_are_where_the_specification_has_them() {
         kind 0 4, selective 4 1, reserved 5 22, index_mask 27 5, index 32 16, reserved_high 48 16
     );
     layout!(WaitLow:
-        kind 0 4, interrupt 4 1, status_write 5 1, fence 6 1, reserved 7 25, status 32 32
+        kind 0 4, interrupt 4 1, status_write 5 1, fence 6 1, page_request_drain 7 1, reserved 8 24, status 32 32
+    );
+    layout!(DeviceTlbLow:
+        kind 0 4, reserved 4 12, max_pending 16 5, reserved_middle 21 11, source 32 16, reserved_high 48 16
+    );
+    layout!(DeviceTlbHigh:
+        large 0 1, reserved 1 11, page 12 52
+    );
+    layout!(PasidDeviceTlbLow:
+        kind 0 4, max_pending 4 5, reserved 9 7, source 16 16, pasid 32 20, reserved_high 52 12
+    );
+    layout!(PasidDeviceTlbHigh:
+        global 0 1, reserved 1 10, large 11 1, page 12 52
+    );
+    layout!(PageResponseLow:
+        kind 0 4, pasid_present 4 1, reserved 5 7, code 12 4, source 16 16, pasid 32 20, reserved_high 52 12
+    );
+    layout!(PageResponseHigh:
+        ignored 0 3, group 3 9, reserved 12 52
+    );
+    layout!(TranslationData:
+        read 0 1, write 1 1, untranslated_only 2 1, execute 3 1, privileged 4 1, global 5 1, non_snooped 10 1,
+        large 11 1, page 12 52
     );
     layout!(WaitHigh:
         reserved 0 2, address 2 62
@@ -130,7 +153,7 @@ fn the_fields_of_registers_are_where_the_specification_has_them() {
     layout!(ExtendedCapability:
         coherent 0 1, queued_invalidation 1 1, device_tlb 2 1, interrupt_remapping 3 1,
         extended_interrupt_mode 4 1, pass_through 6 1, snoop_control 7 1, iotlb_offset 8 10,
-        max_handle_mask 20 4
+        max_handle_mask 20 4, page_requests 29 1, no_write_flag 33 1, page_request_drain 42 1
     );
     layout!(Global:
         compatibility_format 23 1, interrupt_table_pointer 24 1, interrupt_remapping 25 1,
@@ -192,6 +215,14 @@ fn registers_are_where_the_specification_has_them() {
         (offset::IEUADDR, 0xac),
         (offset::IQERCD, 0xb0),
         (offset::IRTA, 0xb8),
+        (offset::PQH, 0xc0),
+        (offset::PQT, 0xc8),
+        (offset::PQA, 0xd0),
+        (offset::PRS, 0xdc),
+        (offset::PECTL, 0xe0),
+        (offset::PEDATA, 0xe4),
+        (offset::PEADDR, 0xe8),
+        (offset::PEUADDR, 0xec),
         (offset::IVA, 0xf0),
         (offset::IOTLB, 0xf8),
         (offset::FRCD, 0x220),
@@ -204,16 +235,16 @@ fn registers_are_where_the_specification_has_them() {
 #[test]
 fn codes_are_the_specifications() {
     let scalable = [
-        0x30, 0x31, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x41, 0x42, 0x43, 0x45, 0x46, 0x48, 0x50, 0x51, 0x52, 0x58, 0x59,
-        0x5a, 0x5b, 0x70, 0x71, 0x72, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7a, 0x7b, 0x7c, 0x7d, 0x80, 0x81,
-        0x83, 0x84, 0x85, 0x86, 0x87, 0x89, 0x90, 0x91,
+        0x30, 0x31, 0x32, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x41, 0x42, 0x43, 0x44, 0x45, 0x46, 0x47, 0x48, 0x50, 0x51,
+        0x52, 0x58, 0x59, 0x5a, 0x5b, 0x70, 0x71, 0x72, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7a, 0x7b, 0x7c,
+        0x7d, 0x80, 0x81, 0x83, 0x84, 0x85, 0x86, 0x87, 0x89, 0x90, 0x91,
     ];
     let codes: Vec<u8> = (0x1..=0xe).chain(scalable).collect();
     assert_eq!(FaultReason::ALL.map(FaultReason::code).to_vec(), codes);
     assert_eq!(InterruptFaultReason::ALL.map(InterruptFaultReason::code).to_vec(), (0x20..=0x26).collect::<Vec<u8>>());
     let unqualified: Vec<u8> =
         FaultReason::ALL.into_iter().filter(|reason| !reason.qualified()).map(FaultReason::code).collect();
-    let of_scalable_mode = [0x30, 0x31, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x50, 0x58];
+    let of_scalable_mode = [0x30, 0x31, 0x32, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x50, 0x58];
     assert_eq!(unqualified[..4], [0x1, 0x8, 0x9, 0xa], "what is found before the context entry");
     assert_eq!(unqualified[4..], of_scalable_mode, "and a PASID directory or table that cannot be read");
     let of_entry = InterruptFaultReason::ALL.into_iter().filter(|reason| reason.qualified());
@@ -222,7 +253,7 @@ fn codes_are_the_specifications() {
         [kind::CONTEXT_CACHE, kind::IOTLB, kind::DEVICE_TLB, kind::INTERRUPT_ENTRY, kind::WAIT],
         [1, 2, 3, 4, 5]
     );
-    assert_eq!([kind::PASID_IOTLB, kind::PASID_CACHE], [6, 7]);
+    assert_eq!([kind::PASID_IOTLB, kind::PASID_CACHE, kind::PASID_DEVICE_TLB, kind::PAGE_RESPONSE], [6, 7, 8, 9]);
     assert_eq!([granularity::GLOBAL, granularity::DOMAIN, granularity::SELECTIVE], [1, 2, 3]);
     let errors = [
         QueueError::InvalidTail,

@@ -1,6 +1,7 @@
 //! The unit as a guest and a listener see it. Tests are named by the behaviours that they show.
 
 mod aliases;
+mod ats;
 mod bounds;
 mod callbacks;
 mod conditions;
@@ -16,6 +17,7 @@ mod looks;
 mod memory_changes;
 mod neighbours;
 mod nested;
+mod page_requests;
 mod pasid_tables;
 mod pasids;
 mod queue;

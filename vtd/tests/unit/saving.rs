@@ -7,14 +7,15 @@ use vtd::{RestoreError, SpaceKey, State, StateVersion, UnitConfig, UnitId};
 use crate::rig::{Event, NVME, Rig};
 
 /// What a unit at power-on is saved as. Another form is another version: `StateVersion::CURRENT`.
-const AT_POWER_ON: &str = "{\"version\":1,\"global_status\":0,\"root_table_address\":0,\"root_table_in_use\":0,\
+const AT_POWER_ON: &str = "{\"version\":2,\"global_status\":0,\"root_table_address\":0,\"root_table_in_use\":0,\
 \"interrupt_table_address\":0,\"interrupt_table_in_use\":0,\"context_command\":0,\"fault_status\":0,\
 \"fault_event\":{\"control\":2147483648,\"data\":0,\"address\":0,\"upper_address\":0},\
 \"fault_records\":[{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},\
 {\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0},{\"low\":0,\"high\":0}],\
 \"next_fault_record\":0,\"queue_head\":0,\"queue_tail\":0,\"queue_address\":0,\"queue_in_use\":0,\
 \"completion_status\":0,\"completion_event\":{\"control\":2147483648,\"data\":0,\"address\":0,\"upper_address\":0},\
-\"queue_error_record\":0,\"invalidate_address\":0,\"iotlb_invalidate\":0}";
+\"queue_error_record\":0,\"invalidate_address\":0,\"iotlb_invalidate\":0,\"page_requests\":{\"head\":0,\"tail\":0,\"address\":0,\"status\":0,\
+\"event\":{\"control\":2147483648,\"data\":0,\"address\":0,\"upper_address\":0}}}";
 
 /// The state at power-on with the value at `path` in place of what is there.
 fn with(path: &str, value: u64) -> State {
@@ -47,7 +48,8 @@ fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
     // Queued invalidation on, with the smallest queue.
     let head = |head| State { queue_head: head, ..with("/global_status", 1 << 26) };
     let cases = [
-        (plain, with("/version", 2), RestoreError::Version(StateVersion(2))),
+        (plain, with("/version", 1), RestoreError::Version(StateVersion(1))),
+        (plain, with("/version", 3), RestoreError::Version(StateVersion(3))),
         (plain, with("/version", 0), RestoreError::Version(StateVersion(0))),
         // Write buffers, fault logs, and interrupt remapping are not offered.
         (plain, with("/global_status", 1 << 27), register("GSTS", 1 << 27)),
@@ -110,8 +112,8 @@ fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
         assert_eq!(rig.unit.save(), state);
     }
     assert_eq!(
-        RestoreError::Version(StateVersion(2)).to_string(),
-        "the state has version 2, and this unit reads version 1"
+        RestoreError::Version(StateVersion(1)).to_string(),
+        "the state has version 1, and this unit reads version 2"
     );
     assert_eq!(
         RestoreError::Register { register: "IQA", value: 0x800 }.to_string(),

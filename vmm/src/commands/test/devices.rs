@@ -59,7 +59,7 @@ impl Devices {
         let mut free = (1..0x1f).filter(|device| !taken.contains(device)).map(|device| Slot { device, function: 0 });
         let mut placed = Placed { options: Vec::new(), processes: Vec::new(), words: String::new() };
         for (index, (mut text, option)) in all.into_iter().enumerate() {
-            let is_process = by_processes && option.kind == DeviceKind::Edu { pasid: false };
+            let is_process = by_processes && option.kind == DeviceKind::PLAIN_EDU;
             if is_process {
                 placed.processes.push(index);
             }
@@ -84,10 +84,7 @@ impl Devices {
 }
 
 fn edu() -> (String, DeviceOption) {
-    (
-        "edu".to_owned(),
-        DeviceOption { id: None, addr: None, port: None, bus: None, kind: DeviceKind::Edu { pasid: false } },
-    )
+    ("edu".to_owned(), DeviceOption { id: None, addr: None, port: None, bus: None, kind: DeviceKind::PLAIN_EDU })
 }
 
 #[cfg(test)]

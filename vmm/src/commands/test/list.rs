@@ -93,13 +93,15 @@ fn parse(line: &str) -> Result<Test, String> {
         let refused = || format!("the test {name} asks for {}, which an image may not", option.join(" "));
         match option {
             [key, value] if key == "--device" => {
-                let allowed = [
-                    DeviceKind::Edu { pasid: false },
-                    DeviceKind::Edu { pasid: true },
-                    DeviceKind::PinBlk { file: None, direct: false },
-                    DeviceKind::PciBridge,
-                ];
-                let device = value.parse().ok().filter(|device: &DeviceOption| allowed.contains(&device.kind));
+                let is_allowed = |device: &DeviceOption| {
+                    matches!(
+                        device.kind,
+                        DeviceKind::Edu { .. }
+                            | DeviceKind::PinBlk { file: None, direct: false }
+                            | DeviceKind::PciBridge
+                    )
+                };
+                let device = value.parse().ok().filter(is_allowed);
                 devices.push((value.clone(), device.ok_or_else(refused)?));
             }
             [key, value] if ALLOWED.contains(&key.as_str()) && !value.starts_with('-') => {
@@ -122,7 +124,7 @@ mod tests {
         assert!(test.allows_assigned() && !test.reboots);
         let bridged = parse("c5_x --root-ports 1 --device pcie-pci-bridge,id=br,port=1 --device edu,bus=br").unwrap();
         assert_eq!((bridged.options.len(), bridged.devices.len()), (2, 2));
-        assert_eq!(parse("d3_x --device pinblk").unwrap().devices.len(), 1);
+        assert_eq!(parse("d3_x --device pinblk --device edu,ats=on,pri=on").unwrap().devices.len(), 2);
         assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
         let test = parse("a11_x reboots --cpus 2").unwrap();
         assert_eq!((test.name.as_str(), test.reboots, test.options.len()), ("a11_x", true, 2));
