@@ -8,7 +8,7 @@
 #[path = "../../src/bus.rs"]
 mod bus;
 mod host {
-    pub(crate) use devices::host::{HostWindow, MemorySlots, SlotId};
+    pub(crate) use devices::host::{Doorbells, HostWindow, MemorySlots, SlotId};
 }
 #[path = "../../src/pci/decode.rs"]
 mod decode;
@@ -199,7 +199,7 @@ impl World {
         let trapped = Arc::new(Trapped(gates.clone()));
         let window = HostWindow { fd: file.clone(), offset: 0, len: 0x1000, writable: true, dma_buf: None };
         let target =
-            BarTarget { device: trapped.clone(), windows: Arc::new([(0, window)]), slots: Some(slots.clone()) };
+            BarTarget { device: trapped.clone(), windows: Arc::new([(0, window)]), slots: Some(slots.clone()), bells: None };
         let mut bars = [const { None }; BARS];
         bars[0] = Some(Decoded::new(Space::Memory, decoder.clone(), target));
         let config = Mutex::new(Reach::new(SID, gates, bars));

@@ -337,8 +337,8 @@ impl std::str::FromStr for DeviceOption {
         if port.is_some() && (addr.is_some() || bus.is_some()) {
             return bad(format!("{}: port= excludes addr= and bus=: behind a root port there is one place", keys.kind));
         }
-        if bus.is_some() && kind == (DeviceKind::Edu { pasid: true }) {
-            return bad("edu: pasid=on and bus= exclude each other: a conventional bus has no PASIDs");
+        if bus.is_some() && matches!(kind, DeviceKind::Edu { .. }) && kind != DeviceKind::PLAIN_EDU {
+            return bad("edu: bus= excludes pasid=on and ats=on: a conventional bus has neither");
         }
         Ok(Self { id: keys.get("id", identifier)?, addr, port, bus, kind })
     }
