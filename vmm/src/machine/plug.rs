@@ -100,8 +100,8 @@ impl Seat {
         Self { requester, device: slot_of_port(number).device, port: Some(number), bridge: None }
     }
 
-    /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below it,
-    /// a root port by device 0 (PCI-to-PCI bridge architecture specification 1.2, section 9.1).
+    /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below
+    /// it, a root port by device 0 (PCI-to-PCI bridge architecture specification 1.2, section 9.1).
     fn pin(&self, pin: u8) -> u8 {
         let turned = self.bridge.as_ref().map_or(0, |_| self.requester.sid.device());
         (pin - 1 + turned) % 4 + 1
