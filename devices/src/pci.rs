@@ -24,10 +24,10 @@ pub trait PciFunction: Send + Sync {
     fn config_read(&self, offset: u16, data: &mut [u8]);
     /// Writes `data` (1, 2 or 4 bytes) at `offset`; `offset + data.len()` is at most 4096.
     fn config_write(&self, offset: u16, data: &[u8]);
-    /// This gets through the bridges above it from now on. Where no requests get upwards ([`Path::masters`]), the function
-    /// does none once this returns, whatever its own Bus Master says. Called before the function is reached for the
-    /// first time, and with the registers of the bridge held: it waits for none of them. What a bridge forwards downwards
-    /// needs nothing here: the decoder has it.
+    /// This gets through the bridges above it from now on. Where no requests get upwards ([`Path::masters`]), the
+    /// function does none once this returns, whatever its own Bus Master says. Called before the function is reached
+    /// for the first time, and with the registers of the bridge held: it waits for none of them. What a bridge forwards
+    /// downwards needs nothing here: the decoder has it.
     fn path_changed(&self, _path: &Path) {}
     /// The function as a bridge, if it is one.
     fn as_bridge(&self) -> Option<&dyn Bridge> {

@@ -146,8 +146,8 @@ pub struct BusNumbers {
 }
 
 impl BusNumbers {
-    /// Of a machine with so many root ports, and these devices in these places: each port, with a bridge behind it right
-    /// after it; then the bridges on bus 0. What is below a bridge follows it, as type 1 headers need it.
+    /// Of a machine with so many root ports, and these devices in these places: each port, with a bridge behind it
+    /// right after it; then the bridges on bus 0. What is below a bridge follows it, as type 1 headers need it.
     pub fn new(root_ports: u8, devices: &[DeviceOption], places: &[Place]) -> Self {
         let mut numbers = Self::default();
         let bridges = || devices.iter().zip(places).enumerate().filter(|(_, (it, _))| it.kind == DeviceKind::PciBridge);

@@ -1,5 +1,5 @@
-//! A bridge from PCI Express to conventional PCI (PCI Express to PCI bridge specification 1.0), with up to 31 devices on
-//! the bus below it.
+//! A bridge from PCI Express to conventional PCI (PCI Express to PCI bridge specification 1.0), with up to 32 devices
+//! on the bus below it.
 //!
 //! A conventional bus has no source ids: whatever a function below asks for, the bridge asks for with the one id of its
 //! secondary bus, device 0, function 0 (section 2.3). So all of them have one context entry, and Linux has them in one

@@ -2,8 +2,8 @@
 //!
 //! What is in the slot keeps one name, whatever bus number the guest gives the bus below: the port says which source id
 //! its requests carry (A-16), and which addresses reach it ([`Decoder::forward`]). A card is reached while it has power
-//! and the link is active, and neither while the bus below is held in reset nor while the port sleeps. The card may be a
-//! bridge, with functions of its own below it.
+//! and the link is active, and neither while the bus below is held in reset nor while the port sleeps. The card may be
+//! a bridge, with functions of its own below it.
 //!
 //! ```text
 //!  comes   presence and button ► the guest turns the power on: link active, the card answers

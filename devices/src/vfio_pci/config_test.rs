@@ -161,7 +161,7 @@ fn f6_bus_master_is_forwarded_and_an_unaligned_write_reaches_every_field() {
     let bench = Bench::new();
     bench.command(COMMAND_MASTER);
     assert_eq!(bench.host.command() & COMMAND_MASTER, COMMAND_MASTER);
-    // Behind a bridge that lets no requests through it is off in the host, whatever the guest writes, and on afterwards.
+    // Behind a bridge that lets no requests through it is off in the host, whatever the guest writes.
     let above = |masters| bench.function.path_changed(&Path { masters, ..Path::of_root() });
     above(false);
     assert_eq!((bench.host.command() & COMMAND_MASTER, bench.config(4) & 0x4), (0, 0x4));

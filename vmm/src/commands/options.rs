@@ -344,8 +344,8 @@ impl std::str::FromStr for DeviceOption {
     }
 }
 
-/// Gives every device its place, of which there are `root_ports` besides bus 0 and the buses of bridges: the one that it
-/// was given, whatever the order, else the lowest slot of its bus that is free.
+/// Gives every device its place, of which there are `root_ports` besides bus 0 and the buses of bridges: the one that
+/// it was given, whatever the order, else the lowest slot of its bus that is free.
 pub fn place_devices(devices: &[DeviceOption], root_ports: u8) -> Result<Vec<Place>, BadOption> {
     let mut filled = BTreeSet::new();
     for port in devices.iter().filter_map(|device| device.port) {

@@ -104,8 +104,8 @@ impl Seat {
         Self { requester, device: slot_of_port(number).device, port: Some(number), bridge: None }
     }
 
-    /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below it,
-    /// a root port by device 0 (PCI-to-PCI bridge architecture specification 1.2, section 9.1).
+    /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below
+    /// it, a root port by device 0 (PCI-to-PCI bridge architecture specification 1.2, section 9.1).
     fn pin(&self, pin: u8) -> u8 {
         let turned = self.bridge.as_ref().map_or(0, |_| self.requester.sid.device());
         (pin - 1 + turned) % 4 + 1
@@ -344,5 +344,29 @@ impl Plug {
             self.ioapic.add_eoi_listener(gsi, listener);
         }
         Ok(vfio)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f5_pins_behind_a_bridge_are_turned_by_the_device_and_behind_a_port_they_are_not() {
+        let root = PciRoot::new(Arc::default());
+        let bridge = PciePciBridge::new(PciePciBridgeWiring {
+            bus: 2,
+            segment: 0,
+            decoder: root.decoder(),
+            port_decoder: root.port_decoder(),
+            ids: None,
+        });
+        let behind =
+            |device| Seat { requester: bridge.name_of(device, 0), device: 8, port: None, bridge: Some(bridge.clone()) };
+        let pins = |seat: &Seat| [1, 2, 3, 4].map(|pin| seat.pin(pin));
+        assert_eq!([1, 3, 4].map(|device| pins(&behind(device))), [[2, 3, 4, 1], [4, 1, 2, 3], [1, 2, 3, 4]]);
+        let name = root.requester(SourceId::new(1, 0, 0));
+        assert_eq!(pins(&Seat::behind_port(name, 3)), [1, 2, 3, 4]);
+        assert_eq!(pins(&Seat::on_root(root.requester(SourceId::new(0, 5, 0)))), [1, 2, 3, 4]);
     }
 }

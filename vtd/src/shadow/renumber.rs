@@ -8,8 +8,8 @@
 //! So does one that has no id.
 //!
 //! A conventional function has no id at all: the bridge that takes its requests to PCI Express makes them in its own
-//! name (PCI Express to PCI bridge specification 1.0, section 2.3). Functions that have such an **alias** in common have
-//! one id together, and their requests are no strangers to each other: the alias is who must not share its id.
+//! name (PCI Express to PCI bridge specification 1.0, section 2.3). Functions that have such an **alias** in common
+//! have one id together, and their requests are no strangers to each other: the alias is who must not share its id.
 //!
 //! Order of a change, so that nothing of the old id is left when it returns:
 //!
