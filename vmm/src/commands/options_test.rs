@@ -70,8 +70,8 @@ fn iommu_keys() {
     }
     for (text, part) in [
         ("vtd,aw-bits=40", "not 39, 48 or 57"),
-        ("vtd,foo=1", "the keys are aw-bits, caching-mode"),
-        ("vtd,pt=on,pt=on", "given twice; the keys are aw-bits"),
+        ("vtd,foo=1", "the keys are ats, aw-bits, caching-mode"),
+        ("vtd,pt=on,pt=on", "given twice; the keys are ats, aw-bits"),
         ("vtd,pt", "not key=value"),
         ("vtd,", "not key=value"),
         ("vtd,pt=yes", "`on` or `off`"),
@@ -170,7 +170,7 @@ fn device_keys() {
         ("edu,port=1,addr=05.0", "addr= and port= exclude each other"),
         ("edu,id=", "not a name"),
         ("edu,id=a b", "not a name"),
-        ("edu,host=00:09.0", "the keys are addr, id"),
+        ("edu,host=00:09.0", "the keys are addr, ats, id"),
         ("pinblk,host=00:09.0", "the keys are addr, direct, file, id"),
         ("pinblk,direct=on", "direct=on needs file=PATH"),
         ("pinblk,file=", "a path is expected"),
