@@ -7,6 +7,7 @@ use vtd::{
 };
 
 use super::{BehindUnit, DirectMemory, DmaFailed, DmaTarget, pieces};
+use crate::ats::{AtsFailed, DeviceTlb};
 use crate::pci::{BarTarget, Decoder};
 use crate::{Bus, BusDevice};
 
@@ -119,4 +120,51 @@ fn b10_pieces_are_aligned_and_of_a_registers_size() {
     for (address, len) in [(0x1007, 4089), (3, 1), (0xfff, 1)] {
         assert_eq!(cut(address, len).iter().sum::<usize>(), len);
     }
+}
+
+#[test]
+fn a12_an_address_of_a_device_tlb_may_be_a_bar() {
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let config = UnitConfig { device_tlb: true, ..UnitConfig::new(UnitId(0), 39) };
+    let unit = Unit::new(config, memory.clone(), Arc::new(Nobody), Arc::new(Nobody)).unwrap();
+    let own = SourceId::new(0, 3, 0);
+    // Root, context (TT is 01, 39 bits), three levels; page 0 leads to memory, page 1 to another function's BAR, page 2
+    // to its own, page 3 to nothing.
+    let context = 0x2000 + 16 * u64::from(own.0);
+    let leads_to = [0x8000, 0x2_0000, 0x3_0000, 0x4_0000];
+    let tables = [(0x1000, 0x2001), (context, 0x3005), (context + 8, 1), (0x3000, 0x4003), (0x4000, 0x5003)];
+    let leaves = leads_to.iter().zip((0x5000..).step_by(8)).map(|(to, at)| (at, to | 3));
+    for (at, word) in tables.into_iter().chain(leaves) {
+        memory.write_obj::<u64>(word, GuestAddress(at)).unwrap();
+    }
+    unit.write(0x20, &0x1000_u64.to_le_bytes());
+    unit.write(0x18, &(1_u32 << 30 | 1 << 31).to_le_bytes());
+    let decoder = Arc::new(Decoder::new(Arc::new(Bus::default())));
+    let (peer, mine) = (Arc::<Registers>::default(), Arc::<Registers>::default());
+    let (of_peer, of_mine) = (BarTarget::of_device(peer.clone()), BarTarget::of_device(mine.clone()));
+    assert!(decoder.set(SourceId::new(0, 4, 0), 0, Some((0x2_0000, 0x2_0fff)), &of_peer));
+    assert!(decoder.set(own, 0, Some((0x3_0000, 0x3_0fff)), &of_mine));
+    let target = BehindUnit { endpoint: unit.endpoint(Requester { segment: 0, sid: own }), decoder };
+    let (ats, tlb) = (target.ats().unwrap(), DeviceTlb::default());
+    let asked = |registers: &Registers| std::mem::take(&mut *registers.0.lock().unwrap());
+
+    for cached in [false, true] {
+        assert_eq!(tlb.is_empty(), !cached);
+        assert_eq!(ats.write_by(&tlb, Iova(0x10), &[7; 8]), Ok(()));
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0x8010)).unwrap(), 0x0707_0707_0707_0707);
+        memory.write_obj::<u64>(0, GuestAddress(0x8010)).unwrap();
+        assert_eq!(ats.write_by(&tlb, Iova(0x1014), &[9; 12]), Ok(()));
+        assert_eq!(asked(&peer), [(0x14, vec![9; 4]), (0x18, vec![9; 8])]);
+        let mut data = [0; 4];
+        assert_eq!((ats.read_by(&tlb, Iova(0x1020), &mut data), data), (Ok(()), [0x20, 0x21, 0x22, 0x23]));
+        assert_eq!(asked(&peer), [(0x20, vec![])]);
+        for iova in [0x2000, 0x3000] {
+            assert_eq!(ats.write_by(&tlb, Iova(iova), &[9; 8]), Err(AtsFailed::Failed));
+        }
+        assert_eq!(asked(&mine), []);
+        assert_eq!(ats.write_by(&tlb, Iova(0x4000), &[9; 8]), Err(AtsFailed::Missing));
+        assert_eq!(tlb.len(), 4);
+    }
+    // The interrupt address range is for untranslated requests.
+    assert_eq!(ats.write_by(&tlb, Iova(0xfee0_0000), &[0; 4]), Err(AtsFailed::Failed));
 }

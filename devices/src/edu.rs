@@ -10,20 +10,21 @@
 //! With [`Pasids`] it has a PASID capability, which QEMU's has not, and a register of ours ([`PASID_REGISTER`]) that
 //! says by which PASID a transfer goes. Such a transfer is never a message.
 //!
-//! With [`Ats`] it has an ATS capability, a device-TLB that its transfers go by while that is enabled, and two registers
-//! of ours ([`ATS_REGISTER`], [`TRANSLATIONS_REGISTER`]); and a PRI capability, if it is asked for: while that is enabled,
-//! a transfer that the guest's tables do not permit asks the guest for the page, and goes on when it has answered.
+//! With [`Ats`] it has an ATS capability, a device-TLB that its transfers go by while that is enabled, and two
+//! registers of ours ([`ATS_REGISTER`], [`TRANSLATIONS_REGISTER`]); and a PRI capability, if it is asked for: while that is
+//! enabled, a transfer that the guest's tables do not permit asks the guest for the page, and goes on when it has
+//! answered.
 //!
 //! A worker thread computes and transfers. Addresses are translated when it transfers, so what was unmapped before the
 //! command was written is not reached.
 
+mod addresses;
 mod capabilities;
 mod translated;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{Iova, Msi, Pasid, Requester};
 
 use crate::BusDevice;
@@ -32,6 +33,8 @@ use crate::dma::{DmaFailed, DmaTarget};
 use crate::host::{Interrupts, IrqLine};
 use crate::page_requests::MayAsk;
 use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MEMORY, STATUS, STATUS_INTX};
+pub use addresses::{BUFFER, BUFFER_SIZE};
+use addresses::{in_buffer, message_of};
 use capabilities::Capabilities;
 use translated::{Bytes, Refused, Way, transfer_by_tlb};
 
@@ -39,10 +42,6 @@ use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFu
 
 /// Bytes of BAR 0.
 pub const BAR_SIZE: u64 = 1 << 20;
-/// Where the buffer is, as the DMA engine sees it.
-pub const BUFFER: u64 = 0x40000;
-/// Bytes of the buffer.
-pub const BUFFER_SIZE: usize = 4096;
 
 /// Offset of the register, of four bytes, that says by which PASID transfers go: bits 19:0 are the PASID if
 /// [`PASID_VALID`] is set; else they go without one. Like the others of a transfer it stays as it is while one goes on.
@@ -51,8 +50,8 @@ pub const PASID_REGISTER: u64 = 0xa0;
 /// PASID register: a transfer carries the PASID. It is refused while the PASID capability is not enabled.
 pub const PASID_VALID: u32 = 1 << 31;
 
-/// Offset of the register, of four bytes, by which a test of a guest makes the device misbehave. Without ATS there is no
-/// such register.
+/// Offset of the register, of four bytes, by which a test of a guest makes the device misbehave. Without ATS there is
+/// no such register.
 pub const ATS_REGISTER: u64 = 0xa8;
 /// ATS register: invalidations are neither acted on nor answered.
 pub const ATS_SILENT: u32 = 1;
@@ -329,8 +328,8 @@ impl Shared {
         }
     }
 
-    /// What came of it: the bytes read, or the factorial's; `None`: refused. And whether the guest said that page requests
-    /// fail.
+    /// What came of it: the bytes read, or the factorial's; `None`: refused. And whether the guest said that page
+    /// requests fail.
     fn perform(&self, task: &Task) -> (Option<Vec<u8>>, bool) {
         match task {
             Task::Factorial(n) => (Some(factorial(*n).to_le_bytes().to_vec()), false),
@@ -556,19 +555,6 @@ impl State {
         let data = self.config.u16(self.msi + 12).into();
         (self.has_msi() && self.is_master()).then_some(Msi { address, data })
     }
-}
-
-/// The part of the buffer from `address` on, if all of it lies inside.
-fn in_buffer(address: u64, count: u64) -> Option<std::ops::Range<usize>> {
-    let first = usize::try_from(address.checked_sub(BUFFER)?).ok()?;
-    let end = first.checked_add(usize::try_from(count).ok()?)?;
-    (end <= BUFFER_SIZE).then_some(first..end)
-}
-
-/// What a write of `data` to `to` is for the bus, if it is a message.
-fn message_of(to: Iova, data: &[u8]) -> Option<Msi> {
-    let data = u32::from_le_bytes(data.try_into().ok()?);
-    (INTERRUPT_WINDOW.contains(to.0) && to.0.is_multiple_of(4)).then_some(Msi { address: to.0, data })
 }
 
 /// Modulo 2^32: from 34 on it is 0, which saves a guest's 2^32 multiplications.

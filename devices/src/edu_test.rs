@@ -10,12 +10,12 @@ use crate::pci::config::{COMMAND_MASTER, COMMAND_MEMORY};
 use crate::testing::{FakeInterrupts, FakeLine};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-const SID: SourceId = SourceId::new(0, 3, 0);
+pub(super) const SID: SourceId = SourceId::new(0, 3, 0);
 const BAR_GPA: u64 = 0xe000_0000;
 
-struct Bench {
+pub(super) struct Bench {
     bus: Arc<Bus>,
-    root: Arc<PciRoot>,
+    pub(super) root: Arc<PciRoot>,
     interrupts: Arc<FakeInterrupts>,
     line: Arc<FakeLine>,
 }
@@ -24,7 +24,7 @@ impl Bench {
     fn with(dma: Box<dyn DmaTarget>) -> Self {
         Self::with_features(dma, Features::default())
     }
-    fn with_features(dma: Box<dyn DmaTarget>, features: Features) -> Self {
+    pub(super) fn with_features(dma: Box<dyn DmaTarget>, features: Features) -> Self {
         let bus = Arc::new(Bus::default());
         let root = PciRoot::new(bus.clone());
         let (interrupts, line) = (Arc::new(FakeInterrupts::default()), Arc::new(FakeLine::default()));
@@ -40,15 +40,15 @@ impl Bench {
     fn command(&self, value: u16) {
         self.root.config_write(SID, 4, &value.to_le_bytes());
     }
-    fn read(&self, offset: u64) -> u32 {
+    pub(super) fn read(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.bus.read(BAR_GPA + offset, &mut data);
         u32::from_le_bytes(data)
     }
-    fn write(&self, offset: u64, value: u32) {
+    pub(super) fn write(&self, offset: u64, value: u32) {
         self.bus.write(BAR_GPA + offset, &value.to_le_bytes());
     }
-    fn write64(&self, offset: u64, value: u64) {
+    pub(super) fn write64(&self, offset: u64, value: u64) {
         self.bus.write(BAR_GPA + offset, &value.to_le_bytes());
     }
     fn enable_msi(&self) {
@@ -65,7 +65,7 @@ impl Bench {
             std::thread::yield_now();
         }
     }
-    fn failed(&self) -> bool {
+    pub(super) fn failed(&self) -> bool {
         self.read(0x20) & STATUS_DMA_FAILED != 0
     }
 }

@@ -1,5 +1,5 @@
-//! Page requests (PRI) of an emulated function that has one outstanding at a time: it asks, and waits until it is
-//! answered, or until what it does is given up.
+//! Page requests (PRI) of an emulated function that has one outstanding at a time: it asks, and waits until it
+//! is answered, or until what it does is given up.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 
@@ -45,8 +45,8 @@ impl PageRequests {
         MayAsk(self.lock().given_up)
     }
 
-    /// The index of a group for a new request of this PASID, whose answer is expected from now on; `None` if all was given
-    /// up since the task began.
+    /// The index of a group for a new request of this PASID, whose answer is expected from now on; `None` if all was
+    /// given up since the task began.
     pub fn begin(&self, may: MayAsk, pasid: Option<Pasid>) -> Option<u16> {
         let mut inner = self.lock();
         if inner.given_up != may.0 {

@@ -231,8 +231,10 @@ fn handle<M: GuestMemoryBackend>(
         }
         kind::WAIT => {
             let (low, high) = (WaitLow::from_bits(descriptor.low), WaitHigh::from_bits(descriptor.high));
-            let drains = low.page_request_drain() && !core.config.page_requests;
-            if low.reserved() != 0 || high.reserved() != 0 || drains {
+            if low.page_request_drain() && !core.config.page_requests {
+                return Err(QueueError::Reserved);
+            }
+            if low.reserved() != 0 || high.reserved() != 0 {
                 return Err(QueueError::Reserved);
             }
             core.counters.wait.add(1);

@@ -91,3 +91,7 @@ fn ask_for(target: &dyn AtsTarget, ats: &Ats, way: Way, iova: Iova, write: bool)
         Some(ResponseCode::Failure) => Err(Refused::ResponseFailure),
     }
 }
+
+#[cfg(test)]
+#[path = "ats_test.rs"]
+mod ats_test;

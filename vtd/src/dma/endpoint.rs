@@ -34,8 +34,8 @@ pub enum DmaError {
     /// to record.
     #[error("{0} was asked for by a device without a source id")]
     NoSourceId(Iova),
-    /// A translated request to this address where the unit takes none: it has no device-TLBs, translation is off, or the
-    /// device has no source id. No fault. Section 4.2.1.
+    /// A translated request to this address where the unit takes none: it has no device-TLBs, translation is off, or
+    /// the device has no source id. No fault. Section 4.2.1.
     #[error("a translated request to {0} is not supported")]
     Unsupported(Gpa),
     /// The translation leads to no memory. No fault: hardware would end such a request elsewhere. Nor is there memory

@@ -203,7 +203,7 @@ impl Registers {
             offset::PQH => write.merge(&mut state.page_requests.head, writable::PAGE_QUEUE_OFFSET),
             offset::PQT => write.merge(&mut state.page_requests.tail, writable::PAGE_QUEUE_OFFSET),
             offset::PQA => {
-                write.merge(&mut state.page_requests.address, writable::page_queue_address(&self.config));
+                write.merge(&mut state.page_requests.address, writable::queue_pages(&self.config));
             }
             0xd8 if touches_high => self.write_page_request_status(PageRequestStatus::from_bits(high_word)),
             offset::PECTL | offset::PEADDR => {

@@ -137,7 +137,7 @@ fn check_page_requests(config: &UnitConfig, registers: PageRequestRegisters) -> 
     let offered = |bits: u64| if config.page_requests { bits } else { 0 };
     check("PQH", head, offered(writable::PAGE_QUEUE_OFFSET))?;
     check("PQT", tail, offered(writable::PAGE_QUEUE_OFFSET))?;
-    check("PQA", address.into_bits(), offered(writable::page_queue_address(config)))?;
+    check("PQA", address.into_bits(), offered(writable::queue_pages(config)))?;
     check("PRS", status.into_bits().into(), offered(3))?;
     check_event(["PECTL", "PEDATA", "PEADDR"], event)
 }

@@ -35,11 +35,11 @@ pub(super) const IOTLB_INVALIDATE: u64 = IotlbInvalidate::new()
 /// IQA: DW is of scalable mode, and there are no address bits beyond the width of the unit.
 pub(super) const fn queue_address(config: &UnitConfig) -> u64 {
     let wide = if config.scalable.is_some() { QueueAddress::new().with_wide(true).into_bits() } else { 0 };
-    ((1 << config.host_address_width) - 1) & !0xff8 | wide
+    queue_pages(config) | wide
 }
 
-/// PQA: there are no address bits beyond the width of the unit.
-pub(super) const fn page_queue_address(config: &UnitConfig) -> u64 {
+/// PQA, where page requests are offered, and of IQA all but DW: there are no address bits beyond the width of the unit.
+pub(super) const fn queue_pages(config: &UnitConfig) -> u64 {
     ((1 << config.host_address_width) - 1) & !0xff8
 }
 

@@ -10,8 +10,8 @@ use crate::ids::{Gpa, Pasid, SourceId};
 use crate::spec::fault::FaultReason;
 use crate::spec::registers::table_mode;
 
-/// Looks up what requests of `source` of this kind, with this PASID or without one, are attached to. Every error means that nothing
-/// is reachable (rule 1).
+/// Looks up what requests of `source` of this kind, with this PASID or without one, are attached to. Every error means
+/// that nothing is reachable (rule 1).
 pub(crate) fn resolve<M: GuestMemoryBackend>(
     memory: &M,
     config: &UnitConfig,
