@@ -198,8 +198,12 @@ impl World {
         let gates = Gates::new(host.clone());
         let trapped = Arc::new(Trapped(gates.clone()));
         let window = HostWindow { fd: file.clone(), offset: 0, len: 0x1000, writable: true, dma_buf: None };
-        let target =
-            BarTarget { device: trapped.clone(), windows: Arc::new([(0, window)]), slots: Some(slots.clone()), bells: None };
+        let target = BarTarget {
+            device: trapped.clone(),
+            windows: Arc::new([(0, window)]),
+            slots: Some(slots.clone()),
+            bells: None,
+        };
         let mut bars = [const { None }; BARS];
         bars[0] = Some(Decoded::new(Space::Memory, decoder.clone(), target));
         let config = Mutex::new(Reach::new(SID, gates, bars));
