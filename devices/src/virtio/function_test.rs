@@ -219,8 +219,8 @@ fn h3_work_goes_on_when_the_function_may_do_dma_again() {
     // By its own Bus Master, or by that of a bridge above it.
     let own = |driver: &Driver, on: bool| driver.function.config_write(4, &[if on { 6 } else { 2 }, 0]);
     let above = |driver: &Driver, on| driver.function.path_changed(&Path { masters: on, ..Path::of_root() });
-    let ways: [&dyn Fn(&Driver, bool); 2] = [&own, &above];
-    for way in ways {
+    for by_bridge in [false, true] {
+        let way = |driver: &Driver, on| if by_bridge { above(driver, on) } else { own(driver, on) };
         let mut driver = Driver::ready(Gated(gate.clone()), 0);
         way(&driver, false);
         driver.offer(1, 0, &[(BUFFERS, 4, Way::ToDevice)]);
