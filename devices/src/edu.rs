@@ -11,7 +11,7 @@
 //! says by which PASID a transfer goes. Such a transfer is never a message.
 //!
 //! With [`Ats`] it has an ATS capability, a device-TLB that its transfers go by while that is enabled, and two
-//! registers of ours ([`ATS_REGISTER`], [`TRANSLATIONS_REGISTER`]); and a PRI capability, if it is asked for: while that is
+//! registers of ours ([`ATS_REGISTER`], [`TRANSLATIONS_REGISTER`]); and a PRI capability, if asked for: while that is
 //! enabled, a transfer that the guest's tables do not permit asks the guest for the page, and goes on when it has
 //! answered.
 //!
