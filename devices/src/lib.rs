@@ -18,6 +18,7 @@ pub mod pinblk;
 pub mod pit;
 pub mod pm;
 pub mod rtc;
+pub mod saved;
 pub mod serial;
 mod sync;
 #[cfg(test)]

@@ -16,6 +16,7 @@
 //! configuration space holds it shared, so that who takes the card away waits for it.
 
 mod header;
+mod saving;
 mod slot;
 
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
@@ -27,6 +28,7 @@ use self::slot::{BUTTON, LINK_CHANGED, PRESENCE, SlotRegisters};
 use super::config::{CAP_MSI, COMMAND_MASTER};
 use super::{ConfigSpace, Decoder, Identity, PciFunction};
 use crate::host::{Interrupts, SlotPower, SourceIds};
+use crate::saved::Saves;
 
 /// Where extended capabilities begin.
 const EXTENDED: u16 = 0x100;
@@ -358,6 +360,10 @@ impl PciFunction for RootPort {
         // A link that went and came in it is no news afterwards.
         state.slot.reset(&mut state.config, present);
         state.interrupts = false;
+    }
+
+    fn saves(&self) -> Option<&dyn Saves> {
+        Some(self)
     }
 }
 
