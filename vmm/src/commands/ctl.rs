@@ -30,8 +30,8 @@ pub struct CtlArgs {
     #[arg(value_name = "VERB")]
     verb: Verb,
     /// Of dirty: what is done, start, read or stop. Of iommu: what is shown, tables or mappings. Of remove: the
-    /// device's id
-    #[arg(value_name = "ACTION|ID")]
+    /// device's id. Of snapshot: the folder that is made
+    #[arg(value_name = "ACTION|ID|DIR")]
     what: Option<String>,
     /// Of add: the device, as `causeway run --device` takes it. Of dirty: this device alone, with those of its host
     /// group. Of iommu: this one alone, by its id or its address in the guest
@@ -55,7 +55,7 @@ pub struct CtlArgs {
 impl CtlArgs {
     fn request(&self) -> Result<Request, String> {
         let Self { verb, what, device, .. } = self;
-        let (mut action, mut device) = (None, device.clone());
+        let (mut action, mut device, mut to) = (None, device.clone(), None);
         match (verb, what) {
             (_, None) => {}
             (Verb::Remove, Some(id)) if device.is_none() => device = Some(id.clone()),
@@ -64,10 +64,15 @@ impl CtlArgs {
                 let actions = if *verb == Verb::Dirty { "start, read or stop" } else { "tables or mappings" };
                 action = Some(parsed.map_err(|_| format!("`{text}` is not {actions}"))?);
             }
+            (Verb::Snapshot, Some(folder)) => {
+                // The machine has another working directory.
+                let whole = std::path::absolute(folder).map_err(|e| format!("`{folder}` cannot be a path: {e}"))?;
+                to = Some(whole.to_string_lossy().into_owned());
+            }
             (_, Some(text)) => return Err(format!("`{text}` is too much")),
         }
         let close_race = self.close_race.then_some(true);
-        Ok(Request { action, device, close_race, ..(*verb).into() })
+        Ok(Request { action, device, close_race, to, ..(*verb).into() })
     }
 }
 

@@ -30,6 +30,7 @@ use crate::machine::audit;
 use crate::machine::control::{Control, Stop};
 use crate::machine::control_socket::{self, ControlSocket, SocketFile};
 use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside, Wake};
+use crate::machine::snapshot::Snapshot;
 use crate::machine::stats::{self, Exit, Stats};
 use crate::machine::{Machine, Parts};
 use crate::messages::{Messages, say};
@@ -92,10 +93,28 @@ struct Run<'a> {
     messages: Arc<Messages>,
     /// Who connects before the machine runs is served when it does.
     socket: Option<(UnixListener, Arc<SocketFile>)>,
+    /// What the machine goes on from.
+    saved: Option<Snapshot>,
 }
 
 /// Runs a guest to its end.
 pub fn run(args: &RunArgs) -> ExitCode {
+    let Some(path) = &args.restore else { return run_machine(args, None) };
+    let opened = Snapshot::open(path).map_err(|e| e.to_string()).and_then(|snapshot| {
+        let why = |why| format!("{}: its options cannot be used: {why}", path.display());
+        args.of_machine(&snapshot.machine.options).map(|args| (args, snapshot)).map_err(why)
+    });
+    match opened {
+        Ok((args, snapshot)) => run_machine(&args, Some(snapshot)),
+        Err(why) => {
+            say(format_args!("causeway: {why}"));
+            ExitCode::from(REFUSED)
+        }
+    }
+}
+
+/// Runs a guest to its end, one that was saved or a new one.
+fn run_machine(args: &RunArgs, saved: Option<Snapshot>) -> ExitCode {
     let start = Instant::now();
     let refused = |e: anyhow::Error| (REFUSED, e);
     let usage = |e: anyhow::Error| (USAGE, e);
@@ -120,7 +139,8 @@ pub fn run(args: &RunArgs) -> ExitCode {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        Ok(Run { args, config: args.machine(), names, places, trace, start, control, signals, messages, socket })
+        let config = args.machine();
+        Ok(Run { args, config, names, places, trace, start, control, signals, messages, socket, saved })
     };
     let mut run = match run() {
         Ok(run) => run,
@@ -182,8 +202,15 @@ impl Run<'_> {
             output: output.writer(),
             drained: drained.try_clone()?,
             trace: trace.clone(),
+            saved: self.saved.as_ref().map(|saved| &saved.machine),
         };
         let mut machine = Machine::new(&kvm, parts)?;
+        if let Some(saved) = self.saved.take()
+            && let Err(e) = machine.take_over(saved)
+        {
+            machine.stop();
+            return Err(e.into());
+        }
 
         let report = Arc::new(AtomicBool::new(false));
         let mut events: EventManager<Subscriber> =
@@ -295,7 +322,7 @@ impl Run<'_> {
         let verbs = Verbs {
             control: &self.control,
             trace: self.args.trace.as_deref().zip(trace),
-            no_reboot: self.args.no_reboot,
+            args: self.args,
             start: self.start,
         };
         let mut last_audit = stats::Audit::default();

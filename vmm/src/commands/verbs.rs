@@ -6,6 +6,8 @@ use std::time::Instant;
 use serde::Serialize;
 use vfio_bridge::{DirtyRace, Trace};
 
+use crate::commands::cli::RunArgs;
+use crate::commands::describe;
 use crate::config::DeviceOption;
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
@@ -18,8 +20,8 @@ pub struct Verbs<'a> {
     pub control: &'a Control,
     /// The trace and its file.
     pub trace: Option<(&'a Path, &'a Trace)>,
-    /// A reset is refused.
-    pub no_reboot: bool,
+    /// Of the run.
+    pub args: &'a RunArgs,
     /// Of the run.
     pub start: Instant,
 }
@@ -97,7 +99,7 @@ impl Verbs<'_> {
                 machine.resume();
                 state_of(machine)
             }
-            Verb::Reset if self.no_reboot => Reply::Error(
+            Verb::Reset if self.args.no_reboot => Reply::Error(
                 "this machine was started with --no-reboot, which forbids a reset: start it without, or use quit"
                     .to_owned(),
             ),
@@ -120,6 +122,7 @@ impl Verbs<'_> {
                     Reply::ok(&serde_json::json!({"id": id, "port": port, "removing": true}))
                 })
             }
+            Verb::Snapshot => self.snapshot(request, machine),
             Verb::Dirty => dirty(request, machine),
             Verb::Iommu => iommu(request, machine),
             Verb::Quit => {
@@ -127,6 +130,16 @@ impl Verbs<'_> {
                 Reply::ok(&serde_json::json!({"quit": true}))
             }
         }
+    }
+}
+
+impl Verbs<'_> {
+    /// The machine as a folder.
+    fn snapshot(&self, request: &Request, machine: &mut Machine) -> Reply {
+        let folder = Path::new(request.to.as_deref().unwrap_or_default());
+        let options = describe::machine(self.args, machine);
+        let taken = options.and_then(|options| machine.snapshot(folder, options).map_err(|e| e.to_string()));
+        taken.map_or_else(|why| Reply::Error(format!("no snapshot was taken: {why}")), |taken| Reply::ok(&taken))
     }
 }
 

@@ -5,4 +5,5 @@ pub mod irq;
 pub mod memory;
 pub mod slots;
 pub mod vcpu;
+pub mod vcpu_state;
 pub mod vm;

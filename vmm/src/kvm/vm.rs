@@ -22,6 +22,14 @@ pub enum Error {
     /// This KVM lacks something.
     #[error("this host's KVM has no {0}")]
     Missing(&'static str),
+    /// A vCPU that was saved cannot be one of this host.
+    #[error("vCPU {index} cannot run here: {why}")]
+    Model {
+        /// Its number.
+        index: u8,
+        /// Why, and what helps.
+        why: String,
+    },
     /// KVM does not take the guest's memory.
     #[error("KVM does not take {mib} MiB of guest memory in one piece: {source}; use a smaller --memory")]
     Ram {
