@@ -20,7 +20,7 @@ pub mod function;
 pub mod net;
 mod registers;
 #[cfg(test)]
-mod rig;
+pub(crate) mod rig;
 pub mod ring;
 pub mod rng;
 mod saving;

@@ -167,7 +167,7 @@ impl Folder {
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io_error(&path))
     }
 
-    /// Writes state and memory. Gives back what the manifest says of them, and how many bytes of memory are not in holes.
+    /// Writes state and memory. Gives back the manifest, and how many bytes of memory are not in holes.
     fn fill(&self, whole: &Whole, ram: &Ram) -> Result<(Manifest, u64), Error> {
         let bytes = serde_json::to_vec(whole).map_err(|e| Error::Machine(format!("the state has no form: {e}")))?;
         self.write(STATE, &bytes)?;
