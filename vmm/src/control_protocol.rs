@@ -38,6 +38,8 @@ pub enum Verb {
     Remove,
     /// Saves the machine, which goes on, as a folder that `causeway run --restore DIR` goes on from: `snapshot DIR`
     Snapshot,
+    /// Moves the machine, while it runs, into a process that waits for it: `migrate unix:PATH|tcp:HOST:PORT`
+    Migrate,
     /// Says which guest memory devices wrote: `dirty start`, `dirty read` and `dirty stop`
     Dirty,
     /// Shows the guest's tables, and what the host holds: `iommu tables` and `iommu mappings`
@@ -86,14 +88,17 @@ pub struct Request {
     /// Of `iommu`: the `next` of the page before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<String>,
-    /// Of `snapshot`: the path of the folder, which is not there yet.
+    /// Of `snapshot`: the path of the folder, which is not there yet. Of `migrate`: where the other process waits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
+    /// Of `migrate`: whether all of the memory is compared before the machine is handed over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<bool>,
 }
 
 impl From<Verb> for Request {
     fn from(verb: Verb) -> Self {
-        Self { verb, action: None, device: None, close_race: None, from: None, position: None, to: None }
+        Self { verb, action: None, device: None, close_race: None, from: None, position: None, to: None, verify: None }
     }
 }
 
@@ -111,14 +116,20 @@ impl Request {
 
     /// Whether its fields go together. An error says which do.
     pub fn check(&self) -> Result<(), String> {
-        let Self { verb, action, device, close_race, from, position, to } = self;
+        let Self { verb, action, device, close_race, from, position, to, verify } = self;
         let of_dirty = close_race.is_some() || from.is_some();
         let wrong = match (verb, action) {
-            (Verb::Snapshot, None) if to.is_some() && device.is_none() && position.is_none() && !of_dirty => {
+            (Verb::Snapshot, None)
+                if to.is_some() && device.is_none() && position.is_none() && verify.is_none() && !of_dirty =>
+            {
                 return Ok(());
             }
             (Verb::Snapshot, _) => "snapshot has a path and nothing else: snapshot DIR",
-            _ if to.is_some() => "only snapshot has a path",
+            (Verb::Migrate, None) if to.is_some() && device.is_none() && position.is_none() && !of_dirty => {
+                return Ok(());
+            }
+            (Verb::Migrate, _) => "migrate has an address: migrate unix:PATH or tcp:HOST:PORT",
+            _ if to.is_some() || verify.is_some() => "only snapshot has a path, and only migrate an address",
             (Verb::Iommu, Some(Action::Tables | Action::Mappings)) if !of_dirty => return Ok(()),
             (Verb::Iommu, Some(Action::Tables | Action::Mappings)) => "only dirty has a race and an address",
             (Verb::Iommu, _) => "iommu shows tables or mappings",
@@ -228,7 +239,7 @@ mod tests {
                     _ => None,
                 };
                 let device = matches!(verb, Verb::Add | Verb::Remove).then(|| "edu0".to_owned());
-                let to = (*verb == Verb::Snapshot).then(|| "/a".to_owned());
+                let to = matches!(verb, Verb::Snapshot | Verb::Migrate).then(|| "/a".to_owned());
                 let whole = Request { action, device, to, ..(*verb).into() };
                 let request = line(&whole);
                 let more = match action {
@@ -243,7 +254,7 @@ mod tests {
                 name
             })
             .collect();
-        let all = "status audit devices trace pause resume reset power-button add remove snapshot dirty iommu top quit";
+        let all = "status audit devices trace pause resume reset power-button add remove snapshot migrate dirty iommu top quit";
         assert_eq!(names.join(" "), all);
     }
 
@@ -321,7 +332,10 @@ mod tests {
         }
         for verb in ["status", "remove", "dirty\",\"action\":\"read", "iommu\",\"action\":\"tables"] {
             let text = format!("{{\"verb\":\"{verb}\",\"device\":\"a\",\"to\":\"/a\"}}");
-            assert!(Request::parse(text.as_bytes()).unwrap_err().contains("only snapshot has a path"), "{verb}");
+            assert!(
+                Request::parse(text.as_bytes()).unwrap_err().contains("only snapshot has a path, and only migrate"),
+                "{verb}"
+            );
         }
     }
 
@@ -389,7 +403,7 @@ mod tests {
         ) {
             let more = more.map_or(String::new(), |more| format!(",{more}"));
             // Some have more than their verb.
-            let more_than_a_verb = [Verb::Dirty, Verb::Iommu, Verb::Add, Verb::Remove, Verb::Snapshot];
+            let more_than_a_verb = [Verb::Dirty, Verb::Iommu, Verb::Add, Verb::Remove, Verb::Snapshot, Verb::Migrate];
             let verbs = || Verb::value_variants().iter().filter(|verb| !more_than_a_verb.contains(verb));
             let known = verbs().any(|verb| {
                 value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')

@@ -1,7 +1,7 @@
-//! `ctl snapshot` and `run --restore`, as a user sees them. What needs /dev/kvm says so where there is none.
+//! `ctl snapshot` and `run --restore`, `ctl migrate` and `run --incoming`, as a user sees them. What needs /dev/kvm says so where there is none.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output};
 use std::time::{Duration, Instant};
@@ -20,6 +20,18 @@ use rig::{has_kvm, image};
 const SUITE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/suite"));
 /// Work of a second or two.
 const ROUNDS: u64 = 400;
+
+/// What the image says that has done the work: the last number of its row.
+fn wanted(rounds: u64) -> String {
+    let next = |number: u64| {
+        let number = number ^ number << 13;
+        let number = number ^ number >> 7;
+        number ^ number << 17
+    };
+    let number = (0..rounds).fold(0x1234_5678_9abc_def1, |number, _| next(number));
+    format!("{rounds} rounds: {number:016x}")
+}
+
 /// What the image says that did the work.
 fn result(output: &Output) -> String {
     let out = String::from_utf8_lossy(&output.stdout);
@@ -104,8 +116,6 @@ fn a14_a_machine_that_was_saved_in_the_middle_ends_as_one_that_was_not() {
         return;
     }
     let bench = Bench::new();
-    let plain = bench.start(ROUNDS, &["--device", "edu"]).end();
-    let wanted = result(&plain);
     let mut source = bench.start(ROUNDS, &["--device", "edu"]);
     let snapshots: Vec<PathBuf> = (0..4).map(|n| bench.path(&format!("snapshot{n}"))).collect();
     for (snapshot, n) in snapshots.iter().zip(1u64..) {
@@ -114,9 +124,9 @@ fn a14_a_machine_that_was_saved_in_the_middle_ends_as_one_that_was_not() {
         std::thread::sleep(Duration::from_millis(40 * n));
     }
     // The machine that was saved goes on.
-    assert_eq!(result(&source.end()), wanted);
+    assert_eq!(result(&source.end()), wanted(ROUNDS));
     for snapshot in &snapshots {
-        assert_eq!(result(&bench.restore(snapshot).end()), wanted, "{}", snapshot.display());
+        assert_eq!(result(&bench.restore(snapshot).end()), wanted(ROUNDS), "{}", snapshot.display());
     }
 }
 
@@ -204,4 +214,83 @@ fn ordered(of: &Value) -> String {
         part("state"),
         part("memory")
     )
+}
+
+#[test]
+fn a14_a_machine_moves_ten_times_under_dma_and_its_memory_is_the_same() {
+    if !has_kvm() {
+        return;
+    }
+    const LONG: u64 = 1500;
+    let bench = Bench::new();
+    let mut machine = bench.start(LONG, &["--device", "edu"]);
+    machine.done(&["status"]);
+    let mut down = Vec::new();
+    for n in 0..10 {
+        let path = bench.path(&format!("move{n}"));
+        let address = format!("unix:{}", text(&path));
+        let next = bench.machine(&["--incoming", &address]);
+        wait_for(&path);
+        let moved = machine.done(&["migrate", &address, "--verify"]);
+        assert_eq!(moved["migrated"], address, "{moved}");
+        down.push(moved["down_ms"].as_u64().unwrap());
+        assert_eq!(machine.end().status.code(), Some(0), "the source ends");
+        machine = next;
+    }
+    println!("down-times in ms: {down:?}");
+    assert_eq!(result(&machine.end()), wanted(LONG));
+}
+
+/// Until the socket is there.
+fn wait_for(path: &Path) {
+    let start = Instant::now();
+    while !path.exists() {
+        assert!(start.elapsed() < Duration::from_secs(30), "nobody listens at {}", path.display());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a14_a_machine_that_cannot_move_goes_on_where_it_is() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let mut machine = bench.start(ROUNDS, &["--device", "edu"]);
+    machine.done(&["status"]);
+    let refused = |machine: &Machine, address: &str, part: &str| {
+        let (code, _, message) = machine.ctl(&["migrate", address]);
+        assert!(code == 1 && message.contains("goes on here") && message.contains(part), "{code}: {message}");
+    };
+    refused(&machine, &format!("unix:{}", text(&bench.path("nobody"))), "nobody is reached");
+    // One that hears all of it and says nothing; one that goes in the middle; one that refuses.
+    let path = bench.path("other");
+    for (last, part) in
+        [(None, "is lost"), (Some(&b""[..]), "is lost"), (Some(b"\x05\x03\0\0\0\0\0\0\0bad"), "refuses it: bad")]
+    {
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let other = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let Some(last) = last else { return };
+            // Until the state is there.
+            let mut head = [0; 9];
+            loop {
+                stream.read_exact(&mut head).unwrap();
+                let len = u64::from_le_bytes(head[1..].try_into().unwrap());
+                std::io::copy(&mut (&mut stream).take(len), &mut std::io::sink()).unwrap();
+                if head[0] == 3 {
+                    break;
+                }
+            }
+            stream.write_all(last).unwrap();
+        });
+        refused(&machine, &format!("unix:{}", text(&path)), part);
+        other.join().unwrap();
+        fs::remove_file(&path).unwrap();
+        assert_eq!(machine.done(&["status"])["state"], "running");
+    }
+    for words in [&["migrate"][..], &["migrate", "nowhere"], &["migrate", "unix:/a", "--device", "edu0"]] {
+        assert_eq!(machine.ctl(words).0, 2, "{words:?}");
+    }
+    assert_eq!(result(&machine.end()), wanted(ROUNDS));
 }

@@ -11,6 +11,7 @@ use crate::commands::describe;
 use crate::config::DeviceOption;
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
+use crate::machine::migration::Address;
 use crate::machine::stats::{self, Device, Port, Stats};
 use crate::machine::{Machine, audit};
 
@@ -122,6 +123,7 @@ impl Verbs<'_> {
                     Reply::ok(&serde_json::json!({"id": id, "port": port, "removing": true}))
                 })
             }
+            Verb::Migrate => self.migrate(request, machine),
             Verb::Snapshot => self.snapshot(request, machine),
             Verb::Dirty => dirty(request, machine),
             Verb::Iommu => iommu(request, machine),
@@ -140,6 +142,24 @@ impl Verbs<'_> {
         let options = describe::machine(self.args, machine);
         let taken = options.and_then(|options| machine.snapshot(folder, options).map_err(|e| e.to_string()));
         taken.map_or_else(|why| Reply::Error(format!("no snapshot was taken: {why}")), |taken| Reply::ok(&taken))
+    }
+}
+
+impl Verbs<'_> {
+    /// The machine moves, and this run ends.
+    fn migrate(&self, request: &Request, machine: &mut Machine) -> Reply {
+        let to: Result<Address, _> = request.to.as_deref().unwrap_or_default().parse();
+        let moved = to.and_then(|to| {
+            let options = describe::machine(self.args, machine)?;
+            machine.migrate(&to, options, request.verify == Some(true))
+        });
+        match moved {
+            Ok(moved) => {
+                self.control.request(Stop::Migrated);
+                Reply::ok(&moved)
+            }
+            Err(why) => Reply::Error(format!("the machine did not move, and goes on here: {why}")),
+        }
     }
 }
 

@@ -27,6 +27,8 @@ pub enum Stop {
     DebugExit(u32),
     /// The user asked for it at the terminal.
     Quit,
+    /// The guest runs in another process.
+    Migrated,
     /// The time limit is over.
     TimeLimit,
     /// A signal from outside.

@@ -9,6 +9,7 @@ pub mod events;
 mod hotplug;
 mod iommu;
 mod legacy;
+pub mod migration;
 mod peers;
 mod plug;
 mod ports;

@@ -201,7 +201,7 @@ impl Drop for Folder {
 }
 
 /// Calls `each` with the place in all of RAM and the content of each page that is not zero, in their order.
-fn nonzero_pages<E>(ram: &Ram, mut each: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
+pub(super) fn nonzero_pages<E>(ram: &Ram, mut each: impl FnMut(u64, &[u8]) -> Result<(), E>) -> Result<(), E> {
     let mut chunk = vec![0; CHUNK];
     let mut base = 0;
     for region in ram.iter() {
@@ -226,15 +226,15 @@ fn nonzero_pages<E>(ram: &Ram, mut each: impl FnMut(u64, &[u8]) -> Result<(), E>
 
 /// The digest of RAM: of its pages that are not zero, each behind its place.
 #[derive(Default)]
-struct RamDigest(Sha256);
+pub(super) struct RamDigest(Sha256);
 
 impl RamDigest {
-    fn add(&mut self, at: u64, page: &[u8]) {
+    pub fn add(&mut self, at: u64, page: &[u8]) {
         self.0.update(at.to_le_bytes());
         self.0.update(page);
     }
 
-    fn end(self) -> String {
+    pub fn end(self) -> String {
         hexadecimal(self.0.finalize())
     }
 }
