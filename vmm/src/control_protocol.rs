@@ -254,7 +254,8 @@ mod tests {
                 name
             })
             .collect();
-        let all = "status audit devices trace pause resume reset power-button add remove snapshot migrate dirty iommu top quit";
+        let all = "status audit devices trace pause resume reset power-button add remove snapshot migrate dirty iommu \
+                   top quit";
         assert_eq!(names.join(" "), all);
     }
 

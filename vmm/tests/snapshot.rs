@@ -1,4 +1,5 @@
-//! `ctl snapshot` and `run --restore`, `ctl migrate` and `run --incoming`, as a user sees them. What needs /dev/kvm says so where there is none.
+//! `ctl snapshot` and `run --restore`, `ctl migrate` and `run --incoming`, as a user sees them. What
+//! needs /dev/kvm says so where there is none.
 
 use std::fs;
 use std::io::{Read, Write};

@@ -65,7 +65,8 @@ Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6
 and the code is (V << 1) | 1.")]
 pub struct RunArgs {
     /// Linux kernel (bzImage)
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["image", "restore", "incoming"], conflicts_with = "image")]
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    #[arg(required_unless_present_any = ["image", "restore", "incoming"])]
     pub kernel: Option<PathBuf>,
     /// Bare-metal image (PVH, multiboot 1); adds isa-debug-exit and fw_cfg
     #[arg(long, value_name = "FILE")]

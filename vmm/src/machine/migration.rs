@@ -1,5 +1,5 @@
 //! A machine moves into another process while it runs: `causeway ctl PATH migrate ADDRESS`, and there
-//! `causeway run --incoming ADDRESS`.
+//! `causeway run --incoming unix:PATH`.
 //!
 //! ```text
 //!  source                                    destination
@@ -11,8 +11,8 @@
 //!  go on; the source ends                ►   goes on
 //! ```
 //!
-//! Up to its last word the source can go on: whatever fails, its guest runs. What was written is what KVM says of vCPUs,
-//! the bridge of devices whose I/O is in the host, and RAM's own log of emulated DMA and of the unit.
+//! Up to its last word the source can go on: whatever fails, its guest runs. What was written is what KVM says of
+//! vCPUs, the bridge of devices whose I/O is in the host, and RAM's own log of emulated DMA and of the unit.
 
 use std::fmt;
 use std::io::{self, BufWriter, Read, Write};
@@ -202,7 +202,7 @@ impl Machine {
             return Err("which memory devices write is tracked for somebody else; end that first (`dirty stop`)".into());
         }
         let stream = Stream::connect(to).map_err(|e| {
-            format!("nobody is reached at {to} ({e}); start `causeway run --incoming {to}` there first")
+            format!("nobody is reached at {to} ({e}); start `causeway run --incoming` with it there first")
         })?;
         self.start_dirty(None, DirtyRace::Closed)?;
         let logging = vm::log_dirty(&self.vm, &self.ram, true).map_err(|e| e.to_string());

@@ -148,8 +148,8 @@ impl Machine {
         match self.found().iter().find(|found| found.function.saves().is_none()) {
             None => Ok(()),
             Some(Found { name, is_elsewhere: true, .. }) => Err(format!(
-                "{name} cannot be saved: its state is in the host or in another process; put it behind a root port, and \
-                 `remove` it before"
+                "{name} cannot be saved: its state is in the host or in another process; put it behind a root port, \
+                 and `remove` it before"
             )),
             Some(Found { name, .. }) => Err(format!("{name} cannot be saved; start the machine without it")),
         }

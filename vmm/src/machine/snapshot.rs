@@ -37,6 +37,7 @@ const MOST_STATE: u64 = 256 << 20;
 /// Bytes that are moved at a time.
 const CHUNK: usize = 1 << 20;
 const PAGE: usize = 4096;
+const ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -212,7 +213,7 @@ pub(super) fn nonzero_pages<E>(ram: &Ram, mut each: impl FnMut(u64, &[u8]) -> Re
             // All of it is inside.
             if region.read_slice(chunk, MemoryRegionAddress(at)).is_ok() {
                 for (page, bytes) in (0..).step_by(PAGE).zip(chunk.chunks(PAGE)) {
-                    if bytes.iter().any(|byte| *byte != 0) {
+                    if *bytes != ZEROS[..bytes.len()] {
                         each(base + at + page, bytes)?;
                     }
                 }
@@ -369,7 +370,7 @@ impl Snapshot {
                 let chunk = &mut chunk[..len];
                 file.read_exact_at(chunk, base + at).map_err(&failed)?;
                 for (page, bytes) in (0..).step_by(PAGE).zip(chunk.chunks(PAGE)) {
-                    if bytes.iter().any(|byte| *byte != 0) {
+                    if *bytes != ZEROS[..bytes.len()] {
                         digest.add(base + at + page, bytes);
                         let put = region.write_slice(bytes, MemoryRegionAddress(at + page));
                         put.map_err(|e| broken(format!("it cannot be put into RAM: {e}")))?;
