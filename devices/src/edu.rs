@@ -20,11 +20,13 @@
 
 mod addresses;
 mod capabilities;
+mod saving;
 mod translated;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use serde::{Deserialize, Serialize};
 use vtd::{Iova, Msi, Pasid, Requester};
 
 use crate::BusDevice;
@@ -39,6 +41,7 @@ use capabilities::Capabilities;
 use translated::{Bytes, Refused, Way, transfer_by_tlb};
 
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
+use crate::saved::Saves;
 
 /// Bytes of BAR 0.
 pub const BAR_SIZE: u64 = 1 << 20;
@@ -123,10 +126,15 @@ struct State {
     buffer: Box<[u8; BUFFER_SIZE]>,
     /// The worker has taken a task and works on it without the lock.
     busy: bool,
+    /// The worker sends the message of a task that is done.
+    signalling: bool,
+    /// The worker takes no task.
+    held: bool,
     stop: bool,
 }
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Registers {
     liveness: u32,
     factorial: u32,
@@ -201,6 +209,8 @@ impl Edu {
             registers: Registers::default(),
             buffer: Box::new([0; BUFFER_SIZE]),
             busy: false,
+            signalling: false,
+            held: false,
             stop: false,
         };
         let line = intx.map(|(line, _)| line);
@@ -294,6 +304,10 @@ impl PciFunction for Edu {
         self.decoder.set(self.shared.requester.sid, 0, config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
     }
+
+    fn saves(&self) -> Option<&dyn Saves> {
+        Some(self)
+    }
 }
 
 impl Shared {
@@ -304,7 +318,7 @@ impl Shared {
     fn work(&self) {
         let mut state = self.lock();
         loop {
-            state = self.changed.wait_while(state, |state| !state.stop && !state.has_task()).unwrap();
+            state = self.changed.wait_while(state, |state| !state.stop && (state.held || !state.has_task())).unwrap();
             if state.stop {
                 return;
             }
@@ -321,9 +335,12 @@ impl Shared {
             let message = self.raise(&mut state, interrupt);
             self.changed.notify_all();
             if let Some(message) = message {
+                state.signalling = true;
                 drop(state);
                 self.interrupts.signal(self.requester, message);
                 state = self.lock();
+                state.signalling = false;
+                self.changed.notify_all();
             }
         }
     }

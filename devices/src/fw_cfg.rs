@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use serde_json::Value;
+
 use crate::BusDevice;
+use crate::saved::{Saves, Unfit, decode, encode, fits};
 
 /// Selects the signature `QEMU`, by which images find the device.
 pub const SIGNATURE: u16 = 0x00;
@@ -60,6 +63,20 @@ impl FwCfg {
         }
         items.insert(FILE_DIRECTORY, directory);
         Self { items, cursor: Mutex::new((SIGNATURE, 0)) }
+    }
+}
+
+impl Saves for FwCfg {
+    fn save(&self) -> Value {
+        encode(1, &*self.cursor.lock().unwrap())
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let (selected, read): (u16, usize) = decode(1, state)?;
+        let len = self.items.get(&selected).map_or(0, Vec::len);
+        fits("place in an item", read <= len)?;
+        *self.cursor.lock().unwrap() = (selected, read);
+        Ok(())
     }
 }
 

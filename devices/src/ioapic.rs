@@ -6,10 +6,13 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vtd::{Msi, Requester};
 
 use crate::BusDevice;
 use crate::host::{Interrupts, IoapicRoutes, IrqLine};
+use crate::saved::{Saves, Unfit, decode, encode, fits};
 
 /// Pins of the IOAPIC.
 pub const PINS: u8 = 24;
@@ -18,6 +21,8 @@ const REGISTER_SELECT: u64 = 0x00;
 const REGISTER_WINDOW: u64 = 0x10;
 const REGISTER_EOI: u64 = 0x40;
 const VERSION: u32 = 0x20;
+/// What of the id register can be written.
+const ID: u32 = 0x0f00_0000;
 
 const ENTRY_MASKED: u64 = 1 << 16;
 const ENTRY_LEVEL: u64 = 1 << 15;
@@ -163,6 +168,17 @@ impl IoApic {
         self.say_routes();
     }
 
+    /// A pin that is masked has a route, too, if it ever had one: an interrupt may be in service, whose end must come
+    /// out.
+    fn say_masked_routes(&self) {
+        let Some(routes) = &self.routes else { return };
+        let pins = self.state.lock().unwrap().pins;
+        for (index, pin) in (0..).zip(pins).filter(|(_, pin)| pin.is_masked() && pin.entry != ENTRY_MASKED) {
+            routes.set_pin(index, Some((pin.message(), pin.is_level())));
+            routes.set_pin(index, None);
+        }
+    }
+
     /// Sends what pin `pin` has to send while its line is high.
     fn service(&self, pin: u8) {
         let message = self.state.lock().unwrap().pins[usize::from(pin)].level_message();
@@ -226,7 +242,7 @@ impl IoApic {
         let pin = {
             let mut state = self.state.lock().unwrap();
             if state.select == 0x00 {
-                state.id = value & 0x0f00_0000;
+                state.id = value & ID;
                 return;
             }
             let Some((index, upper)) = Self::entry_of(state.select) else { return };
@@ -249,6 +265,46 @@ impl IoApic {
     fn entry_of(select: u8) -> Option<(usize, bool)> {
         let index = select.checked_sub(0x10)?;
         (index < 2 * PINS).then(|| (usize::from(index / 2), index % 2 == 1))
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    id: u32,
+    select: u8,
+    entries: [u64; PINS as usize],
+}
+
+/// Lines have their levels from the devices, which are put back before: nothing of it is an edge here.
+impl Saves for IoApic {
+    fn save(&self) -> Value {
+        let State { id, select, pins } = &*self.state.lock().unwrap();
+        encode(1, &Saved { id: *id, select: *select, entries: pins.map(|pin| pin.entry) })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let Saved { id, select, entries } = decode(1, state)?;
+        fits("id", id & !ID == 0)?;
+        // Remote IRR is of level-triggered entries only.
+        let possible = |entry: &u64| {
+            let level = if entry & ENTRY_LEVEL != 0 { ENTRY_REMOTE_IRR } else { 0 };
+            entry & !(ENTRY_WRITABLE | level) == 0
+        };
+        fits("redirection table", entries.iter().all(possible))?;
+        {
+            let state = &mut *self.state.lock().unwrap();
+            (state.id, state.select) = (id, select);
+            state.pins.iter_mut().zip(entries).for_each(|(pin, entry)| pin.entry = entry);
+        }
+        self.say_masked_routes();
+        self.say_routes();
+        Ok(())
+    }
+
+    /// Sends what a level-triggered line asks for and was not sent.
+    fn go_on(&self) {
+        (0..PINS).for_each(|pin| self.service(pin));
     }
 }
 

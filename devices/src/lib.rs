@@ -20,6 +20,9 @@ pub mod pinblk;
 pub mod pit;
 pub mod pm;
 pub mod rtc;
+pub mod saved;
+#[cfg(test)]
+mod saved_test;
 pub mod serial;
 mod sync;
 #[cfg(test)]

@@ -3,9 +3,13 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::BusDevice;
 use crate::host::IrqLine;
 use crate::ioapic::{IoApic, PINS};
+use crate::saved::{Saves, Unfit, decode, encode, fits, hex};
 
 /// Ports that keep four bytes, and show any part of them.
 pub struct TestPorts(Mutex<[u8; 4]>);
@@ -29,6 +33,17 @@ impl TestPorts {
     /// Back to power-on.
     pub fn reset(&self) {
         *self.0.lock().unwrap() = [0; 4];
+    }
+}
+
+impl Saves for TestPorts {
+    fn save(&self) -> Value {
+        encode(1, &*self.0.lock().unwrap())
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        *self.0.lock().unwrap() = decode(1, state)?;
+        Ok(())
     }
 }
 
@@ -62,7 +77,11 @@ impl BusDevice for TestPorts {
 }
 
 /// A port for each pin of the IOAPIC: a value but 0 raises its line, 0 lowers it.
-pub struct TestLines(Vec<Arc<dyn IrqLine>>);
+pub struct TestLines {
+    lines: Vec<Arc<dyn IrqLine>>,
+    /// One bit for each line that is high.
+    high: Mutex<u32>,
+}
 
 impl TestLines {
     /// The port of pin 0.
@@ -72,12 +91,33 @@ impl TestLines {
 
     /// Lines of `ioapic`, all low.
     pub fn new(ioapic: &Arc<IoApic>) -> Self {
-        Self((0..PINS).map(|pin| ioapic.line(pin)).collect())
+        Self { lines: (0..PINS).map(|pin| ioapic.line(pin)).collect(), high: Mutex::default() }
+    }
+
+    fn set(&self, high: u32) {
+        let mut before = self.high.lock().unwrap();
+        for (line, bit) in self.lines.iter().zip(0..).filter(|(_, bit)| (*before ^ high) & (1 << *bit) != 0) {
+            line.set_level(high & (1 << bit) != 0);
+        }
+        *before = high;
     }
 
     /// Back to power-on: all low.
     pub fn reset(&self) {
-        self.0.iter().for_each(|line| line.set_level(false));
+        self.set(0);
+    }
+}
+
+impl Saves for TestLines {
+    fn save(&self) -> Value {
+        encode(1, &*self.high.lock().unwrap())
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let high: u32 = decode(1, state)?;
+        fits("lines", high < 1 << PINS)?;
+        self.set(high);
+        Ok(())
     }
 }
 
@@ -87,8 +127,10 @@ impl BusDevice for TestLines {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(line) = self.0.get(offset as usize) {
-            line.set_level(data.iter().any(|byte| *byte != 0));
+        if let Some(line) = self.lines.get(offset as usize) {
+            let (mut high, bit, is_high) = (self.high.lock().unwrap(), 1 << offset, data.iter().any(|byte| *byte != 0));
+            *high = if is_high { *high | bit } else { *high & !bit };
+            line.set_level(is_high);
         }
     }
 }
@@ -110,6 +152,30 @@ impl TestMemory {
     /// Back to power-on.
     pub fn reset(&self) {
         self.0.lock().unwrap().fill(0);
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    #[serde(with = "hex")]
+    bytes: Vec<u8>,
+}
+
+/// Without the zeros behind what was written.
+impl Saves for TestMemory {
+    fn save(&self) -> Value {
+        let bytes = self.0.lock().unwrap();
+        let len = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        encode(1, &Saved { bytes: bytes[..len].to_vec() })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let Saved { mut bytes } = decode(1, state)?;
+        fits("memory", bytes.len() as u64 <= Self::LEN)?;
+        bytes.resize(Self::LEN as usize, 0);
+        self.0.lock().unwrap().copy_from_slice(&bytes);
+        Ok(())
     }
 }
 

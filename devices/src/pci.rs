@@ -10,6 +10,8 @@ pub mod pcie_pci_bridge;
 pub mod root;
 pub mod root_port;
 
+use crate::saved::Saves;
+
 pub use bridge::{Bridge, Path};
 pub use config::{BarKind, ConfigSpace, Identity};
 pub use decode::{BarTarget, Bells, Decoder};
@@ -39,4 +41,8 @@ pub trait PciFunction: Send + Sync {
     /// Back to the state after power-on: no BAR decoded, no bus mastering, no interrupt. The machine calls it when the
     /// guest resets, after [`PciFunction::quiesce`] of all functions and before the remapping unit is reset (rule 12).
     fn reset(&self);
+    /// Its state, if it can be saved and put back.
+    fn saves(&self) -> Option<&dyn Saves> {
+        None
+    }
 }

@@ -5,12 +5,17 @@
 
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::BusDevice;
+use crate::saved::{Saves, Unfit, decode, encode};
 
 /// One controller's two ports.
 pub struct Pic(Mutex<State>);
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     mask: u8,
     awaited: Awaited,
@@ -21,7 +26,7 @@ struct State {
 }
 
 /// What a write to the data port is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 enum Awaited {
     Mask,
     Second,
@@ -45,6 +50,17 @@ impl Pic {
     /// Back to power-on.
     pub fn reset(&self) {
         *self.0.lock().unwrap() = POWER_ON;
+    }
+}
+
+impl Saves for Pic {
+    fn save(&self) -> Value {
+        encode(1, &*self.0.lock().unwrap())
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        *self.0.lock().unwrap() = decode(1, state)?;
+        Ok(())
     }
 }
 

@@ -7,8 +7,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::BusDevice;
 use crate::host::IrqLine;
+use crate::saved::{Saves, Unfit, decode, encode, fits};
 use crate::timers::{Alarm, Clock, Timed};
 
 /// Its clock, in Hz.
@@ -16,7 +20,7 @@ pub const HZ: u64 = 1_193_182;
 const NANOSECONDS: u128 = 1_000_000_000;
 
 /// How a count is read and written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 enum Access {
     Low = 1,
     High = 2,
@@ -26,7 +30,8 @@ enum Access {
 /// A moment, in ticks of the timer's clock.
 type Ticks = u64;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Channel {
     /// Bits 3:1 of the control word: modes 6 and 7 are 2 and 3.
     mode: u8,
@@ -219,6 +224,24 @@ impl Channel {
         }
     }
 
+    /// The same at a moment 0: what it counted is behind it.
+    fn saved(&self, now: Ticks) -> Self {
+        Self { counted: self.elapsed(now), since: self.since.map(|_| 0), ..self.clone() }
+    }
+
+    /// What [`Channel::saved`] gave, from now on.
+    fn restored(self, now: Ticks) -> Result<Self, Unfit> {
+        let counts = |count: u64| (1..=0x1_0000).contains(&count);
+        fits(
+            "timer",
+            counts(self.count)
+                && self.written.is_none_or(counts)
+                && self.mode <= 7
+                && self.since.is_none_or(|at| at == 0),
+        )?;
+        Ok(Self { since: self.since.map(|_| now), ..self })
+    }
+
     fn set_gate(&mut self, gate: bool, now: Ticks) {
         let was = std::mem::replace(&mut self.gate, gate);
         match (was, gate, self.mode()) {
@@ -250,7 +273,8 @@ pub struct Pit {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     channels: [Channel; 3],
     /// Bit 1 of port 0x61.
@@ -315,6 +339,24 @@ impl Pit {
     fn moment(ticks: Ticks) -> Duration {
         let nanoseconds = (u128::from(ticks) * NANOSECONDS).div_ceil(HZ.into());
         Duration::from_nanos(nanoseconds.try_into().unwrap_or(u64::MAX))
+    }
+}
+
+/// Saved as at a moment 0. Time that passes until it is put back is none for it.
+impl Saves for Pit {
+    fn save(&self) -> Value {
+        let (now, state) = (self.ticks(), self.state.lock().unwrap());
+        let channels = std::array::from_fn(|index| state.channels[index].saved(now));
+        encode(1, &State { channels, speaker: state.speaker })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let State { channels: [first, second, third], speaker } = decode(1, state)?;
+        let now = self.ticks();
+        let channels = [first.restored(now)?, second.restored(now)?, third.restored(now)?];
+        *self.state.lock().unwrap() = State { channels, speaker };
+        self.alarm.ring();
+        Ok(())
     }
 }
 

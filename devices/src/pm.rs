@@ -3,8 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::BusDevice;
 use crate::host::{IrqLine, PowerControl};
+use crate::saved::{Saves, Unfit, decode, encode, fits};
 
 const STATUS_POWER_BUTTON: u16 = 1 << 8;
 /// Timer, global lock, power button, sleep button, RTC, wake.
@@ -22,13 +26,16 @@ pub struct PmBlock {
     state: Mutex<Registers>,
 }
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Registers {
     status: u16,
     enable: u16,
     control: u16,
     gpe_status: u32,
     gpe_enable: u32,
+    /// What the timer is ahead of the time since its start, modulo 2^32.
+    ahead: u32,
 }
 
 impl PmBlock {
@@ -60,7 +67,7 @@ impl PmBlock {
     /// Back to power-on. The timer goes on.
     pub fn reset(&self) {
         let mut state = self.state.lock().unwrap();
-        *state = Registers::default();
+        *state = Registers { ahead: state.ahead, ..Registers::default() };
         self.update_sci(&state);
     }
 
@@ -70,8 +77,8 @@ impl PmBlock {
         }
     }
 
-    fn timer(&self) -> u32 {
-        (self.start.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000) as u32
+    fn timer(&self, state: &Registers) -> u32 {
+        ((self.start.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000) as u32).wrapping_add(state.ahead)
     }
 
     /// The whole block as bytes.
@@ -82,10 +89,32 @@ impl PmBlock {
         image[2..4].copy_from_slice(&state.enable.to_le_bytes());
         // There is no SMI command: the machine is always in ACPI mode.
         image[4..6].copy_from_slice(&(state.control | CONTROL_SCI_EN).to_le_bytes());
-        image[8..12].copy_from_slice(&self.timer().to_le_bytes());
+        image[8..12].copy_from_slice(&self.timer(&state).to_le_bytes());
         image[16..20].copy_from_slice(&state.gpe_status.to_le_bytes());
         image[20..24].copy_from_slice(&state.gpe_enable.to_le_bytes());
         image
+    }
+}
+
+/// The timer is saved as what it shows.
+impl Saves for PmBlock {
+    fn save(&self) -> Value {
+        let state = self.state.lock().unwrap();
+        let Registers { status, enable, control, gpe_status, gpe_enable, ahead: _ } = *state;
+        let ahead = self.timer(&state);
+        encode(1, &Registers { status, enable, control, gpe_status, gpe_enable, ahead })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let saved: Registers = decode(1, state)?;
+        fits("PM1 status", saved.status & !STATUS_BITS == 0)?;
+        fits("PM1 enable", saved.enable & !ENABLE_BITS == 0)?;
+        fits("PM1 control", saved.control & CONTROL_SLP_EN == 0)?;
+        let mut state = self.state.lock().unwrap();
+        let started = self.timer(&Registers::default());
+        *state = Registers { ahead: saved.ahead.wrapping_sub(started), ..saved };
+        self.update_sci(&state);
+        Ok(())
     }
 }
 

@@ -6,8 +6,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::BusDevice;
 use crate::host::IrqLine;
+use crate::saved::{Saves, Unfit, decode, encode, fits, hex};
 use crate::timers::{Alarm, Clock, Timed};
 
 const SECOND: u8 = 0x00;
@@ -111,6 +115,41 @@ impl Rtc {
     }
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    index: u8,
+    #[serde(with = "hex")]
+    memory: Vec<u8>,
+    flags: u8,
+    offset: i64,
+    seen: u64,
+}
+
+/// The time goes on while it is saved, as with a battery; periods do not.
+impl Saves for Rtc {
+    fn save(&self) -> Value {
+        let State { index, memory, flags, offset, seen, periods: _ } = &*self.state.lock().unwrap();
+        let (index, memory, flags, offset, seen) = (*index, memory.to_vec(), *flags, *offset, *seen);
+        encode(1, &Saved { index, memory, flags, offset, seen })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let Saved { index, memory, flags, offset, seen } = decode(1, state)?;
+        fits("index", index < 0x80)?;
+        fits("flags", flags & !(B_PERIODIC | B_ALARM | B_UPDATE) == 0)?;
+        let memory: [u8; 128] = memory.try_into().map_err(|_| Unfit::Value("memory"))?;
+        {
+            let mut state = self.state.lock().unwrap();
+            *state = State { index, memory, flags, offset, seen, periods: 0 };
+            state.periods = state.periods(&*self.clock);
+        }
+        self.say();
+        self.alarm.ring();
+        Ok(())
+    }
+}
+
 impl State {
     fn b(&self) -> u8 {
         self.memory[usize::from(REGISTER_B)]
@@ -140,9 +179,14 @@ impl State {
         self.b() & B_SET != 0
     }
 
+    /// Periods of the present rate until now.
+    fn periods(&self, clock: &dyn Clock) -> u64 {
+        self.rate().map_or(0, |rate| (clock.now().as_nanos() * rate / 1_000_000_000) as u64)
+    }
+
     /// Brings the flags up to now.
     fn advance(&mut self, clock: &dyn Clock) {
-        let periods = self.rate().map_or(0, |rate| (clock.now().as_nanos() * rate / 1_000_000_000) as u64);
+        let periods = self.periods(clock);
         if periods != self.periods {
             self.flags |= B_PERIODIC;
             self.periods = periods;

@@ -2,14 +2,21 @@
 
 use std::convert::Infallible;
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use vm_superio::serial::{Error, SerialEvents};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vm_superio::serial::{Error, SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::BusDevice;
 use crate::host::IrqLine;
+use crate::saved::{Saves, Unfit, decode, encode, fits, hex};
+
+/// Bytes that were typed and not read, at most.
+const INPUT: usize = 64;
 
 /// COM1.
 pub struct SerialPort {
@@ -22,13 +29,19 @@ type Uart = Serial<Pulse, Drained, Box<dyn Write + Send>>;
 
 /// An edge on the line for each interrupt: ISA interrupts are edge-triggered.
 #[derive(Clone)]
-struct Pulse(Arc<dyn IrqLine>);
+struct Pulse {
+    line: Arc<dyn IrqLine>,
+    /// None is sent.
+    silent: Arc<AtomicBool>,
+}
 
 impl Trigger for Pulse {
     type E = Infallible;
     fn trigger(&self) -> Result<(), Infallible> {
-        self.0.set_level(true);
-        self.0.set_level(false);
+        if !self.silent.load(Ordering::Relaxed) {
+            self.line.set_level(true);
+            self.line.set_level(false);
+        }
         Ok(())
     }
 }
@@ -59,7 +72,7 @@ impl SerialPort {
     /// A port that interrupts through `line`, writes what the guest sends to `out`, and signals `drained`, if there is
     /// one, when the guest has read all input: then [`SerialPort::enqueue`] takes more.
     pub fn new(line: Arc<dyn IrqLine>, out: Box<dyn Write + Send>, drained: Option<EventFd>) -> Self {
-        let (line, drained) = (Pulse(line), Drained(drained.map(Arc::new)));
+        let (line, drained) = (Pulse { line, silent: Arc::default() }, Drained(drained.map(Arc::new)));
         let uart = Mutex::new(Serial::with_events(line.clone(), drained.clone(), out));
         Self { line, drained, uart }
     }
@@ -84,6 +97,64 @@ impl SerialPort {
                 0
             }
         }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    /// Divisor, low and high; enabled interrupts, their identification; line control and status; modem control and
+    /// status; scratch.
+    registers: [u8; 9],
+    /// What was typed and not read.
+    #[serde(with = "hex")]
+    input: Vec<u8>,
+}
+
+impl Saves for SerialPort {
+    fn save(&self) -> Value {
+        let state = self.uart.lock().unwrap().state();
+        let registers = [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ];
+        encode(1, &Saved { registers, input: state.in_buffer })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let Saved { registers, input } = decode(1, state)?;
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = registers;
+        fits("enabled interrupts", enable & !0x0f == 0)?;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: input,
+        };
+        fits("input", state.in_buffer.len() <= INPUT)?;
+        let mut uart = self.uart.lock().unwrap();
+        let nowhere: Box<dyn Write + Send> = Box::new(std::io::sink());
+        let fresh = Serial::with_events(self.line.clone(), self.drained.clone(), nowhere);
+        let out = std::mem::replace(&mut *uart, fresh).into_writer();
+        // An edge that was sent is in the processor's state, and none is sent again.
+        self.line.silent.store(true, Ordering::Relaxed);
+        let restored = Serial::from_state(&state, self.line.clone(), self.drained.clone(), out);
+        self.line.silent.store(false, Ordering::Relaxed);
+        *uart = restored.map_err(|_| Unfit::Value("input"))?;
+        Ok(())
     }
 }
 

@@ -61,6 +61,10 @@ pub struct Alarm {
 struct Rung {
     rung: bool,
     ended: bool,
+    /// No device is called.
+    held: bool,
+    /// The devices are being called.
+    busy: bool,
 }
 
 impl Alarm {
@@ -78,6 +82,20 @@ impl Alarm {
 
     fn end(&self) {
         self.state.lock().unwrap().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until devices may be called. `false` when the thread is to end.
+    fn enter(&self) -> bool {
+        let state = self.state.lock().unwrap();
+        let mut state = self.changed.wait_while(state, |state| state.held && !state.ended).unwrap();
+        state.busy = !state.ended;
+        state.busy
+    }
+
+    /// They were.
+    fn leave(&self) {
+        self.state.lock().unwrap().busy = false;
         self.changed.notify_all();
     }
 
@@ -114,8 +132,9 @@ impl Timers {
     pub fn start(clock: Arc<dyn Clock>, alarm: Arc<Alarm>, devices: Vec<Arc<dyn Timed>>) -> std::io::Result<Self> {
         let rings = alarm.clone();
         let thread = thread::Builder::new().name("timers".to_owned()).spawn(move || {
-            loop {
+            while rings.enter() {
                 let next = devices.iter().filter_map(|device| device.run()).min();
+                rings.leave();
                 let limit = next.map(|at| at.saturating_sub(clock.now()));
                 if !rings.pause(SHORTEST) || !rings.wait(limit.map(|limit| limit.saturating_sub(SHORTEST))) {
                     return;
@@ -123,6 +142,21 @@ impl Timers {
             }
         })?;
         Ok(Self { alarm, thread: Some(thread) })
+    }
+
+    /// When this returns no device is called, and none will be, until [`Timers::go_on`].
+    pub fn hold(&self) {
+        let mut state = self.alarm.state.lock().unwrap();
+        state.held = true;
+        drop(self.alarm.changed.wait_while(state, |state| state.busy).unwrap());
+    }
+
+    /// Devices are called again.
+    pub fn go_on(&self) {
+        let mut state = self.alarm.state.lock().unwrap();
+        (state.held, state.rung) = (false, true);
+        drop(state);
+        self.alarm.changed.notify_all();
     }
 }
 

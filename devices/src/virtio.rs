@@ -20,9 +20,10 @@ pub mod function;
 pub mod net;
 mod registers;
 #[cfg(test)]
-mod rig;
+pub(crate) mod rig;
 pub mod ring;
 pub mod rng;
+mod saving;
 mod vectors;
 mod worker;
 
@@ -104,6 +105,20 @@ pub trait Device<D: Dma>: Send + 'static {
     }
     /// The device was reset, or its rings are broken: the driver is not ready any more.
     fn reset(&mut self) {}
+    /// It is to be saved: puts back what it took from the rings and did not use, and gives what it has besides. It goes
+    /// on as after [`Device::work`].
+    ///
+    /// # Errors
+    /// As those of `work`.
+    fn rest(&mut self, work: &mut Work<'_, D>) -> Result<Vec<u8>, Broken> {
+        let _ = work;
+        Ok(Vec::new())
+    }
+    /// The driver is ready with these features, as it was where [`Device::rest`] gave `more`.
+    fn restored(&mut self, features: u64, more: &[u8]) {
+        let _ = more;
+        self.start(features);
+    }
     /// Does what there is to do: buffers that came, and what came from outside. Looks at [`Work::goes_on`] between
     /// buffers.
     ///

@@ -36,6 +36,10 @@ pub enum Verb {
     Add,
     /// Asks the guest to let go of a device behind a root port: `remove ID`
     Remove,
+    /// Saves the machine, which goes on, as a folder that `causeway run --restore DIR` goes on from: `snapshot DIR`
+    Snapshot,
+    /// Moves the machine, while it runs, into a process that waits for it: `migrate unix:PATH|tcp:HOST:PORT`
+    Migrate,
     /// Says which guest memory devices wrote: `dirty start`, `dirty read` and `dirty stop`
     Dirty,
     /// Shows the guest's tables, and what the host holds: `iommu tables` and `iommu mappings`
@@ -84,11 +88,17 @@ pub struct Request {
     /// Of `iommu`: the `next` of the page before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub position: Option<String>,
+    /// Of `snapshot`: the path of the folder, which is not there yet. Of `migrate`: where the other process waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// Of `migrate`: whether all of the memory is compared before the machine is handed over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<bool>,
 }
 
 impl From<Verb> for Request {
     fn from(verb: Verb) -> Self {
-        Self { verb, action: None, device: None, close_race: None, from: None, position: None }
+        Self { verb, action: None, device: None, close_race: None, from: None, position: None, to: None, verify: None }
     }
 }
 
@@ -106,9 +116,20 @@ impl Request {
 
     /// Whether its fields go together. An error says which do.
     pub fn check(&self) -> Result<(), String> {
-        let Self { verb, action, device, close_race, from, position } = self;
+        let Self { verb, action, device, close_race, from, position, to, verify } = self;
         let of_dirty = close_race.is_some() || from.is_some();
         let wrong = match (verb, action) {
+            (Verb::Snapshot, None)
+                if to.is_some() && device.is_none() && position.is_none() && verify.is_none() && !of_dirty =>
+            {
+                return Ok(());
+            }
+            (Verb::Snapshot, _) => "snapshot has a path and nothing else: snapshot DIR",
+            (Verb::Migrate, None) if to.is_some() && device.is_none() && position.is_none() && !of_dirty => {
+                return Ok(());
+            }
+            (Verb::Migrate, _) => "migrate has an address: migrate unix:PATH or tcp:HOST:PORT",
+            _ if to.is_some() || verify.is_some() => "only snapshot has a path, and only migrate an address",
             (Verb::Iommu, Some(Action::Tables | Action::Mappings)) if !of_dirty => return Ok(()),
             (Verb::Iommu, Some(Action::Tables | Action::Mappings)) => "only dirty has a race and an address",
             (Verb::Iommu, _) => "iommu shows tables or mappings",
@@ -218,7 +239,8 @@ mod tests {
                     _ => None,
                 };
                 let device = matches!(verb, Verb::Add | Verb::Remove).then(|| "edu0".to_owned());
-                let whole = Request { action, device, ..(*verb).into() };
+                let to = matches!(verb, Verb::Snapshot | Verb::Migrate).then(|| "/a".to_owned());
+                let whole = Request { action, device, to, ..(*verb).into() };
                 let request = line(&whole);
                 let more = match action {
                     Some(Action::Read) => ",\"action\":\"read\"",
@@ -226,12 +248,14 @@ mod tests {
                     None => "",
                 };
                 let of = whole.device.as_ref().map_or("", |_| ",\"device\":\"edu0\"");
-                assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}{of}}}\n").into_bytes());
+                let to = whole.to.as_ref().map_or("", |_| ",\"to\":\"/a\"");
+                assert_eq!(request, format!("{{\"verb\":\"{name}\"{more}{of}{to}}}\n").into_bytes());
                 assert_eq!(Request::parse(&request), Ok(whole));
                 name
             })
             .collect();
-        let all = "status audit devices trace pause resume reset power-button add remove dirty iommu top quit";
+        let all = "status audit devices trace pause resume reset power-button add remove snapshot migrate dirty iommu \
+                   top quit";
         assert_eq!(names.join(" "), all);
     }
 
@@ -294,6 +318,25 @@ mod tests {
             for more in ["\"action\":\"read\"", "\"close_race\":true", "\"from\":4096"] {
                 assert!(request(&format!(",\"device\":\"edu0\",{more}")).is_err(), "{more}");
             }
+        }
+    }
+
+    #[test]
+    fn a14_requests_for_a_snapshot_have_a_path_and_nothing_else() {
+        let request = |more: &str| Request::parse(format!("{{\"verb\":\"snapshot\"{more}}}").as_bytes());
+        assert!(request(",\"to\":\"/a\"").is_ok());
+        assert!(request("").unwrap_err().contains("snapshot DIR"));
+        for more in
+            ["\"action\":\"read\"", "\"close_race\":true", "\"from\":1", "\"device\":\"a\"", "\"position\":\"a\""]
+        {
+            assert!(request(&format!(",\"to\":\"/a\",{more}")).is_err(), "{more}");
+        }
+        for verb in ["status", "remove", "dirty\",\"action\":\"read", "iommu\",\"action\":\"tables"] {
+            let text = format!("{{\"verb\":\"{verb}\",\"device\":\"a\",\"to\":\"/a\"}}");
+            assert!(
+                Request::parse(text.as_bytes()).unwrap_err().contains("only snapshot has a path, and only migrate"),
+                "{verb}"
+            );
         }
     }
 
@@ -361,7 +404,7 @@ mod tests {
         ) {
             let more = more.map_or(String::new(), |more| format!(",{more}"));
             // Some have more than their verb.
-            let more_than_a_verb = [Verb::Dirty, Verb::Iommu, Verb::Add, Verb::Remove];
+            let more_than_a_verb = [Verb::Dirty, Verb::Iommu, Verb::Add, Verb::Remove, Verb::Snapshot, Verb::Migrate];
             let verbs = || Verb::value_variants().iter().filter(|verb| !more_than_a_verb.contains(verb));
             let known = verbs().any(|verb| {
                 value.trim_matches('"') == verb.to_possible_value().unwrap().get_name() && value.starts_with('"')

@@ -1,6 +1,8 @@
 //! Configuration space of an emulated function: 4 KiB with a mask of what software may write, and of what it clears
 //! by writing ones. BAR sizing needs nothing else: the address bits below a BAR's size are simply not writable.
 
+use crate::saved::Unfit;
+
 /// Bytes of configuration space of one function.
 pub const CONFIG_SIZE: usize = 4096;
 
@@ -316,6 +318,34 @@ impl ConfigSpace {
         if matches!(self.bars[index], Some((kind, _)) if kind.is_64()) {
             self.write(at + 4, &((address >> 32) as u32).to_le_bytes());
         }
+    }
+
+    /// What it holds, to be saved.
+    pub fn bytes(&self) -> &[u8] {
+        &*self.bytes
+    }
+
+    /// Puts back what [`ConfigSpace::bytes`] gave. `own` are the bits of which the function says what they are:
+    /// offsets and masks.
+    ///
+    /// # Errors
+    /// Other bits differ than those that software can write: these are of another function. Then nothing changed.
+    pub fn restore(&mut self, bytes: &[u8], own: &[(u16, u16)]) -> Result<(), Unfit> {
+        let wrong = Unfit::Value("configuration space");
+        let bytes: &[u8; CONFIG_SIZE] = bytes.try_into().map_err(|_| wrong.clone())?;
+        let is_own = |at: usize| {
+            let of = |(offset, mask): &(u16, u16)| match at.wrapping_sub(usize::from(*offset)) {
+                half @ 0..2 => mask.to_le_bytes()[half],
+                _ => 0,
+            };
+            own.iter().fold(0, |bits, of_function| bits | of(of_function))
+        };
+        let fixed = |at: usize| !(self.writable[at] | self.clear_on_one[at] | is_own(at));
+        if (0..CONFIG_SIZE).any(|at| (bytes[at] ^ self.bytes[at]) & fixed(at) != 0) {
+            return Err(wrong);
+        }
+        *self.bytes = *bytes;
+        Ok(())
     }
 
     /// Back to power-on: everything that software may write is cleared, but for the interrupt line.

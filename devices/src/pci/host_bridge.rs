@@ -2,7 +2,11 @@
 
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use super::{ConfigSpace, Identity, PciFunction};
+use crate::saved::{Saves, Unfit, decode, encode, hex};
 
 /// A host bridge without registers of its own. Its id (1b36:0008, a generic PCI Express host bridge) makes no guest
 /// look for chipset quirks.
@@ -25,6 +29,27 @@ impl PciFunction for HostBridge {
     }
     fn reset(&self) {
         self.0.lock().unwrap().reset();
+    }
+    fn saves(&self) -> Option<&dyn Saves> {
+        Some(self)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    #[serde(with = "hex")]
+    config: Vec<u8>,
+}
+
+impl Saves for HostBridge {
+    fn save(&self) -> Value {
+        encode(1, &Saved { config: self.0.lock().unwrap().bytes().to_vec() })
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let Saved { config } = decode(1, state)?;
+        self.0.lock().unwrap().restore(&config, &[])
     }
 }
 

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};
 
+use serde_json::Value;
 use vtd::{Requester, SourceId};
 
 use super::config::{CONFIG_SIZE, HEADER_TYPE};
 use super::{Decoder, HostBridge, Path, PciFunction, RootPort};
 use crate::host::PowerControl;
+use crate::saved::{Saves, Unfit, decode, encode, fits};
 use crate::{Bus, BusDevice};
 
 /// The IOAPIC pin (global system interrupt, 16 to 23) of pin `pin` (1 for INTA to 4 for INTD) of device `device` (0 to
@@ -255,6 +257,22 @@ impl ConfigPorts {
     }
 }
 
+impl Saves for ConfigPorts {
+    fn save(&self) -> Value {
+        encode(1, &*self.address.lock().unwrap())
+    }
+
+    fn restore(&self, state: &Value) -> Result<(), Unfit> {
+        let address: u32 = decode(1, state)?;
+        fits("address", address & !ADDRESS == 0)?;
+        *self.address.lock().unwrap() = address;
+        Ok(())
+    }
+}
+
+/// What the address register keeps: bits 30:24 are reserved.
+const ADDRESS: u32 = 0x80ff_ffff;
+
 impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
@@ -269,9 +287,8 @@ impl BusDevice for ConfigPorts {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, data) {
-            // Bits 30:24 are reserved.
             (0, &[a, b, c, d]) => {
-                *self.address.lock().unwrap() = u32::from_le_bytes([a, b, c, d]) & 0x80ff_ffff;
+                *self.address.lock().unwrap() = u32::from_le_bytes([a, b, c, d]) & ADDRESS;
             }
             (1, &[value]) => {
                 if value & 0x04 != 0 {

@@ -16,6 +16,7 @@
 //! for the queue of the unit: nothing that a drain calls may take it. `card` comes after it; an access of the card's
 //! configuration space holds it shared, so that who takes the card away waits for it.
 
+mod saving;
 mod slot;
 
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
@@ -28,6 +29,7 @@ use super::bridge::{Bridge, Path, header};
 use super::config::{CAP_MSI, COMMAND_MASTER};
 use super::{ConfigSpace, Decoder, Identity, PciFunction};
 use crate::host::{Interrupts, SlotPower, SourceIds};
+use crate::saved::Saves;
 
 /// Where extended capabilities begin.
 const EXTENDED: u16 = 0x100;
@@ -365,6 +367,10 @@ impl PciFunction for RootPort {
         // A link that went and came in it is no news afterwards.
         state.slot.reset(&mut state.config, present);
         state.interrupts = false;
+    }
+
+    fn saves(&self) -> Option<&dyn Saves> {
+        Some(self)
     }
 }
 

@@ -147,6 +147,15 @@ impl<W: Write + Send + 'static, D: Dma> Device<D> for Console<W> {
         self.input.set_ready(false);
     }
 
+    fn rest(&mut self, _: &mut Work<'_, D>) -> Result<Vec<u8>, Broken> {
+        Ok(self.input.lock().bytes.iter().copied().collect())
+    }
+
+    fn restored(&mut self, _: u64, more: &[u8]) {
+        self.input.set_ready(true);
+        self.input.enqueue(more);
+    }
+
     fn work(&mut self, work: &mut Work<'_, D>) -> Result<(), Broken> {
         self.transmit(work)?;
         self.receive(work)

@@ -28,6 +28,7 @@ use crate::BusDevice;
 use crate::host::{Doorbells, Interrupts};
 use crate::pci::config::CAP_MSIX;
 use crate::pci::{BarKind, BarTarget, Bells, ConfigSpace, Decoder, Identity, Path, PciFunction};
+use crate::saved::Saves;
 
 const VENDOR: u16 = 0x1af4;
 /// Device ids begin here; the device type is added.
@@ -69,28 +70,28 @@ pub struct Wiring {
 
 /// The function.
 pub struct VirtioPci {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     decoder: Arc<Decoder>,
     bar: BarTarget,
 }
 
-struct Shared {
+pub(super) struct Shared {
     requester: Requester,
-    link: Arc<Link>,
+    pub(super) link: Arc<Link>,
     config: Vec<u8>,
-    most: &'static [u16],
+    pub(super) most: &'static [u16],
     stop_machine: Box<dyn Fn(&str) + Send + Sync>,
     /// Held while the worker is waited for, which never takes it.
     state: Mutex<State>,
 }
 
-struct State {
-    space: ConfigSpace,
+pub(super) struct State {
+    pub(super) space: ConfigSpace,
     /// Offset of the MSI-X capability.
-    msix: u16,
+    pub(super) msix: u16,
     /// Offset of the capability by which configuration space reaches BAR 0.
     window: u16,
-    registers: Registers,
+    pub(super) registers: Registers,
 }
 
 impl VirtioPci {
@@ -133,7 +134,7 @@ impl VirtioPci {
         if self.shared.link.end_for_good() { Ok(()) } else { Err("what it does in the host does not end".into()) }
     }
 
-    fn decode(&self, state: &State) {
+    pub(super) fn decode(&self, state: &State) {
         self.decoder.set(self.shared.requester.sid, 0, state.space.decoded(0), &self.bar);
     }
 }
@@ -221,6 +222,10 @@ impl PciFunction for VirtioPci {
         drop(state);
         self.shared.judge(stopped);
     }
+
+    fn saves(&self) -> Option<&dyn Saves> {
+        Some(self)
+    }
 }
 
 impl State {
@@ -234,7 +239,7 @@ impl State {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
     }
 

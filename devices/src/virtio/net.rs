@@ -207,6 +207,16 @@ impl<L: Link, D: Dma> Device<D> for Net<L> {
         self.waiting.clear();
     }
 
+    fn rest(&mut self, work: &mut Work<'_, D>) -> Result<Vec<u8>, Broken> {
+        // They are the last that were taken.
+        let waiting = std::mem::take(&mut self.waiting);
+        work.with(RECEIVE, |ring, _| {
+            waiting.iter().for_each(|_| ring.put_back());
+            Ok(())
+        })?;
+        Ok(Vec::new())
+    }
+
     fn work(&mut self, work: &mut Work<'_, D>) -> Result<(), Broken> {
         while work.goes_on() {
             let more = self.transmit(work)?;

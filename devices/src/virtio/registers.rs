@@ -5,7 +5,10 @@ use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_FEATURES_OK,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::ring::Place;
+use crate::saved::{Unfit, fits};
 
 /// Bytes of the structure.
 pub const SIZE: u64 = 0x38;
@@ -17,7 +20,8 @@ pub const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_BITS: u8 = (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FAILED) as u8;
 
 /// A queue as the driver set it up.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueSetup {
     /// Where it is.
     pub place: Place,
@@ -48,6 +52,18 @@ pub struct Elsewhere {
     pub queue_vector: u16,
     /// Status bits that the device sets.
     pub status: u8,
+}
+
+/// The registers as they are saved.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    device_select: u32,
+    driver_select: u32,
+    driver: u64,
+    status: u8,
+    queue_select: u16,
+    queues: Vec<QueueSetup>,
 }
 
 /// The registers.
@@ -91,6 +107,37 @@ impl Registers {
         for (queue, most) in queues.iter_mut().zip(*most) {
             *queue = QueueSetup { place: Place { size: *most, ..Place::default() }, enabled: false };
         }
+    }
+
+    /// What a driver has written there.
+    pub fn save(&self) -> Saved {
+        let Self { offered: _, needed: _, most: _, device_select, driver_select, driver, status, queue_select, queues } =
+            self;
+        Saved {
+            device_select: *device_select,
+            driver_select: *driver_select,
+            driver: *driver,
+            status: *status,
+            queue_select: *queue_select,
+            queues: queues.clone(),
+        }
+    }
+
+    /// Those of a device of this kind that were saved.
+    ///
+    /// # Errors
+    /// No driver can bring them about.
+    pub fn restored(&self, saved: Saved) -> Result<Self, Unfit> {
+        let Saved { device_select, driver_select, driver, status, queue_select, queues } = saved;
+        let Self { offered, needed, most, .. } = *self;
+        let agreed = driver & !offered == 0 && driver & needed == needed;
+        fits("features", status & FEATURES_OK == 0 || agreed)?;
+        let ready = status & DRIVER_OK == 0 || status & FEATURES_OK != 0;
+        fits("status", status & !(DRIVER_BITS | FEATURES_OK | DRIVER_OK) == 0 && ready)?;
+        let possible =
+            |(queue, most): (&QueueSetup, &u16)| queue.place.size.is_power_of_two() && queue.place.size <= *most;
+        fits("queues", queues.len() == most.len() && queues.iter().zip(most).all(possible))?;
+        Ok(Self { offered, needed, most, device_select, driver_select, driver, status, queue_select, queues })
     }
 
     /// The features that driver and device agreed on.

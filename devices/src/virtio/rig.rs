@@ -101,6 +101,12 @@ impl Driver {
         self.function.bar().write(offset, &value.to_le_bytes()[..len]);
     }
 
+    /// The driver of this function is the one of `other`, whose memory is copied.
+    pub fn share(&mut self, other: &Self) {
+        self.memory.write_slice(&other.bytes(0, MEMORY), GuestAddress(0)).unwrap();
+        (self.used, self.available) = (other.used.clone(), other.available.clone());
+    }
+
     pub fn status(&self) -> u64 {
         self.read(0x14, 1)
     }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
@@ -81,7 +82,8 @@ pub fn write(memory: &impl GuestMemory, parts: &[Part], data: &[u8]) -> Result<(
 }
 
 /// Where a driver put a queue.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Place {
     /// Entries.
     pub size: u16,
@@ -91,6 +93,16 @@ pub struct Place {
     pub available: u64,
     /// IOVA of the used ring.
     pub used: u64,
+}
+
+/// How far a queue is, modulo 2^16.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Positions {
+    /// Buffers that were taken.
+    pub available: u16,
+    /// Buffers that were given back.
+    pub used: u16,
 }
 
 /// A queue in use.
@@ -113,6 +125,22 @@ impl Ring {
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         Ok(Self { queue })
+    }
+
+    /// The queue at `place`, as one that was saved with these positions.
+    ///
+    /// # Errors
+    /// As those of [`Ring::new`].
+    pub fn restored(most: u16, place: &Place, event_idx: bool, positions: Positions) -> Result<Self, Broken> {
+        let mut ring = Self::new(most, place, event_idx)?;
+        ring.queue.set_next_avail(positions.available);
+        ring.queue.set_next_used(positions.used);
+        Ok(ring)
+    }
+
+    /// How far it is.
+    pub fn positions(&self) -> Positions {
+        Positions { available: self.queue.next_avail(), used: self.queue.next_used() }
     }
 
     /// How many entries it has.

@@ -3,9 +3,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use vtd::{Msi, Requester};
 
 use crate::host::Interrupts;
+use crate::saved::{Unfit, fits};
 
 /// Control: MSI-X Enable.
 const CONTROL_ENABLE: u16 = 1 << 15;
@@ -42,6 +44,16 @@ struct State {
     masked: bool,
     /// A message is a memory write, so it needs Bus Master.
     master: bool,
+    for_config: u16,
+    for_queues: Vec<u16>,
+}
+
+/// The vectors as they are saved.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    entries: Vec<[u32; 4]>,
+    pending: Vec<bool>,
     for_config: u16,
     for_queues: Vec<u16>,
 }
@@ -87,6 +99,35 @@ impl Vectors {
         state.for_config = NO_VECTOR;
         state.for_queues.fill(NO_VECTOR);
         state.pending.fill(false);
+    }
+
+    /// What is in the table, and what it is for.
+    pub fn save(&self) -> Saved {
+        let State { entries, pending, enabled: _, masked: _, master: _, for_config, for_queues } = &*self.lock();
+        Saved {
+            entries: entries.clone(),
+            pending: pending.clone(),
+            for_config: *for_config,
+            for_queues: for_queues.clone(),
+        }
+    }
+
+    /// Puts back what was saved, with the control register and Bus Master that were. Nothing is sent.
+    ///
+    /// # Errors
+    /// It is of other vectors. Then nothing changed.
+    pub fn restore(&self, saved: Saved, control: u16, is_master: bool) -> Result<(), Unfit> {
+        let mut state = self.lock();
+        let count = state.entries.len();
+        let is_vector = |vector: &u16| *vector == NO_VECTOR || usize::from(*vector) < count;
+        let sizes = (saved.entries.len(), saved.pending.len(), saved.for_queues.len());
+        fits("vectors", sizes == (count, count, state.for_queues.len()))?;
+        fits("vectors", is_vector(&saved.for_config) && saved.for_queues.iter().all(is_vector))?;
+        fits("vectors", saved.entries.iter().all(|entry| entry[3] & !VECTOR_MASKED == 0))?;
+        let Saved { entries, pending, for_config, for_queues } = saved;
+        let (enabled, masked) = (control & CONTROL_ENABLE != 0, control & CONTROL_MASK != 0);
+        *state = State { entries, pending, enabled, masked, master: is_master, for_config, for_queues };
+        Ok(())
     }
 
     /// The control register, and whether Bus Master is set.

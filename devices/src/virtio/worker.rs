@@ -6,16 +6,20 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::Requester;
 
-use super::ring::{Broken, Ring};
+use super::ring::{Broken, Positions, Ring};
 use super::vectors::{Cause, Vectors};
 use super::{Device, Dma, Work};
+use crate::saved::{Unfit, fits, hex};
 use crate::told::Told;
 
+/// Bytes that a device has besides its rings, at most.
+const MOST_MORE: usize = 1 << 16;
 /// How long what a device does in the host's kernel may take to end when the driver or a reset stops it.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a device that is stopped for good is waited for.
@@ -56,6 +60,12 @@ struct State {
     master: bool,
     /// The worker has the rings.
     busy: bool,
+    /// It is to rest, and begins nothing.
+    held: bool,
+    /// It rests: what the device has besides its rings. None where the rings are broken.
+    rested: Option<Vec<u8>>,
+    /// What a device that was put back has besides its rings, until it has heard of it.
+    more: Option<Vec<u8>>,
     /// Nothing is begun any more.
     ended: bool,
     /// The thread ends.
@@ -152,6 +162,7 @@ impl Link {
     pub fn reset(&self) -> bool {
         let Some(mut state) = self.wait(self.lock(), DEADLINE) else { return false };
         (state.rings, state.fresh, state.started, state.forgotten) = (Vec::new(), None, false, true);
+        state.more = None;
         self.kick();
         self.status.store(0, Ordering::Release);
         self.isr.store(0, Ordering::Release);
@@ -177,6 +188,48 @@ impl Link {
             return None;
         }
         Some(state)
+    }
+
+    /// Makes the device rest until [`Link::go_on_again`]. `false`: what is under way does not end in time.
+    #[must_use]
+    pub fn hold(&self) -> bool {
+        let mut state = self.lock();
+        state.held = true;
+        self.stop.store(true, Ordering::Release);
+        self.kick();
+        let moving = |state: &mut State| state.busy || state.must_rest();
+        !self.changed.wait_timeout_while(state, DEADLINE, moving).unwrap().1.timed_out()
+    }
+
+    /// It may go on.
+    pub fn go_on_again(&self) {
+        let mut state = self.lock();
+        (state.held, state.rested) = (false, None);
+        self.go_on(&state);
+    }
+
+    /// What is saved of a device that rests.
+    pub fn save(&self) -> Saved {
+        let state = self.lock();
+        let positions = |ring: &Option<Ring>| ring.as_ref().map(Ring::positions);
+        Saved {
+            running: state.started,
+            rings: state.rings.iter().map(positions).collect(),
+            status: self.status(),
+            isr: self.isr.load(Ordering::Acquire),
+            // What the device was put back with, and has not heard of, is still so.
+            more: state.more.clone().or_else(|| state.rested.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// Puts it back into a device that rests: its rings, with the features of its driver, or none.
+    pub fn restore(&self, saved: Saved, rings: Vec<Option<Ring>>, features: u64, master: bool) {
+        let Saved { running, rings: _, status, isr, more } = saved;
+        let mut state = self.lock();
+        (state.rings, state.started, state.master, state.forgotten) = (rings, running, master, !running);
+        (state.fresh, state.more) = if running { (Some(features), Some(more)) } else { (None, None) };
+        self.status.store(status, Ordering::Release);
+        self.isr.store(isr, Ordering::Release);
     }
 
     /// The thread ends, and with it the device: when this returns its file, its pins and its place in the unit are free
@@ -208,9 +261,37 @@ impl Link {
     }
 }
 
+/// What is saved of a device besides its registers.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// The driver is ready, and the rings are in order.
+    pub running: bool,
+    /// How far each queue is that the driver uses.
+    pub rings: Vec<Option<Positions>>,
+    status: u8,
+    isr: u8,
+    #[serde(with = "hex")]
+    more: Vec<u8>,
+}
+
+impl Saved {
+    /// Whether a device can be in it.
+    pub fn check(&self) -> Result<(), Unfit> {
+        fits("status", u32::from(self.status) & !VIRTIO_CONFIG_S_NEEDS_RESET == 0)?;
+        fits("interrupt status", self.isr & !(ISR_QUEUE | ISR_CONFIG) == 0)?;
+        fits("input", self.more.len() <= MOST_MORE)
+    }
+}
+
 impl State {
     fn may_work(&self) -> bool {
-        self.started && self.master && !self.ended && !self.closed
+        self.started && self.master && !self.ended && !self.closed && !self.held
+    }
+
+    /// Whether the device is to rest now.
+    fn must_rest(&self) -> bool {
+        self.held && self.rested.is_none() && !self.closed
     }
 }
 
@@ -263,27 +344,44 @@ impl Link {
             return false;
         }
         let (forgotten, works) = (std::mem::take(&mut state.forgotten), state.may_work());
-        let mut rings = if works { std::mem::take(&mut state.rings) } else { Vec::new() };
+        // One that has not begun has nothing to put back.
+        let rests = state.must_rest();
+        let puts_back = rests && state.started && state.fresh.is_none();
+        let mut rings = if works || puts_back { std::mem::take(&mut state.rings) } else { Vec::new() };
         let fresh = if works { state.fresh.take() } else { None };
-        state.busy = works;
+        let more = if works { state.more.take() } else { None };
+        state.busy = works || rests;
         drop(state);
         if forgotten {
             device.reset();
         }
-        if !works {
+        if !works && !rests {
             return true;
         }
-        if let Some(features) = fresh {
-            device.start(features);
+        match (fresh, more) {
+            (Some(features), Some(more)) => device.restored(features, &more),
+            (Some(features), None) => device.start(features),
+            (None, _) => {}
         }
         let notify = |queue: usize| self.used(queue);
-        let done = device.work(&mut Work { dma, rings: &mut rings, stop: &self.stop, notify: &notify });
-        let broken = done.err();
+        let mut work = Work { dma, rings: &mut rings, stop: &self.stop, notify: &notify };
+        let done = match (works, puts_back) {
+            (true, _) => device.work(&mut work).map(|()| None),
+            (false, true) => device.rest(&mut work).map(Some),
+            (false, false) => Ok(Some(Vec::new())),
+        };
+        let broken = done.as_ref().err().copied();
         if broken.is_some() {
             device.reset();
         }
         let mut state = self.lock();
-        (state.rings, state.busy) = (rings, false);
+        if works || puts_back {
+            state.rings = rings;
+        }
+        state.busy = false;
+        if rests {
+            state.rested = Some(done.ok().flatten().unwrap_or_default());
+        }
         state.started &= broken.is_none();
         // Still under the lock: a reset that comes now takes it back.
         if let Some(why) = broken {

@@ -19,6 +19,7 @@ const ACKNOWLEDGE: u64 = 0x64;
 const BUFFER: u64 = 0x40000;
 const START: u64 = 1;
 const TO_MEMORY: u64 = 2;
+const INTERRUPT: u64 = 4;
 const MSI: u8 = 5;
 const VENDOR: u16 = 0x1234;
 const DEVICE: u16 = 0x11e8;
@@ -95,6 +96,16 @@ impl Edu {
     /// The device is to write `len` bytes of its buffer to `iova`; it is not waited for.
     pub fn begin_write(&self, iova: u64, len: u64) {
         self.begin(BUFFER, iova, len, TO_MEMORY);
+    }
+
+    /// As [`Edu::begin_write`], with an interrupt at its end, until [`Edu::acknowledge_transfer`].
+    pub fn begin_write_that_interrupts(&self, iova: u64, len: u64) {
+        self.begin(BUFFER, iova, len, TO_MEMORY | INTERRUPT);
+    }
+
+    /// Ends the interrupt of a transfer.
+    pub fn acknowledge_transfer(&self) {
+        self.write(ACKNOWLEDGE, 0x100);
     }
 
     /// Waits for the end of what [`Edu::begin_write`] began.

@@ -22,6 +22,7 @@ mod suite {
     pub mod remapping;
     pub mod reserved;
     pub mod reset;
+    pub mod saving;
     pub mod scalable;
     pub mod translation;
     pub mod unmapping;
@@ -47,6 +48,7 @@ images::image!(
     remapping::TESTS,
     reserved::TESTS,
     reset::TESTS,
+    saving::TESTS,
     scalable::TESTS,
     translation::TESTS,
     unmapping::TESTS,

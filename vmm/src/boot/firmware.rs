@@ -8,6 +8,7 @@ use devices::debug_exit::DebugExit;
 use devices::fw_cfg::FwCfg;
 use devices::ioapic::IoApic;
 use devices::pc_testdev::{TestLines, TestMemory, TestPorts};
+use devices::saved::Saves;
 
 use crate::boot::memory_map;
 use crate::machine::control::{Control, Stop};
@@ -17,6 +18,7 @@ pub struct ImageDevices {
     ports: Arc<TestPorts>,
     lines: Arc<TestLines>,
     memory: Arc<TestMemory>,
+    fw_cfg: Arc<FwCfg>,
 }
 
 impl ImageDevices {
@@ -38,12 +40,13 @@ impl ImageDevices {
             map.extend_from_slice(&len.to_le_bytes());
             map.extend_from_slice(&kind.to_le_bytes());
         }
-        let fw_cfg = FwCfg::new(ram, cpus.into(), &[("etc/e820", map)]);
-        ports.insert(FwCfg::FIRST, FwCfg::LAST, Arc::new(fw_cfg))?;
+        let fw_cfg = Arc::new(FwCfg::new(ram, cpus.into(), &[("etc/e820", map)]));
+        ports.insert(FwCfg::FIRST, FwCfg::LAST, fw_cfg.clone())?;
         let tests = Self {
             ports: Arc::new(TestPorts::new()),
             lines: Arc::new(TestLines::new(ioapic)),
             memory: Arc::new(TestMemory::new()),
+            fw_cfg,
         };
         ports.insert(TestPorts::FIRST, TestPorts::LAST, tests.ports.clone())?;
         ports.insert(TestLines::FIRST, TestLines::LAST, tests.lines.clone())?;
@@ -51,9 +54,15 @@ impl ImageDevices {
         Ok(tests)
     }
 
+    /// The devices that are saved, by name.
+    pub fn saves(&self) -> [(&'static str, &dyn Saves); 4] {
+        let Self { ports, lines, memory, fw_cfg } = self;
+        [("test-ports", &**ports), ("test-lines", &**lines), ("test-memory", &**memory), ("fw-cfg", &**fw_cfg)]
+    }
+
     /// Back to power-on.
     pub fn reset(&self) {
-        let Self { ports, lines, memory } = self;
+        let Self { ports, lines, memory, fw_cfg: _ } = self;
         ports.reset();
         lines.reset();
         memory.reset();

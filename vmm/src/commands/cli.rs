@@ -11,6 +11,7 @@ use crate::commands::options;
 use crate::commands::report::ReportArgs;
 use crate::commands::test::TestArgs;
 use crate::config::{DeviceOption, IommuOption, MachineConfig};
+use crate::machine::migration::Address;
 
 /// `causeway`.
 #[derive(Parser, Debug)]
@@ -67,7 +68,8 @@ Exit codes: 0 the guest powered off; 2 usage; 4 refused at start, nothing ran; 6
 and the code is (V << 1) | 1.")]
 pub struct RunArgs {
     /// Linux kernel (bzImage)
-    #[arg(long, value_name = "FILE", required_unless_present = "image", conflicts_with = "image")]
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    #[arg(required_unless_present_any = ["image", "restore", "incoming"])]
     pub kernel: Option<PathBuf>,
     /// Bare-metal image (PVH, multiboot 1); adds isa-debug-exit and fw_cfg
     #[arg(long, value_name = "FILE")]
@@ -114,9 +116,34 @@ pub struct RunArgs {
     /// Listen here for `causeway ctl`: whoever can connect (this user, and root) owns the machine
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Go on where `causeway ctl PATH snapshot DIR` saved a machine, with that machine's options
+    #[arg(long, value_name = "DIR", conflicts_with_all = OF_THE_MACHINE)]
+    pub restore: Option<PathBuf>,
+    /// Wait there for a machine that `causeway ctl PATH migrate ADDRESS` sends: unix:PATH or tcp:HOST:PORT
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = OF_THE_MACHINE, conflicts_with = "restore")]
+    pub incoming: Option<Address>,
 }
 
+/// What describes a machine, which one that was saved has already.
+const OF_THE_MACHINE: [&str; 9] =
+    ["kernel", "image", "initrd", "cmdline", "memory", "cpus", "iommu", "devices", "root_ports"];
+
 impl RunArgs {
+    /// A run as this one, of the machine with these options, as they were saved.
+    ///
+    /// # Errors
+    /// A sentence that says which option is none.
+    pub fn of_machine(&self, options: &[String]) -> Result<Self, String> {
+        let words = ["causeway", "run"].into_iter().chain(options.iter().map(String::as_str));
+        let parsed = Cli::try_parse_from(words).map_err(|e| e.to_string())?;
+        let Command::Run(machine) = parsed.command else { return Err("they are of another command".to_owned()) };
+        let Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, .. } = self;
+        let (stats, trace, log) = (stats.clone(), trace.clone(), log.clone());
+        let (no_reboot, timeout, verbose) = (*no_reboot, *timeout, *verbose);
+        let (socket, restore, incoming) = (socket.clone(), restore.clone(), incoming.clone());
+        Ok(Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, ..*machine })
+    }
+
     /// The machine that it describes.
     pub fn machine(&self) -> MachineConfig {
         let Self { memory, cpus, iommu, devices, root_ports, .. } = self;

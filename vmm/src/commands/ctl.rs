@@ -13,6 +13,7 @@ use crate::commands::iommu::{self, Shown};
 use crate::commands::top::{self, Ended};
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::exit::{DENIED, DIFFERS, REFUSED, USAGE};
+use crate::machine::migration::Address;
 use crate::messages::{say, tell};
 use crate::signals;
 
@@ -30,8 +31,8 @@ pub struct CtlArgs {
     #[arg(value_name = "VERB")]
     verb: Verb,
     /// Of dirty: what is done, start, read or stop. Of iommu: what is shown, tables or mappings. Of remove: the
-    /// device's id
-    #[arg(value_name = "ACTION|ID")]
+    /// device's id. Of snapshot: the folder that is made. Of migrate: unix:PATH or tcp:HOST:PORT
+    #[arg(value_name = "ACTION|ID|DIR|ADDRESS")]
     what: Option<String>,
     /// Of add: the device, as `causeway run --device` takes it. Of dirty: this device alone, with those of its host
     /// group. Of iommu: this one alone, by its id or its address in the guest
@@ -40,6 +41,9 @@ pub struct CtlArgs {
     /// Of dirty start: an unmap loses no write, whatever that costs
     #[arg(long)]
     close_race: bool,
+    /// Of migrate: all of the memory is compared before the machine is handed over, while it stands still
+    #[arg(long)]
+    verify: bool,
     /// Of dirty read: writes the bitmap there, a bit for each 4 KiB of guest-physical addresses from 0 on, the lowest
     /// first, instead of the ranges
     #[arg(long, value_name = "FILE")]
@@ -55,7 +59,7 @@ pub struct CtlArgs {
 impl CtlArgs {
     fn request(&self) -> Result<Request, String> {
         let Self { verb, what, device, .. } = self;
-        let (mut action, mut device) = (None, device.clone());
+        let (mut action, mut device, mut to) = (None, device.clone(), None);
         match (verb, what) {
             (_, None) => {}
             (Verb::Remove, Some(id)) if device.is_none() => device = Some(id.clone()),
@@ -64,10 +68,26 @@ impl CtlArgs {
                 let actions = if *verb == Verb::Dirty { "start, read or stop" } else { "tables or mappings" };
                 action = Some(parsed.map_err(|_| format!("`{text}` is not {actions}"))?);
             }
+            (Verb::Snapshot, Some(folder)) => {
+                // The machine has another working directory.
+                let whole = std::path::absolute(folder).map_err(|e| format!("`{folder}` cannot be a path: {e}"))?;
+                to = Some(whole.to_string_lossy().into_owned());
+            }
+            (Verb::Migrate, Some(address)) => {
+                to = Some(match address.parse()? {
+                    // The machine has another working directory.
+                    Address::Unix(path) => {
+                        let whole = std::path::absolute(&path).map_err(|e| format!("`{address}`: {e}"))?;
+                        Address::Unix(whole).to_string()
+                    }
+                    address => address.to_string(),
+                });
+            }
             (_, Some(text)) => return Err(format!("`{text}` is too much")),
         }
         let close_race = self.close_race.then_some(true);
-        Ok(Request { action, device, close_race, ..(*verb).into() })
+        let verify = self.verify.then_some(true);
+        Ok(Request { action, device, close_race, to, verify, ..(*verb).into() })
     }
 }
 

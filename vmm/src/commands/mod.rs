@@ -3,6 +3,7 @@
 pub mod cli;
 mod client;
 mod ctl;
+mod describe;
 mod device;
 mod iommu;
 pub mod options;

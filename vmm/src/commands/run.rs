@@ -30,6 +30,9 @@ use crate::machine::audit;
 use crate::machine::control::{Control, Stop};
 use crate::machine::control_socket::{self, ControlSocket, SocketFile};
 use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside, Wake};
+use crate::machine::migration::Incoming;
+use crate::machine::saving::Description;
+use crate::machine::snapshot::Snapshot;
 use crate::machine::stats::{self, Exit, Stats};
 use crate::machine::{Machine, Parts};
 use crate::messages::{Messages, say};
@@ -52,6 +55,7 @@ fn outcome(stop: &Stop) -> Exit {
         Stop::PowerOff => ("poweroff", 0),
         Stop::DebugExit(value) => ("debug-exit", (value << 1) as u8 | 1),
         Stop::Quit => ("quit", 0),
+        Stop::Migrated => ("migrated", 0),
         Stop::Reset => ("reset", CRASHED),
         Stop::Crash(_) => ("crash", CRASHED),
         Stop::Error(_) => ("error", ERROR),
@@ -63,7 +67,7 @@ fn outcome(stop: &Stop) -> Exit {
 
 fn explain(stop: &Stop) {
     match stop {
-        Stop::PowerOff | Stop::Quit | Stop::DebugExit(_) => {}
+        Stop::PowerOff | Stop::Quit | Stop::Migrated | Stop::DebugExit(_) => {}
         Stop::Reset => log::error!("the guest asked for a reset, which --no-reboot forbids"),
         Stop::Crash(why) => log::error!("the guest crashed: {why}"),
         Stop::Error(why) => log::error!("{why}"),
@@ -92,10 +96,58 @@ struct Run<'a> {
     messages: Arc<Messages>,
     /// Who connects before the machine runs is served when it does.
     socket: Option<(UnixListener, Arc<SocketFile>)>,
+    /// What the machine goes on from.
+    saved: Option<Saved>,
 }
 
 /// Runs a guest to its end.
 pub fn run(args: &RunArgs) -> ExitCode {
+    let saved = match (&args.restore, &args.incoming) {
+        (Some(path), _) => {
+            Snapshot::open(path).map(|snapshot| Some(Saved::Folder(Box::new(snapshot)))).map_err(|e| e.to_string())
+        }
+        (None, Some(address)) => Incoming::wait(address).map(|incoming| Some(Saved::Incoming(incoming))),
+        (None, None) => Ok(None),
+    };
+    let why = |why| format!("the options of the machine that was saved cannot be used: {why}");
+    let opened = saved.and_then(|saved| match saved {
+        None => Ok(run_machine(args, None)),
+        Some(saved) => {
+            let args = args.of_machine(&saved.machine().options).map_err(why)?;
+            Ok(run_machine(&args, Some(saved)))
+        }
+    });
+    opened.unwrap_or_else(|why| {
+        say(format_args!("causeway: {why}"));
+        ExitCode::from(REFUSED)
+    })
+}
+
+/// What a machine goes on from.
+enum Saved {
+    Folder(Box<Snapshot>),
+    Incoming(Incoming),
+}
+
+impl Saved {
+    fn machine(&self) -> &Description {
+        match self {
+            Self::Folder(snapshot) => &snapshot.machine,
+            Self::Incoming(incoming) => &incoming.machine,
+        }
+    }
+
+    /// Gives the machine, which was made from it, its state.
+    fn put_into(self, machine: &mut Machine) -> anyhow::Result<()> {
+        match self {
+            Self::Folder(snapshot) => Ok(machine.take_over(*snapshot)?),
+            Self::Incoming(incoming) => machine.arrive(incoming).map_err(anyhow::Error::msg),
+        }
+    }
+}
+
+/// Runs a guest to its end, one that was saved or a new one.
+fn run_machine(args: &RunArgs, saved: Option<Saved>) -> ExitCode {
     let start = Instant::now();
     let refused = |e: anyhow::Error| (REFUSED, e);
     let usage = |e: anyhow::Error| (USAGE, e);
@@ -120,7 +172,8 @@ pub fn run(args: &RunArgs) -> ExitCode {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        Ok(Run { args, config: args.machine(), names, places, trace, start, control, signals, messages, socket })
+        let config = args.machine();
+        Ok(Run { args, config, names, places, trace, start, control, signals, messages, socket, saved })
     };
     let mut run = match run() {
         Ok(run) => run,
@@ -182,8 +235,26 @@ impl Run<'_> {
             output: output.writer(),
             drained: drained.try_clone()?,
             trace: trace.clone(),
+            saved: self.saved.as_ref().map(Saved::machine),
         };
-        let mut machine = Machine::new(&kvm, parts)?;
+        let made = Machine::new(&kvm, parts);
+        let saved = self.saved.take();
+        let mut machine = match (made, saved) {
+            (Ok(machine), None) => machine,
+            (Ok(mut machine), Some(saved)) => {
+                if let Err(e) = saved.put_into(&mut machine) {
+                    machine.stop();
+                    return Err(e);
+                }
+                machine
+            }
+            (Err(e), saved) => {
+                if let Some(Saved::Incoming(incoming)) = saved {
+                    incoming.refuse(&e.to_string());
+                }
+                return Err(e.into());
+            }
+        };
 
         let report = Arc::new(AtomicBool::new(false));
         let mut events: EventManager<Subscriber> =
@@ -295,7 +366,7 @@ impl Run<'_> {
         let verbs = Verbs {
             control: &self.control,
             trace: self.args.trace.as_deref().zip(trace),
-            no_reboot: self.args.no_reboot,
+            args: self.args,
             start: self.start,
         };
         let mut last_audit = stats::Audit::default();

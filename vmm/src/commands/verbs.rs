@@ -6,9 +6,12 @@ use std::time::Instant;
 use serde::Serialize;
 use vfio_bridge::{DirtyRace, Trace};
 
+use crate::commands::cli::RunArgs;
+use crate::commands::describe;
 use crate::config::DeviceOption;
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
+use crate::machine::migration::Address;
 use crate::machine::stats::{self, Device, Port, Stats};
 use crate::machine::{Machine, audit};
 
@@ -18,8 +21,8 @@ pub struct Verbs<'a> {
     pub control: &'a Control,
     /// The trace and its file.
     pub trace: Option<(&'a Path, &'a Trace)>,
-    /// A reset is refused.
-    pub no_reboot: bool,
+    /// Of the run.
+    pub args: &'a RunArgs,
     /// Of the run.
     pub start: Instant,
 }
@@ -97,7 +100,7 @@ impl Verbs<'_> {
                 machine.resume();
                 state_of(machine)
             }
-            Verb::Reset if self.no_reboot => Reply::Error(
+            Verb::Reset if self.args.no_reboot => Reply::Error(
                 "this machine was started with --no-reboot, which forbids a reset: start it without, or use quit"
                     .to_owned(),
             ),
@@ -120,12 +123,42 @@ impl Verbs<'_> {
                     Reply::ok(&serde_json::json!({"id": id, "port": port, "removing": true}))
                 })
             }
+            Verb::Migrate => self.migrate(request, machine),
+            Verb::Snapshot => self.snapshot(request, machine),
             Verb::Dirty => dirty(request, machine),
             Verb::Iommu => iommu(request, machine),
             Verb::Quit => {
                 self.control.request(Stop::Quit);
                 Reply::ok(&serde_json::json!({"quit": true}))
             }
+        }
+    }
+}
+
+impl Verbs<'_> {
+    /// The machine as a folder.
+    fn snapshot(&self, request: &Request, machine: &mut Machine) -> Reply {
+        let folder = Path::new(request.to.as_deref().unwrap_or_default());
+        let options = describe::machine(self.args, machine);
+        let taken = options.and_then(|options| machine.snapshot(folder, options).map_err(|e| e.to_string()));
+        taken.map_or_else(|why| Reply::Error(format!("no snapshot was taken: {why}")), |taken| Reply::ok(&taken))
+    }
+}
+
+impl Verbs<'_> {
+    /// The machine moves, and this run ends.
+    fn migrate(&self, request: &Request, machine: &mut Machine) -> Reply {
+        let to: Result<Address, _> = request.to.as_deref().unwrap_or_default().parse();
+        let moved = to.and_then(|to| {
+            let options = describe::machine(self.args, machine)?;
+            machine.migrate(&to, options, request.verify == Some(true))
+        });
+        match moved {
+            Ok(moved) => {
+                self.control.request(Stop::Migrated);
+                Reply::ok(&moved)
+            }
+            Err(why) => Reply::Error(format!("the machine did not move, and goes on here: {why}")),
         }
     }
 }

@@ -7,4 +7,5 @@ pub mod memory;
 pub mod register_page;
 pub mod slots;
 pub mod vcpu;
+pub mod vcpu_state;
 pub mod vm;

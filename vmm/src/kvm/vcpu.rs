@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 
 use devices::Bus;
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -16,11 +16,11 @@ use vmm_sys_util::signal::register_signal_handler;
 use crate::boot::layout;
 use crate::boot::{CODE, CODE_32, DATA, GDT_ENTRIES, Mode, Segment, Start};
 use crate::kvm::cpuid;
+use crate::kvm::vcpu_state::{MSR_TSC, Model, States, VcpuState, read_msrs, write_msrs};
 use crate::kvm::vm::{Error, call};
 use crate::machine::control;
-use crate::machine::control::{Control, NextStep, Stop};
+use crate::machine::control::{Control, Errand, NextStep, Stop};
 
-const MSR_TSC: u32 = 0x10;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -68,33 +68,10 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
     power_on: PowerOn,
-}
-
-/// Reads what can be read of `indices`.
-fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
-    let mut values = Vec::with_capacity(indices.len());
-    let mut rest: Vec<kvm_msr_entry> = indices
-        .iter()
-        .filter(|index| **index != MSR_TSC) // KVM keeps the counters of the vCPUs together, and a write would part them.
-        .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
-        .collect();
-    while !rest.is_empty() {
-        let Ok(mut msrs) = Msrs::from_entries(&rest) else { break };
-        let read = fd.get_msrs(&mut msrs).unwrap_or(0).min(rest.len());
-        values.extend_from_slice(&msrs.as_slice()[..read]);
-        // KVM stops at the first that it lists but cannot read.
-        rest.drain(..(read + 1).min(rest.len()));
-    }
-    values
-}
-
-fn write_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) {
-    let mut rest = entries;
-    while !rest.is_empty() {
-        let Ok(msrs) = Msrs::from_entries(rest) else { break };
-        let written = fd.set_msrs(&msrs).unwrap_or(0).min(rest.len());
-        rest = &rest[(written + 1).min(rest.len())..];
-    }
+    /// The MSRs that KVM lists.
+    msrs: Vec<u32>,
+    /// What it sees.
+    pub model: Model,
 }
 
 impl PowerOn {
@@ -107,7 +84,8 @@ impl PowerOn {
             debug: fd.get_debug_regs()?,
             events: fd.get_vcpu_events()?,
             lapic: fd.get_lapic()?,
-            msrs: read_msrs(fd, msrs),
+            // KVM keeps the counters of the vCPUs together, and a write would part them.
+            msrs: read_msrs(fd, msrs.iter().copied().filter(|index| *index != MSR_TSC)),
         })
     }
 
@@ -161,17 +139,26 @@ fn boot_sregs(power_on: &kvm_sregs, mode: Mode) -> kvm_sregs {
     sregs
 }
 
-/// Makes vCPU `index` of `cpus`.
-pub fn create(kvm: &Kvm, vm: &VmFd, index: u8, cpus: u8) -> Result<Vcpu, Error> {
+/// Makes vCPU `index` of `cpus`; one that was saved with `model`.
+pub fn create(kvm: &Kvm, vm: &VmFd, index: u8, cpus: u8, model: Option<&Model>) -> Result<Vcpu, Error> {
     let fd = vm.create_vcpu(index.into()).map_err(call("KVM_CREATE_VCPU"))?;
     let supported = cpuid::supported(kvm).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
     let tsc_khz = fd.get_tsc_khz().ok().filter(|khz| *khz > 0);
-    fd.set_cpuid2(&cpuid::for_vcpu(&supported, index, cpus, tsc_khz)).map_err(call("KVM_SET_CPUID2"))?;
+    let here = Model::new(&cpuid::for_vcpu(&supported, index, cpus, tsc_khz), tsc_khz);
+    let model = match model {
+        None => here,
+        Some(saved) => {
+            saved.fits(&here, &fd).map_err(|why| Error::Model { index, why })?;
+            saved.clone()
+        }
+    };
+    let seen = model.cpuid().ok_or(Error::Model { index, why: "it has too many CPUID leaves".to_owned() })?;
+    fd.set_cpuid2(&seen).map_err(call("KVM_SET_CPUID2"))?;
     let initial = [(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEFAULT_TYPE, MTRR_ENABLED_WRITE_BACK)];
     write_msrs(&fd, &initial.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }));
     let msrs = kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
     let power_on = PowerOn::of(&fd, msrs.as_slice()).map_err(call("reading the state of a vCPU"))?;
-    Ok(Vcpu { fd, index, power_on })
+    Ok(Vcpu { fd, index, power_on, msrs: msrs.as_slice().to_vec(), model })
 }
 
 thread_local! {
@@ -201,12 +188,13 @@ impl Vcpu {
         control: Arc<Control>,
         buses: Buses,
         entry: Arc<Mutex<Start>>,
+        states: Arc<States>,
     ) -> std::io::Result<JoinHandle<()>> {
         thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             let mut fd = self.fd;
             let _enrolled = control.enroll();
             RUN_PAGE.set(std::ptr::from_mut(fd.get_kvm_run()));
-            let state = State { index: self.index, power_on: self.power_on, entry };
+            let state = State { index: self.index, power_on: self.power_on, msrs: self.msrs, entry, states };
             run(&mut fd, &state, &control, &buses);
             RUN_PAGE.set(std::ptr::null_mut());
         })
@@ -216,7 +204,9 @@ impl Vcpu {
 struct State {
     index: u8,
     power_on: PowerOn,
+    msrs: Vec<u32>,
     entry: Arc<Mutex<Start>>,
+    states: Arc<States>,
 }
 
 impl State {
@@ -243,18 +233,33 @@ fn run(fd: &mut VcpuFd, state: &State, control: &Control, buses: &Buses) {
     loop {
         match control.next_step(&mut resets) {
             NextStep::Quit => return,
-            NextStep::Reset => {
-                if ran {
-                    finish_access(fd);
-                }
-                if let Err(e) = state.set(fd, ran) {
-                    control.request(Stop::Error(format!("vCPU {} could not be reset: {e}", state.index)));
-                }
-                control.reset_done();
+            NextStep::Do(errand) => {
+                let stop = match errand {
+                    Errand::Reset => {
+                        if ran {
+                            finish_access(fd);
+                        }
+                        let failed = |e| Stop::Error(format!("vCPU {} could not be reset: {e}", state.index));
+                        state.set(fd, ran).err().map(failed)
+                    }
+                    Errand::Settle if ran => settle(fd, state.index, buses),
+                    Errand::Settle => None,
+                    Errand::Save => {
+                        state.states.put(state.index, VcpuState::of(fd, &state.msrs));
+                        None
+                    }
+                    Errand::Restore => {
+                        ran = true;
+                        state.states.restore(state.index, |saved| saved.restore(fd));
+                        None
+                    }
+                };
+                stop.into_iter().for_each(|stop| control.request(stop));
+                control.errand_done();
             }
             NextStep::Run => {
                 ran = true;
-                if let Some(stop) = enter(fd, state.index, control, buses) {
+                if let Left::Stopped(stop) = enter(fd, state.index, buses, || control.left()) {
                     control.request(stop);
                 }
             }
@@ -271,10 +276,36 @@ fn finish_access(fd: &mut VcpuFd) {
     fd.set_kvm_immediate_exit(0);
 }
 
-/// Runs the guest until its next exit.
-fn enter(fd: &mut VcpuFd, index: u8, control: &Control, buses: &Buses) -> Option<Stop> {
+/// Completes the access of the last exit, and what that leads to: an instruction may have several accesses. They are
+/// bounded, for KVM goes back to the guest after each instruction, and here does not enter it.
+fn settle(fd: &mut VcpuFd, index: u8, buses: &Buses) -> Option<Stop> {
+    loop {
+        fd.set_kvm_immediate_exit(1);
+        match enter(fd, index, buses, || ()) {
+            Left::Served => {}
+            Left::Interrupted => return None,
+            Left::Stopped(stop) => {
+                fd.set_kvm_immediate_exit(0);
+                return Some(stop);
+            }
+        }
+    }
+}
+
+/// How a vCPU left the guest.
+enum Left {
+    /// With something that is done.
+    Served,
+    /// Because it was kicked.
+    Interrupted,
+    /// It does not go on.
+    Stopped(Stop),
+}
+
+/// Runs the guest until its next exit. `left` is called before anything else is done with that.
+fn enter(fd: &mut VcpuFd, index: u8, buses: &Buses, left: impl FnOnce()) -> Left {
     let exit = fd.run();
-    control.left();
+    left();
     match exit {
         Ok(VcpuExit::IoIn(port, data)) => {
             let (at, len) = (data.as_mut_ptr(), data.len());
@@ -303,22 +334,25 @@ fn enter(fd: &mut VcpuFd, index: u8, control: &Control, buses: &Buses) -> Option
             }
         }
         Ok(VcpuExit::IoapicEoi(vector)) => buses.ioapic.eoi(vector),
-        Ok(VcpuExit::Shutdown) => return Some(Stop::Crash(format!("vCPU {index} stopped by a triple fault"))),
+        Ok(VcpuExit::Shutdown) => return Left::Stopped(Stop::Crash(format!("vCPU {index} stopped by a triple fault"))),
         Ok(VcpuExit::Intr | VcpuExit::Hlt) => {}
         Ok(VcpuExit::FailEntry(reason, cpu)) => {
-            return Some(Stop::Error(format!(
+            return Left::Stopped(Stop::Error(format!(
                 "the processor refused to run vCPU {index} (reason {reason:#x}, on host CPU {cpu})"
             )));
         }
-        Ok(VcpuExit::InternalError) => return Some(internal_error(fd, index, buses.ram)),
-        Ok(other) => return Some(Stop::Error(format!("vCPU {index} left the guest for an unknown reason: {other:?}"))),
+        Ok(VcpuExit::InternalError) => return Left::Stopped(internal_error(fd, index, buses.ram)),
+        Ok(other) => {
+            return Left::Stopped(Stop::Error(format!("vCPU {index} left the guest for an unknown reason: {other:?}")));
+        }
         Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
             // Cleared before the next look at what is wanted: a kick after this counts for the next entry.
             fd.set_kvm_immediate_exit(0);
+            return Left::Interrupted;
         }
-        Err(e) => return Some(Stop::Error(format!("KVM_RUN of vCPU {index} failed: {e}"))),
+        Err(e) => return Left::Stopped(Stop::Error(format!("KVM_RUN of vCPU {index} failed: {e}"))),
     }
-    None
+    Left::Served
 }
 
 /// Calls `access` for each unit of a port access: string instructions bring several at once.

@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
-    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -22,6 +22,14 @@ pub enum Error {
     /// This KVM lacks something.
     #[error("this host's KVM has no {0}")]
     Missing(&'static str),
+    /// A vCPU that was saved cannot be one of this host.
+    #[error("vCPU {index} cannot run here: {why}")]
+    Model {
+        /// Its number.
+        index: u8,
+        /// Why, and what helps.
+        why: String,
+    },
     /// KVM does not take the guest's memory.
     #[error("KVM does not take {mib} MiB of guest memory in one piece: {source}; use a smaller --memory")]
     Ram {
@@ -95,11 +103,15 @@ pub fn create(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
 
 /// Gives the guest its RAM, in slots from 0. Gives back the first slot that is free.
 pub fn add_ram(vm: &VmFd, ram: &Ram) -> Result<u32, Error> {
+    set_ram(vm, ram, 0)
+}
+
+fn set_ram(vm: &VmFd, ram: &Ram, flags: u32) -> Result<u32, Error> {
     let mut slot = 0;
     for region in ram.iter() {
         let memory = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
@@ -110,6 +122,11 @@ pub fn add_ram(vm: &VmFd, ram: &Ram) -> Result<u32, Error> {
         slot += 1;
     }
     Ok(slot)
+}
+
+/// From now on, or not any more, KVM notes which pages of RAM vCPUs write; nothing is noted yet.
+pub fn log_dirty(vm: &VmFd, ram: &Ram, on: bool) -> Result<(), Error> {
+    set_ram(vm, ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }).map(drop)
 }
 
 /// Adds to an error of KVM what the user can do.

@@ -27,10 +27,25 @@ pub enum Stop {
     DebugExit(u32),
     /// The user asked for it at the terminal.
     Quit,
+    /// The guest runs in another process.
+    Migrated,
     /// The time limit is over.
     TimeLimit,
     /// A signal from outside.
     Signal(i32),
+}
+
+/// What every vCPU thread is asked for while no vCPU runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Errand {
+    /// Take the state after a reset.
+    Reset,
+    /// Complete the access that the last exit was for, with all that follows from it.
+    Settle,
+    /// Say what state it is in.
+    Save,
+    /// Take the state that was saved.
+    Restore,
 }
 
 /// What a vCPU thread does next.
@@ -38,8 +53,8 @@ pub enum Stop {
 pub enum NextStep {
     /// Enter the guest.
     Run,
-    /// Take the state after a reset, then ask again.
-    Reset,
+    /// Do this, then ask again.
+    Do(Errand),
     /// End the thread.
     Quit,
 }
@@ -50,9 +65,10 @@ const QUIT: u8 = 2;
 
 struct State {
     parked: usize,
-    /// Counts machine resets; a vCPU that has seen fewer has one to do.
-    resets: u64,
-    resets_done: usize,
+    /// Counts errands; a vCPU that has seen fewer has one to do.
+    errands: u64,
+    errand: Errand,
+    errands_done: usize,
     stop: Option<Stop>,
 }
 
@@ -92,7 +108,7 @@ impl Control {
         Ok(Self {
             wanted: AtomicU8::new(PAUSE),
             inside: AtomicUsize::new(0),
-            state: Mutex::new(State { parked: 0, resets: 0, resets_done: 0, stop: None }),
+            state: Mutex::new(State { parked: 0, errands: 0, errand: Errand::Reset, errands_done: 0, stop: None }),
             changed: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             vcpus,
@@ -141,7 +157,12 @@ impl Control {
         self.state.lock().unwrap().stop.take()
     }
 
-    /// For vCPU threads: waits until there is something to do. `seen` counts the resets that this vCPU has done. After
+    /// Whether a stop was requested that nobody has taken.
+    pub fn is_stopping(&self) -> bool {
+        self.state.lock().unwrap().stop.is_some()
+    }
+
+    /// For vCPU threads: waits until there is something to do. `seen` counts the errands that this vCPU has done. After
     /// [`NextStep::Run`], [`Control::left`] is called before anything else is done with the exit.
     pub fn next_step(&self, seen: &mut u64) -> NextStep {
         // Either this sees that a stop is wanted, or whoever wants it sees this vCPU inside.
@@ -156,9 +177,9 @@ impl Control {
         let step = loop {
             match self.wanted.load(Ordering::Relaxed) {
                 QUIT => break NextStep::Quit,
-                _ if *seen < state.resets => {
-                    *seen = state.resets;
-                    break NextStep::Reset;
+                _ if *seen < state.errands => {
+                    *seen = state.errands;
+                    break NextStep::Do(state.errand);
                 }
                 RUN => {
                     // What is wanted changes under the lock only.
@@ -181,9 +202,9 @@ impl Control {
         }
     }
 
-    /// For vCPU threads: the reset that [`NextStep::Reset`] asked for is done.
-    pub fn reset_done(&self) {
-        self.state.lock().unwrap().resets_done += 1;
+    /// For vCPU threads: what [`NextStep::Do`] asked for is done.
+    pub fn errand_done(&self) {
+        self.state.lock().unwrap().errands_done += 1;
         self.changed.notify_all();
     }
 
@@ -215,17 +236,14 @@ impl Control {
         drop(self.changed.wait_while(state, |_| self.inside.load(Ordering::SeqCst) > 0).unwrap());
     }
 
-    /// While paused: every vCPU takes its state after a reset. Returns when all have.
-    pub fn reset_vcpus(&self) {
+    /// While paused: every vCPU does this. Returns when all have.
+    pub fn send(&self, errand: Errand) {
         let mut state = self.state.lock().unwrap();
-        state.resets += 1;
-        state.resets_done = 0;
+        state.errands += 1;
+        (state.errand, state.errands_done) = (errand, 0);
         self.changed.notify_all();
-        drop(
-            self.changed
-                .wait_while(state, |state| state.resets_done < self.vcpus || state.parked < self.vcpus)
-                .unwrap(),
-        );
+        let under_way = |state: &mut State| state.errands_done < self.vcpus || state.parked < self.vcpus;
+        drop(self.changed.wait_while(state, under_way).unwrap());
     }
 
     /// The vCPUs run, unless a stop was requested meanwhile.
@@ -262,9 +280,10 @@ mod tests {
                         thread::yield_now();
                         control.left();
                     }
-                    NextStep::Reset => {
+                    NextStep::Do(errand) => {
+                        assert_eq!(errand, Errand::Reset);
                         resets.fetch_add(1, Ordering::Relaxed);
-                        control.reset_done();
+                        control.errand_done();
                     }
                     NextStep::Quit => break,
                 }
@@ -284,7 +303,7 @@ mod tests {
             }
             control.pause();
             let inside = entries.load(Ordering::Relaxed);
-            control.reset_vcpus();
+            control.send(Errand::Reset);
             assert_eq!(resets.load(Ordering::Relaxed), 3 * round);
             assert_eq!(entries.load(Ordering::Relaxed), inside);
         }

@@ -16,6 +16,15 @@ const MOST_RANGES: usize = 4096;
 pub struct Dirty {
     /// The last read, for whoever asks for the rest of it: a bit a page of RAM.
     last: Read,
+    /// Something is tracked.
+    on: bool,
+}
+
+impl Dirty {
+    /// Whether something is tracked.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
 }
 
 #[derive(Clone, Default)]
@@ -60,6 +69,7 @@ impl Machine {
     pub fn start_dirty(&mut self, device: Option<&str>, race: DirtyRace) -> Result<Started, String> {
         let of = device.map(|id| self.assigned_as(id)).transpose()?;
         let known = self.bridge.dirty_start(of, race).map_err(|e| e.to_string())?;
+        self.dirty.on = true;
         if device.is_none() {
             self.ram.iter().for_each(|region| region.bitmap().log().start());
         }
@@ -83,6 +93,13 @@ impl Machine {
         let next = next.filter(|next| !pages.ranges_from(PAGE_SIZE, *next, 1).is_empty());
         let ranges = ranges.iter().map(|range| (range.first, range.last - range.first + 1)).collect();
         Ok(Pages { pages: pages.count(), page_size: PAGE_SIZE, ranges, next, devices: devices.clone() })
+    }
+
+    /// What devices and this process wrote since the last time, while all are tracked.
+    pub(super) fn written_by_devices(&self) -> Result<DirtyPages, String> {
+        let mut pages = self.bridge.dirty_read(None).map_err(|e| e.to_string())?.pages;
+        self.take_own(&mut pages);
+        Ok(pages)
     }
 
     /// Tracks nothing more of `device`, or of all.

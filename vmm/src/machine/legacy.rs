@@ -8,6 +8,7 @@ use devices::legacy::I8042;
 use devices::pic::Pic;
 use devices::pit::{Pit, SystemPort};
 use devices::rtc::Rtc;
+use devices::saved::Saves;
 use devices::timers::{Alarm, HostClock, Timed, Timers};
 use devices::{Bus, BusDevice};
 
@@ -19,7 +20,7 @@ pub struct Legacy {
     pit: Arc<Pit>,
     rtc: Arc<Rtc>,
     pics: [Arc<Pic>; 2],
-    _timers: Timers,
+    timers: Timers,
 }
 
 impl Legacy {
@@ -43,7 +44,23 @@ impl Legacy {
         }
         let timed: Vec<Arc<dyn Timed>> = vec![pit.clone(), rtc.clone()];
         let timers = Timers::start(clock, alarm, timed).map_err(Error::Thread)?;
-        Ok(Self { pit, rtc, pics, _timers: timers })
+        Ok(Self { pit, rtc, pics, timers })
+    }
+
+    /// The devices that are saved, by name.
+    pub fn saves(&self) -> [(&'static str, &dyn Saves); 4] {
+        let [master, slave] = &self.pics;
+        [("pit", &*self.pit), ("rtc", &*self.rtc), ("pic-master", &**master), ("pic-slave", &**slave)]
+    }
+
+    /// When this returns they make no interrupt, until [`Legacy::go_on`].
+    pub fn hold(&self) {
+        self.timers.hold();
+    }
+
+    /// They make interrupts again.
+    pub fn go_on(&self) {
+        self.timers.go_on();
     }
 
     /// Back to power-on, but for what the clock's battery keeps.

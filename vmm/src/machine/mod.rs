@@ -9,9 +9,12 @@ pub mod events;
 mod hotplug;
 mod iommu;
 mod legacy;
+pub mod migration;
 mod peers;
 mod plug;
 mod ports;
+pub mod saving;
+pub mod snapshot;
 mod source_ids;
 pub mod stats;
 mod steering;
@@ -28,7 +31,7 @@ use devices::pm::PmBlock;
 use devices::serial::SerialPort;
 use devices::vfio_pci::VfioPci;
 use devices::{Bus, BusDevice};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 use vfio_bridge::{Bridge, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, SpaceListener, Unit, UnitConfig, UnitId};
@@ -49,8 +52,9 @@ use crate::kvm::memory::Ram;
 use crate::kvm::register_page;
 use crate::kvm::slots::KvmSlots;
 use crate::kvm::vcpu::{self, Buses};
+use crate::kvm::vcpu_state::{Model, States};
 use crate::kvm::vm;
-use crate::machine::control::{Control, Stop};
+use crate::machine::control::{Control, Errand, Stop};
 use crate::machine::legacy::Legacy;
 use crate::open_files;
 use crate::output::OutputWriter;
@@ -58,6 +62,7 @@ use bars::NoPlace;
 use peers::PeerMemory;
 use plug::{Placed, Plug};
 use ports::Ports;
+use saving::Description;
 use stats::{Device, Stats};
 
 impl PowerControl for Control {
@@ -130,6 +135,17 @@ pub enum Error {
     /// Two things want one address.
     #[error(transparent)]
     Overlap(#[from] Overlap),
+    /// It was saved on another host.
+    #[error(
+        "the guest has physical addresses of {saved} bits, and this host's processor of {here}; use a host with the \
+         same processor"
+    )]
+    PhysicalBits {
+        /// The guest's.
+        saved: u8,
+        /// The host's.
+        here: u8,
+    },
     /// Interrupts cannot be delivered.
     #[error("interrupts cannot be set up: {0}")]
     Interrupts(std::io::Error),
@@ -159,6 +175,11 @@ pub struct Machine {
     resets: u64,
     paused: bool,
     dirty: dirty::Dirty,
+    vm: Arc<VmFd>,
+    /// The states of vCPUs, when they are saved and put back.
+    states: Arc<States>,
+    models: Vec<Model>,
+    physical_bits: u8,
 }
 
 /// The devices that every machine has.
@@ -169,6 +190,7 @@ struct Platform {
     ioapic: Arc<IoApic>,
     serial: Arc<SerialPort>,
     power: Arc<PmBlock>,
+    config: Arc<ConfigPorts>,
     legacy: Legacy,
     /// What bare-metal images find besides.
     tests: Option<ImageDevices>,
@@ -204,11 +226,11 @@ impl Platform {
 
         insert(&mmio, layout::IOAPIC, layout::IOAPIC_SIZE, ioapic.clone())?;
         insert(&mmio, layout::ECAM, layout::ecam_size(last_bus), Arc::new(Ecam::new(root.clone())))?;
-        pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config)?;
+        pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config.clone())?;
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
         let legacy = Legacy::add(&pio, &ioapic, control)?;
-        Ok(Self { pio, mmio, root, ioapic, serial, power, legacy, tests: None })
+        Ok(Self { pio, mmio, root, ioapic, serial, power, config, legacy, tests: None })
     }
 }
 
@@ -232,12 +254,14 @@ pub struct Parts<'a> {
     pub drained: EventFd,
     /// Where notifications and host operations are traced.
     pub trace: Option<Arc<Trace>>,
+    /// What it was when it was saved: then it starts with empty memory, and [`Machine::restore`] gives it its state.
+    pub saved: Option<&'a Description>,
 }
 
 impl Machine {
     /// Makes everything. On an error nothing ran and nothing is left behind.
     pub fn new(kvm: &Kvm, parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { config: wanted, names, places, payload, checked, control, output, drained, trace } = parts;
+        let Parts { config: wanted, names, places, payload, checked, control, output, drained, trace, saved } = parts;
         let vm = vm::create(kvm)?;
         let buses = BusNumbers::new(wanted.root_ports, &wanted.devices, places);
         // A process may come later.
@@ -245,7 +269,7 @@ impl Machine {
             wanted.root_ports > 0 || checked.iter().any(|function| matches!(function, Checked::User { .. }));
         let ram = memory::create(wanted.memory, for_processes)?;
         let supported = cpuid::supported(kvm).map_err(vm::call("KVM_GET_SUPPORTED_CPUID"))?;
-        let physical_bits = cpuid::physical_bits(&supported);
+        let physical_bits = saving::physical_bits(saved, cpuid::physical_bits(&supported))?;
 
         let assigned = assign::open(&vm, &ram, wanted, checked, &control, trace.as_ref())?;
         let width = assign::unit_width(wanted.vtd().and_then(|unit| unit.aw_bits), &assigned.limits)?;
@@ -322,10 +346,10 @@ impl Machine {
             let device = placed.iter().find(|device| device.requester.sid == source.bar.sid);
             Error::NoPlace { id: device.map_or_else(|| source.bar.sid.to_string(), |device| device.id.clone()), source }
         };
-        let pci64 = bars::window(&bars::all(&platform.root), wanted.memory, physical_bits).map_err(no_place)?;
+        let fitting = bars::window(&bars::all(&platform.root), wanted.memory, physical_bits).map_err(no_place)?;
         let tables = Tables {
             cpus: wanted.cpus,
-            pci64,
+            pci64: saved.map_or(fitting, |saved| saved.pci64.map(|[first, last]| layout::Window { first, last })),
             root_ports: wanted.root_ports,
             last_bus: buses.last,
             remapping: unit.as_ref().map(|unit| Remapping {
@@ -353,8 +377,9 @@ impl Machine {
             ioapic: platform.ioapic.clone(),
             ram: wanted.memory,
         };
-        let vcpus =
-            (0..wanted.cpus).map(|index| vcpu::create(kvm, &vm, index, wanted.cpus)).collect::<Result<Vec<_>, _>>()?;
+        let model_of = |index: u8| saved.and_then(|saved| saved.models.get(usize::from(index)));
+        let vcpus = (0..wanted.cpus).map(|index| vcpu::create(kvm, &vm, index, wanted.cpus, model_of(index)));
+        let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
         let mut machine = Self {
             threads: Vec::new(),
             control,
@@ -374,10 +399,17 @@ impl Machine {
             resets: 0,
             paused: false,
             dirty: dirty::Dirty::default(),
+            vm,
+            states: Arc::default(),
+            models: vcpus.iter().map(|vcpu| vcpu.model.clone()).collect(),
+            physical_bits,
         };
-        machine.load()?;
+        if saved.is_none() {
+            machine.load()?;
+        }
         for vcpu in vcpus {
-            match vcpu.start(machine.control.clone(), buses.clone(), machine.entry.clone()) {
+            let (control, entry, states) = (machine.control.clone(), machine.entry.clone(), machine.states.clone());
+            match vcpu.start(control, buses.clone(), entry, states) {
                 Ok(thread) => machine.threads.push(thread),
                 Err(e) => {
                     machine.stop();
@@ -386,7 +418,9 @@ impl Machine {
             }
         }
         machine.share_vectors_out().map_err(Error::Interrupts)?;
-        machine.control.reset_vcpus();
+        if saved.is_none() {
+            machine.control.send(Errand::Reset);
+        }
         Ok(machine)
     }
 
@@ -454,7 +488,7 @@ impl Machine {
             tests.reset();
         }
         self.load()?;
-        self.control.reset_vcpus();
+        self.control.send(Errand::Reset);
         self.resets += 1;
         if !self.paused {
             self.control.resume();

@@ -121,6 +121,16 @@ impl SlotRegisters {
         config.u16(self.0 + SLOT_CONTROL) & POWER_OFF == 0
     }
 
+    /// The registers that software does not write and that change: offsets and masks.
+    pub fn own(self) -> [(u16, u16); 2] {
+        [(self.0 + LINK_STATUS, 0xffff), (self.0 + SLOT_STATUS, PRESENT)]
+    }
+
+    /// Whether the link status says that it is active.
+    pub fn shows_link(self, config: &ConfigSpace) -> bool {
+        config.u16(self.0 + LINK_STATUS) == LINK_IS | LINK_ACTIVE
+    }
+
     /// Whether a card that is there can be talked to.
     pub fn is_linked(self, config: &ConfigSpace) -> bool {
         let disabled = config.u16(self.0 + LINK_CONTROL) & LINK_DISABLED != 0;

@@ -1,0 +1,53 @@
+//! work that goes on, however often its machine is saved and put back meanwhile: what is computed, what the
+//! device writes through the unit, where it is blocked, and how often it interrupts is the same.
+
+use images::memory::{load, page, store};
+use images::tables::READ_WRITE;
+use images::vtd::iotlb_pages;
+use images::world::{IOVA, UNTOUCHED, WRITE_DENIED};
+use images::x86::{enable_interrupts, interrupts, wait_for};
+use images::{World, check_eq, harness, println};
+
+images::tests!(a14_work_goes_on);
+
+const VECTOR: u8 = 0x93;
+/// Rounds where the command line has no `rounds=N`.
+const ROUNDS: u64 = 20;
+
+/// The next number of a row (xorshift).
+fn next(number: u64) -> u64 {
+    let number = number ^ number << 13;
+    let number = number ^ number >> 7;
+    number ^ number << 17
+}
+
+fn a14_work_goes_on() {
+    let rounds = harness::number("rounds=").unwrap_or(ROUNDS);
+    let (mut world, domain) = World::with_domain();
+    let memory = page();
+    let id = enable_interrupts();
+    world.edu.set_message(0xfee0_0000 | u64::from(id) << 12, VECTOR.into());
+    let mut number = 0x1234_5678_9abc_def1;
+    println!("begins");
+    for round in 1..=rounds {
+        number = next(number);
+        // Another page of the domain each time; that of before is gone.
+        let (iova, before) = (IOVA + (round % 512) * 4096, IOVA + ((round - 1) % 512) * 4096);
+        domain.clear(before, 1);
+        domain.map(iova, memory, READ_WRITE);
+        world.unit.invalidate(&[iotlb_pages(domain.id, before, 0), iotlb_pages(domain.id, iova, 0)]);
+        world.edu.fill(number);
+        store(memory, UNTOUCHED);
+        world.edu.begin_write_that_interrupts(iova, 8);
+        wait_for("an interrupt", || interrupts(VECTOR) >= round);
+        world.edu.finish();
+        world.edu.acknowledge_transfer();
+        check_eq!(load(memory), number, "what the device wrote");
+        world.no_fault();
+        if round % 16 == 0 {
+            world.write_blocked(before, memory, WRITE_DENIED);
+        }
+        check_eq!(interrupts(VECTOR), round, "interrupts");
+    }
+    println!("{rounds} rounds: {number:016x}");
+}

@@ -1,0 +1,286 @@
+//! The state of a machine: what is held, saved and put back, and in which order (A-14).
+//!
+//! ```text
+//!  saved     vCPUs parked ► their last accesses completed ► devices and timers held ► devices, unit ► vCPUs
+//!  put back  devices held ► RAM ► root ports ► unit ► functions, the rest ► IOAPIC ► vCPUs ► devices go on
+//! ```
+//!
+//! Ports first: they say which id a function has. The unit before the IOAPIC, whose routes it remaps; the levels of
+//! lines before the IOAPIC, too, where they would be edges. vCPUs last: their local APICs have every interrupt that was
+//! sent.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use devices::pci::PciFunction;
+use devices::saved::{Saves, Unfit};
+use kvm_bindings::kvm_clock_data;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Error, Machine};
+use crate::config::{DeviceOption, Slot};
+use crate::kvm::vcpu_state::{Model, VcpuState};
+use crate::machine::control::Errand;
+
+/// What a machine is made from again, before it gets its state.
+#[derive(Serialize, Deserialize, Clone)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// What `causeway run` was told of it, with every device that is there now.
+    pub options: Vec<String>,
+    /// Bits of a physical address.
+    pub physical_bits: u8,
+    /// The window for BARs above 4 GiB, as the ACPI tables name it: first and last address.
+    pub pci64: Option<[u64; 2]>,
+    /// The vCPUs, in their order.
+    pub models: Vec<Model>,
+}
+
+/// What a machine is in.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineState {
+    clock: kvm_clock_data,
+    vcpus: Vec<VcpuState>,
+    unit: Option<vtd::State>,
+    /// By number.
+    ports: BTreeMap<u8, PortState>,
+    /// By [`Place`].
+    functions: BTreeMap<String, Value>,
+    ioapic: Value,
+    /// The devices that every machine has, and those of images.
+    platform: BTreeMap<String, Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PortState {
+    state: Value,
+    /// The guest was asked for what is in the slot.
+    asked: bool,
+}
+
+/// A function of the machine that is not a root port.
+struct Found {
+    /// Where it is: its address on bus 0, or the port that it is behind.
+    place: String,
+    /// Its device for people: `edu0 (edu)`.
+    name: String,
+    function: Arc<dyn PciFunction>,
+    /// Another process or the host has its state.
+    is_elsewhere: bool,
+}
+
+/// Physical address bits of the guest: those of the machine that was saved, if this host has as many.
+pub(super) fn physical_bits(saved: Option<&Description>, here: u8) -> Result<u8, Error> {
+    match saved.map(|saved| saved.physical_bits) {
+        Some(saved) if saved > here => Err(Error::PhysicalBits { saved, here }),
+        Some(saved) => Ok(saved),
+        None => Ok(here),
+    }
+}
+
+fn of(name: &str) -> impl Fn(Unfit) -> String {
+    move |why| format!("{name}: {why}")
+}
+
+/// A machine of which nothing moves, until [`Machine::let_go`].
+#[must_use]
+pub(super) struct Held(());
+
+impl Machine {
+    /// What it is made from; `options` are those of its command line.
+    pub fn description(&self, options: Vec<String>) -> Description {
+        let pci64 = self.tables.pci64.map(|window| [window.first, window.last]);
+        Description { options, physical_bits: self.physical_bits, pci64, models: self.models.clone() }
+    }
+
+    /// The devices that are there now, each with its id and its place.
+    pub fn device_options(&self) -> Vec<DeviceOption> {
+        let option = |placed: &super::Placed| {
+            let sid = placed.requester.sid;
+            let addr = Slot { device: sid.device(), function: sid.function() };
+            let addr = Some(addr).filter(|_| placed.port.is_none());
+            DeviceOption { id: Some(placed.id.clone()), addr, port: placed.port, kind: placed.kind.clone() }
+        };
+        self.placed.iter().map(option).collect()
+    }
+
+    /// The width of the guest's addresses that its unit was made with.
+    pub fn unit_width(&self) -> Option<u8> {
+        self.unit.as_ref().map(|unit| unit.config().aw_bits)
+    }
+
+    fn found(&self) -> Vec<Found> {
+        let root = &self.platform.root;
+        let ports = root.ports();
+        let is_port = |sid| ports.iter().any(|port| port.requester().sid == sid);
+        let on_root = root.functions().into_iter().filter(|(sid, _)| !is_port(*sid));
+        let on_root = on_root.map(|(sid, function)| (sid.to_string(), root.requester(sid), function));
+        let below = ports.iter().filter_map(|port| {
+            let function = port.function_below()?;
+            Some((format!("port {}", port.number()), port.name_below(), function))
+        });
+        let found = on_root.chain(below).map(|(place, requester, function)| {
+            let placed = self.placed.iter().find(|placed| placed.requester == requester);
+            let name = placed.map_or_else(|| place.clone(), |placed| format!("{} ({})", placed.id, placed.kind.name()));
+            let is_elsewhere = placed.is_some_and(|placed| placed.host.is_some() || placed.process.is_some());
+            Found { place, name, function, is_elsewhere }
+        });
+        found.collect()
+    }
+
+    fn platform_saves(&self) -> Vec<(&'static str, &dyn Saves)> {
+        let platform = &self.platform;
+        let mut all: Vec<(&'static str, &dyn Saves)> =
+            vec![("serial", &*platform.serial), ("power", &*platform.power), ("config-ports", &*platform.config)];
+        all.extend(platform.legacy.saves());
+        all.extend(platform.tests.iter().flat_map(|tests| tests.saves()));
+        all
+    }
+
+    /// Why it cannot be saved, whatever it does at the moment.
+    ///
+    /// # Errors
+    /// A sentence with the device, and what helps.
+    pub(super) fn can_be_saved(&self) -> Result<(), String> {
+        match self.found().iter().find(|found| found.function.saves().is_none()) {
+            None => Ok(()),
+            Some(Found { name, is_elsewhere: true, .. }) => Err(format!(
+                "{name} cannot be saved: its state is in the host or in another process; put it behind a root port, \
+                 and `remove` it before"
+            )),
+            Some(Found { name, .. }) => Err(format!("{name} cannot be saved; start the machine without it")),
+        }
+    }
+
+    /// Brings the machine to rest: no vCPU runs, and nothing of any device is under way.
+    ///
+    /// # Errors
+    /// A sentence with the reason. Then it goes on as before.
+    pub(super) fn hold(&mut self) -> Result<Held, String> {
+        self.control.pause();
+        // An access that completes reaches devices, and so perhaps another vCPU.
+        self.control.send(Errand::Settle);
+        if self.control.is_stopping() {
+            self.let_go(Held(()));
+            return Err("the guest ends or resets just now; ask again when it runs".to_owned());
+        }
+        let held = self.hold_devices();
+        if let Err(why) = held {
+            self.let_go(Held(()));
+            return Err(why);
+        }
+        Ok(Held(()))
+    }
+
+    fn hold_devices(&self) -> Result<(), String> {
+        for Found { name, function, .. } in self.found() {
+            if let Some(saves) = function.saves() {
+                saves.hold().map_err(|why| format!("{name} cannot be saved: {why}"))?;
+            }
+        }
+        self.platform.legacy.hold();
+        Ok(())
+    }
+
+    fn release_devices(&self) {
+        self.platform.legacy.go_on();
+        self.platform.ioapic.go_on();
+        for found in self.found() {
+            found.function.saves().into_iter().for_each(Saves::go_on);
+        }
+    }
+
+    /// The machine goes on, unless it is paused.
+    pub(super) fn let_go(&mut self, _: Held) {
+        self.release_devices();
+        if !self.paused {
+            self.control.resume();
+        }
+    }
+
+    /// The state of a machine that is held.
+    ///
+    /// # Errors
+    /// A sentence with what has none.
+    pub(super) fn state(&self, _: &Held) -> Result<MachineState, String> {
+        let functions = self.found().into_iter().map(|found| match found.function.saves() {
+            Some(saves) => Ok((found.place, saves.save())),
+            None => Err(format!("{} cannot be saved", found.name)),
+        });
+        let functions = functions.collect::<Result<_, _>>()?;
+        let ports = self.platform.root.ports();
+        let port = |number: u8, state| PortState { state, asked: self.ports.asked(number).is_some() };
+        let ports = ports.iter().map(|of| (of.number(), port(of.number(), Saves::save(&**of)))).collect();
+        let platform = self.platform_saves().into_iter().map(|(name, saves)| (name.to_owned(), saves.save())).collect();
+        let ioapic = self.platform.ioapic.save();
+        let unit = self.unit.as_ref().map(|unit| unit.save());
+        self.control.send(Errand::Save);
+        let vcpus = self.states.take()?;
+        let mut clock = self.vm.get_clock().map_err(|e| format!("KVM_GET_CLOCK: {e}"))?;
+        // Not its relation to this host's time: the guest's stands still.
+        (clock.flags, clock.realtime, clock.host_tsc) = (0, 0, 0);
+        Ok(MachineState { clock, vcpus, unit, ports, functions, ioapic, platform })
+    }
+
+    /// Puts a state into a machine that was made from its description, that has not run, and whose RAM is as it was.
+    ///
+    /// # Errors
+    /// A sentence with what does not fit. Then the machine is not to be run.
+    pub fn restore(&mut self, state: MachineState) -> Result<(), String> {
+        self.hold_devices()?;
+        self.put_back(state)?;
+        self.release_devices();
+        Ok(())
+    }
+
+    fn put_back(&mut self, state: MachineState) -> Result<(), String> {
+        let MachineState { clock, vcpus, unit, mut ports, mut functions, ioapic, mut platform } = state;
+        for port in self.platform.root.ports() {
+            let name = format!("root port {}", port.number());
+            let saved = ports.remove(&port.number()).ok_or_else(|| format!("{name}: its state is missing"))?;
+            Saves::restore(&*port, &saved.state).map_err(of(&name))?;
+            if saved.asked {
+                self.ports.ask(port.number());
+            }
+        }
+        match (&self.unit, unit) {
+            (Some(unit), Some(state)) => unit.restore(state).map_err(|e| format!("the remapping unit: {e}"))?,
+            (None, None) => {}
+            _ => return Err("the remapping unit: one is there, and one was saved, in only one of both".to_owned()),
+        }
+        for Found { place, name, function, .. } in self.found() {
+            let state = functions.remove(&place).ok_or_else(|| format!("{name}: its state is missing"))?;
+            let saves = function.saves().ok_or_else(|| format!("{name}: it cannot be put back"))?;
+            saves.restore(&state).map_err(of(&name))?;
+        }
+        for (name, saves) in self.platform_saves() {
+            let state = platform.remove(name).ok_or_else(|| format!("{name}: its state is missing"))?;
+            saves.restore(&state).map_err(of(name))?;
+        }
+        let numbers = ports.into_keys().map(|number| format!("root port {number}"));
+        if let Some(name) = numbers.chain(functions.into_keys()).chain(platform.into_keys()).next() {
+            return Err(format!("{name}: this machine has no such device"));
+        }
+        self.platform.ioapic.restore(&ioapic).map_err(of("ioapic"))?;
+        if vcpus.len() != usize::from(self.tables.cpus) {
+            return Err(format!("the states of {} vCPUs were saved, of {}", vcpus.len(), self.tables.cpus));
+        }
+        self.states.give(vcpus);
+        self.control.send(Errand::Restore);
+        self.states.check()?;
+        self.vm.set_clock(&clock).map_err(|e| format!("KVM_SET_CLOCK: {e}"))
+    }
+}
+
+#[cfg(test)]
+impl MachineState {
+    /// That of a machine of nothing, for tests of what it is written to.
+    pub(super) fn of_nothing() -> Self {
+        let (ports, functions, platform) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (clock, vcpus, ioapic) = (kvm_clock_data::default(), Vec::new(), Value::Null);
+        Self { clock, vcpus, unit: None, ports, functions, ioapic, platform }
+    }
+}
