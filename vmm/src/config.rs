@@ -69,6 +69,8 @@ pub struct VtdOption {
     pub second_stage_dirty: bool,
     /// Bits of a PASID, 0 to 20. 0: there are none. Never without scalable mode.
     pub pasid_bits: u8,
+    /// Whether performance monitoring is offered.
+    pub performance_counters: bool,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
 }
@@ -92,6 +94,7 @@ impl Default for VtdOption {
             nested: false,
             second_stage_dirty: false,
             pasid_bits: 0,
+            performance_counters: false,
             ioapic_check: true,
         }
     }

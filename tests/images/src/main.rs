@@ -4,6 +4,7 @@
 
 mod suite {
     pub mod concurrent;
+    pub mod counters;
     pub mod device;
     pub mod faults;
     pub mod hostile;
@@ -27,6 +28,7 @@ use suite::*;
 
 images::image!(
     concurrent::TESTS,
+    counters::TESTS,
     device::TESTS,
     faults::TESTS,
     hostile::TESTS,

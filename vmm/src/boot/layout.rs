@@ -70,8 +70,8 @@ pub const IOAPIC_ID: u8 = 0;
 pub const IOAPIC_SOURCE: (u8, u8, u8) = (0, 0x1f, 7);
 /// The remapping unit's registers.
 pub const VTD_UNIT: u64 = 0xfed9_0000;
-/// Their size.
-pub const VTD_UNIT_SIZE: u64 = 0x1000;
+/// What is kept for them: as much as they are at most.
+pub const VTD_UNIT_SIZE: u64 = 0x4000;
 /// The local APICs.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// One page that KVM needs on old Intel processors, then three pages for its task state segment.

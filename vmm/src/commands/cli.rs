@@ -47,7 +47,7 @@ pub enum Command {
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
-              [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
+              [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20][,perf=on|off]
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]

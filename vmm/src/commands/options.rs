@@ -112,7 +112,7 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 11] = [
+        const KEYS: [&str; 12] = [
             "aw-bits",
             "caching-mode",
             "eim",
@@ -120,6 +120,7 @@ impl std::str::FromStr for IommuOption {
             "ioapic-check",
             "nest",
             "pasid-bits",
+            "perf",
             "pt",
             "scalable",
             "slads",
@@ -180,6 +181,7 @@ impl std::str::FromStr for IommuOption {
                     nested,
                     second_stage_dirty,
                     pasid_bits,
+                    performance_counters: keys.switch("perf")?.unwrap_or(default.performance_counters),
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                 }))
             }

@@ -32,7 +32,7 @@ fn iommu_keys() {
     assert_eq!("none".parse(), Ok(IommuOption::None));
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
-        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on".parse(),
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on,perf=on".parse(),
         Ok(IommuOption::Vtd(VtdOption {
             aw_bits: Some(39),
             caching_mode: false,
@@ -43,6 +43,7 @@ fn iommu_keys() {
             nested: false,
             second_stage_dirty: false,
             pasid_bits: 0,
+            performance_counters: true,
             ioapic_check: false,
         }))
     );

@@ -265,6 +265,7 @@ impl Machine {
                 config.nested = option.nested;
                 config.second_stage_dirty = option.second_stage_dirty;
                 config.pasid_bits = option.pasid_bits;
+                config.performance_counters = option.performance_counters;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
@@ -274,7 +275,8 @@ impl Machine {
                 let remapper: Weak<dyn Remapper> = Arc::<Unit<Ram>>::downgrade(&unit);
                 interrupts.remap_by(remapper);
                 unit.set_remap_listener(interrupts.clone());
-                insert(&platform.mmio, layout::VTD_UNIT, layout::VTD_UNIT_SIZE, Arc::new(UnitWindow(unit.clone())))?;
+                let window = unit.config().register_window();
+                insert(&platform.mmio, layout::VTD_UNIT, window, Arc::new(UnitWindow(unit.clone())))?;
                 Some(unit)
             }
         };
@@ -314,7 +316,7 @@ impl Machine {
             remapping: unit.as_ref().map(|unit| Remapping {
                 width: physical_bits,
                 interrupts: unit.config().interrupt_remapping,
-                units: vec![describe_unit()],
+                units: vec![describe_unit(unit.config().register_window())],
             }),
         };
 
@@ -501,10 +503,11 @@ impl Machine {
 }
 
 /// The one unit: all of segment 0, and the IOAPIC by the name that it makes requests with.
-fn describe_unit() -> UnitDescription {
+fn describe_unit(window: u64) -> UnitDescription {
     UnitDescription {
         segment: 0,
         base: layout::VTD_UNIT,
+        window,
         include_all: true,
         scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
     }

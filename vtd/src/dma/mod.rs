@@ -1,6 +1,8 @@
 //! The way of an emulated device to guest memory (rule 6).
 
+mod counting;
 mod dirty;
+mod due;
 mod endpoint;
 pub(crate) mod iotlb;
 #[cfg(test)]

@@ -3,11 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::FAULT_RECORDS;
+use super::event::EventRegisters;
+use super::performance::PerformanceState;
+use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::{
-    ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
-    QueueAddress, QueueErrorRecord, RootTableAddress,
+    ContextCommand, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, QueueAddress,
+    QueueErrorRecord, RootTableAddress,
 };
 
 /// A fault recording register: its two halves.
@@ -18,26 +20,6 @@ pub struct FaultRecord {
     pub low: u64,
     /// Bits 127:64.
     pub high: FaultRecordHigh,
-}
-
-/// An event with its message: fault event or invalidation completion event.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EventRegisters {
-    /// Control: IM and IP.
-    pub control: EventControl,
-    /// Data.
-    pub data: u32,
-    /// Address.
-    pub address: u32,
-    /// Upper address.
-    pub upper_address: u32,
-}
-
-impl Default for EventRegisters {
-    fn default() -> Self {
-        Self { control: EventControl::new().with_masked(true), data: 0, address: 0, upper_address: 0 }
-    }
 }
 
 /// The form in which a [`State`] is serialised: which fields there are, and what they mean.
@@ -100,9 +82,17 @@ pub struct State {
     pub invalidate_address: InvalidateAddress,
     /// IOTLB.
     pub iotlb_invalidate: IotlbInvalidate,
+    /// The registers of performance monitoring, where that is offered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub performance: Option<PerformanceState>,
 }
 
 impl State {
+    /// That at power-on of a unit of this configuration.
+    pub(crate) fn of(config: &UnitConfig) -> Self {
+        Self { performance: config.performance_counters.then(PerformanceState::default), ..Self::default() }
+    }
+
     /// Back to what it is at power-on.
     pub fn reset(&mut self) {
         // Destructured, so that a field that is added later cannot be forgotten here.
@@ -127,6 +117,7 @@ impl State {
             queue_error_record,
             invalidate_address,
             iotlb_invalidate,
+            performance,
         } = self;
         *version = StateVersion::CURRENT;
         *global_status = Global::new();
@@ -148,5 +139,6 @@ impl State {
         *queue_error_record = QueueErrorRecord::new();
         *invalidate_address = InvalidateAddress::new();
         *iotlb_invalidate = IotlbInvalidate::new();
+        *performance = performance.map(|_| PerformanceState::default());
     }
 }

@@ -8,6 +8,7 @@ pub mod first_stage;
 pub mod invalidation;
 pub mod irte;
 pub mod pasid;
+pub mod performance;
 pub mod registers;
 pub mod root_context;
 pub mod second_stage;

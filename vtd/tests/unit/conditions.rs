@@ -359,6 +359,7 @@ fn a11_reset_leaves_nothing_of_any_register() {
         queue_error_record: QueueErrorRecord::from_bits(2),
         invalidate_address: InvalidateAddress::from_bits(0x7000),
         iotlb_invalidate: IotlbInvalidate::new().with_domain(5),
+        performance: None,
     };
     rig.unit.restore(state.clone()).unwrap();
     assert_eq!(rig.unit.save(), state);

@@ -16,6 +16,7 @@ mod memory_changes;
 mod nested;
 mod pasid_tables;
 mod pasids;
+mod performance;
 mod queue;
 mod random;
 mod registers;
