@@ -21,6 +21,7 @@ mod suite {
     pub mod reset;
     pub mod scalable;
     pub mod translation;
+    pub mod units;
     pub mod unmapping;
 }
 
@@ -45,5 +46,6 @@ images::image!(
     reset::TESTS,
     scalable::TESTS,
     translation::TESTS,
+    units::TESTS,
     unmapping::TESTS,
 );

@@ -45,6 +45,7 @@ fn iommu_keys() {
             pasid_bits: 0,
             performance_counters: true,
             ioapic_check: false,
+            devices: vec![],
         }))
     );
     let (scalable, nested, second_stage_dirty, pasid_bits) = (Some(Stages::Both), true, true, 20);
@@ -78,6 +79,9 @@ fn iommu_keys() {
         ("vtd,stage=first", "stage needs scalable=on"),
         ("vtd,scalable=on,nest=on", "nest=on needs scalable=on,stage=both"),
         ("vtd,slads=on", "slads=on needs scalable=on"),
+        ("vtd,segment=1", "there is segment 0 only"),
+        ("vtd,devices=", "is not a name"),
+        ("vtd,devices=a++b", "is not a name"),
         ("vtd,scalable=on,stage=first,slads=on", "slads=on needs scalable=on"),
         ("vtd,pasid-bits=4", "pasid-bits needs scalable=on"),
         ("vtd,scalable=on,pasid-bits=21", "`21` is not 0 to 20"),

@@ -4,7 +4,7 @@
 use vtd::inspect::{PageBounds, Position};
 use vtd::{IovaRange, Requester, SourceId};
 
-use super::Machine;
+use super::{Machine, units};
 use crate::view::Hex;
 use crate::view::mappings::{self, Item};
 use crate::view::tables;
@@ -16,27 +16,32 @@ const MOST_ITEMS: usize = 512;
 const NO_UNIT: &str = "this machine has no unit: it was started with --iommu none";
 
 impl Machine {
-    /// A page of the guest's tables; of `device` alone, by its id or its address in the guest. The machine runs on.
+    /// A page of the guest's tables, of the unit that has all functions that no other one names; of `device` alone, by
+    /// its id or its address in the guest, those of its unit. The machine runs on.
     pub fn iommu_tables(&self, device: Option<&str>, position: Option<&str>) -> Result<tables::Page, String> {
-        let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
+        let units = self.units.as_ref().ok_or(NO_UNIT)?;
         let from = begin(position)?;
         let only = device.map(|device| self.source_of(device)).transpose()?;
+        let unit = only.map_or(units.rest(), |sid| units.of(Requester { segment: 0, sid }));
         let id_of = |source: SourceId| {
             let placed = self.placed.iter().find(|placed| placed.requester.sid == source);
             placed.map(|placed| placed.id.clone())
         };
-        Ok(tables::Page::new(&unit.tables_page(only, from, PageBounds::default()), &id_of))
+        let mut page = tables::Page::new(&unit.tables_page(only, from, PageBounds::default()), &id_of);
+        page.head.unit = (units.all().count() > 1).then(|| units::name(unit));
+        Ok(page)
     }
 
     /// A page of what assigned functions were granted and what the host holds for them; of `device` alone, by its id or
     /// its address in the guest. Only the queue of the unit is held up.
     pub fn iommu_mappings(&self, device: Option<&str>, position: Option<&str>) -> Result<mappings::Page, String> {
-        let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
+        let units = self.units.as_ref().ok_or(NO_UNIT)?;
         let mut from = begin(position)?;
         let only = device.map(|device| self.source_of(device)).transpose()?;
         let _unchanged = self.peers.hold();
         let mut page = mappings::Page::default();
-        let mut attached = unit.attachments();
+        let mut attached: Vec<_> = units.all().flat_map(|unit| unit.attachments()).collect();
+        attached.sort_unstable_by_key(|(requester, _)| *requester);
         attached.retain(|(requester, _)| only.is_none_or(|only| requester.sid == only));
         if let (Some(device), true) = (device, attached.is_empty()) {
             return Err(format!("nothing is mapped for {device} in the host: it is not assigned, or emulated here"));
@@ -53,7 +58,7 @@ impl Machine {
                 break;
             }
             let offset = from.offset.unwrap_or(0);
-            let found = unit.granted(requester, IovaRange::new(offset, u64::MAX), |space, granted| {
+            let found = units.of(requester).granted(requester, IovaRange::new(offset, u64::MAX), |space, granted| {
                 let found = self.bridge.mappings(requester, space, granted, offset, MOST_ITEMS)?;
                 Some((space.to_string(), found))
             });

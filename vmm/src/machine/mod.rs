@@ -15,6 +15,7 @@ mod ports;
 pub mod stats;
 mod steering;
 mod top;
+mod units;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -33,7 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
-use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
+use crate::acpi::dmar::Remapping;
 use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
@@ -56,6 +57,7 @@ use peers::PeerMemory;
 use plug::{Placed, Plug};
 use ports::Ports;
 use stats::{Device, Stats};
+use units::Units;
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -147,7 +149,7 @@ pub struct Machine {
     plug: Plug,
     ports: Ports,
     interrupts: Arc<KvmInterrupts>,
-    unit: Option<Arc<Unit<Ram>>>,
+    units: Option<Arc<Units>>,
     bridge: Arc<Bridge>,
     peers: Arc<PeerMemory>,
     tables: Tables,
@@ -252,7 +254,7 @@ impl Machine {
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, wanted.root_ports)?;
 
-        let unit = match wanted.vtd() {
+        let units = match wanted.vtd() {
             None => None,
             Some(option) => {
                 let mut config = UnitConfig::new(UnitId(0), width);
@@ -271,23 +273,30 @@ impl Machine {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
-                let unit = Unit::new(config, (*ram).clone(), listener, interrupts.clone())?;
-                let remapper: Weak<dyn Remapper> = Arc::<Unit<Ram>>::downgrade(&unit);
+                let unit = |index: usize| -> Result<Arc<Unit<Ram>>, Error> {
+                    let config = UnitConfig { id: UnitId(index as u16), ..config };
+                    let unit = Unit::new(config, (*ram).clone(), listener.clone(), interrupts.clone())?;
+                    unit.set_remap_listener(interrupts.clone());
+                    let (base, window) = (layout::unit_base(index), unit.config().register_window());
+                    insert(&platform.mmio, base, window, Arc::new(UnitWindow(unit.clone())))?;
+                    Ok(unit)
+                };
+                let further = wanted.further_units.iter().enumerate();
+                let further = further.map(|(index, slots)| Ok((unit(index + 1)?, slots.as_slice())));
+                let units = Arc::new(Units::new(unit(0)?, further.collect::<Result<_, Error>>()?));
+                let remapper: Weak<dyn Remapper> = Arc::<Units>::downgrade(&units);
                 interrupts.remap_by(remapper);
-                unit.set_remap_listener(interrupts.clone());
-                let window = unit.config().register_window();
-                insert(&platform.mmio, layout::VTD_UNIT, window, Arc::new(UnitWindow(unit.clone())))?;
-                Some(unit)
+                Some(units)
             }
         };
         let bridge = assigned.bridge.clone();
-        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
+        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), units.clone(), trace));
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
-        let ports = Ports::new(&platform.root, wanted.root_ports, &interrupts, unit.as_ref())?;
+        let ports = Ports::new(&platform.root, wanted.root_ports, &interrupts, units.as_deref().map(Units::rest))?;
         let mut plug = Plug {
             root: platform.root.clone(),
             ioapic: platform.ioapic.clone(),
-            unit: unit.clone(),
+            units: units.clone(),
             interrupts: interrupts.clone(),
             slots,
             ram: ram.clone(),
@@ -313,10 +322,10 @@ impl Machine {
             cpus: wanted.cpus,
             pci64,
             root_ports: wanted.root_ports,
-            remapping: unit.as_ref().map(|unit| Remapping {
+            remapping: units.as_ref().map(|units| Remapping {
                 width: physical_bits,
-                interrupts: unit.config().interrupt_remapping,
-                units: vec![describe_unit(unit.config().register_window())],
+                interrupts: units.rest().config().interrupt_remapping,
+                units: units.describe(),
             }),
         };
 
@@ -349,7 +358,7 @@ impl Machine {
             plug,
             ports,
             interrupts,
-            unit,
+            units,
             bridge,
             peers,
             tables,
@@ -422,9 +431,7 @@ impl Machine {
         self.take_what_was_asked_for();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
         self.platform.root.reset();
-        if let Some(unit) = &self.unit {
-            unit.reset();
-        }
+        self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.reset());
         self.platform.ioapic.reset();
         self.platform.power.reset();
         self.platform.serial.reset();
@@ -448,10 +455,10 @@ impl Machine {
         if let Some(trace) = trace {
             bridge.trace_ledgers(trace);
         }
-        let unit = self.unit.as_ref().map(|unit| {
+        let of_unit = |unit: &Arc<Unit<Ram>>| {
             unit.audit(&mut |requester, space, granted, audit| bridge.audit(requester, space, granted, audit))
-        });
-        unit.unwrap_or_default()
+        };
+        self.units.as_ref().map(|units| units.audit(of_unit)).unwrap_or_default()
     }
 
     /// Ends the vCPU threads.
@@ -490,7 +497,8 @@ impl Machine {
             dma_messages: placed.process.as_ref().and_then(|function| function.dma_messages()),
             pins: placed.pins.as_ref().map(|pins| pins.stats()),
         });
-        let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
+        let units = self.units.iter().flat_map(|units| units.all());
+        let units = units.map(|unit| stats::Unit { id: units::name(unit), counts: unit.stats() });
         Stats {
             version: 1,
             guest_resets: self.resets,
@@ -499,16 +507,5 @@ impl Machine {
             units: units.collect(),
             ..Default::default()
         }
-    }
-}
-
-/// The one unit: all of segment 0, and the IOAPIC by the name that it makes requests with.
-fn describe_unit(window: u64) -> UnitDescription {
-    UnitDescription {
-        segment: 0,
-        base: layout::VTD_UNIT,
-        window,
-        include_all: true,
-        scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
     }
 }

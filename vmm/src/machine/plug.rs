@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Pasid, Requester, SourceId, Stream, Unit};
 
 use super::Error;
+use super::units::Units;
 use crate::assign::{self, Breaker, Opener, UserRequests};
 use crate::config::{DeviceKind, DeviceOption, Place, slot_of_port};
 use crate::kvm::irq::KvmInterrupts;
@@ -41,7 +42,7 @@ pub(super) struct Placed {
 pub(super) struct Plug {
     pub root: Arc<PciRoot>,
     pub ioapic: Arc<IoApic>,
-    pub unit: Option<Arc<Unit<Ram>>>,
+    pub units: Option<Arc<Units>>,
     pub interrupts: Arc<KvmInterrupts>,
     pub slots: Arc<KvmSlots>,
     pub ram: Arc<Ram>,
@@ -113,6 +114,11 @@ impl Plug {
         Ok(placed)
     }
 
+    /// The unit that a function is behind.
+    fn unit_of(&self, requester: Requester) -> Option<&Arc<Unit<Ram>>> {
+        self.units.as_ref().map(|units| units.of(requester))
+    }
+
     /// The root port of this number.
     pub fn port(&self, number: u8) -> Result<Arc<RootPort>, Error> {
         let port = self.root.ports().into_iter().find(|port| port.number() == number);
@@ -150,7 +156,7 @@ impl Plug {
             }
             DeviceKind::Edu { pasid } => self.edu(seat, *pasid)?,
             DeviceKind::PinBlk { file, direct } => {
-                let unit = self.unit.as_ref().ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
+                let unit = self.unit_of(requester).ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
                 let wiring = assign::PinBlkWiring {
                     requester,
                     unit,
@@ -169,7 +175,7 @@ impl Plug {
                 let wiring = assign::VirtioWiring {
                     id,
                     requester,
-                    unit: self.unit.as_ref(),
+                    unit: self.unit_of(requester),
                     ram: &self.ram,
                     bridge: &self.bridge,
                     software: &self.software,
@@ -197,7 +203,7 @@ impl Plug {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, seat: Seat, pasid: bool) -> Result<Arc<Edu>, Error> {
         let requester = seat.requester;
-        let memory: Box<dyn DmaTarget> = match &self.unit {
+        let memory: Box<dyn DmaTarget> = match self.unit_of(requester) {
             Some(unit) => {
                 let (endpoint, decoder) = (unit.endpoint(requester), self.root.decoder());
                 Box::new(BehindUnit { endpoint, decoder })
@@ -206,7 +212,7 @@ impl Plug {
         };
         let line = self.line(seat, 1);
         // That there is a unit with PASIDs was checked.
-        let pasids = self.unit.as_ref().filter(|_| pasid).map(|unit| {
+        let pasids = self.unit_of(requester).filter(|_| pasid).map(|unit| {
             let (unit, decoder) = (unit.clone(), self.root.decoder());
             let target = move |pasid: Pasid| -> Box<dyn DmaTarget> {
                 let endpoint = unit.endpoint_of(Stream { requester, pasid: Some(pasid) });
@@ -228,7 +234,7 @@ impl Plug {
             None => self.bridge.register(requester, function.group()),
         }
         .map_err(assign::Error::from)?;
-        if let Some(unit) = &self.unit {
+        if let Some(unit) = self.unit_of(requester) {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
                 function.tell(Arc::new(UserRequests { endpoint, interrupts }));
