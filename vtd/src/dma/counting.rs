@@ -5,8 +5,6 @@
 //! into the cache again and counts. What happens to a request is noted in the endpoint, and the counters take it in
 //! when the request is done; where several threads use one endpoint, one may take in what another noted.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use vm_memory::GuestMemoryBackend;
 
 use super::due::Due;
@@ -17,24 +15,6 @@ use crate::registers::performance::Occurred;
 use crate::spec::performance::Event;
 use crate::tables::context::Resolved;
 use crate::tables::second_stage::DIRECTORY_SPAN;
-
-/// What happened and was not taken in yet, by the order of [`Event::ALL`].
-#[derive(Default)]
-pub(super) struct Noted([AtomicU32; Event::ALL.len()]);
-
-impl Noted {
-    #[cold]
-    fn add(&self, event: Event) {
-        self.0[event as usize].fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn take(&self) -> [u32; Event::ALL.len()] {
-        std::array::from_fn(|index| match self.0[index].load(Ordering::Relaxed) {
-            0 => 0,
-            _ => self.0[index].swap(0, Ordering::Relaxed),
-        })
-    }
-}
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// Notes `event`, if what began with `sampled` is counted.

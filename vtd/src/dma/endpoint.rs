@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryBackend, Permissions};
 
-use super::counting::Noted;
 use super::due::Due;
 use super::iotlb::Iotlb;
+use super::noted::Noted;
 use crate::faults::{Access, Fault};
 use crate::ids::{Gpa, Iova, Pasid, Requester, Stream};
 use crate::space::Perm;

@@ -7,6 +7,7 @@ mod endpoint;
 pub(crate) mod iotlb;
 #[cfg(test)]
 mod iotlb_test;
+mod noted;
 mod session;
 mod walk;
 
