@@ -305,8 +305,9 @@ impl PciFunction for Edu {
         self.shared.update_line(&mut state);
     }
 
+    /// Not with a device-TLB, whose translations and page requests are no state that can be put back.
     fn saves(&self) -> Option<&dyn Saves> {
-        Some(self)
+        self.shared.features.ats.is_none().then_some(self)
     }
 }
 

@@ -15,6 +15,8 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// The IOMMU that the guest sees.
     pub iommu: IommuOption,
+    /// The functions of each unit besides the first, which has all others. The units offer the same.
+    pub further_units: Vec<Vec<Slot>>,
     /// The devices, in the order in which they were given.
     pub devices: Vec<DeviceOption>,
     /// Root ports, at most [`MAX_ROOT_PORTS`].
@@ -73,8 +75,12 @@ pub struct VtdOption {
     pub device_tlb: bool,
     /// Whether page requests are offered. Never without device-TLBs and scalable mode.
     pub page_requests: bool,
+    /// Whether performance monitoring is offered.
+    pub performance_counters: bool,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
+    /// The functions that it has, by id or slot; none: all that no other unit has.
+    pub devices: Vec<String>,
 }
 
 impl VtdOption {
@@ -98,7 +104,9 @@ impl Default for VtdOption {
             pasid_bits: 0,
             device_tlb: false,
             page_requests: false,
+            performance_counters: false,
             ioapic_check: true,
+            devices: Vec::new(),
         }
     }
 }

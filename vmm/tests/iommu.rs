@@ -66,6 +66,11 @@ struct World {
 
 impl World {
     fn start() -> Self {
+        Self::with(&[])
+    }
+
+    /// With these options, too.
+    fn with(options: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let (function, socket) = (dir.as_path().join("edu"), dir.as_path().join("control"));
         let mut device = causeway(&["device", "edu", "--socket", text(&function)]).spawn().unwrap();
@@ -74,7 +79,7 @@ impl World {
         let (image, option) = (guest(), format!("vfio-user,socket={},id=far", function.display()));
         let args = ["run", "--image", text(image.as_path()), "--memory", "16M", "--socket", text(&socket)];
         let more = ["--timeout", "60", "--device", &option, "--device", "edu"];
-        let mut machine = causeway(&[&args[..], &more].concat()).spawn().unwrap();
+        let mut machine = causeway(&[&args[..], &more, options].concat()).spawn().unwrap();
         let mut byte = [0];
         machine.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
         assert_eq!(byte, [b'A']);
@@ -307,4 +312,47 @@ fn control_broken_requests_have_an_error_each_and_change_nothing() {
     let (code, status, _) = world.ctl(&["status"]);
     let status: Value = serde_json::from_str(&status).unwrap();
     assert_eq!((code, &status["state"], &status["guest_resets"]), (0, &json!("running"), &json!(0)));
+}
+
+#[test]
+fn a13_each_unit_of_several_is_named_and_has_its_own() {
+    if !has_kvm() {
+        return;
+    }
+    // The guest turns the first unit on, and leaves the other one alone.
+    let world = World::with(&["--iommu", "vtd", "--iommu", "vtd,devices=edu0"]);
+    let (_, status, _) = world.ctl(&["status"]);
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let ids: Vec<&Value> = status["units"].as_array().unwrap().iter().map(|unit| &unit["id"]).collect();
+    assert_eq!(ids, ["vtd0", "vtd1"]);
+    let (_, tables, _) = world.ctl(&["iommu", "tables"]);
+    assert!(tables.starts_with("vtd0: translation is on, legacy mode, root table 0x101000\n00:01.0 far"), "{tables}");
+    let (_, tables, _) = world.ctl(&["iommu", "tables", "--device", "edu0"]);
+    assert!(tables.starts_with("vtd1: translation is off"), "{tables}");
+    let (code, mappings, _) = world.ctl(&["iommu", "mappings"]);
+    assert!(code == 0 && mappings.contains("unit0/domain5/"), "{mappings}");
+    drop(world);
+
+    // Behind the one that is off, the same function reaches all memory, whatever the tables of the other say.
+    let world = World::with(&["--iommu", "vtd,devices=far", "--iommu", "vtd"]);
+    let (code, mappings, _) = world.ctl(&["iommu", "mappings"]);
+    assert!(code == 0 && mappings.contains("identity") && !mappings.contains("domain5"), "{mappings}");
+}
+
+#[test]
+fn a13_units_that_no_machine_can_have_are_a_usage_error() {
+    let refused = |units: &[&str]| {
+        let units = units.iter().flat_map(|unit| ["--iommu", unit]);
+        let args: Vec<&str> = ["run", "--image", "/dev/null", "--device", "edu"].into_iter().chain(units).collect();
+        said(causeway(&args).output().unwrap())
+    };
+    for (units, part) in [
+        (&["vtd", "vtd"][..], "just one --iommu vtd has no devices="),
+        (&["vtd", "vtd,devices=other"], "there is no such device"),
+        (&["vtd", "vtd,devices=edu0,pt=off"], "the same keys"),
+        (&["vtd,segment=1"], "there is segment 0 only"),
+    ] {
+        let (code, _, message) = refused(units);
+        assert!(code == 2 && message.contains(part), "{units:?}: {message}");
+    }
 }

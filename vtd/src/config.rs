@@ -1,10 +1,11 @@
 //! What a unit is built from, and the capabilities that follow from it.
 
 use crate::ids::{SourceId, UnitId};
+use crate::spec::performance;
 use crate::spec::registers::{Capability, ExtendedCapability, offset};
 use crate::spec::second_stage::levels;
 
-/// Size of the register window in bytes.
+/// Size of the register window in bytes, without performance counters: see [`UnitConfig::register_window`].
 pub const REGISTER_WINDOW: u64 = 4096;
 /// Number of fault recording registers.
 pub const FAULT_RECORDS: usize = 8;
@@ -81,6 +82,8 @@ pub struct UnitConfig {
     pub device_tlb: bool,
     /// Offer page requests (PRI), of emulated functions with a device-TLB, in scalable mode.
     pub page_requests: bool,
+    /// Offer performance monitoring, of the requests of emulated functions, with the enhanced commands that it needs.
+    pub performance_counters: bool,
     /// Interrupts of this source (an IOAPIC) pass whatever source their entry asks for: some guests give the pins of an
     /// IOAPIC entries with the id of the device that is wired to them.
     pub unchecked_source: Option<SourceId>,
@@ -139,6 +142,7 @@ impl UnitConfig {
             pasid_bits: 0,
             device_tlb: false,
             page_requests: false,
+            performance_counters: false,
             unchecked_source: None,
             bounds: Bounds::default(),
         }
@@ -197,6 +201,11 @@ impl UnitConfig {
         }
     }
 
+    /// Size of the register window in bytes, a power of two: a page, or four with performance counters.
+    pub const fn register_window(&self) -> u64 {
+        if self.performance_counters { performance::offset::END.next_power_of_two() } else { REGISTER_WINDOW }
+    }
+
     /// Version register: 1.0. Section 11.4.1.
     pub const fn version(&self) -> u32 {
         0x10
@@ -221,6 +230,7 @@ impl UnitConfig {
             .with_drain_reads(true)
             .with_first_stage_1g(self.first_stage())
             .with_first_stage_5_levels(self.first_stage_levels() == 5)
+            .with_enhanced_commands(self.performance_counters)
             .with_enhanced_srtp(true)
             .with_enhanced_sirtp(self.interrupt_remapping)
     }
@@ -248,6 +258,7 @@ impl UnitConfig {
             .with_first_stage(self.first_stage())
             .with_scalable_coherent(self.scalable.is_some())
             .with_rid_pasid(self.scalable.is_some())
+            .with_performance_monitoring(self.performance_counters)
             .with_abort_mode(self.scalable.is_some())
     }
 }

@@ -62,9 +62,11 @@ pub use listener::{Applied, AttachRefused, MapOp, Mapping, Refusal, RefusalCause
 pub use msi::{Msi, MsiSink};
 pub use queue_lock::InsideNotification;
 pub use range::{GpaRange, IovaRange};
+pub use registers::event::EventRegisters;
 pub use registers::page::RegisterPage;
+pub use registers::performance::{Counter, PerformanceState};
 pub use registers::restore::RestoreError;
-pub use registers::state::{EventRegisters, FaultRecord, PageRequestRegisters, State, StateVersion};
+pub use registers::state::{FaultRecord, PageRequestRegisters, State, StateVersion};
 pub use shadow::SpaceView;
 pub use space::{PagedSpace, Perm, SpaceKey, Tables};
 pub use stats::{DescriptorStats, UnitStats};

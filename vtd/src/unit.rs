@@ -112,6 +112,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             Command::Context => self.context_command(spaces),
             Command::Iotlb => self.iotlb_command(spaces),
             Command::Drain => queue::drain(&self.core, spaces),
+            Command::Enhanced(command) => {
+                let counting = self.core.registers().enhanced_command(command);
+                spaces.set_counting(counting);
+            }
         }
     }
 
@@ -253,6 +257,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.translation.store(Arc::default());
         self.core.set_remapping(Remapping::default());
         spaces.forget_reports();
+        spaces.set_counting(false);
         spaces.refresh(&self.core);
     }
 
@@ -277,7 +282,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             compatibility: status.compatibility_format(),
             table: state.interrupt_table_in_use,
         };
-        self.core.registers().state = state;
+        let counting = {
+            let mut registers = self.core.registers();
+            registers.put(state);
+            registers.counts()
+        };
+        spaces.set_counting(counting);
         self.core.translation.store(Arc::new(translation));
         self.core.set_remapping(remapping);
         spaces.refresh(&self.core);

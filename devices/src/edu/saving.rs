@@ -37,10 +37,10 @@ impl Saves for Edu {
 
     fn save(&self) -> Value {
         let State { config, registers, buffer, .. } = &*self.shared.lock();
-        let Registers { liveness, factorial, status, irq_status, source, destination, count, command, pasid } =
+        let Registers { liveness, factorial, status, irq_status, source, destination, count, command, pasid, ats } =
             *registers;
         let registers =
-            Registers { liveness, factorial, status, irq_status, source, destination, count, command, pasid };
+            Registers { liveness, factorial, status, irq_status, source, destination, count, command, pasid, ats };
         encode(1, &Saved { config: config.bytes().to_vec(), registers, buffer: buffer.to_vec() })
     }
 
@@ -50,8 +50,9 @@ impl Saves for Edu {
         let mut state = self.shared.lock();
         fits("status", registers.status & !(STATUS_COMPUTING | STATUS_IRQ_FACTORIAL | STATUS_DMA_FAILED) == 0)?;
         fits("command", registers.command & !(DMA_START | DMA_TO_MEMORY | DMA_IRQ) == 0)?;
-        let of_pasid = if state.pasid.is_some() { PASID_VALID | Pasid::MAX.0 } else { 0 };
+        let of_pasid = if state.capabilities.has_pasid() { PASID_VALID | Pasid::MAX.0 } else { 0 };
         fits("PASID register", registers.pasid & !of_pasid == 0)?;
+        fits("ATS register", registers.ats == 0)?;
         state.config.restore(&config, &[(STATUS, STATUS_INTX)])?;
         (state.registers, state.buffer) = (registers, buffer);
         self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);

@@ -8,6 +8,7 @@ mod suite {
     pub mod ats;
     pub mod bridges;
     pub mod concurrent;
+    pub mod counters;
     pub mod device;
     pub mod faults;
     pub mod hostile;
@@ -25,6 +26,7 @@ mod suite {
     pub mod saving;
     pub mod scalable;
     pub mod translation;
+    pub mod units;
     pub mod unmapping;
 }
 
@@ -34,6 +36,7 @@ images::image!(
     ats::TESTS,
     bridges::TESTS,
     concurrent::TESTS,
+    counters::TESTS,
     device::TESTS,
     faults::TESTS,
     hostile::TESTS,
@@ -51,5 +54,6 @@ images::image!(
     saving::TESTS,
     scalable::TESTS,
     translation::TESTS,
+    units::TESTS,
     unmapping::TESTS,
 );

@@ -5,8 +5,9 @@ use crate::pci::SourceId;
 use crate::x86::{read, wait_for, write};
 use crate::{check, memory};
 
-/// Where the unit of a q35-like machine is.
+/// Where the unit of a q35-like machine is, and, in this machine, how far from each other several are.
 const BASE: u64 = 0xfed9_0000;
+const APART: u64 = 0x4000;
 
 /// Register offsets. Section 11.4.
 pub mod offset {
@@ -118,6 +119,7 @@ pub const fn wait_status(address: u64, value: u32) -> Descriptor {
 
 /// The unit.
 pub struct Unit {
+    base: u64,
     queue: u64,
     slots: u64,
     /// Bytes of a descriptor.
@@ -130,26 +132,32 @@ pub struct Unit {
 impl Unit {
     /// The unit as power-on left it.
     pub fn new() -> Self {
-        let unit = Self { queue: 0, slots: 0, size: 16, tail: 0, status: page(), waits: 0 };
-        check!(!matches!(unit.read32(VER), 0 | u32::MAX), "there is no remapping unit at {BASE:#x}");
+        Self::number(0)
+    }
+
+    /// The same of one of several.
+    pub fn number(number: u64) -> Self {
+        let base = BASE + number * APART;
+        let unit = Self { base, queue: 0, slots: 0, size: 16, tail: 0, status: page(), waits: 0 };
+        check!(!matches!(unit.read32(VER), 0 | u32::MAX), "there is no remapping unit at {base:#x}");
         unit
     }
 
     /// A register of 32 bits.
     pub fn read32(&self, offset: u64) -> u32 {
-        read(BASE + offset)
+        read(self.base + offset)
     }
     /// A register of 64 bits.
     pub fn read64(&self, offset: u64) -> u64 {
-        read(BASE + offset)
+        read(self.base + offset)
     }
     /// A register of 32 bits.
     pub fn write32(&self, offset: u64, value: u32) {
-        write(BASE + offset, value);
+        write(self.base + offset, value);
     }
     /// A register of 64 bits.
     pub fn write64(&self, offset: u64, value: u64) {
-        write(BASE + offset, value);
+        write(self.base + offset, value);
     }
 
     /// `count` bits of CAP from `bit`.

@@ -53,7 +53,11 @@ impl World {
     }
 
     fn of(edu: Edu, beside: Option<Edu>) -> Self {
-        let mut unit = Unit::new();
+        Self::behind(Unit::new(), edu, beside)
+    }
+
+    /// The same for a device behind this unit. What it does wrong has to be recorded there, or by the one beside it.
+    pub fn behind(mut unit: Unit, edu: Edu, beside: Option<Edu>) -> Self {
         let (root, contexts) = (page(), page());
         store(root, contexts | 1);
         unit.start_queue(0);

@@ -18,6 +18,7 @@ fn unit() -> UnitDescription {
     UnitDescription {
         segment: 0,
         base: layout::VTD_UNIT,
+        window: 0x1000,
         include_all: true,
         scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
     }

@@ -44,6 +44,8 @@ pub struct UnitDescription {
     pub segment: u16,
     /// Guest-physical address of its registers.
     pub base: u64,
+    /// Their size in bytes: a power of two, of at least a page.
+    pub window: u64,
     /// Whether it has every function of the segment that no other unit names.
     pub include_all: bool,
     /// The devices that it names.
@@ -87,7 +89,7 @@ pub fn table(remapping: &Remapping) -> Vec<u8> {
         drhd.extend_from_slice(&DRHD.to_le_bytes());
         drhd.extend_from_slice(&(16 + scopes.len() as u16).to_le_bytes());
         drhd.push(if unit.include_all { INCLUDE_PCI_ALL } else { 0 });
-        drhd.push(0); // register size: one page
+        drhd.push((unit.window / 4096).ilog2() as u8); // register size: 2^N pages
         drhd.extend_from_slice(&unit.segment.to_le_bytes());
         drhd.extend_from_slice(&unit.base.to_le_bytes());
         drhd.extend_from_slice(&scopes);
@@ -117,12 +119,14 @@ mod tests {
             UnitDescription {
                 segment: 0,
                 base: 0xfed9_0000,
+                window: 0x4000,
                 include_all: true,
                 scopes: vec![Scope::IoApic { id: 0, source: (0, 0x1f, 7) }],
             },
             UnitDescription {
                 segment: 0,
-                base: 0xfed9_1000,
+                base: 0xfed9_4000,
+                window: 0x1000,
                 include_all: false,
                 scopes: vec![Scope::Endpoint((0, 5, 0)), Scope::Bridge((0, 6, 1))],
             },
@@ -142,11 +146,12 @@ mod tests {
 
         let explicit = &table[48..80];
         assert_eq!(&explicit[..8], [0, 0, 32, 0, 0, 0, 0, 0]);
-        assert_eq!(u64::from_le_bytes(explicit[8..16].try_into().unwrap()), 0xfed9_1000);
+        assert_eq!(u64::from_le_bytes(explicit[8..16].try_into().unwrap()), 0xfed9_4000);
         assert_eq!(&explicit[16..24], [1, 8, 0, 0, 0, 0, 5, 0]);
         assert_eq!(&explicit[24..32], [2, 8, 0, 0, 0, 0, 6, 1]);
         let all = &table[80..];
         assert_eq!((all[2], all[4]), (24, INCLUDE_PCI_ALL));
+        assert_eq!((explicit[5], all[5]), (0, 2), "one page, and four");
         assert_eq!(&all[16..], [3, 8, 0, 0, 0, 0, 0x1f, 7]);
     }
 }

@@ -90,12 +90,16 @@ fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, hot_plug: bool, la
 fn reserved(sink: &mut dyn AmlSink, last_bus: u8) {
     let power = IO::new(layout::PM_BLOCK, layout::PM_BLOCK, 1, PmBlock::LEN as u8);
     let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ecam_size(last_bus) as u32);
-    let unit = Memory32Fixed::new(true, layout::VTD_UNIT as u32, layout::VTD_UNIT_SIZE as u32);
+    let units = Memory32Fixed::new(
+        true,
+        layout::VTD_UNIT as u32,
+        (layout::unit_base(layout::MAX_UNITS) - layout::VTD_UNIT) as u32,
+    );
     Device::new(
         "RSVD".into(),
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &ecam, &unit])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &ecam, &units])),
         ],
     )
     .to_aml_bytes(sink);

@@ -9,7 +9,7 @@
 //! 0xc0000000   PCI memory below 4 GiB
 //! 0xe0000000   ECAM: 1 MiB a bus
 //! 0xfec00000   IOAPIC
-//! 0xfed90000   VT-d unit
+//! 0xfed90000   VT-d units: 16 KiB each
 //! 0xfee00000   local APICs and messages
 //! 4 GiB        the rest of RAM, then PCI memory above 4 GiB
 //! ```
@@ -70,8 +70,14 @@ pub const IOAPIC_ID: u8 = 0;
 pub const IOAPIC_SOURCE: (u8, u8, u8) = (0, 0x1f, 7);
 /// The remapping unit's registers.
 pub const VTD_UNIT: u64 = 0xfed9_0000;
-/// Their size.
-pub const VTD_UNIT_SIZE: u64 = 0x1000;
+/// What is kept for those of a unit: as much as they are at most.
+pub const VTD_UNIT_SIZE: u64 = 0x4000;
+/// As many units as a machine can have.
+pub const MAX_UNITS: usize = 8;
+/// Where the registers of unit `index` are.
+pub const fn unit_base(index: usize) -> u64 {
+    VTD_UNIT + index as u64 * VTD_UNIT_SIZE
+}
 /// The local APICs.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// One page that KVM needs on old Intel processors, then three pages for its task state segment.
@@ -203,7 +209,7 @@ mod tests {
             (PCI32_FIRST, PCI32_LAST),
             (ECAM, ECAM + ecam_size(u8::MAX) - 1),
             (IOAPIC, IOAPIC + IOAPIC_SIZE - 1),
-            (VTD_UNIT, VTD_UNIT + VTD_UNIT_SIZE - 1),
+            (VTD_UNIT, unit_base(MAX_UNITS) - 1),
             (LOCAL_APIC, LOCAL_APIC + 0xf_ffff),
             (KVM_IDENTITY_MAP, KVM_TSS + 0x2fff),
         ];

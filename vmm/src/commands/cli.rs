@@ -7,10 +7,11 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 
 use crate::commands::ctl::CtlArgs;
 use crate::commands::device::DeviceArgs;
-use crate::commands::options;
+use crate::commands::options::{self, BadOption};
 use crate::commands::report::ReportArgs;
 use crate::commands::test::TestArgs;
-use crate::config::{DeviceOption, IommuOption, MachineConfig};
+use crate::commands::units::units;
+use crate::config::{DeviceOption, IommuOption, MachineConfig, Place};
 use crate::machine::migration::Address;
 
 /// `causeway`.
@@ -49,7 +50,8 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
-              [,ats=on|off][,pri=on|off]
+              [,ats=on|off][,pri=on|off][,perf=on|off]
+              [,devices=ID|DD.F[+ID|DD.F]...]   a further unit, with these functions
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
@@ -94,7 +96,7 @@ pub struct RunArgs {
     pub timeout: Option<Duration>,
     /// The IOMMU that the guest sees
     #[arg(long, value_name = "KIND[,KEY=VALUE]...", default_value = "vtd")]
-    pub iommu: IommuOption,
+    pub iommu: Vec<IommuOption>,
     /// A device, as often as wanted
     #[arg(long = "device", value_name = "KIND[,KEY=VALUE]...")]
     pub devices: Vec<DeviceOption>,
@@ -144,16 +146,12 @@ impl RunArgs {
         Ok(Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, ..*machine })
     }
 
-    /// The machine that it describes.
-    pub fn machine(&self) -> MachineConfig {
+    /// The machine that it describes, whose devices have these names and places.
+    pub fn machine(&self, names: &[String], places: &[Place]) -> Result<MachineConfig, BadOption> {
         let Self { memory, cpus, iommu, devices, root_ports, .. } = self;
-        MachineConfig {
-            memory: *memory,
-            cpus: *cpus,
-            iommu: iommu.clone(),
-            devices: devices.clone(),
-            root_ports: *root_ports,
-        }
+        let (iommu, further_units) = units(iommu, names, places)?;
+        let (devices, root_ports) = (devices.clone(), *root_ports);
+        Ok(MachineConfig { memory: *memory, cpus: *cpus, iommu, further_units, devices, root_ports })
     }
 }
 
@@ -183,7 +181,7 @@ mod tests {
     fn defaults() {
         let run = parse(&["--kernel", "k"]).unwrap();
         assert_eq!((run.memory, run.cpus, run.cmdline.as_deref()), (512 << 20, 1, None));
-        assert_eq!(run.machine().vtd(), Some(&VtdOption::default()));
+        assert_eq!(run.machine(&[], &[]).unwrap().vtd(), Some(&VtdOption::default()));
         assert!(!run.no_reboot && run.devices.is_empty() && run.timeout.is_none());
     }
 

@@ -25,7 +25,11 @@ fn iommu(option: &IommuOption) -> String {
         nested,
         second_stage_dirty,
         pasid_bits,
+        device_tlb,
+        page_requests,
+        performance_counters,
         ioapic_check,
+        devices,
     } = vtd;
     let mut text = "vtd".to_owned();
     if let Some(bits) = aw_bits {
@@ -47,11 +51,15 @@ fn iommu(option: &IommuOption) -> String {
         ("eim", extended_interrupt_mode),
         ("nest", nested),
         ("slads", second_stage_dirty),
+        ("ats", device_tlb),
+        ("pri", page_requests),
+        ("perf", performance_counters),
         ("ioapic-check", ioapic_check),
     ] {
         text += &format!(",{key}={}", switch(*on));
     }
-    text + &format!(",pasid-bits={pasid_bits}")
+    text += &format!(",pasid-bits={pasid_bits}");
+    if devices.is_empty() { text } else { text + ",devices=" + &devices.join("+") }
 }
 
 /// A path that is the same in every working directory, as text.
@@ -62,7 +70,7 @@ fn path(path: &Path) -> Result<String, String> {
 
 /// `--device`.
 fn device(option: &DeviceOption) -> Result<String, String> {
-    let DeviceOption { id, addr, port, kind } = option;
+    let DeviceOption { id, addr, port, bus, kind } = option;
     let mut text = kind.name().to_owned();
     match kind {
         DeviceKind::Vfio { host, backend } => {
@@ -80,7 +88,12 @@ fn device(option: &DeviceOption) -> Result<String, String> {
             }
             text += &format!(",confine={}", switch(*confine));
         }
-        DeviceKind::Edu { pasid } => text += &format!(",pasid={}", switch(*pasid)),
+        DeviceKind::Edu { pasid, ats, pri } => {
+            for (key, on) in [("pasid", pasid), ("ats", ats), ("pri", pri)] {
+                text += &format!(",{key}={}", switch(*on));
+            }
+        }
+        DeviceKind::PciBridge => {}
         DeviceKind::PinBlk { file, direct } => {
             if let Some(file) = file {
                 text += &format!(",file={}", path(file)?);
@@ -104,6 +117,9 @@ fn device(option: &DeviceOption) -> Result<String, String> {
     if let Some(port) = port {
         text += &format!(",port={port}");
     }
+    if let Some(bus) = bus {
+        text += &format!(",bus={bus}");
+    }
     if let Some(id) = id {
         text += &format!(",id={id}");
     }
@@ -115,7 +131,7 @@ fn device(option: &DeviceOption) -> Result<String, String> {
 /// # Errors
 /// A sentence that says which of them has no text.
 pub fn machine(args: &RunArgs, machine: &Machine) -> Result<Vec<String>, String> {
-    let RunArgs { kernel, image, initrd, cmdline, memory, cpus, iommu: unit, root_ports, .. } = args;
+    let RunArgs { kernel, image, initrd, cmdline, memory, cpus, iommu: units, root_ports, .. } = args;
     let mut words = Vec::new();
     let mut say = |option: &str, value: String| words.push(format!("--{option}={value}"));
     for (option, file) in [("kernel", kernel), ("image", image), ("initrd", initrd)] {
@@ -131,15 +147,17 @@ pub fn machine(args: &RunArgs, machine: &Machine) -> Result<Vec<String>, String>
     say("root-ports", root_ports.to_string());
     // What was left to the host is as it was on this one.
     let width = machine.unit_width();
-    say(
-        "iommu",
-        match unit {
-            IommuOption::Vtd(vtd) => {
-                iommu(&IommuOption::Vtd(VtdOption { aw_bits: width.or(vtd.aw_bits), ..vtd.clone() }))
-            }
-            IommuOption::None => iommu(unit),
-        },
-    );
+    for unit in units {
+        say(
+            "iommu",
+            match unit {
+                IommuOption::Vtd(vtd) => {
+                    iommu(&IommuOption::Vtd(VtdOption { aw_bits: width.or(vtd.aw_bits), ..vtd.clone() }))
+                }
+                IommuOption::None => iommu(unit),
+            },
+        );
+    }
     for option in machine.device_options() {
         say("device", device(&option)?);
     }
@@ -158,6 +176,7 @@ mod tests {
             "vtd,aw-bits=39,caching-mode=off,intremap=off,pt=off,ioapic-check=off",
             "vtd,aw-bits=57,eim=off,scalable=on,stage=both,nest=on,slads=on,pasid-bits=20",
             "vtd,scalable=on,stage=first",
+            "vtd,scalable=on,ats=on,pri=on,perf=on,devices=a+05.0",
             "vtd,scalable=on",
         ] {
             let option: IommuOption = text.parse().unwrap();
@@ -166,6 +185,9 @@ mod tests {
         for text in [
             "edu",
             "edu,pasid=on,addr=1e.7,id=a",
+            "edu,ats=on,pri=on",
+            "edu,bus=b",
+            "pcie-pci-bridge,id=b",
             "vfio,host=0001:02:03.4,backend=iommufd,port=3",
             "vfio-user,socket=/a/b,confine=on",
             "vfio-user,fd=7",

@@ -11,6 +11,7 @@ mod report;
 mod run;
 mod test;
 mod top;
+mod units;
 mod verbs;
 
 use std::process::ExitCode;

@@ -23,6 +23,12 @@ impl fmt::Display for BadOption {
 
 impl std::error::Error for BadOption {}
 
+impl BadOption {
+    pub(super) fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
 fn bad<T>(message: impl Into<String>) -> Result<T, BadOption> {
     Err(BadOption(message.into()))
 }
@@ -112,18 +118,21 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 13] = [
+        const KEYS: [&str; 16] = [
             "ats",
             "aw-bits",
             "caching-mode",
+            "devices",
             "eim",
             "intremap",
             "ioapic-check",
             "nest",
             "pasid-bits",
+            "perf",
             "pri",
             "pt",
             "scalable",
+            "segment",
             "slads",
             "stage",
         ];
@@ -164,6 +173,12 @@ impl std::str::FromStr for IommuOption {
                 if second_stage_dirty && !matches!(scalable, Some(Stages::Second | Stages::Both)) {
                     return bad("vtd: slads=on needs scalable=on with the second stage, whose flags they are");
                 }
+                keys.get("segment", |value| match number(value)? {
+                    0 => Ok(()),
+                    _ => bad(format!(
+                        "`{value}`: there is segment 0 only; another would need configuration space of its own"
+                    )),
+                })?;
                 let pasid_bits = keys.get("pasid-bits", |value| match number(value)? {
                     bits @ 0..=20 => Ok(bits as u8),
                     _ => bad(format!("`{value}` is not 0 to 20")),
@@ -189,7 +204,9 @@ impl std::str::FromStr for IommuOption {
                     pasid_bits,
                     device_tlb,
                     page_requests,
+                    performance_counters: keys.switch("perf")?.unwrap_or(default.performance_counters),
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
+                    devices: keys.get("devices", names)?.unwrap_or_default(),
                 }))
             }
             _ => bad(format!("unknown IOMMU `{kind}`; it is vtd or none")),
@@ -247,6 +264,11 @@ fn mac(text: &str) -> Result<[u8; 6], BadOption> {
 fn identifier(text: &str) -> Result<String, BadOption> {
     let fits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
     if fits { Ok(text.to_owned()) } else { bad(format!("`{text}` is not a name (letters, digits, `-`, `_` and `.`)")) }
+}
+
+/// Ids or slots, with `+` between them.
+fn names(text: &str) -> Result<Vec<String>, BadOption> {
+    text.split('+').map(identifier).collect()
 }
 
 /// The number of a root port.

@@ -33,7 +33,7 @@ fn iommu_keys() {
     assert_eq!("none".parse(), Ok(IommuOption::None));
     assert_eq!("vtd".parse(), Ok(IommuOption::Vtd(VtdOption::default())));
     assert_eq!(
-        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on".parse(),
+        "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on,perf=on".parse(),
         Ok(IommuOption::Vtd(VtdOption {
             aw_bits: Some(39),
             caching_mode: false,
@@ -46,7 +46,9 @@ fn iommu_keys() {
             pasid_bits: 0,
             device_tlb: false,
             page_requests: false,
+            performance_counters: true,
             ioapic_check: false,
+            devices: vec![],
         }))
     );
     let (scalable, nested, second_stage_dirty, pasid_bits) = (Some(Stages::Both), true, true, 20);
@@ -83,6 +85,9 @@ fn iommu_keys() {
         ("vtd,stage=first", "stage needs scalable=on"),
         ("vtd,scalable=on,nest=on", "nest=on needs scalable=on,stage=both"),
         ("vtd,slads=on", "slads=on needs scalable=on"),
+        ("vtd,segment=1", "there is segment 0 only"),
+        ("vtd,devices=", "is not a name"),
+        ("vtd,devices=a++b", "is not a name"),
         ("vtd,scalable=on,stage=first,slads=on", "slads=on needs scalable=on"),
         ("vtd,pasid-bits=4", "pasid-bits needs scalable=on"),
         ("vtd,scalable=on,pri=on", "pri=on needs ats=on,scalable=on"),

@@ -154,6 +154,7 @@ fn run_machine(args: &RunArgs, saved: Option<Saved>) -> ExitCode {
     let run = || -> Result<Run<'_>, (u8, anyhow::Error)> {
         let names = options::name_devices(&args.devices).map_err(|e| usage(e.into()))?;
         let places = options::place_devices(&args.devices, args.root_ports).map_err(|e| usage(e.into()))?;
+        let config = args.machine(&names, &places).map_err(|e| usage(e.into()))?;
         // Before any thread exists, so that none of them gets these signals.
         let signals = Arc::new(Signals::block().map_err(|e| refused(e.into()))?);
         // A pipe as a file to write waits for its reader.
@@ -172,7 +173,6 @@ fn run_machine(args: &RunArgs, saved: Option<Saved>) -> ExitCode {
             log::debug!("the limit on open files could not be raised: {e}");
         }
         let control = Arc::new(Control::new(args.cpus.into()).map_err(|e| refused(e.into()))?);
-        let config = args.machine();
         Ok(Run { args, config, names, places, trace, start, control, signals, messages, socket, saved })
     };
     let mut run = match run() {

@@ -110,10 +110,10 @@ impl Machine {
 
     /// Whether the unit, which is as it is, offers nothing that the host of this function cannot follow.
     fn fits(&self, function: Option<&dyn Function>) -> Result<(), super::Error> {
-        let (Some(function), Some(unit)) = (function, &self.unit) else { return Ok(()) };
+        let (Some(function), Some(units)) = (function, &self.units) else { return Ok(()) };
         let Some(limits) = self.plug.opener.limits_of(function.group()) else { return Ok(()) };
         let limits = [(function.group(), limits)];
-        assign::unit_width(Some(unit.config().aw_bits), &limits)?;
+        assign::unit_width(Some(units.rest().config().aw_bits), &limits)?;
         assign::check_ram(&limits, self.ram_size)?;
         Ok(())
     }
@@ -222,8 +222,8 @@ impl Machine {
     fn forget_in_unit(&mut self, id: &str, requester: Requester) {
         self.plug.breaker.remove(requester);
         self.plug.assigned.retain(|(other, _)| other != id);
-        if let Some(unit) = &self.unit {
-            unit.remove_requester(requester);
+        if let Some(units) = &self.units {
+            units.of(requester).remove_requester(requester);
         }
         self.bridge.unregister(requester);
     }

@@ -4,7 +4,8 @@
 use vtd::inspect::{PageBounds, Position};
 use vtd::{IovaRange, Requester, SourceId, Unit};
 
-use super::Machine;
+use super::units::Units;
+use super::{Machine, units};
 use crate::kvm::memory::Ram;
 use crate::view::Hex;
 use crate::view::mappings::{self, Item};
@@ -17,30 +18,37 @@ const MOST_ITEMS: usize = 512;
 const NO_UNIT: &str = "this machine has no unit: it was started with --iommu none";
 
 impl Machine {
-    /// A page of the guest's tables; of `device` alone, by its id or its address in the guest. The machine runs on.
+    /// A page of the guest's tables, of the unit that has all functions that no other one names; of `device` alone, by
+    /// its id or its address in the guest, those of its unit. The machine runs on.
     pub fn iommu_tables(&self, device: Option<&str>, position: Option<&str>) -> Result<tables::Page, String> {
-        let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
+        let units = self.units.as_ref().ok_or(NO_UNIT)?;
         let from = begin(position)?;
-        let only = device.map(|device| self.source_of(device, unit)).transpose()?;
+        let only = device.map(|device| self.source_of(device, units)).transpose()?;
+        let unit = only.map_or(&**units.rest(), |(unit, _)| unit);
+        let only = only.map(|(_, source)| source);
         // Behind a bridge functions have one entry together.
         let id_of = |source: SourceId| {
             let its = self.placed.iter().filter(|placed| unit.source_id(placed.requester) == Some(source));
             let ids: Vec<&str> = its.map(|placed| placed.id.as_str()).collect();
             (!ids.is_empty()).then(|| ids.join(","))
         };
-        Ok(tables::Page::new(&unit.tables_page(only, from, PageBounds::default()), &id_of))
+        let mut page = tables::Page::new(&unit.tables_page(only, from, PageBounds::default()), &id_of);
+        page.head.unit = (units.all().count() > 1).then(|| units::name(unit));
+        Ok(page)
     }
 
     /// A page of what assigned functions were granted and what the host holds for them; of `device` alone, by its id or
     /// its address in the guest. Only the queue of the unit is held up.
     pub fn iommu_mappings(&self, device: Option<&str>, position: Option<&str>) -> Result<mappings::Page, String> {
-        let unit = self.unit.as_ref().ok_or(NO_UNIT)?;
+        let units = self.units.as_ref().ok_or(NO_UNIT)?;
         let mut from = begin(position)?;
-        let only = device.map(|device| self.source_of(device, unit)).transpose()?;
+        let only = device.map(|device| self.source_of(device, units)).transpose()?;
         let _unchanged = self.peers.hold();
         let mut page = mappings::Page::default();
-        let mut attached = unit.attachments();
-        attached.retain(|(name, _)| only.is_none_or(|only| unit.source_id(*name) == Some(only)));
+        let mut attached: Vec<_> = units.all().flat_map(|unit| unit.attachments()).collect();
+        attached.sort_unstable_by_key(|(requester, _)| *requester);
+        let source_of = |name: Requester| units.of(name).source_id(name);
+        attached.retain(|(name, _)| only.is_none_or(|(_, only)| source_of(*name) == Some(only)));
         if let (Some(device), true) = (device, attached.is_empty()) {
             return Err(format!("nothing is mapped for {device} in the host: it is not assigned, or emulated here"));
         }
@@ -56,7 +64,7 @@ impl Machine {
                 break;
             }
             let offset = from.offset.unwrap_or(0);
-            let found = unit.granted(requester, IovaRange::new(offset, u64::MAX), |space, granted| {
+            let found = units.of(requester).granted(requester, IovaRange::new(offset, u64::MAX), |space, granted| {
                 let found = self.bridge.mappings(requester, space, granted, offset, MOST_ITEMS)?;
                 Some((space.to_string(), found))
             });
@@ -65,7 +73,7 @@ impl Machine {
                 let refused = found.refused.iter().take(MOST_ITEMS);
                 page.items.push(Item::Function(mappings::Function {
                     id: self.id_of(requester),
-                    addr: unit.source_id(requester).map_or_else(|| "none".to_owned(), |id| id.to_string()),
+                    addr: source_of(requester).map_or_else(|| "none".to_owned(), |id| id.to_string()),
                     space,
                     backend: self.bridge.backend(requester).unwrap_or("nobody").to_owned(),
                     refused: refused.map(|range| (Hex(range.first), Hex(range.last))).collect(),
@@ -86,13 +94,17 @@ impl Machine {
         self.placed.iter().find(|placed| placed.requester == requester).map(|placed| placed.id.clone())
     }
 
-    /// The source id of the device with this id, or this one: `05.0`, `00:05.0` or `0000:00:05.0`.
-    fn source_of(&self, device: &str, unit: &Unit<Ram>) -> Result<SourceId, String> {
+    /// The source id of the device with this id, or this one: `05.0`, `00:05.0` or `0000:00:05.0`; and its unit.
+    fn source_of<'a>(&self, device: &str, units: &'a Units) -> Result<(&'a Unit<Ram>, SourceId), String> {
         if let Some(placed) = self.placed.iter().find(|placed| placed.id == device) {
+            let unit = units.of(placed.requester);
             let source = unit.source_id(placed.requester);
-            return source.ok_or_else(|| format!("{device} has no source id: the guest gave its bus no number"));
+            let source =
+                source.ok_or_else(|| format!("{device} has no source id: the guest gave its bus no number"))?;
+            return Ok((unit, source));
         }
-        address(device).ok_or_else(|| format!("there is no device {device}: `devices` has ids and addresses"))
+        let found = address(device).map(|sid| (&**units.of(Requester { segment: 0, sid }), sid));
+        found.ok_or_else(|| format!("there is no device {device}: `devices` has ids and addresses"))
     }
 }
 

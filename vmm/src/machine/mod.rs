@@ -19,6 +19,7 @@ mod source_ids;
 pub mod stats;
 mod steering;
 mod top;
+mod units;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -37,7 +38,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{Audit, SpaceListener, Unit, UnitConfig, UnitId};
 
 use crate::acpi;
-use crate::acpi::dmar::{Remapping, Scope, UnitDescription};
+use crate::acpi::dmar::Remapping;
 use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
@@ -64,6 +65,7 @@ use plug::{Placed, Plug};
 use ports::Ports;
 use saving::Description;
 use stats::{Device, Stats};
+use units::Units;
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -166,7 +168,7 @@ pub struct Machine {
     plug: Plug,
     ports: Ports,
     interrupts: Arc<KvmInterrupts>,
-    unit: Option<Arc<Unit<Ram>>>,
+    units: Option<Arc<Units>>,
     bridge: Arc<Bridge>,
     peers: Arc<PeerMemory>,
     tables: Tables,
@@ -281,7 +283,7 @@ impl Machine {
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, buses.last)?;
 
-        let unit = match wanted.vtd() {
+        let units = match wanted.vtd() {
             None => None,
             Some(option) => {
                 let mut config = UnitConfig::new(UnitId(0), width);
@@ -296,30 +298,42 @@ impl Machine {
                 config.pasid_bits = option.pasid_bits;
                 config.device_tlb = option.device_tlb;
                 config.page_requests = option.page_requests;
+                config.performance_counters = option.performance_counters;
                 config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
-                let unit = Unit::new(config, (*ram).clone(), listener, interrupts.clone())?;
-                let remapper: Weak<dyn Remapper> = Arc::<Unit<Ram>>::downgrade(&unit);
+                let unit = |index: usize| -> Result<Arc<Unit<Ram>>, Error> {
+                    let config = UnitConfig { id: UnitId(index as u16), ..config };
+                    let unit = Unit::new(config, (*ram).clone(), listener.clone(), interrupts.clone())?;
+                    unit.set_remap_listener(interrupts.clone());
+                    let (base, window) = (layout::unit_base(index), unit.config().register_window());
+                    insert(&platform.mmio, base, window, Arc::new(UnitWindow(unit.clone())))?;
+                    Ok(unit)
+                };
+                let further = wanted.further_units.iter().enumerate();
+                let further = further.map(|(index, slots)| Ok((unit(index + 1)?, slots.as_slice())));
+                let units = Arc::new(Units::new(unit(0)?, further.collect::<Result<_, Error>>()?));
+                let remapper: Weak<dyn Remapper> = Arc::<Units>::downgrade(&units);
                 interrupts.remap_by(remapper);
-                unit.set_remap_listener(interrupts.clone());
-                insert(&platform.mmio, layout::VTD_UNIT, layout::VTD_UNIT_SIZE, Arc::new(UnitWindow(unit.clone())))?;
-                Some(unit)
+                Some(units)
             }
         };
         let bridge = assigned.bridge.clone();
-        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), unit.clone(), trace));
+        let peers = Arc::new(PeerMemory::new(assigned.guest.clone(), bridge.clone(), units.clone(), trace));
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
-        if let Some(Err(e)) = unit.as_ref().map(|unit| register_page::show(&slots, unit, layout::VTD_UNIT)) {
-            log::warn!("the guest's reads of the remapping unit's registers will be exits: {e}");
+        for (index, unit) in units.iter().flat_map(|units| units.all()).enumerate() {
+            let at = layout::unit_base(index);
+            if let Err(e) = register_page::show(&slots, unit, at) {
+                log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}");
+            }
         }
-        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, unit.as_ref())?;
+        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, units.as_deref().map(Units::rest))?;
         let mut plug = Plug {
             root: platform.root.clone(),
             ioapic: platform.ioapic.clone(),
-            unit: unit.clone(),
+            units: units.clone(),
             interrupts: interrupts.clone(),
             slots,
             doorbells: Arc::new(KvmDoorbells::new(vm.clone())),
@@ -352,11 +366,11 @@ impl Machine {
             pci64: saved.map_or(fitting, |saved| saved.pci64.map(|[first, last]| layout::Window { first, last })),
             root_ports: wanted.root_ports,
             last_bus: buses.last,
-            remapping: unit.as_ref().map(|unit| Remapping {
+            remapping: units.as_ref().map(|units| Remapping {
                 width: physical_bits,
-                interrupts: unit.config().interrupt_remapping,
-                device_tlbs: unit.config().device_tlb,
-                units: vec![describe_unit()],
+                interrupts: units.rest().config().interrupt_remapping,
+                device_tlbs: units.rest().config().device_tlb,
+                units: units.describe(),
             }),
         };
 
@@ -390,7 +404,7 @@ impl Machine {
             plug,
             ports,
             interrupts,
-            unit,
+            units,
             bridge,
             peers,
             tables,
@@ -477,9 +491,7 @@ impl Machine {
         self.take_what_was_asked_for();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
         self.platform.root.reset();
-        if let Some(unit) = &self.unit {
-            unit.reset();
-        }
+        self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.reset());
         self.platform.ioapic.reset();
         self.platform.power.reset();
         self.platform.serial.reset();
@@ -503,10 +515,10 @@ impl Machine {
         if let Some(trace) = trace {
             bridge.trace_ledgers(trace);
         }
-        let unit = self.unit.as_ref().map(|unit| {
+        let of_unit = |unit: &Arc<Unit<Ram>>| {
             unit.audit(&mut |requester, space, granted, audit| bridge.audit(requester, space, granted, audit))
-        });
-        unit.unwrap_or_default()
+        };
+        self.units.as_ref().map(|units| units.audit(of_unit)).unwrap_or_default()
     }
 
     /// Ends the vCPU threads.
@@ -545,7 +557,8 @@ impl Machine {
             dma_messages: placed.process.as_ref().and_then(|function| function.dma_messages()),
             pins: placed.pins.as_ref().map(|pins| pins.stats()),
         });
-        let units = self.unit.iter().map(|unit| stats::Unit { id: "vtd0".into(), counts: unit.stats() });
+        let units = self.units.iter().flat_map(|units| units.all());
+        let units = units.map(|unit| stats::Unit { id: units::name(unit), counts: unit.stats() });
         Stats {
             version: 1,
             guest_resets: self.resets,
@@ -554,15 +567,5 @@ impl Machine {
             units: units.collect(),
             ..Default::default()
         }
-    }
-}
-
-/// The one unit: all of segment 0, and the IOAPIC by the name that it makes requests with.
-fn describe_unit() -> UnitDescription {
-    UnitDescription {
-        segment: 0,
-        base: layout::VTD_UNIT,
-        include_all: true,
-        scopes: vec![Scope::IoApic { id: layout::IOAPIC_ID, source: layout::IOAPIC_SOURCE }],
     }
 }

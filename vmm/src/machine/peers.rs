@@ -9,15 +9,15 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use vfio_bridge::{Bridge, GuestMap, Region, Trace};
-use vtd::{GpaRange, Unit};
+use vtd::GpaRange;
 
-use crate::kvm::memory::Ram;
+use super::units::Units;
 use crate::kvm::slots::{BarWindow, Peers};
 
 /// The guest-physical map, with the BARs that are mapped now.
 pub struct PeerMemory {
     bridge: Arc<Bridge>,
-    unit: Option<Arc<Unit<Ram>>>,
+    units: Option<Arc<Units>>,
     trace: Option<Arc<Trace>>,
     /// Held from the change of the map until nothing is left of what it was: who compares books waits for it.
     map: Mutex<GuestMap>,
@@ -25,8 +25,13 @@ pub struct PeerMemory {
 
 impl PeerMemory {
     /// Of RAM, which is all that `bridge` has.
-    pub fn new(ram: GuestMap, bridge: Arc<Bridge>, unit: Option<Arc<Unit<Ram>>>, trace: Option<Arc<Trace>>) -> Self {
-        Self { bridge, unit, trace, map: Mutex::new(ram) }
+    pub(super) fn new(
+        ram: GuestMap,
+        bridge: Arc<Bridge>,
+        units: Option<Arc<Units>>,
+        trace: Option<Arc<Trace>>,
+    ) -> Self {
+        Self { bridge, units, trace, map: Mutex::new(ram) }
     }
 
     /// Until what this gives is dropped, nothing comes or goes.
@@ -39,9 +44,8 @@ impl PeerMemory {
         *map = new;
         // Functions in the identity space first, of which the unit knows nothing.
         self.bridge.replace_guest_map(map.clone());
-        if let Some(unit) = &self.unit {
-            unit.memory_changed(GpaRange::new(gpa, gpa + (len - 1)));
-        }
+        let range = GpaRange::new(gpa, gpa + (len - 1));
+        self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.memory_changed(range));
     }
 }
 

@@ -1,6 +1,8 @@
+use crate::kvm::memory::Ram;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use vtd::Unit;
 
 use devices::host::{HostWindow, MemorySlots};
 use vfio_bridge::model::{HostOp, Kernel, Model};
@@ -74,7 +76,7 @@ impl World {
         unit.write(0x18, &(1u32 << 31).to_le_bytes());
 
         let log = Arc::<Mutex<Vec<String>>>::default();
-        let peers = Arc::new(PeerMemory::new(guest, bridge, Some(unit.clone()), None));
+        let peers = Arc::new(PeerMemory::new(guest, bridge, Some(Arc::new(Units::new(unit.clone(), vec![]))), None));
         let kvm = log.clone();
         let set = move |region: kvm_bindings::kvm_userspace_memory_region| {
             kvm.lock().unwrap().push(format!("slot {:#x}", region.memory_size));

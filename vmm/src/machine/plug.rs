@@ -17,6 +17,7 @@ use vtd::{AtsFunction, Pasid, Requester, SourceId, Stream, Unit};
 
 use super::Error;
 use super::source_ids::ids_of;
+use super::units::Units;
 use crate::assign::{self, Breaker, Opener, UserRequests};
 use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, slot_of_port};
 use crate::kvm::doorbells::KvmDoorbells;
@@ -56,7 +57,7 @@ impl Placed {
 pub(super) struct Plug {
     pub root: Arc<PciRoot>,
     pub ioapic: Arc<IoApic>,
-    pub unit: Option<Arc<Unit<Ram>>>,
+    pub units: Option<Arc<Units>>,
     pub interrupts: Arc<KvmInterrupts>,
     pub slots: Arc<KvmSlots>,
     /// Eventfds in place of writes.
@@ -153,7 +154,7 @@ impl Plug {
                 Place::Bridge { bridge, slot } => {
                     let (bridge, above) = bridges.get(&bridge).ok_or_else(|| Error::NotOpen(id.clone()))?;
                     let requester = bridge.name_of(slot.device, slot.function);
-                    if let Some(unit) = &self.unit {
+                    if let Some(unit) = self.unit_of(requester) {
                         unit.set_alias(requester, bridge.alias());
                     }
                     let seat = Seat { requester, device: above.device, port: None, bridge: Some(bridge.clone()) };
@@ -181,7 +182,7 @@ impl Plug {
                 segment: 0,
                 decoder: self.root.decoder(),
                 port_decoder: self.root.port_decoder(),
-                ids: self.unit.as_ref().map(ids_of),
+                ids: self.units.as_ref().map(|units| ids_of(units.rest())),
             });
             let seat = match places[*index] {
                 Place::Port(number) => {
@@ -200,6 +201,11 @@ impl Plug {
             bridges.insert(*index, (bridge, seat));
         }
         Ok(bridges)
+    }
+
+    /// The unit that a function is behind.
+    fn unit_of(&self, requester: Requester) -> Option<&Arc<Unit<Ram>>> {
+        self.units.as_ref().map(|units| units.of(requester))
     }
 
     /// The root port of this number.
@@ -233,7 +239,7 @@ impl Plug {
             DeviceKind::PciBridge => return Err(Error::NotOpen(id.to_owned())),
             DeviceKind::Edu { pasid, ats, pri } => self.edu(seat, *pasid, *ats, *pri)?,
             DeviceKind::PinBlk { file, direct } => {
-                let unit = self.unit.as_ref().ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
+                let unit = self.unit_of(requester).ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
                 let wiring = assign::PinBlkWiring {
                     requester,
                     unit,
@@ -252,7 +258,7 @@ impl Plug {
                 let wiring = assign::VirtioWiring {
                     id,
                     requester,
-                    unit: self.unit.as_ref(),
+                    unit: self.unit_of(requester),
                     ram: &self.ram,
                     bridge: &self.bridge,
                     software: &self.software,
@@ -281,7 +287,7 @@ impl Plug {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, seat: Seat, pasid: bool, ats: bool, page_requests: bool) -> Result<Arc<Edu>, Error> {
         let requester = seat.requester;
-        let memory: Box<dyn DmaTarget> = match &self.unit {
+        let memory: Box<dyn DmaTarget> = match self.unit_of(requester) {
             Some(unit) => {
                 let (endpoint, decoder) = (unit.endpoint(requester), self.root.decoder());
                 Box::new(BehindUnit { endpoint, decoder })
@@ -290,13 +296,13 @@ impl Plug {
         };
         let line = self.line(&seat, 1);
         // That there is a unit with PASIDs, and one with device-TLBs, was checked.
-        let ats = self.unit.as_ref().filter(|_| ats).map(|unit| {
+        let ats = self.unit_of(requester).filter(|_| ats).map(|unit| {
             let ats = Arc::<Ats>::default();
             let function: Weak<dyn AtsFunction> = Arc::<Ats>::downgrade(&ats);
             unit.set_ats_function(requester, function);
             ats
         });
-        let pasids = self.unit.as_ref().filter(|_| pasid).map(|unit| {
+        let pasids = self.unit_of(requester).filter(|_| pasid).map(|unit| {
             let (unit, decoder) = (unit.clone(), self.root.decoder());
             let target = move |pasid: Pasid| -> Box<dyn DmaTarget> {
                 let endpoint = unit.endpoint_of(Stream { requester, pasid: Some(pasid) });
@@ -319,7 +325,7 @@ impl Plug {
             None => self.bridge.register(requester, function.group()),
         }
         .map_err(assign::Error::from)?;
-        if let Some(unit) = &self.unit {
+        if let Some(unit) = self.unit_of(requester) {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
                 function.tell(Arc::new(UserRequests { endpoint, interrupts }));

@@ -43,7 +43,7 @@ pub struct Description {
 pub struct MachineState {
     clock: kvm_clock_data,
     vcpus: Vec<VcpuState>,
-    unit: Option<vtd::State>,
+    units: Vec<vtd::State>,
     /// By number.
     ports: BTreeMap<u8, PortState>,
     /// By [`Place`].
@@ -102,14 +102,16 @@ impl Machine {
             let sid = placed.requester.sid;
             let addr = Slot { device: sid.device(), function: sid.function() };
             let addr = Some(addr).filter(|_| placed.port.is_none());
-            DeviceOption { id: Some(placed.id.clone()), addr, port: placed.port, kind: placed.kind.clone() }
+            // A machine with a bridge is not saved.
+            let (port, bus) = (placed.port, None);
+            DeviceOption { id: Some(placed.id.clone()), addr, port, bus, kind: placed.kind.clone() }
         };
         self.placed.iter().map(option).collect()
     }
 
     /// The width of the guest's addresses that its unit was made with.
     pub fn unit_width(&self) -> Option<u8> {
-        self.unit.as_ref().map(|unit| unit.config().aw_bits)
+        self.units.as_ref().map(|units| units.rest().config().aw_bits)
     }
 
     fn found(&self) -> Vec<Found> {
@@ -216,13 +218,13 @@ impl Machine {
         let ports = ports.iter().map(|of| (of.number(), port(of.number(), Saves::save(&**of)))).collect();
         let platform = self.platform_saves().into_iter().map(|(name, saves)| (name.to_owned(), saves.save())).collect();
         let ioapic = self.platform.ioapic.save();
-        let unit = self.unit.as_ref().map(|unit| unit.save());
+        let units = self.units.iter().flat_map(|units| units.all()).map(|unit| unit.save()).collect();
         self.control.send(Errand::Save);
         let vcpus = self.states.take()?;
         let mut clock = self.vm.get_clock().map_err(|e| format!("KVM_GET_CLOCK: {e}"))?;
         // Not its relation to this host's time: the guest's stands still.
         (clock.flags, clock.realtime, clock.host_tsc) = (0, 0, 0);
-        Ok(MachineState { clock, vcpus, unit, ports, functions, ioapic, platform })
+        Ok(MachineState { clock, vcpus, units, ports, functions, ioapic, platform })
     }
 
     /// Puts a state into a machine that was made from its description, that has not run, and whose RAM is as it was.
@@ -237,7 +239,7 @@ impl Machine {
     }
 
     fn put_back(&mut self, state: MachineState) -> Result<(), String> {
-        let MachineState { clock, vcpus, unit, mut ports, mut functions, ioapic, mut platform } = state;
+        let MachineState { clock, vcpus, units, mut ports, mut functions, ioapic, mut platform } = state;
         for port in self.platform.root.ports() {
             let name = format!("root port {}", port.number());
             let saved = ports.remove(&port.number()).ok_or_else(|| format!("{name}: its state is missing"))?;
@@ -246,10 +248,12 @@ impl Machine {
                 self.ports.ask(port.number());
             }
         }
-        match (&self.unit, unit) {
-            (Some(unit), Some(state)) => unit.restore(state).map_err(|e| format!("the remapping unit: {e}"))?,
-            (None, None) => {}
-            _ => return Err("the remapping unit: one is there, and one was saved, in only one of both".to_owned()),
+        let there: Vec<_> = self.units.iter().flat_map(|there| there.all()).collect();
+        if there.len() != units.len() {
+            return Err(format!("{} remapping units were saved, and there are {}", units.len(), there.len()));
+        }
+        for (unit, state) in there.into_iter().zip(units) {
+            unit.restore(state).map_err(|e| format!("the remapping unit {}: {e}", super::units::name(unit)))?;
         }
         for Found { place, name, function, .. } in self.found() {
             let state = functions.remove(&place).ok_or_else(|| format!("{name}: its state is missing"))?;
@@ -281,6 +285,6 @@ impl MachineState {
     pub(super) fn of_nothing() -> Self {
         let (ports, functions, platform) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (clock, vcpus, ioapic) = (kvm_clock_data::default(), Vec::new(), Value::Null);
-        Self { clock, vcpus, unit: None, ports, functions, ioapic, platform }
+        Self { clock, vcpus, units: Vec::new(), ports, functions, ioapic, platform }
     }
 }

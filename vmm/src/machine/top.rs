@@ -37,12 +37,13 @@ impl Machine {
     /// This moment.
     pub fn top(&self, stats: Stats) -> Top {
         let name = |requester| self.id_of(requester).unwrap_or_else(|| requester.sid.to_string());
-        let spaces = self.unit.iter().flat_map(|unit| unit.space_sizes()).map(|size| Space {
+        let units = || self.units.iter().flat_map(|units| units.all());
+        let spaces = units().flat_map(|unit| unit.space_sizes()).map(|size| Space {
             space: size.key.to_string(),
             members: size.members.into_iter().map(name).collect(),
             mappings: size.mappings,
         });
-        let attached = self.unit.iter().flat_map(|unit| unit.attachments());
+        let attached = units().flat_map(|unit| unit.attachments());
         let attached = attached.map(|(requester, space)| (name(requester), space.to_string()));
         let state = if self.is_paused() { "paused" } else { "running" };
         Top { stats, state, spaces: spaces.collect(), attached: attached.collect() }

@@ -22,6 +22,9 @@ pub struct Page {
 /// What the unit has in use.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
 pub struct Head {
+    /// The unit, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unit: Option<String>,
     /// Translation is on.
     pub enabled: bool,
     /// legacy, scalable, abort or unknown.
@@ -130,7 +133,7 @@ impl Page {
             TableItem::Function(entries) => Item::Function(Function::new(entries, id_of(entries.source))),
             TableItem::Range(range) => Item::Range(Range::new(range)),
         };
-        let head = Head { enabled: page.enabled, mode: mode.to_owned(), root: Hex(page.root.0) };
+        let head = Head { unit: None, enabled: page.enabled, mode: mode.to_owned(), root: Hex(page.root.0) };
         Self { head, items: page.items.iter().map(item).collect(), next: page.next.map(|next| next.to_string()) }
     }
 }
@@ -193,7 +196,10 @@ impl Range {
 
 impl fmt::Display for Head {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { enabled, mode, root } = self;
+        let Self { unit, enabled, mode, root } = self;
+        if let Some(unit) = unit {
+            write!(f, "{unit}: ")?;
+        }
         match (enabled, mode.as_str()) {
             (false, _) => f.write_str("translation is off: functions reach all of the guest's memory"),
             (true, "abort") => f.write_str("translation is on, in abort mode: every request is blocked"),

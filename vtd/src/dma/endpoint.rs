@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use vm_memory::{GuestMemoryBackend, Permissions};
 
+use super::due::Due;
 use super::iotlb::Iotlb;
+use super::noted::Noted;
 use crate::faults::{Access, Fault};
 use crate::ids::{Gpa, Iova, Pasid, Requester, Stream};
 use crate::space::Perm;
@@ -100,7 +102,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let iotlb = Arc::default();
         let Stream { requester, pasid } = stream;
         self.spaces().add_endpoint(&self.core, requester, &iotlb);
-        Endpoint { unit: self.clone(), requester, pasid, iotlb }
+        Endpoint { unit: self.clone(), requester, pasid, iotlb, noted: Noted::default() }
     }
 }
 
@@ -110,6 +112,7 @@ pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
     pub(super) requester: Requester,
     pub(super) pasid: Option<Pasid>,
     pub(super) iotlb: Arc<Iotlb>,
+    pub(super) noted: Noted,
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
@@ -132,14 +135,14 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     ///
     /// All that is wanted is asked of one translation: of two, each could be of another moment, and allow half of it.
     #[inline]
-    pub(super) fn look_up(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
+    pub(super) fn look_up(&self, iova: Iova, wanted: Wanted, due: &Due) -> Result<Gpa, DmaError> {
         let offset = iova.0 % PAGE;
         if let Some((page, perm)) = self.iotlb.get(iova.0 / PAGE)
             && wanted.permitted(perm).is_ok()
         {
             return Ok(Gpa(page.0 + offset));
         }
-        self.walk(iova, wanted).map(|page| Gpa(page.0 + offset))
+        self.walk(iova, wanted, due).map(|page| Gpa(page.0 + offset))
     }
 }
 

@@ -53,6 +53,9 @@ const NO_OWNER: u64 = u64::MAX;
 const MANY_OWNERS: u64 = u64::MAX - 1;
 /// What is not translated is told from every domain id: an invalidation of a domain does not reach it.
 const UNTRANSLATED: u64 = 1 << 16;
+/// In the generation: requests are counted. No slot has it, so that no look-up of a hit finds anything. When a walk
+/// began has it in the epoch.
+const COUNTING: u64 = 1 << 63;
 
 /// Of requests that are translated without a PASID, 0.
 fn of_pasid(pasid: Option<Pasid>) -> u64 {
@@ -182,6 +185,19 @@ pub(crate) struct Sampled {
     generation: u64,
 }
 
+impl Sampled {
+    /// Whether requests are counted.
+    #[inline]
+    pub(crate) fn counting(self) -> bool {
+        self.epoch & COUNTING != 0
+    }
+
+    /// The same, and nothing is counted.
+    pub(crate) fn not_counting(self) -> Self {
+        Self { epoch: self.epoch & !COUNTING, ..self }
+    }
+}
+
 /// What is cached of one endpoint, and its sessions.
 pub(crate) struct Iotlb {
     pages: Table<PAGE_SETS>,
@@ -226,7 +242,26 @@ impl Iotlb {
     /// The cached translation of a page.
     #[inline]
     pub(crate) fn get(&self, page: u64) -> Option<(Gpa, Perm)> {
-        let value = self.pages.set(page).get(page, self.generation.load(Ordering::Relaxed))?;
+        self.page_of(page, self.generation.load(Ordering::Relaxed))
+    }
+
+    /// The same for a request that is counted.
+    pub(crate) fn page(&self, sampled: Sampled, page: u64) -> Option<(Gpa, Perm)> {
+        self.page_of(page, sampled.generation)
+    }
+
+    /// From now on requests are counted, or they are not. To be called where invalidations are.
+    pub(crate) fn set_counting(&self, counting: bool) {
+        if counting {
+            self.generation.fetch_or(COUNTING, Ordering::Relaxed);
+        } else {
+            self.generation.fetch_and(!COUNTING, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
+    fn page_of(&self, page: u64, generation: u64) -> Option<(Gpa, Perm)> {
+        let value = self.pages.set(page).get(page, generation)?;
         let perm = Perm::from_bits(value & 1 != 0, value & 2 != 0)?;
         Some((Gpa(value & !0xfff), perm))
     }
@@ -234,7 +269,8 @@ impl Iotlb {
     /// To be called before the first table read of a walk.
     pub(crate) fn sample(&self) -> Sampled {
         let epoch = self.epoch.load(Ordering::Acquire);
-        Sampled { epoch, generation: self.generation.load(Ordering::Acquire) }
+        let generation = self.generation.load(Ordering::Acquire);
+        Sampled { epoch: epoch | generation & COUNTING, generation: generation & !COUNTING }
     }
 
     /// What is cached for the 2 MiB with this number. Its domain has been noted, and its size.
@@ -289,7 +325,7 @@ impl Iotlb {
 
     fn insert(&self, slot: &Slot, sampled: Sampled, key: u64, value: u64) {
         let Some(sequence) = slot.take() else { return };
-        if self.epoch.load(Ordering::Relaxed) == sampled.epoch {
+        if self.epoch.load(Ordering::Relaxed) == sampled.epoch & !COUNTING {
             slot.key.store(key, Ordering::Relaxed);
             slot.value.store(value, Ordering::Relaxed);
             slot.generation.store(sampled.generation, Ordering::Relaxed);

@@ -2,7 +2,6 @@
 
 use std::iter::FusedIterator;
 use std::ops::Range;
-use std::sync::Mutex;
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::GuestMemorySliceIterator;
@@ -11,17 +10,17 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use super::due::Due;
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
 use super::iotlb::SessionToken;
 use crate::faults::{Access, Fault};
 use crate::ids::{Gpa, Iova};
-use crate::msi::Msi;
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// Opens a session; it ends when the result is dropped.
     #[inline]
     pub fn enter(&self) -> DmaSession<'_, M> {
-        DmaSession { endpoint: self, token: self.iotlb.open_session(), message: Mutex::default() }
+        DmaSession { endpoint: self, token: self.iotlb.open_session(), due: Due::default() }
     }
 
     /// Reads `data.len()` bytes at `iova`, in a session of its own.
@@ -45,16 +44,18 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
 pub struct DmaSession<'e, M: GuestMemoryBackend + Clone + Send + Sync> {
     endpoint: &'e Endpoint<M>,
     token: SessionToken,
-    /// The fault event's, to be sent when the session is over: that may be a system call.
-    message: Mutex<Option<Msi>>,
+    /// Sent when the session is over.
+    due: Due,
 }
 
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Drop for DmaSession<'_, M> {
     #[inline]
     fn drop(&mut self) {
         self.endpoint.iotlb.close_session(&self.token);
-        let message = self.message.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        self.endpoint.unit.core.signal(message);
+        if let Some(due) = self.due.take() {
+            self.endpoint.unit.core.signal(due.fault);
+            self.endpoint.unit.core.signal(due.counters);
+        }
     }
 }
 
@@ -69,7 +70,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
     }
 
     fn translate_for(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
-        self.endpoint.look_up(iova, wanted).inspect_err(|error| {
+        self.endpoint.look_up(iova, wanted, &self.due).inspect_err(|error| {
             if let DmaError::Fault(fault) = error {
                 self.record(fault);
             }
@@ -78,9 +79,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
 
     /// Records a fault; its message is sent when the session is over.
     pub(super) fn record(&self, fault: &Fault) {
-        if let Some(message) = self.endpoint.unit.core.record(fault) {
-            *self.message.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(message);
-        }
+        self.due.of_faults(self.endpoint.unit.core.record(fault));
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint<M> {
@@ -144,7 +143,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> GuestMemory for DmaSession<'_,
         while done < count {
             let Some(iova) = after(Iova(addr.0), done) else { return false };
             let len = in_page(iova, count - done);
-            let gpa = self.endpoint.look_up(iova, wanted);
+            let gpa = self.endpoint.look_up(iova, wanted, &self.due);
             if !gpa.is_ok_and(|gpa| GuestMemoryBackend::check_range(memory, GuestAddress(gpa.0), len)) {
                 return false;
             }
@@ -184,7 +183,7 @@ impl<'a, M: GuestMemoryBackend + Clone + Send + Sync> Slices<'a, '_, M> {
             // A page that cannot be reached ends this slice; its fault is recorded when its turn comes.
             let Some(next) = after(iova, len) else { break };
             let contiguous = |page: Gpa| Some(page.0) == gpa.0.checked_add(len as u64);
-            if !self.session.endpoint.look_up(next, wanted).is_ok_and(contiguous) {
+            if !self.session.endpoint.look_up(next, wanted, &self.session.due).is_ok_and(contiguous) {
                 break;
             }
             len += in_page(next, left - len);

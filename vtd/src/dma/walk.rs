@@ -2,6 +2,7 @@
 
 use vm_memory::GuestMemoryBackend;
 
+use super::due::Due;
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
 use super::iotlb::Sampled;
 use crate::core::Core;
@@ -11,6 +12,7 @@ use crate::source_ids::Source;
 use crate::space::Perm;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
+use crate::spec::performance::Event;
 use crate::tables::blocked::Blocked;
 use crate::tables::cached::CachedDirectory;
 use crate::tables::context::{Attached, Resolved, Unresolved};
@@ -28,29 +30,47 @@ const SECOND_OF_TWO: u64 = 1 << 63 | 1 << 7;
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// The slow way. The cache's epoch is sampled before the first table read.
     #[inline(never)]
-    pub(super) fn walk(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
+    pub(super) fn walk(&self, iova: Iova, wanted: Wanted, due: &Due) -> Result<Gpa, DmaError> {
         // Requests without PASID to this range are interrupts, also with translation off, when a PASID is ignored.
         // Section 3.15.
         if INTERRUPT_WINDOW.contains(iova.0) && (self.pasid.is_none() || !self.unit.core.translation.load().enabled) {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();
+        if sampled.counting() {
+            return self.walk_counting(sampled, iova, wanted, due);
+        }
         self.walk_cached(sampled, iova, wanted).map_or_else(|| self.walk_tables(sampled, iova, wanted), Ok)
     }
 
     /// A walk from what is cached of the tables. `None` where that is not enough, and where the access is not
     /// permitted: what is told about that is as the tables are now.
-    fn walk_cached(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+    // There is a second walk, for requests that are counted: it must not keep this one out of line.
+    #[inline(always)]
+    pub(super) fn walk_cached(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Option<Gpa> {
         let Core { memory, config, .. } = &self.unit.core;
         let request = wanted.request();
-        let context = || Some(Resolved::unpack(self.iotlb.context(sampled)?, config));
+        let context = || {
+            let cached = self.iotlb.context(sampled);
+            self.note_context(sampled, cached.is_some());
+            Some(Resolved::unpack(cached?, config))
+        };
         let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN).map(CachedDirectory::unpack) {
-            Some(CachedDirectory::Second(directory)) => directory.translate(memory, config, iova, request),
-            Some(CachedDirectory::First(directory)) if directory.nested() => match context()? {
-                Resolved::Nested { second, .. } => self.leaf_of_two(sampled, directory, second, iova, request),
-                _ => return None,
-            },
-            Some(CachedDirectory::First(directory)) => directory.translate(memory, config, iova, request.writes),
+            Some(CachedDirectory::Second(directory)) => {
+                self.note_hit(sampled, Event::SecondLookup, Event::SecondHit);
+                directory.translate(memory, config, iova, request)
+            }
+            Some(CachedDirectory::First(directory)) if directory.nested() => {
+                self.note_hit(sampled, Event::FirstLookup, Event::FirstHit);
+                match context()? {
+                    Resolved::Nested { second, .. } => self.leaf_of_two(sampled, directory, second, iova, request),
+                    _ => return None,
+                }
+            }
+            Some(CachedDirectory::First(directory)) => {
+                self.note_hit(sampled, Event::FirstLookup, Event::FirstHit);
+                directory.translate(memory, config, iova, request.writes)
+            }
             None => self.walk_from(sampled, context()?, iova, request),
         };
         let found = found.ok().filter(|found| wanted.permitted(found.perm).is_ok())?;
@@ -59,7 +79,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     }
 
     /// A walk from the root table.
-    fn walk_tables(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
+    pub(super) fn walk_tables(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
         let core = &self.unit.core;
         // Sampled before: an id that changes takes the epoch forward.
         let source = core.sources.load().of(self.requester);
@@ -112,6 +132,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     ) -> Result<Translated, Blocked> {
         let Core { memory, config, .. } = &self.unit.core;
         let untranslated = Translated { page: Gpa(iova.0 & !(PAGE - 1)), perm: Perm::ReadWrite };
+        self.note_no_directory(sampled, &resolved);
         match resolved {
             Resolved::Off => Ok(untranslated),
             // Pass-through is for addresses of the unit's width, too. Section 3.9.
@@ -178,8 +199,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
                 Some(CachedDirectory::Second(directory)) if !directory.is_too_clean_for(request) => Some(directory),
                 _ => None,
             };
+            self.note(sampled, Event::SecondLookup);
             let directory = match cached {
-                Some(directory) => directory,
+                Some(directory) => {
+                    self.note(sampled, Event::SecondHit);
+                    directory
+                }
                 None => {
                     let found = Directory::find(memory, config, tables, iova, request)?;
                     self.iotlb.note_first();

@@ -6,25 +6,29 @@
 //! 64-bit register is one access; a write to a pair of 32-bit registers is two, the lower one first (Xen writes FEADDR
 //! and FEUADDR so).
 
+pub(crate) mod event;
 pub(crate) mod page;
 pub(crate) mod page_requests;
+pub(crate) mod performance;
 pub(crate) mod record;
 pub(crate) mod restore;
 pub(crate) mod state;
 mod writable;
 
-use state::{EventRegisters, State};
+use event::EventRegisters;
+use state::State;
 
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::msi::Msi;
 use crate::spec::fault::FaultRecordHigh;
+use crate::spec::performance::{self as counters, EnhancedCommand};
 use crate::spec::registers::{EventControl, FaultStatus, Global, PageRequestStatus, offset};
 
 /// The registers of a unit.
 pub(crate) struct Registers {
     pub(crate) state: State,
     config: UnitConfig,
-    shown: Option<Box<page::Shown>>,
+    shown: Option<page::Shown>,
 }
 
 /// What a register write asks the unit to do.
@@ -38,6 +42,8 @@ pub(crate) enum Command {
     Iotlb,
     /// The tail was moved, or a queue error was cleared: there may be descriptors to process.
     Drain,
+    /// ECMD was written.
+    Enhanced(EnhancedCommand),
 }
 
 /// What follows from one write.
@@ -53,14 +59,22 @@ const FRCD_END: u64 = offset::FRCD + 16 * FAULT_RECORDS as u64;
 
 impl Registers {
     pub(crate) fn new(config: UnitConfig) -> Self {
-        Self { state: State::default(), config, shown: None }
+        Self { state: State::of(&config), config, shown: None }
+    }
+
+    /// Takes a state that a unit of this configuration can be in. What was saved where counters were not offered has
+    /// them as they are at power-on.
+    pub(crate) fn put(&mut self, state: State) {
+        let performance = state.performance.or(State::of(&self.config).performance);
+        self.state = State { performance, ..state };
     }
 
     /// Whether a write of `len` bytes at `at` may give a [`Command`], whatever the registers hold.
     pub(crate) fn commands(at: u64, len: usize) -> bool {
         let end = at.saturating_add(len as u64);
         let hits = |register: u64, size: u64| at < register + size && register < end;
-        hits(offset::GCMD, 4) || hits(offset::CCMD, 8) || hits(offset::IQT, 8) || hits(offset::IOTLB, 8)
+        let of_remapping = hits(offset::GCMD, 4) || hits(offset::CCMD, 8) || hits(offset::IQT, 8);
+        of_remapping || hits(offset::IOTLB, 8) || hits(counters::offset::ECMD, 8)
     }
 
     /// Whether a write of `len` bytes of `value` at `at` lets a queue go on that had stopped: of FSTS only one that
@@ -127,7 +141,7 @@ impl Registers {
                 let record = &state.fault_records[((at - offset::FRCD) / 16) as usize];
                 if at & 8 == 0 { record.low } else { record.high.into_bits() }
             }
-            _ => 0,
+            _ => state.performance.as_ref().map_or(0, |performance| performance.read(at)),
         }
     }
 
@@ -222,7 +236,7 @@ impl Registers {
                 *high = high.with_fault(high.fault() && !served);
                 self.fault_conditions_cleared();
             }
-            _ => {}
+            _ => return state.performance.as_mut().map_or_else(Outcome::default, |it| it.write(at, write)),
         }
         Outcome::default()
     }
@@ -287,29 +301,4 @@ fn event_write(event: &mut EventRegisters, at: u64, value: u64, mask: u64) -> Ou
         }
     }
     Outcome { command: None, message }
-}
-
-impl EventRegisters {
-    fn message(&self) -> Msi {
-        Msi { address: u64::from(self.upper_address) << 32 | u64::from(self.address), data: self.data }
-    }
-
-    /// The event happened: its message, unless the mask holds it back.
-    pub(crate) fn raise(&mut self) -> Option<Msi> {
-        let control = self.control;
-        self.control = control.with_pending(control.masked());
-        (!control.masked()).then(|| self.message())
-    }
-
-    /// The conditions of the event are gone.
-    pub(crate) fn withdraw(&mut self) {
-        self.control = self.control.with_pending(false);
-    }
-
-    fn set_mask(&mut self, masked: bool) -> Option<Msi> {
-        let control = self.control;
-        let due = control.pending() && !masked;
-        self.control = EventControl::new().with_masked(masked).with_pending(control.pending() && masked);
-        due.then(|| self.message())
-    }
 }

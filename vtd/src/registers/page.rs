@@ -3,49 +3,50 @@
 use std::sync::{Arc, MutexGuard};
 
 use super::{FRCD_END, Registers};
+use crate::config::UnitConfig;
+use crate::spec::performance::offset as counters;
 use crate::spec::registers::offset;
 
-/// Memory that a guest reads in place of the registers, [`crate::REGISTER_WINDOW`] bytes of it; its writes go to
-/// [`crate::Unit::write`] as ever. All of it is 0 at first.
+/// Memory that a guest reads in place of the first page of the registers, [`crate::REGISTER_WINDOW`] bytes; its writes
+/// go to [`crate::Unit::write`] as ever, and so do reads of further pages, where the counters are. All of it is 0 at
+/// first.
 pub trait RegisterPage: Send + Sync {
     /// Puts 8 bytes at `offset`, a multiple of 8: a read of all of them, or of one half, sees them together. Called
     /// with the lock of the registers held, so it waits for nothing.
     fn store(&self, offset: u64, value: u64);
 }
 
-/// The registers have nothing but zeros from here to the fault records, and behind these.
-const LOW_END: u64 = 0x100;
-const LOW_QUADS: usize = (LOW_END / 8) as usize;
-const QUADS: usize = LOW_QUADS + ((FRCD_END - offset::FRCD) / 8) as usize;
-
-/// Where the `index`th 8 bytes are that may have something else than zeros.
-const fn place(index: usize) -> u64 {
-    match index.checked_sub(LOW_QUADS) {
-        None => index as u64 * 8,
-        Some(record) => offset::FRCD + record as u64 * 8,
-    }
+/// Where the registers may have something else than zeros, of the first page: in 8 bytes at each of these.
+fn places(config: &UnitConfig) -> impl Iterator<Item = u64> {
+    let counters = if config.performance_counters { counters::PERFCAP..counters::ECCAP_3 + 8 } else { 0..0 };
+    let ranges = [0..LOW_END, offset::FRCD..FRCD_END, counters];
+    ranges.into_iter().flat_map(|range| range.step_by(8))
 }
+
+/// Behind the registers whose places every unit has.
+const LOW_END: u64 = 0x100;
 
 /// A page, and what it has.
 pub(super) struct Shown {
     page: Arc<dyn RegisterPage>,
-    quads: [u64; QUADS],
+    quads: Vec<(u64, u64)>,
 }
 
 impl Registers {
     /// `page` has what the registers read from now on.
     pub(crate) fn show_in(&mut self, page: Arc<dyn RegisterPage>) {
-        self.shown = Some(Box::new(Shown { page, quads: [0; QUADS] }));
+        let quads = places(&self.config).map(|at| (at, 0)).collect();
+        self.shown = Some(Shown { page, quads });
     }
 
     /// Puts what changed into the page.
     fn show(&mut self) {
         let Some(mut shown) = self.shown.take() else { return };
-        for (index, quad) in shown.quads.iter_mut().enumerate() {
-            let value = self.read_quad(place(index));
+        for (at, quad) in &mut shown.quads {
+            let value = self.read_quad(*at);
             if *quad != value {
                 *quad = value;
-                shown.page.store(place(index), value);
+                shown.page.store(*at, value);
             }
         }
         self.shown = Some(shown);

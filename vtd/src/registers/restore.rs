@@ -1,12 +1,15 @@
 //! Whether a state that was saved can be one of this unit: what comes from a file is trusted no more than what comes
 //! from a guest (A-14, rule 1).
 
-use super::state::{EventRegisters, FaultRecord, PageRequestRegisters, State, StateVersion};
+use super::event::EventRegisters;
+use super::performance::{self, PerformanceState};
+use super::state::{FaultRecord, PageRequestRegisters, State, StateVersion};
 use super::writable;
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::ids::Pasid;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::invalidation::Descriptor;
+use crate::spec::performance::{EnhancedResponse, Filter};
 use crate::spec::registers::{ContextCommand, EventControl, FaultStatus, Global, IotlbInvalidate, QueueErrorRecord};
 
 /// Why a state cannot be restored.
@@ -60,6 +63,7 @@ impl State {
             invalidate_address,
             iotlb_invalidate,
             page_requests,
+            performance,
         } = *self;
         if version != StateVersion::CURRENT {
             return Err(RestoreError::Version(version));
@@ -109,6 +113,10 @@ impl State {
         check_event(["IECTL", "IEDATA", "IEADDR"], completion_event)?;
         check_page_requests(config, page_requests)?;
         fault_records.into_iter().try_for_each(|record| check_record(config, record))?;
+        if let Some(performance) = &performance {
+            check("PERFCAP", u64::from(!config.performance_counters), 0)?;
+            check_performance(performance)?;
+        }
         let len = if global_status.queued_invalidation() { 4096 << queue_in_use.size() } else { 0 };
         // The head is 0 while the queue is off.
         if queue_head != 0 && queue_head >= len || !queue_head.is_multiple_of(Descriptor::size(queue_in_use.wide())) {
@@ -149,4 +157,24 @@ fn check_record(config: &UnitConfig, FaultRecord { low, high }: FaultRecord) -> 
     let possible = possible.with_address_type(if config.device_tlb { 3 } else { 0 }).with_type_2(config.page_requests);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())
+}
+
+fn check_performance(state: &PerformanceState) -> Result<(), RestoreError> {
+    // Any part of an operand is possible, and any counter can be frozen, and have overflowed.
+    let PerformanceState { counters, frozen: _, overflowed: _, interrupt_status, event, operand: _, response } = *state;
+    check("PERFINTRSTS", interrupt_status.into(), 1)?;
+    check_event(["PERFINTRCTL", "PERFINTRDATA", "PERFINTRADDR"], event)?;
+    check("ECRSP", response.into_bits(), EnhancedResponse::new().with_status(0x7f).into_bits())?;
+    for counter in counters {
+        let configuration = counter.configuration;
+        check("PERFCNTRCFG", configuration.with_enabled(false).into_bits(), performance::CONFIGURATION)?;
+        for (filter, register) in Filter::ALL.into_iter().zip(counter.filters) {
+            check("a filter of PERFCNTRCFG", register.into_bits().into(), filter.writable().into())?;
+        }
+        check("PERFCNTR", counter.value, performance::VALUE)?;
+        if configuration.enabled() && !counter.can_be_enabled() {
+            return Err(RestoreError::Register { register: "PERFCNTRCFG", value: configuration.into_bits() });
+        }
+    }
+    Ok(())
 }

@@ -3,11 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::FAULT_RECORDS;
+use super::event::EventRegisters;
+use super::performance::PerformanceState;
+use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::{
-    ContextCommand, EventControl, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate,
-    PageRequestAddress, PageRequestStatus, QueueAddress, QueueErrorRecord, RootTableAddress,
+    ContextCommand, FaultStatus, Global, InterruptTableAddress, InvalidateAddress, IotlbInvalidate, PageRequestAddress,
+    PageRequestStatus, QueueAddress, QueueErrorRecord, RootTableAddress,
 };
 
 /// A fault recording register: its two halves.
@@ -18,26 +20,6 @@ pub struct FaultRecord {
     pub low: u64,
     /// Bits 127:64.
     pub high: FaultRecordHigh,
-}
-
-/// An event with its message: fault event, invalidation completion event or page request event.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EventRegisters {
-    /// Control: IM and IP.
-    pub control: EventControl,
-    /// Data.
-    pub data: u32,
-    /// Address.
-    pub address: u32,
-    /// Upper address.
-    pub upper_address: u32,
-}
-
-impl Default for EventRegisters {
-    fn default() -> Self {
-        Self { control: EventControl::new().with_masked(true), data: 0, address: 0, upper_address: 0 }
-    }
 }
 
 /// The registers of the page request queue; those at power-on where page requests are not offered.
@@ -118,9 +100,17 @@ pub struct State {
     pub iotlb_invalidate: IotlbInvalidate,
     /// PQH, PQT, PQA, PRS and the page request event.
     pub page_requests: PageRequestRegisters,
+    /// The registers of performance monitoring, where that is offered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub performance: Option<PerformanceState>,
 }
 
 impl State {
+    /// That at power-on of a unit of this configuration.
+    pub(crate) fn of(config: &UnitConfig) -> Self {
+        Self { performance: config.performance_counters.then(PerformanceState::default), ..Self::default() }
+    }
+
     /// Back to what it is at power-on.
     pub fn reset(&mut self) {
         // Destructured, so that a field that is added later cannot be forgotten here.
@@ -146,6 +136,7 @@ impl State {
             invalidate_address,
             iotlb_invalidate,
             page_requests,
+            performance,
         } = self;
         *version = StateVersion::CURRENT;
         *global_status = Global::new();
@@ -168,5 +159,6 @@ impl State {
         *invalidate_address = InvalidateAddress::new();
         *iotlb_invalidate = IotlbInvalidate::new();
         *page_requests = PageRequestRegisters::default();
+        *performance = performance.map(|_| PerformanceState::default());
     }
 }

@@ -108,6 +108,7 @@ impl Spaces {
         requester: Requester,
         iotlb: &Arc<Iotlb>,
     ) {
+        iotlb.set_counting(self.counting);
         self.endpoints.push((requester, iotlb.clone()));
         self.sources_changed(core);
     }

@@ -52,6 +52,8 @@ pub(crate) struct Spaces {
     /// By domain id first: an invalidation names nothing else.
     spaces: BTreeMap<(DomainId, PagedSpace), Space>,
     endpoints: Vec<(Requester, Arc<Iotlb>)>,
+    /// Their requests are counted.
+    counting: bool,
     /// The source ids of functions that do not have the one of their name; `None` for one that has none.
     ids: BTreeMap<Requester, Option<SourceId>>,
     /// Functions whose requests carry the id of somebody else: the bridge that they are behind.
@@ -134,6 +136,12 @@ impl Spaces {
             }
             SpaceKey::Identity | SpaceKey::Blocked => Box::new(std::iter::empty()),
         }
+    }
+
+    /// Whether requests of emulated functions are counted from now on.
+    pub(crate) fn set_counting(&mut self, counting: bool) {
+        self.counting = counting;
+        self.endpoints.iter().for_each(|(_, iotlb)| iotlb.set_counting(counting));
     }
 
     /// Forgets which refusals the guest was told of.

@@ -10,6 +10,7 @@ pub mod invalidation;
 pub mod irte;
 pub mod page_requests;
 pub mod pasid;
+pub mod performance;
 pub mod registers;
 pub mod root_context;
 pub mod second_stage;

@@ -127,7 +127,8 @@ pub struct Capability {
     pub posted_interrupts: bool,
     /// FL5LP.
     pub first_stage_5_levels: bool,
-    __: bool,
+    /// ECMDS: enhanced commands.
+    pub enhanced_commands: bool,
     /// ESIRTPS.
     pub enhanced_sirtp: bool,
     /// ESRTPS: setting the root pointer invalidates every cache.
@@ -195,8 +196,9 @@ pub struct ExtendedCapability {
     pub scalable_coherent: bool,
     /// RPS: RID_PASID of the scalable-mode context entry is honoured.
     pub rid_pasid: bool,
-    #[bits(2)]
-    __: u8,
+    __: bool,
+    /// PMS: performance monitoring.
+    pub performance_monitoring: bool,
     /// ADMS: abort-DMA mode.
     pub abort_mode: bool,
     #[bits(11)]

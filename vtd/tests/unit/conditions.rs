@@ -367,6 +367,7 @@ fn a11_reset_leaves_nothing_of_any_register() {
             status: PageRequestStatus::new().with_overflow(true),
             event,
         },
+        performance: None,
     };
     rig.unit.restore(state.clone()).unwrap();
     assert_eq!(rig.unit.save(), state);

@@ -20,6 +20,7 @@ mod nested;
 mod page_requests;
 mod pasid_tables;
 mod pasids;
+mod performance;
 mod queue;
 mod random;
 mod register_page;

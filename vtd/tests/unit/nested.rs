@@ -40,7 +40,11 @@ impl World {
 
     /// With flags of the second stage, or without.
     fn with(flags: bool) -> Self {
-        let mut rig = Rig::scalable(offered());
+        Self::of(offered(), flags)
+    }
+
+    fn of(config: UnitConfig, flags: bool) -> Self {
+        let mut rig = Rig::scalable(config);
         let (first, second) = (rig.table(), rig.table());
         let entry = nested(first + UP, second, 48, 1);
         rig.set_entry(NVME, 0, if flags { with_flags(entry) } else { entry });
@@ -109,6 +113,13 @@ impl World {
     fn forget(&mut self) {
         assert!(self.rig.submit(&[iotlb_domain(1)]));
     }
+}
+
+/// A unit whose NVME, emulated, reaches two pages at `iova` through both stages; and that.
+pub(crate) fn two_pages(config: UnitConfig, iova: u64) -> (Rig, Endpoint<Memory>) {
+    let mut world = World::of(config, false);
+    (0..2).for_each(|page| _ = world.page(iova + page * 4096, 0x80_0000 + page * 4096));
+    (world.rig, world.endpoint)
 }
 
 #[test]

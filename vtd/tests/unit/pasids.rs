@@ -20,10 +20,17 @@ fn with_pasids() -> UnitConfig {
 /// A unit with PASIDs, which the context entry of NVME permits.
 fn rig() -> Rig {
     let mut rig = Rig::scalable(with_pasids());
-    let context = rig.directory_address(NVME, 0) & !0xfff;
-    let low = ContextLow::new().with_present(true).with_pasid(true).with_directory(context >> 12);
-    rig.set_scalable_context(NVME, low, ContextHigh::new());
+    rig.permit_pasids();
     rig
+}
+
+impl Rig {
+    /// The context entry of NVME permits PASIDs.
+    pub fn permit_pasids(&mut self) {
+        let context = self.directory_address(NVME, 0) & !0xfff;
+        let low = ContextLow::new().with_present(true).with_pasid(true).with_directory(context >> 12);
+        self.set_scalable_context(NVME, low, ContextHigh::new());
+    }
 }
 
 fn endpoint(rig: &Rig, pasid: u32) -> Endpoint<Memory> {

@@ -86,12 +86,13 @@ proptest! {
     /// Whatever the guest and its functions do, the page has what the registers read.
     #[test]
     fn a5_a_page_is_right_after_each_step(
-        remapping in any::<bool>(),
-        steps in proptest::collection::vec((0..0x100u64, any::<u64>(), 0..8u8), 1..40),
+        (remapping, counting) in any::<(bool, bool)>(),
+        steps in proptest::collection::vec((prop_oneof![4 => 0..0x100u64, 1 => 0x300..0x450u64], any::<u64>(), 0..8u8), 1..40),
     ) {
         let config = UnitConfig {
             interrupt_remapping: remapping,
             extended_interrupt_mode: remapping,
+            performance_counters: counting,
             ..UnitConfig::new(UnitId(0), 48)
         };
         let mut rig = Rig::with(config);

@@ -20,6 +20,7 @@ use super::remapping::{Remapped, VECTOR};
 images::tests!(
     a11_reset_leaves_the_unit_as_power_on_does => "reboots",
     a11_reset_under_dma_leaves_the_device_quiet => "reboots --cpus 2",
+    a11_reset_is_of_every_unit => "reboots --iommu vtd,perf=on --iommu vtd,perf=on,devices=02.0 --device edu",
 );
 
 /// Behind what [`page`] gives out.
@@ -61,6 +62,22 @@ fn reset() -> ! {
     }
     wait_for("the reset", || false);
     unreachable!()
+}
+
+fn a11_reset_is_of_every_unit() {
+    let [one, other] = [0, 1].map(Unit::number);
+    for unit in [&one, &other] {
+        // The configuration of the first performance counter, where the unit says that it is.
+        let counter = u64::from(unit.read32(0x310));
+        check_eq!((unit.read32(GSTS), unit.read64(RTADDR), unit.read64(counter)), (0, 0, 0), "what it has at first");
+        unit.set_root(page());
+        unit.command(TRANSLATION, true);
+        unit.write64(counter, 2 << 32);
+        check!(unit.read64(RTADDR) != 0 && unit.read64(counter) == 2 << 32, "it does not hold what was written");
+    }
+    if resets() < 2 {
+        reset();
+    }
 }
 
 /// Keeps the `words` of four bytes that `now` gives when the machine is new, and compares them after each reset.

@@ -1,0 +1,133 @@
+//! two units, each with functions of its own.
+
+use images::edu::Edu;
+use images::memory::{page, pages, store};
+use images::pci::SourceId;
+use images::tables::READ_WRITE;
+use images::vtd::offset::IRTA;
+use images::vtd::{Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, TRANSLATION, Unit, iotlb_domain, iotlb_pages};
+use images::world::{IOVA, WRITE_DENIED};
+use images::x86::{enable_interrupts, interrupts, wait_for};
+use images::{World, check, check_eq, harness};
+
+images::tests!(
+    a13_each_unit_translates_for_its_own_functions => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
+    a13_faults_are_recorded_by_the_unit_of_the_function => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
+    a13_invalidations_reach_one_unit => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
+    a13_interrupts_are_remapped_by_the_unit_of_the_function => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
+    a13_units_offer_the_same => "--iommu vtd,perf=on,aw-bits=39 --iommu vtd,perf=on,aw-bits=39,devices=02.0 --device edu",
+);
+
+const VECTOR: u8 = 0x95;
+/// The same domain in both units, which have nothing to do with each other.
+const DOMAIN: u16 = 1;
+
+fn edu(device: u16) -> Edu {
+    let edu = Edu::all().find(|edu| edu.sid == SourceId(device << 3));
+    edu.unwrap_or_else(|| panic!("there is no edu at {device:02x}.0"))
+}
+
+/// The device of each of the two units.
+fn worlds() -> [World; 2] {
+    let of = |number: u64, edu: Edu| {
+        if !edu.recorded {
+            harness::skipped("the host of a function hears of its faults");
+        }
+        World::behind(Unit::number(number), edu, None)
+    };
+    [of(0, edu(1)), of(1, edu(2))]
+}
+
+/// The same, with translation on: `IOVA` of each leads to the page of its number.
+fn translating(memory: u64) -> [World; 2] {
+    let mut worlds = worlds();
+    let other = [worlds[1].edu.sid, worlds[0].edu.sid];
+    for (number, world) in worlds.iter_mut().enumerate() {
+        let domain = world.domain(DOMAIN, world.levels());
+        domain.map(IOVA, memory + 4096 * number as u64, READ_WRITE);
+        world.attach(world.edu.sid, &domain);
+        // Its tables say the same of the function of the other unit, which means nothing.
+        world.attach(other[number], &domain);
+        world.unit.command(TRANSLATION, true);
+    }
+    worlds
+}
+
+fn a13_each_unit_translates_for_its_own_functions() {
+    let memory = pages(2, 4096);
+    let [one, other] = translating(memory);
+    one.reaches(IOVA, memory);
+    other.reaches(IOVA, memory + 4096);
+    one.reaches(IOVA, memory);
+    // One is off: its function reaches memory, and the other's does not.
+    one.unit.command(TRANSLATION, false);
+    one.reaches(memory, memory);
+    other.write_blocked(memory, memory, WRITE_DENIED);
+}
+
+fn a13_faults_are_recorded_by_the_unit_of_the_function() {
+    let [one, other] = translating(pages(2, 4096));
+    let nowhere = IOVA + 0x1000;
+    for (world, beside) in [(&one, &other), (&other, &one)] {
+        world.edu.dma_write(nowhere, 8);
+        beside.no_fault();
+        let expected = Fault { source: world.edu.sid, reason: WRITE_DENIED, info: nowhere, read: false };
+        check!(world.unit.take_fault() == Some(expected), "the fault is not in the record of its unit");
+        world.no_fault();
+    }
+}
+
+fn a13_invalidations_reach_one_unit() {
+    let memory = pages(2, 4096);
+    let [mut one, mut other] = worlds();
+    let domains = [&one, &other].map(|world| world.domain(DOMAIN, world.levels()));
+    for (number, world) in [&mut one, &mut other].into_iter().enumerate() {
+        domains[number].map(IOVA, memory + 4096 * number as u64, READ_WRITE);
+        world.attach(world.edu.sid, &domains[number]);
+        world.unit.command(TRANSLATION, true);
+        world.reaches(IOVA, memory + 4096 * number as u64);
+    }
+    domains.iter().for_each(|domain| domain.clear(IOVA, 1));
+    other.unit.invalidate(&[iotlb_pages(DOMAIN, IOVA, 0)]);
+    other.not_mapped(IOVA, memory + 4096);
+    // What the first one has cached, or its bridge mapped, is as it was until it is told.
+    one.reaches(IOVA, memory);
+    one.unit.invalidate(&[iotlb_domain(DOMAIN)]);
+    one.not_mapped(IOVA, memory);
+}
+
+fn a13_interrupts_are_remapped_by_the_unit_of_the_function() {
+    let [one, other] = worlds();
+    let (id, table) = (enable_interrupts(), page());
+    let entry = |at: u64, vector: u8| {
+        store(at + 8, 0);
+        store(at, u64::from(id) << 40 | u64::from(vector) << 16 | 1);
+    };
+    // Of the first unit an entry, of the other none that is present.
+    entry(table, VECTOR);
+    for (world, table) in [(&one, table), (&other, page())] {
+        world.unit.write64(IRTA, table);
+        world.unit.command(INTERRUPT_POINTER, true);
+        world.unit.command(INTERRUPT_REMAPPING, true);
+        world.edu.set_message(0xfee0_0000 | 1 << 4 | 1 << 3, 0);
+    }
+    one.edu.interrupt();
+    wait_for("the interrupt of the first unit's function", || interrupts(VECTOR) == 1);
+    other.edu.interrupt();
+    other.edu.settle();
+    wait_for("the fault of the other one's", || other.unit.fault_at(0).is_some());
+    check_eq!(interrupts(VECTOR), 1, "interrupts");
+    let fault = other.unit.take_fault().map(|fault| (fault.source, fault.reason));
+    check!(fault == Some((other.edu.sid, 0x22)), "the fault is {fault:x?}");
+    one.no_fault();
+}
+
+fn a13_units_offer_the_same() {
+    let [one, other] = [0, 1].map(Unit::number);
+    check_eq!(
+        (one.capability(0, 63), one.extended(0, 63)),
+        (other.capability(0, 63), other.extended(0, 63)),
+        "CAP, ECAP"
+    );
+    check_eq!((one.capability(16, 6), one.extended(51, 1)), (38, 1), "MGAW and PMS");
+}
