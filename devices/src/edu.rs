@@ -19,6 +19,7 @@
 //! command was written is not reached.
 
 mod addresses;
+mod bar;
 mod capabilities;
 mod saving;
 mod translated;
@@ -37,6 +38,7 @@ use crate::page_requests::MayAsk;
 use crate::pci::config::{CAP_MSI, COMMAND_INTX_OFF, COMMAND_MEMORY, STATUS, STATUS_INTX};
 pub use addresses::{BUFFER, BUFFER_SIZE};
 use addresses::{in_buffer, message_of};
+use bar::Bar;
 use capabilities::Capabilities;
 use translated::{Bytes, Refused, Way, transfer_by_tlb};
 
@@ -578,34 +580,6 @@ impl State {
 /// Modulo 2^32: from 34 on it is 0, which saves a guest's 2^32 multiplications.
 fn factorial(n: u32) -> u32 {
     if n >= 34 { 0 } else { (1..=n).fold(1, u32::wrapping_mul) }
-}
-
-/// BAR 0 on the bus: registers take 4 bytes, from 0x80 on 8 too.
-struct Bar(Arc<Shared>);
-
-fn is_access(offset: u64, len: usize) -> bool {
-    len == 4 || (len == 8 && offset >= 0x80)
-}
-
-impl BusDevice for Bar {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0xff);
-        if is_access(offset, data.len()) {
-            let len = data.len();
-            data.copy_from_slice(&self.0.read(offset).to_le_bytes()[..len]);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if !is_access(offset, data.len()) {
-            return;
-        }
-        let mut value = [0; 8];
-        value[..data.len()].copy_from_slice(data);
-        if let Some(message) = self.0.write(offset, u64::from_le_bytes(value)) {
-            self.0.interrupts.signal(self.0.requester, message);
-        }
-    }
 }
 
 #[cfg(test)]
