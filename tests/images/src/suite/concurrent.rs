@@ -304,8 +304,12 @@ fn b1_superpage_and_table_replace_each_other_under_dma() {
     world.attach(other.sid, &domain);
     let entry = domain.entry(AREA, 2);
     let (whole, holes) = (memory | LARGE | READ_WRITE, leaves(memory, |index| !(100..400).contains(&index)));
-    store(entry, whole);
-    world.unit.invalidate(&[iotlb_pages(domain.id, AREA, 9)]);
+    // The first table cuts what was mapped as a whole, and what stays of it is away for a moment where the host cannot
+    // cut (B-8). From then on each part is a mapping of its own.
+    for shape in [whole, holes, whole] {
+        store(entry, shape);
+        world.unit.invalidate(&[iotlb_pages(domain.id, AREA, 9)]);
+    }
     let mut carrier = carrier(memory);
     beside(
         || carrier.carry(),
