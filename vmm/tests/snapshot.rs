@@ -200,7 +200,7 @@ fn a14_what_cannot_be_saved_or_restored_is_refused_with_the_reason_and_nothing_i
     );
     wrong("--device=edu,pasid=off,addr=01.0,id=edu0\"", "--device=floppy\"", "unknown device");
     wrong("\"physical_bits\":", "\"physical_bits\":1", "physical addresses");
-    wrong("\"global_status\":0", "\"global_status\":1", "the remapping unit: GSTS");
+    wrong("\"global_status\":0", "\"global_status\":1", "the remapping unit vtd0: GSTS");
 }
 
 /// The fields of a manifest in the order in which they are written.

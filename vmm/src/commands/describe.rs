@@ -89,9 +89,9 @@ fn device(option: &DeviceOption) -> Result<String, String> {
             text += &format!(",confine={}", switch(*confine));
         }
         DeviceKind::Edu { pasid, ats, pri } => {
-            for (key, on) in [("pasid", pasid), ("ats", ats), ("pri", pri)] {
-                text += &format!(",{key}={}", switch(*on));
-            }
+            text += &format!(",pasid={}", switch(*pasid));
+            text += if *ats { ",ats=on" } else { "" };
+            text += if *pri { ",pri=on" } else { "" };
         }
         DeviceKind::PciBridge => {}
         DeviceKind::PinBlk { file, direct } => {
