@@ -46,7 +46,7 @@ pub struct MachineState {
     units: Vec<vtd::State>,
     /// By number.
     ports: BTreeMap<u8, PortState>,
-    /// By [`Place`].
+    /// By place: an address on bus 0, or a root port.
     functions: BTreeMap<String, Value>,
     ioapic: Value,
     /// The devices that every machine has, and those of images.
