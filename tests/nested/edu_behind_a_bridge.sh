@@ -13,7 +13,9 @@ edus() { grep -lx 0x11e8 $devices/*/device | xargs -n 1 dirname | xargs -n 1 bas
 for function in $(edus); do
     above=$(basename "$(dirname "$(readlink -f "$devices/$function")")")
     echo "edu $function behind $above in the group of: $(ls "$devices/$function/iommu_group/devices" | xargs)"
-    edu "--bdf $function roundtrip" "--bdf $function msi" "--bdf $function armed"
+    edu "--bdf $function roundtrip" "--bdf $function msi"
+    # Of its faults Linux prints ten lines in five seconds: two for each of these, so one function of each bridge is blocked.
+    case $function in *:01.0) edu "--bdf $function armed" ;; esac
 done
 echo "used $(edus | wc -l)"
 until_so '[ $(edus | wc -l) = 4 ]'
