@@ -35,7 +35,10 @@ pub(super) struct Shown {
 impl Registers {
     /// `page` has what the registers read from now on.
     pub(crate) fn show_in(&mut self, page: Arc<dyn RegisterPage>) {
-        let quads = places(&self.config).map(|at| (at, 0)).collect();
+        let mut quads: Vec<_> = places(&self.config).map(|at| (at, 0)).collect();
+        // A guest may look in between: what says that something is there comes after what is there. Records come before
+        // FSTS, IQERCD and the head before IQE, PRS before the tail of page requests.
+        quads.sort_unstable_by_key(|(at, _)| if *at < LOW_END { (1, LOW_END - at) } else { (0, *at) });
         self.shown = Some(Shown { page, quads });
     }
 

@@ -80,6 +80,32 @@ fn a5_only_what_changes_is_put_into_the_page() {
     assert_eq!(stores(&|| _ = rig.read64(offset::RTADDR)), 0);
 }
 
+#[test]
+fn a5_what_a_status_speaks_of_is_in_the_page_before_it() {
+    #[derive(Default)]
+    struct Order(std::sync::Mutex<Vec<u64>>);
+    impl RegisterPage for Order {
+        fn store(&self, offset: u64, _: u64) {
+            self.0.lock().unwrap().push(offset);
+        }
+    }
+    let (mut rig, order) = (Rig::translating(), Arc::new(Order::default()));
+    rig.unit.show_registers(order.clone());
+    let stored = || std::mem::take(&mut *order.0.lock().unwrap());
+    stored();
+    rig.unit.endpoint(NVME).read(Iova(0x7000), &mut [0]).unwrap_err();
+    let record = [offset::FRCD, offset::FRCD + 8];
+    let stores = stored();
+    let at = |place: u64| stores.iter().position(|at| *at == place).unwrap();
+    assert!(at(record[0]) < at(record[1]) && at(record[1]) < at(0x30), "{stores:x?}");
+    // A descriptor of no kind.
+    rig.push(&[(0xff, 0)]);
+    rig.ring();
+    let stores = stored();
+    let at = |place: u64| stores.iter().position(|at| *at == place).unwrap();
+    assert!(at(offset::IQERCD) < at(0x30), "{stores:x?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
