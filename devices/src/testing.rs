@@ -1,6 +1,7 @@
 //! Fakes of the seams for tests: they record what devices ask for.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -9,7 +10,9 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vtd::{Msi, Requester};
 
-use crate::host::{HostWindow, Interrupts, IoapicRoutes, IrqLine, IrqRoute, MemorySlots, PowerControl, SlotId};
+use crate::host::{
+    Doorbells, HostWindow, Interrupts, IoapicRoutes, IrqLine, IrqRoute, MemorySlots, PowerControl, SlotId,
+};
 use crate::timers::Clock;
 
 /// Records messages; routes deliver when [`FakeInterrupts::pump`] is called, as KVM does by itself.
@@ -136,6 +139,33 @@ impl PowerControl for FakePower {
     }
     fn reset(&self) {
         self.reset.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Bells by where they hang. Two at one place are refused.
+#[derive(Default)]
+pub struct FakeDoorbells(Mutex<BTreeMap<u64, EventFd>>);
+
+impl FakeDoorbells {
+    pub fn hung(&self) -> Vec<u64> {
+        self.0.lock().unwrap().keys().copied().collect()
+    }
+    /// The guest writes at `gpa`; `false` where no bell hangs, and the write goes on.
+    pub fn ring(&self, gpa: u64) -> bool {
+        self.0.lock().unwrap().get(&gpa).map(|bell| bell.write(1).unwrap()).is_some()
+    }
+}
+
+impl Doorbells for FakeDoorbells {
+    fn hang(&self, gpa: u64, event: &EventFd) -> io::Result<()> {
+        match self.0.lock().unwrap().entry(gpa) {
+            Entry::Occupied(_) => return Err(io::ErrorKind::AlreadyExists.into()),
+            Entry::Vacant(place) => place.insert(event.try_clone()?),
+        };
+        Ok(())
+    }
+    fn take_down(&self, gpa: u64, _: &EventFd) {
+        assert!(self.0.lock().unwrap().remove(&gpa).is_some(), "nothing hangs at {gpa:#x}");
     }
 }
 

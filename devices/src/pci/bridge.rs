@@ -60,8 +60,13 @@ fn both(one: &[Range], other: &[Range]) -> Vec<Range> {
 pub trait Bridge: PciFunction {
     /// The number of the bus below it in the names of the functions there.
     fn bus(&self) -> u8;
+    /// The secondary and the subordinate bus number.
+    fn buses(&self) -> (u8, u8);
     /// Whether configuration requests for `bus` go this way.
-    fn leads_to(&self, bus: u8) -> bool;
+    fn leads_to(&self, bus: u8) -> bool {
+        let (secondary, subordinate) = self.buses();
+        secondary != 0 && (secondary..=subordinate).contains(&bus)
+    }
     /// Does something with the function below, however far, that a configuration request for `sid` reaches.
     fn with_below(&self, sid: SourceId, act: &mut dyn FnMut(&dyn PciFunction));
     /// The functions on the bus below with their names, in whatever state it is.

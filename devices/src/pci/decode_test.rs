@@ -1,14 +1,12 @@
-use std::collections::BTreeSet;
 use std::fs::File;
-use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 use vtd::SourceId;
 
 use super::decode::{BarTarget, Bells, Decoder};
 use crate::host::{Doorbells, HostWindow, MemorySlots};
-use crate::testing::FakeSlots;
+use crate::testing::{FakeDoorbells, FakeSlots};
 use crate::{Bus, BusDevice};
 
 struct Answer(u8);
@@ -92,22 +90,9 @@ fn f6_a_bar_that_lies_half_in_what_a_bridge_forwards_is_not_there() {
     assert_eq!((who(&bus, 0x1f_c000), slots.mapped().len()), (1, 1));
 }
 
-/// Where bells hang. Two at one place are refused.
-#[derive(Default)]
-struct Hung(Mutex<BTreeSet<u64>>);
-
-impl Doorbells for Hung {
-    fn hang(&self, gpa: u64, _: &EventFd) -> io::Result<()> {
-        if self.0.lock().unwrap().insert(gpa) { Ok(()) } else { Err(io::ErrorKind::AlreadyExists.into()) }
-    }
-    fn take_down(&self, gpa: u64, _: &EventFd) {
-        assert!(self.0.lock().unwrap().remove(&gpa), "nothing hangs at {gpa:#x}");
-    }
-}
-
 #[test]
 fn f6_bells_hang_where_the_bar_is_and_for_as_long() {
-    let ((decoder, bus, _), hung) = (decoder(), Arc::new(Hung::default()));
+    let ((decoder, bus, _), hung) = (decoder(), Arc::new(FakeDoorbells::default()));
     let event = Arc::new(EventFd::new(0).unwrap());
     let bells = |offsets: &[u64]| Bells { by: hung.clone(), event: event.clone(), offsets: offsets.into() };
     let target = |answer: u8, offsets: &[u64]| BarTarget {
@@ -115,20 +100,19 @@ fn f6_bells_hang_where_the_bar_is_and_for_as_long() {
         ..BarTarget::of_device(Arc::new(Answer(answer)))
     };
     let (one, two) = (target(1, &[0x3000, 0x3004]), target(2, &[0x3000]));
-    let now = || hung.0.lock().unwrap().iter().copied().collect::<Vec<_>>();
     decoder.set(A, 0, Some((0x10_0000, 0x10_7fff)), &one);
-    assert_eq!(now(), [0x10_3000, 0x10_3004]);
+    assert_eq!(hung.hung(), [0x10_3000, 0x10_3004]);
     decoder.set(A, 0, Some((0x20_0000, 0x20_7fff)), &one);
-    assert_eq!(now(), [0x20_3000, 0x20_3004]);
+    assert_eq!(hung.hung(), [0x20_3000, 0x20_3004]);
     // One that waits for its place has none, and none of the other's.
     decoder.set(B, 0, Some((0x20_0000, 0x20_7fff)), &two);
-    assert_eq!((now(), who(&bus, 0x20_0000)), (vec![0x20_3000, 0x20_3004], 1));
+    assert_eq!((hung.hung(), who(&bus, 0x20_0000)), (vec![0x20_3000, 0x20_3004], 1));
     decoder.set(A, 0, None, &one);
-    assert_eq!((now(), who(&bus, 0x20_0000)), (vec![0x20_3000], 2));
+    assert_eq!((hung.hung(), who(&bus, 0x20_0000)), (vec![0x20_3000], 2));
     // What is taken already stays a write, and is not taken down with the rest.
-    hung.0.lock().unwrap().insert(0x30_3000);
+    hung.hang(0x30_3000, &event).unwrap();
     decoder.set(B, 0, Some((0x30_0000, 0x30_7fff)), &two);
-    assert_eq!(now(), [0x30_3000]);
+    assert_eq!(hung.hung(), [0x30_3000]);
     decoder.set(B, 0, None, &two);
-    assert_eq!(now(), [0x30_3000]);
+    assert_eq!(hung.hung(), [0x30_3000]);
 }

@@ -220,9 +220,8 @@ impl Bridge for PciePciBridge {
         self.wiring.bus
     }
 
-    fn leads_to(&self, bus: u8) -> bool {
-        let (secondary, subordinate) = header::buses(&self.lock().config);
-        secondary != 0 && (secondary..=subordinate).contains(&bus)
+    fn buses(&self) -> (u8, u8) {
+        header::buses(&self.lock().config)
     }
 
     fn with_below(&self, sid: SourceId, act: &mut dyn FnMut(&dyn PciFunction)) {

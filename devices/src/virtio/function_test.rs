@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::super::rig::{BUFFERS, Driver, MEMORY, SIZE, Way, available, descriptors, eventually, used};
+use super::super::rig::{BAR, BUFFERS, Driver, MEMORY, SIZE, Way, available, descriptors, eventually, used};
 use super::super::ring::Broken;
 use super::super::rng::Rng;
 use super::super::{ACCESS_PLATFORM, Device, Kind, Untranslated, VERSION_1, Work};
@@ -268,6 +268,21 @@ fn h1_the_structures_are_where_the_capabilities_say() {
     assert_eq!(found, [(1, 0, 0, 0x38), (2, 0, 0x3000, 8), (3, 0, 0x1000, 1), (4, 0, 0x2000, 3), (5, 0, 0, 0)]);
     assert_eq!((driver.read(0x2000, 4), driver.read(0x2002, 8)), (0x03_0201, 3));
     assert_eq!(driver.offered(), 1 | 3 << 28 | 3 << 32);
+}
+
+#[test]
+fn h1_kicks_are_bells_at_the_place_that_the_capability_says() {
+    let gate = Arc::new(Gate::default());
+    gate.open(true);
+    let mut driver = Driver::ready(Gated(gate), 0);
+    assert_eq!(driver.doorbells.hung(), [BAR + 0x3000, BAR + 0x3004]);
+    driver.offer(1, 0, &[(BUFFERS, 4, Way::ToDevice)]);
+    assert_eq!(driver.take(1), (0, 0), "a bell wakes the device");
+    // They go with the BAR, and where none hangs a write does the same.
+    driver.function.config_write(4, &[4, 0]);
+    assert_eq!(driver.doorbells.hung().len(), 0);
+    driver.offer(1, 1, &[(BUFFERS, 4, Way::ToDevice)]);
+    assert_eq!(driver.take(1), (1, 0));
 }
 
 #[test]

@@ -11,10 +11,12 @@ use super::function::{VirtioPci, Wiring};
 use super::{Device, NEEDED, Untranslated};
 use crate::Bus;
 use crate::pci::{Decoder, PciFunction};
-use crate::testing::FakeInterrupts;
+use crate::testing::{FakeDoorbells, FakeInterrupts};
 
 /// Bytes of guest memory. Queue `n` is in the 16 KiB from `0x1_0000 + n * 0x4000` on.
 pub const MEMORY: usize = 1 << 20;
+/// Where BAR 0 is put.
+pub const BAR: u64 = 0xc000_0000;
 /// Where buffers of tests can be.
 pub const BUFFERS: u64 = 0x8_0000;
 /// Entries of each queue.
@@ -31,6 +33,7 @@ pub struct Driver {
     pub function: Arc<VirtioPci>,
     pub memory: GuestMemoryMmap,
     pub interrupts: Arc<FakeInterrupts>,
+    pub doorbells: Arc<FakeDoorbells>,
     pub stopped: Arc<AtomicU32>,
     queues: usize,
     used: Vec<u16>,
@@ -66,11 +69,12 @@ impl Driver {
     pub fn find(device: impl Device<Untranslated<GuestMemoryMmap>>) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let (interrupts, stopped) = (Arc::new(FakeInterrupts::default()), Arc::new(AtomicU32::new(0)));
+        let doorbells = Arc::new(FakeDoorbells::default());
         let wiring = Wiring {
             requester: Requester { segment: 0, sid: SourceId::new(0, 3, 0) },
             decoder: Arc::new(Decoder::new(Arc::new(Bus::default()))),
             interrupts: interrupts.clone(),
-            doorbells: None,
+            doorbells: Some(doorbells.clone()),
             stop_machine: {
                 let stopped = stopped.clone();
                 Box::new(move |_| {
@@ -79,7 +83,8 @@ impl Driver {
             },
         };
         let function = VirtioPci::new(wiring, Untranslated(memory.clone()), device).unwrap();
-        let mut driver = Self { function, memory, interrupts, stopped, queues: 0, used: vec![], available: vec![] };
+        let (used, available) = (vec![], vec![]);
+        let mut driver = Self { function, memory, interrupts, doorbells, stopped, queues: 0, used, available };
         driver.queues = driver.read(0x12, 2) as usize;
         driver
     }
@@ -121,6 +126,7 @@ impl Driver {
 
     /// As a driver does after a reset: empties its rings and says that it is ready.
     pub fn start(&mut self, without: u64) {
+        self.function.config_write(0x10, &(BAR as u32).to_le_bytes());
         // Memory and Bus Master.
         self.function.config_write(4, &[6, 0]);
         self.write(0x14, 1, 0);
@@ -193,8 +199,12 @@ impl Driver {
         self.kick(queue);
     }
 
+    /// As a write in the guest does it: by the bell, if one hangs there.
     pub fn kick(&self, queue: usize) {
-        self.write(0x3000 + 4 * queue as u64, 2, queue as u64);
+        let at = 0x3000 + 4 * queue as u64;
+        if !self.doorbells.ring(BAR + at) {
+            self.write(at, 2, queue as u64);
+        }
     }
 
     /// What the device used next: the first descriptor, and the bytes that it wrote.
