@@ -171,8 +171,9 @@ fn a14_what_cannot_be_saved_or_restored_is_refused_with_the_reason_and_nothing_i
     let left: Vec<_> = fs::read_dir(bench.dir.as_path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with('.')), "{left:?}");
 
-    let restore =
-        |more: &[&str]| said(causeway(&[&["run", "--restore", text(&saved)], more].concat()).output().unwrap());
+    let restore = |more: &[&str]| {
+        said(causeway(&[&["run", "--timeout", "20", "--restore", text(&saved)], more].concat()).output().unwrap())
+    };
     for option in [&["--memory", "32M"][..], &["--device", "edu"], &["--image", "x"], &["--cpus", "1"]] {
         assert_eq!(restore(option).0, 2, "{option:?}");
     }
