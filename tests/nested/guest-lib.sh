@@ -44,6 +44,15 @@ edu() {
     done
 }
 
+# edu_iommufd SCENARIO...: each must hold, by this kernel's iommufd.
+edu_iommufd() {
+    modprobe -a vfio-pci iommufd || fail "no vfio, or no iommufd"
+    for scenario; do
+        # shellcheck disable=SC2086
+        edu-iommufd ${EDU_OPTIONS:-} $scenario || fail "edu-iommufd $scenario"
+    done
+}
+
 # interrupts NAME: how many of the interrupt with that name each processor had, one line; the interrupt's number first.
 interrupts() { awk -v name="$1" '$NF == name { sub(":", ""); for (i = 1; i < NF && $i ~ /^[0-9]+$/; i++) printf "%s ", $i; print "" }' /proc/interrupts; }
 

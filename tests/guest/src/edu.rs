@@ -31,7 +31,10 @@ const DMA_SOURCE: usize = 0x80;
 const DMA_DESTINATION: usize = 0x88;
 const DMA_COUNT: usize = 0x90;
 const DMA_COMMAND: usize = 0x98;
+/// Causeway's own: by which PASID transfers go.
+const DMA_PASID: usize = 0xa0;
 
+const PASID_VALID: u32 = 1 << 31;
 const DMA_RUN: u64 = 1;
 const DMA_TO_MEMORY: u64 = 2;
 const DMA_INTERRUPT: u64 = 4;
@@ -89,6 +92,18 @@ impl Edu {
     /// Rings the doorbell for what [`Self::program`] wrote.
     pub fn start(&self, direction: Direction) {
         self.device.write64(DMA_COMMAND, DMA_RUN | if direction == Direction::ToMemory { DMA_TO_MEMORY } else { 0 });
+    }
+
+    /// By which PASID transfers go from now on: a register that only Causeway's own edu with `pasid=on` has.
+    ///
+    /// # Errors
+    /// If the register does not take it.
+    pub fn set_pasid(&self, pasid: Option<u32>) -> Result<()> {
+        let value = pasid.map_or(0, |pasid| pasid | PASID_VALID);
+        self.device.write32(DMA_PASID, value);
+        let has = self.device.read32(DMA_PASID);
+        ensure!(has == value, "the register of the PASID reads {has:#x} instead of {value:#x}");
+        Ok(())
     }
 
     /// Whether a DMA is pending or running.

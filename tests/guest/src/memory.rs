@@ -80,6 +80,20 @@ impl DmaMemory {
         (0..len).map(|i| unsafe { self.start.as_ptr().add(offset + i).read_volatile() }).collect()
     }
 
+    /// Writes eight bytes at `offset`, which is a multiple of eight, in one access.
+    pub fn write_u64(&self, offset: usize, value: u64) {
+        assert!(offset.is_multiple_of(8) && offset.checked_add(8).is_some_and(|end| end <= self.len));
+        // SAFETY: inside the mapping and aligned, as asserted above.
+        unsafe { self.start.as_ptr().add(offset).cast::<u64>().write_volatile(value) };
+    }
+
+    /// Reads eight bytes at `offset`, which is a multiple of eight, in one access.
+    pub fn read_u64(&self, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(8) && offset.checked_add(8).is_some_and(|end| end <= self.len));
+        // SAFETY: inside the mapping and aligned, as asserted above.
+        unsafe { self.start.as_ptr().add(offset).cast::<u64>().read_volatile() }
+    }
+
     /// The physical address behind byte `offset` as this kernel sees it (in a guest: the guest-physical address).
     ///
     /// # Errors

@@ -27,9 +27,10 @@ const IOMMU_MAP_DMA: libc::c_ulong = ioctl_number(13);
 const IOMMU_UNMAP_DMA: libc::c_ulong = ioctl_number(14);
 
 /// An ioctl whose argument the kernel only reads or fills in place.
-fn ioctl<T>(fd: RawFd, request: libc::c_ulong, argument: &mut T) -> io::Result<RawFd> {
-    // SAFETY: every caller in this file passes the structure that `request` is defined with, with `argsz` set to its
-    // size where it has one, so the kernel reads and writes inside `argument` only.
+pub(crate) fn ioctl<T>(fd: RawFd, request: libc::c_ulong, argument: &mut T) -> io::Result<RawFd> {
+    // SAFETY: every caller in this crate passes the structure that `request` is defined with, with its own size in it
+    // where it has one, so the kernel reads and writes inside `argument` only, and through addresses of memory that
+    // the caller holds.
     let result = unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -179,8 +180,6 @@ impl Container {
     /// # Errors
     /// If another process has it, or BAR 0 cannot be mapped.
     pub fn device(&self, bdf: &str) -> Result<Device> {
-        const COMMAND: u64 = 4;
-        const MEMORY_ENABLE_AND_BUS_MASTER: u16 = 6;
         let name = std::ffi::CString::new(bdf)?;
         // SAFETY: VFIO_GROUP_GET_DEVICE_FD reads a NUL-terminated name.
         let fd = unsafe { libc::ioctl(self.group.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
@@ -188,23 +187,7 @@ impl Container {
             return Err(io::Error::last_os_error()).with_context(|| format!("VFIO_GROUP_GET_DEVICE_FD {bdf}"));
         }
         // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-
-        let config = region(&file, VFIO_PCI_CONFIG_REGION_INDEX)?.offset;
-        let mut command = [0; 2];
-        file.read_exact_at(&mut command, config + COMMAND).context("reading the command register")?;
-        let command = u16::from_le_bytes(command) | MEMORY_ENABLE_AND_BUS_MASTER;
-        file.write_all_at(&command.to_le_bytes(), config + COMMAND).context("writing the command register")?;
-
-        let bar = region(&file, VFIO_PCI_BAR0_REGION_INDEX)?;
-        let size = usize::try_from(bar.size)?;
-        let offset = libc::off_t::try_from(bar.offset)?;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of this process.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, fd, offset) };
-        ensure!(start != libc::MAP_FAILED, "mapping BAR 0 of {bdf}: {}", io::Error::last_os_error());
-        let registers = NonNull::new(start.cast()).context("BAR 0 mapped at address 0")?;
-        Ok(Device { file, registers, size })
+        Device::of(File::from(unsafe { OwnedFd::from_raw_fd(fd) })).with_context(|| format!("taking {bdf}"))
     }
 }
 
@@ -224,6 +207,31 @@ pub struct Device {
 }
 
 impl Device {
+    /// The function that `file` is, with Memory Enable and Bus Master on and BAR 0 mapped.
+    ///
+    /// # Errors
+    /// If its configuration space cannot be written, or BAR 0 cannot be mapped.
+    pub(crate) fn of(file: File) -> Result<Self> {
+        const COMMAND: u64 = 4;
+        const MEMORY_ENABLE_AND_BUS_MASTER: u16 = 6;
+        let config = region(&file, VFIO_PCI_CONFIG_REGION_INDEX)?.offset;
+        let mut command = [0; 2];
+        file.read_exact_at(&mut command, config + COMMAND).context("reading the command register")?;
+        let command = u16::from_le_bytes(command) | MEMORY_ENABLE_AND_BUS_MASTER;
+        file.write_all_at(&command.to_le_bytes(), config + COMMAND).context("writing the command register")?;
+
+        let bar = region(&file, VFIO_PCI_BAR0_REGION_INDEX)?;
+        let size = usize::try_from(bar.size)?;
+        let offset = libc::off_t::try_from(bar.offset)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of this process.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), offset) };
+        ensure!(start != libc::MAP_FAILED, "mapping BAR 0: {}", io::Error::last_os_error());
+        let registers = NonNull::new(start.cast()).context("BAR 0 mapped at address 0")?;
+        Ok(Self { file, registers, size })
+    }
+
     fn register<T>(&self, offset: usize) -> *mut T {
         assert!(offset.is_multiple_of(size_of::<T>()) && offset + size_of::<T>() <= self.size);
         // SAFETY: inside the mapping, as asserted.
