@@ -64,11 +64,12 @@ pub trait Link: Send + 'static {
     /// # Errors
     /// It cannot be read from the guest.
     fn send(&mut self, packet: &[Part]) -> Result<(), NotGranted>;
-    /// Receives a packet into `room`, cut to that: its bytes. `None`: there was none.
+    /// Receives a packet into `room`, what does not fit there into `spill`, cut to both: its bytes. `None`: there was
+    /// none.
     ///
     /// # Errors
     /// It cannot be written into the guest.
-    fn receive(&mut self, room: &[Part]) -> Result<Option<u64>, NotGranted>;
+    fn receive(&mut self, room: &[Part], spill: &mut [u8]) -> Result<Option<u64>, NotGranted>;
 }
 
 /// The device.
@@ -80,6 +81,11 @@ pub struct Net<L> {
     longest: u64,
     /// Buffers that wait for packets.
     waiting: VecDeque<Chain>,
+    /// Bytes that the next packet is thought to have, with its header. Only so much of the buffers is pinned for it: room
+    /// for the longest one would be 17 pages, of which most packets use one.
+    expected: u64,
+    /// What a packet has beyond that, until it is copied to its buffers.
+    spill: Box<[u8]>,
 }
 
 const fn bit(feature: u32) -> u64 {
@@ -93,7 +99,8 @@ fn not_granted(_: NotGranted) -> Broken {
 impl<L: Link> Net<L> {
     /// The device of `link`, with this address.
     pub fn new(link: L, mac: [u8; 6]) -> Self {
-        Self { link, mac, merges: false, longest: LONGEST, waiting: VecDeque::new() }
+        let (waiting, spill) = (VecDeque::new(), vec![0; LONGEST as usize].into());
+        Self { link, mac, merges: false, longest: LONGEST, waiting, expected: LONGEST_WHOLE, spill }
     }
 
     /// Sends what waits. Whether there may be more.
@@ -147,7 +154,7 @@ impl<L: Link> Net<L> {
             if total(&room) < HEADER {
                 return Err(Broken("a buffer for packets has no room for a header"));
             }
-            let Some(bytes) = self.link.receive(&room).map_err(not_granted)? else { break };
+            let Some(bytes) = self.receive_into(work, &room)? else { break };
             self.give(work, count, bytes)?;
             received += 1;
         }
@@ -155,6 +162,24 @@ impl<L: Link> Net<L> {
             work.interrupt(RECEIVE)?;
         }
         Ok(received == TURN)
+    }
+
+    /// Receives a packet into `room`: its bytes.
+    fn receive_into<D: Dma>(&mut self, work: &mut Work<'_, D>, room: &[Part]) -> Result<Option<u64>, Broken> {
+        let pinned = slice(room, 0, self.expected);
+        let here = total(&pinned);
+        let beyond = (total(room) - here).min(LONGEST) as usize;
+        let Some(bytes) = self.link.receive(&pinned, &mut self.spill[..beyond]).map_err(not_granted)? else {
+            return Ok(None);
+        };
+        let spilt = bytes.saturating_sub(here);
+        if spilt > 0 {
+            let spill = &self.spill[..spilt as usize];
+            work.with(RECEIVE, |_, memory| write(memory, &slice(room, here, spilt), spill))?;
+        }
+        // As long as the last one, or not much shorter than those before.
+        self.expected = bytes.max(self.expected - self.expected / 8);
+        Ok(Some(bytes))
     }
 
     /// Gives the driver the first of the `count` buffers that waited, as many as have a part of the `bytes` bytes.
@@ -205,6 +230,7 @@ impl<L: Link, D: Dma> Device<D> for Net<L> {
         self.merges = has(VIRTIO_NET_F_MRG_RXBUF);
         self.longest = if offloads.tcp4 || offloads.tcp6 { LONGEST } else { LONGEST_WHOLE };
         self.waiting.clear();
+        self.expected = LONGEST_WHOLE;
     }
 
     fn rest(&mut self, work: &mut Work<'_, D>) -> Result<Vec<u8>, Broken> {

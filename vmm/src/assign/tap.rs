@@ -128,12 +128,14 @@ impl Link for TapLink {
         sent.map(drop).map_err(|_| NotGranted)
     }
 
-    fn receive(&mut self, room: &[Part]) -> Result<Option<u64>, NotGranted> {
+    fn receive(&mut self, room: &[Part], spill: &mut [u8]) -> Result<Option<u64>, NotGranted> {
         let file = self.tap.file.as_raw_fd();
         let received = self.io.with(room, Perm::Write, |memory| {
+            let spill = libc::iovec { iov_base: spill.as_mut_ptr().cast(), iov_len: spill.len() };
+            let into = [&*memory, &[spill]].concat();
             // SAFETY: each part lies in pages that are pinned for writing and stay so until this returns; they are the
-            // guest's, so nobody here has a reference to them.
-            unsafe { libc::readv(file, memory.as_ptr(), memory.len() as libc::c_int) }
+            // guest's, so nobody here has a reference to them. The last one is `spill`, which is borrowed.
+            unsafe { libc::readv(file, into.as_ptr(), into.len() as libc::c_int) }
         });
         let received = received.map_err(|_| NotGranted)?;
         Ok(u64::try_from(received).ok().filter(|bytes| *bytes >= HEADER))
