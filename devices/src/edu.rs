@@ -42,6 +42,7 @@ use bar::Bar;
 use capabilities::Capabilities;
 use translated::{Bytes, Refused, Way, transfer_by_tlb};
 
+use crate::pci::express::Upstream;
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 use crate::saved::Saves;
 
@@ -96,6 +97,8 @@ pub struct Features {
     pub ats: Option<Arc<Ats>>,
     /// It has page requests, too.
     pub page_requests: bool,
+    /// What is above it: with any of these it is a function of PCI Express, which says so.
+    pub upstream: Upstream,
 }
 
 /// The function. Dropping it ends the worker, after the transfer in flight.
@@ -202,7 +205,8 @@ impl Edu {
         writable[..3].copy_from_slice(&[0x01, 0x00, 0xfc]);
         let msi = config.add_capability(CAP_MSI, &body, &writable);
         let (pasid, ats) = (features.pasids.is_some(), features.ats.is_some());
-        let capabilities = Capabilities::add(&mut config, pasid, ats, ats && features.page_requests);
+        let page_requests = ats && features.page_requests;
+        let capabilities = Capabilities::add(&mut config, features.upstream, pasid, ats, page_requests);
 
         let state = State {
             config,

@@ -5,6 +5,7 @@ pub mod config;
 pub mod decode;
 #[cfg(test)]
 mod decode_test;
+pub mod express;
 pub mod host_bridge;
 pub mod pcie_pci_bridge;
 pub mod root;

@@ -15,6 +15,7 @@
 mod bars;
 mod capabilities;
 mod command;
+mod express;
 mod intx;
 mod msi;
 mod msix;
@@ -31,6 +32,7 @@ use vtd::Requester;
 
 use self::bars::{Bar, Decoders, Trapped, Wiring};
 use self::command::HostCommand;
+use self::express::Seen;
 use self::intx::Intx;
 use self::msi::MsiCapability;
 use self::msix::{Layout, Msix};
@@ -43,12 +45,15 @@ use crate::pci::config::{
     BAR0, CAP_ADVANCED, CAP_EXPRESS, CAP_MSI, CAP_MSIX, CAP_POWER, COMMAND, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE,
     INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
+use crate::pci::express::Upstream;
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
     /// Its address in the guest.
     pub requester: Requester,
+    /// What is above it there.
+    pub upstream: Upstream,
     /// The function of the host.
     pub host: Arc<dyn Function>,
     /// Puts its memory BARs on the MMIO bus.
@@ -131,7 +136,7 @@ impl VfioPci {
 
     /// Assigns the function. Its memory is disabled, it masters no bus, and no vector is enabled.
     pub fn new(wiring: VfioPciWiring) -> Result<Arc<Self>, VfioPciError> {
-        let VfioPciWiring { requester, host, decoder, port_decoder, slots, interrupts, intx } = wiring;
+        let VfioPciWiring { requester, upstream, host, decoder, port_decoder, slots, interrupts, intx } = wiring;
         let mut snapshot = [0xff; CONFIG_SIZE];
         let size = host.region(RegionKind::Config).size.min(CONFIG_SIZE as u64) as usize;
         for (index, word) in snapshot[..size & !3].chunks_mut(4).enumerate() {
@@ -151,10 +156,17 @@ impl VfioPci {
             intx.as_ref().map_or(0xff, |(_, line)| *line),
         );
         // A capability that VFIO does not serve would lose interrupts.
-        let unusable: Vec<u8> = [(CAP_MSI, IrqKind::Msi), (CAP_MSIX, IrqKind::Msix)]
+        let mut unusable: Vec<u8> = [(CAP_MSI, IrqKind::Msi), (CAP_MSIX, IrqKind::Msix)]
             .into_iter()
             .filter_map(|(id, kind)| (host.irq_count(kind) == 0).then_some(id))
             .collect();
+        let mut patches = match express::seen(&snapshot, upstream) {
+            Seen::With(patches) => patches,
+            Seen::Hidden => {
+                unusable.push(CAP_EXPRESS);
+                Vec::new()
+            }
+        };
         let mut places = Places::default();
         let mut msi = None;
         let mut msix = None;
@@ -165,6 +177,8 @@ impl VfioPci {
         for capability in capabilities::list(&snapshot) {
             let at = capability.at;
             match (capability.id as u8, 0x100 - at) {
+                // Device Control, Initiate Function Level Reset: the host has it also where the guest does not see it.
+                (CAP_EXPRESS, 20..) if dword(at + 4) >> 28 & 1 == 1 => places.resets.push((at + 9, 0x80)),
                 (id, _) if unusable.contains(&id) => {}
                 (CAP_MSI, 4..) if msi.is_none() && at + MsiCapability::len(word(at + 2)) <= 0x100 => {
                     let found =
@@ -182,15 +196,15 @@ impl VfioPci {
                     places.msix = Some(at + 2);
                 }
                 (CAP_POWER, 8..) => places.power = Some(at + 4),
-                // Device Control, Initiate Function Level Reset; and the same in Advanced Features.
-                (CAP_EXPRESS, 20..) if dword(at + 4) >> 28 & 1 == 1 => places.resets.push((at + 9, 0x80)),
+                // The same in Advanced Features.
                 (CAP_ADVANCED, 6..) => places.resets.push((at + 4, 0x01)),
                 _ => {}
             }
         }
 
         // Last: a link that leaves a capability out may be in one that is ours.
-        for patch in capabilities::hide(&snapshot, &unusable) {
+        patches.extend(capabilities::hide(&snapshot, &unusable));
+        for patch in patches {
             own(patch.at..patch.at + patch.bytes.len() as u16);
             space.put(patch.at, &patch.bytes);
         }

@@ -80,7 +80,7 @@ struct WithAts {
 impl WithAts {
     fn new() -> Self {
         let (pages, ats) = (Arc::<Pages>::default(), Arc::<Ats>::default());
-        let features = Features { pasids: None, ats: Some(ats.clone()), page_requests: true };
+        let features = Features { ats: Some(ats.clone()), page_requests: true, ..Features::default() };
         let bench = Bench::with_features(Box::new(Target(pages.clone())), features);
         let new = Self { bench, pages, ats };
         new.set(ATS + 6, 1 << 15);

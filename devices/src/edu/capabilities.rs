@@ -3,6 +3,7 @@
 
 use crate::pci::ConfigSpace;
 use crate::pci::config::CAP_EXPRESS;
+use crate::pci::express::{ENDPOINT, Upstream};
 
 /// Where extended configuration space begins.
 const FIRST: u16 = 0x100;
@@ -42,16 +43,20 @@ pub(super) struct Off {
 }
 
 impl Capabilities {
-    /// Adds those that are asked for. With any of them the function is one of PCI Express, integrated into the root
-    /// complex, that may send PASIDs of 20 bits as a prefix.
-    pub(super) fn add(config: &mut ConfigSpace, pasid: bool, ats: bool, pri: bool) -> Self {
+    /// Adds those that are asked for. With any of them the function is one of PCI Express below `upstream` that may send
+    /// PASIDs of 20 bits as a prefix.
+    pub(super) fn add(config: &mut ConfigSpace, upstream: Upstream, pasid: bool, ats: bool, pri: bool) -> Self {
         if !(pasid || ats || pri) {
             return Self::default();
         }
         let mut express = [0; 58];
-        // Version 2, an integrated endpoint; its role-based error reporting.
-        express[0] = 0x92;
+        // Version 2, an endpoint of its place; its role-based error reporting.
+        express[0] = 0x02 | upstream.endpoint().unwrap_or(ENDPOINT) << 4;
         express[3] = 0x80;
+        if upstream != Upstream::RootComplex {
+            // A link of one lane at 2.5 GT/s: as a capability, and as what there is.
+            (express[0x0a], express[0x10]) = (0x11, 0x11);
+        }
         // Device Capabilities 2: end-to-end prefixes, one at most.
         express[0x24] = 0x60;
         config.add_capability(CAP_EXPRESS, &express, &[]);

@@ -3,6 +3,7 @@
 use super::test_bench::*;
 use super::*;
 use crate::pci::config::ROM_ENABLE;
+use crate::pci::express::{ENDPOINT, INTEGRATED_ENDPOINT};
 
 /// With an I/O BAR of 32 ports, and what is none: a reserved type of memory, one of I/O, and one without a region.
 fn with_ports() -> Bench {
@@ -172,6 +173,28 @@ fn f6_bus_master_is_forwarded_and_an_unaligned_write_reaches_every_field() {
     assert_eq!(bench.host.command() & COMMAND_MASTER, COMMAND_MASTER);
     bench.root.config_write(SID, 0x03, &[0xaa, 0x00, 0x04, 0x00]);
     assert_eq!((bench.host.command(), bench.config(4) & 0xffff), (0x0400, 0x0400));
+}
+
+#[test]
+fn f6_express_says_where_the_function_is_in_the_guest() {
+    let kind = |upstream| {
+        let bench = Bench::below(upstream);
+        let mut at = bench.config(0x34) as u16 & 0xff;
+        while at != 0 && bench.config(at) as u8 != CAP_EXPRESS {
+            at = (bench.config(at) >> 8) as u16 & 0xff;
+        }
+        // What the guest writes there does not change it.
+        if at != 0 {
+            bench.config16(at + 2, 0);
+        }
+        (at != 0).then(|| bench.config(at) >> 20 & 0xf)
+    };
+    let kinds = [Upstream::RootComplex, Upstream::Port, Upstream::Bridge].map(kind);
+    assert_eq!(kinds, [Some(INTEGRATED_ENDPOINT.into()), Some(ENDPOINT.into()), None]);
+    // A reset that the guest does not see is one all the same.
+    let bench = Bench::below(Upstream::Bridge);
+    bench.config16(EXPRESS + 8, 0x8000);
+    assert_eq!(bench.host.resets.lock().unwrap().len(), 1);
 }
 
 #[test]

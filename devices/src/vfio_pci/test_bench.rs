@@ -10,6 +10,7 @@ use super::*;
 use crate::Bus;
 use crate::pci::PciRoot;
 pub use crate::pci::config::{COMMAND_INTX_OFF, COMMAND_MASTER};
+use crate::pci::express::Upstream;
 use crate::testing::{FakeInterrupts, FakeLine, FakeSlots, Mapped};
 
 pub const SID: SourceId = SourceId::new(0, 5, 0);
@@ -375,6 +376,13 @@ impl Bench {
     }
     /// With a function of the host that `prepare` changed.
     pub fn with(prepare: impl FnOnce(&FakeHost)) -> Self {
+        Self::made(Upstream::default(), prepare)
+    }
+    /// With something above the function.
+    pub fn below(upstream: Upstream) -> Self {
+        Self::made(upstream, |_| {})
+    }
+    fn made(upstream: Upstream, prepare: impl FnOnce(&FakeHost)) -> Self {
         let (bus, ports) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::with_ports(bus.clone(), ports.clone());
         let (slots, interrupts, line) =
@@ -383,6 +391,7 @@ impl Bench {
         prepare(&host);
         let function = VfioPci::new(VfioPciWiring {
             requester: root.requester(SID),
+            upstream,
             host: host.clone(),
             decoder: root.decoder(),
             port_decoder: root.port_decoder(),
@@ -454,6 +463,7 @@ pub fn function_of(host: FakeHost) -> Result<Arc<VfioPci>, VfioPciError> {
     let root = PciRoot::new(Arc::default());
     VfioPci::new(VfioPciWiring {
         requester: root.requester(SID),
+        upstream: Upstream::default(),
         slots: host.slots.clone(),
         host: Arc::new(host),
         decoder: root.decoder(),
@@ -470,6 +480,7 @@ pub fn second(bench: &Bench) -> (Arc<FakeSlots>, Arc<FakeHost>, SourceId) {
     let host = Arc::new(FakeHost::new(slots.clone()));
     let function = VfioPci::new(VfioPciWiring {
         requester: bench.root.requester(sid),
+        upstream: Upstream::default(),
         host: host.clone(),
         decoder: bench.root.decoder(),
         port_decoder: bench.root.port_decoder(),

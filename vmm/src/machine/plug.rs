@@ -8,6 +8,7 @@ use devices::dma::{BehindUnit, DirectMemory, DmaTarget};
 use devices::edu::{Edu, Features, Pasids};
 use devices::host::IrqLine;
 use devices::ioapic::{EoiListener, IoApic};
+use devices::pci::express::Upstream;
 use devices::pci::{PciFunction, PciRoot, PciePciBridge, PciePciBridgeWiring, RootPort, SlotError, gsi_of};
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
@@ -103,6 +104,15 @@ impl Seat {
     /// Behind a root port.
     pub fn behind_port(requester: Requester, number: u8) -> Self {
         Self { requester, device: slot_of_port(number).device, port: Some(number), bridge: None }
+    }
+
+    /// What is above it.
+    fn upstream(&self) -> Upstream {
+        match (&self.bridge, self.port) {
+            (Some(_), _) => Upstream::Bridge,
+            (None, Some(_)) => Upstream::Port,
+            (None, None) => Upstream::RootComplex,
+        }
     }
 
     /// The pin of bus 0's device that pin `pin` (1 to 4) of the function is. A bridge turns them by the device below
@@ -311,7 +321,7 @@ impl Plug {
             Box::new(target) as Pasids
         });
         let (decoder, interrupts) = (self.root.decoder(), self.interrupts.clone());
-        let features = Features { pasids, ats, page_requests };
+        let features = Features { pasids, ats, page_requests, upstream: seat.upstream() };
         Edu::with_features(requester, decoder, interrupts, Some(line), memory, features).map_err(Error::Thread)
     }
 
@@ -337,6 +347,7 @@ impl Plug {
         let gsi = intx.as_ref().map(|(_, gsi)| *gsi);
         let vfio = VfioPci::new(VfioPciWiring {
             requester,
+            upstream: seat.upstream(),
             host: function,
             decoder: self.root.decoder(),
             port_decoder: self.root.port_decoder(),
