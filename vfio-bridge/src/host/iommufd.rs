@@ -164,6 +164,32 @@ impl<K: Kernel> Iommufd<K> {
         Ok(())
     }
 
+    /// `bdf` is a member of its group no longer, nor attached to anything: the number that the kernel has for it. `None`:
+    /// it is not open.
+    fn take(&self, bdf: Bdf) -> Option<HostDevice> {
+        let _moving = self.moving();
+        let mut groups = lock(&self.groups);
+        let device = {
+            let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+            devices.iter().find(|(_, bound)| bound.bdf == Some(bdf)).map(|(device, _)| *device)?
+        };
+        groups.retain(|_, group| {
+            let mut group = lock(group);
+            group.members.retain(|member| *member != device);
+            !group.members.is_empty()
+        });
+        let its = |stream: &HostStream| stream.device == device;
+        let attached: Vec<HostStream> = lock(&self.places).keys().copied().filter(its).collect();
+        for stream in attached {
+            // Closing its file does it, too.
+            if let Err(e) = self.detach_stream(stream) {
+                log::debug!("{bdf}: {e} when it was detached");
+            }
+        }
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&device);
+        Some(device)
+    }
+
     /// Asks an empty IOAS that `device` is attached to for a moment: one that it is not attached to does not know its
     /// limits. Whether its PASIDs can be attached is found out by trying, too.
     fn read_limits(&self, device: HostDevice) -> io::Result<(Limits, u8)> {

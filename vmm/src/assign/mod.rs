@@ -206,6 +206,9 @@ pub enum Error {
     /// The function would not be in the KVM-VFIO device.
     #[error("the host's KVM has no VFIO device for this machine: a vfio device cannot be added to it")]
     NoKvmVfio,
+    /// There is no iommufd here.
+    #[error("this machine has no iommufd: a vfio device cannot be added by it; use backend=type1")]
+    NoIommufd,
     /// KVM.
     #[error(transparent)]
     Vm(#[from] vm::Error),

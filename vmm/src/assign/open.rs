@@ -43,6 +43,8 @@ pub struct Assigned {
 /// Opens functions while the machine runs, and closes them.
 pub struct Opener {
     type1: Arc<Type1>,
+    /// Where the host has it, and a function is by it or one may come.
+    iommufd: Option<Arc<Iommufd>>,
     user: Arc<VfioUser>,
     /// There is a KVM-VFIO device that groups are put into (F-7).
     in_kvm: bool,
@@ -55,24 +57,29 @@ impl Opener {
         self.unit.as_ref()
     }
 
-    /// Opens one that was checked, of the host by type1.
+    /// Opens one that was checked.
     pub fn open(&self, checked: &Checked) -> Result<Arc<dyn Function>, Error> {
-        Ok(match checked {
-            Checked::Vfio(..) if !self.in_kvm => return Err(Error::NoKvmVfio),
-            Checked::Vfio(function, _) => Arc::new(self.type1.open(function)?),
-            Checked::User { socket, confine } => Arc::new(open_user(&self.user, socket, *confine)?),
+        Ok(match (checked, &self.iommufd) {
+            (Checked::Vfio(..), _) if !self.in_kvm => return Err(Error::NoKvmVfio),
+            (Checked::Vfio(_, Backend::Iommufd), None) => return Err(Error::NoIommufd),
+            (Checked::Vfio(function, Backend::Iommufd), Some(iommufd)) => Arc::new(iommufd.open(function)?),
+            (Checked::Vfio(function, Backend::Type1), _) => Arc::new(self.type1.open(function)?),
+            (Checked::User { socket, confine }, _) => Arc::new(open_user(&self.user, socket, *confine)?),
         })
     }
 
-    /// What the host allows for a group of type1.
+    /// What the host allows for a group that is open.
     pub fn limits_of(&self, group: GroupId) -> Option<Limits> {
-        self.type1.limits_of(group)
+        self.type1.limits_of(group).or_else(|| self.iommufd.as_ref()?.limits_of(group))
     }
 
     /// The function of the host, which is not behind the bridge any more, goes back to it when nobody here uses it.
     pub fn close(&self, function: Option<Bdf>) {
         if let Some(function) = function {
             self.type1.close(function);
+            if let Some(iommufd) = &self.iommufd {
+                iommufd.close(function);
+            }
         }
     }
 }
@@ -112,18 +119,19 @@ pub fn open(
     let in_kvm = kvm_vfio.is_some();
     let guest = GuestMap::of_memory(ram.clone())?;
     let by_iommufd = checked.iter().any(|checked| checked.is_by(Backend::Iommufd));
-    let iommufd = by_iommufd.then(|| Iommufd::new(kvm_vfio.clone(), &guest).map(Arc::new)).transpose()?;
-    let (type1, user) = (Arc::new(Type1::new(kvm_vfio)), Arc::new(VfioUser::default()));
-    let open = |checked: &Checked| -> Result<Arc<dyn Function>, Error> {
-        Ok(match (checked, &iommufd) {
-            (Checked::Vfio(function, Backend::Iommufd), Some(iommufd)) => Arc::new(iommufd.open(function)?),
-            (Checked::Vfio(function, _), _) => Arc::new(type1.open(function)?),
-            (Checked::User { socket, confine }, _) => Arc::new(open_user(&user, socket, *confine)?),
-        })
+    let make_iommufd = || Iommufd::new(kvm_vfio.clone(), &guest).map(Arc::new);
+    let iommufd = match by_iommufd {
+        true => Some(make_iommufd()?),
+        // One may come later, where the host has it.
+        false if config.root_ports > 0 && in_kvm => make_iommufd().ok(),
+        false => None,
     };
-    let functions = checked.iter().map(open).collect::<Result<Vec<_>, Error>>()?;
-    let limits_of = |group| type1.limits_of(group).or_else(|| iommufd.as_ref()?.limits_of(group));
-    let limits: Vec<(GroupId, Limits)> = groups.iter().filter_map(|group| Some((*group, limits_of(*group)?))).collect();
+    let (type1, user) = (Arc::new(Type1::new(kvm_vfio)), Arc::new(VfioUser::default()));
+    let unit = config.vtd().cloned();
+    let opener = Opener { type1: type1.clone(), iommufd: iommufd.clone(), user: user.clone(), in_kvm, unit };
+    let functions = checked.iter().map(|checked| opener.open(checked)).collect::<Result<Vec<_>, Error>>()?;
+    let limits: Vec<(GroupId, Limits)> =
+        groups.iter().filter_map(|group| Some((*group, opener.limits_of(*group)?))).collect();
     let on_type1 = groups.iter().filter(|group| type1.limits_of(**group).is_some()).count();
     let once = iommufd.as_ref().is_some_and(|iommufd| iommufd.pins_once());
     let pinning = Pinning { type1: on_type1, iommufd: groups.len() - on_type1, once };
@@ -134,7 +142,6 @@ pub fn open(
     }
     let software = Arc::new(Software::default());
     let iommufd = iommufd.map(|iommufd| -> Arc<dyn HostIommu> { iommufd });
-    let opener = Opener { type1: type1.clone(), user: user.clone(), in_kvm, unit: config.vtd().cloned() };
     let always: [Arc<dyn HostIommu>; 3] = [type1, user, software.clone()];
     let traced = |host: Arc<dyn HostIommu>| match trace {
         Some(trace) => Arc::new(TracedHost::new(host, trace.clone())) as Arc<dyn HostIommu>,

@@ -14,7 +14,7 @@ use vtd::Requester;
 use super::Machine;
 use super::plug::{Placed, Seat};
 use crate::assign::{self, Checked};
-use crate::config::{Backend, DeviceKind, DeviceOption, UserSocket, VirtioKind};
+use crate::config::{DeviceKind, DeviceOption, UserSocket, VirtioKind};
 
 /// How long a guest has until it is asked again, or a device that it did not turn on is taken from it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -47,9 +47,6 @@ impl Machine {
         }
         if let DeviceKind::VfioUser { socket: UserSocket::Fd(_), .. } = option.kind {
             return Err("fd=N is for the start; use socket=PATH".to_owned());
-        }
-        if let DeviceKind::Vfio { backend: Some(Backend::Iommufd), .. } = option.kind {
-            return Err("a device is added by type1; use backend=type1, or none".to_owned());
         }
         let id = self.new_id(option)?;
         if let Some(same) = option.kind.outside().filter(|outside| self.has(outside)) {
@@ -149,7 +146,7 @@ impl Machine {
         let port = placed.port.and_then(|number| self.ports.get(number)).cloned();
         let bus = if placed.bridge.is_some() { "a conventional bus" } else { "bus 0" };
         let port = port.ok_or_else(|| format!("{id} is on {bus}, and stays; only what is behind a root port goes"))?;
-        if !can_move(&placed.kind) || self.bridge.backend(placed.requester) == Some("iommufd") {
+        if !can_move(&placed.kind) {
             return Err(format!("{id} stays for the whole run: it is a device that cannot be removed"));
         }
         if self.bridge.sharing(placed.requester) > 1 {

@@ -465,3 +465,29 @@ fn b10_a_bar_that_the_kernel_cannot_map_is_refused_at_once_and_keeps_nobody_out(
         assert_eq!(host.kernel.objects(), before);
     }
 }
+
+#[test]
+fn f6_a_function_that_is_closed_is_attached_to_nothing_and_can_come_again() {
+    let (host, guest) = host();
+    let space = space_with(&host, &guest, 0, 1);
+    host.attach(A, space).expect("attached");
+    host.attach(WITH_PASIDS, space).expect("attached");
+    host.attach_part(part(5, 7), space).expect("attached");
+    // The other one of its group stays where it is, and the group there.
+    assert_eq!(host.take(bdf(1)), Some(HostDevice(1)));
+    assert_eq!((host.kernel.table_of(itself(1)), host.kernel.table_of(itself(2)).is_some()), (None, true));
+    assert_eq!(host.placement(A), Some(Placement::PerSpace));
+    assert!(!host.has(bdf(1)) && host.has(bdf(2)));
+    // With the last one its group goes, and with a function its PASIDs.
+    assert_eq!((host.take(bdf(2)), host.take(bdf(5))), (Some(HostDevice(2)), Some(HostDevice(5))));
+    assert_eq!((host.placement(A), host.limits_of(A), host.placement(WITH_PASIDS)), (None, None, None));
+    assert!([itself(2), itself(5), part(5, 7)].iter().all(|stream| host.kernel.table_of(*stream).is_none()));
+    assert_eq!((host.take(bdf(2)), host.take(bdf(9))), (None, None));
+    assert!(host.attach(A, space).is_err());
+    // It comes again, attached to nothing, and reaches what it is attached to.
+    host.add(A, bdf(1), HostDevice(1)).expect("added");
+    assert_eq!(host.kernel.table_of(itself(1)), None);
+    host.attach(A, space).expect("attached");
+    assert!(host.kernel.table_of(itself(1)).is_some());
+    host.destroy(space);
+}

@@ -120,7 +120,7 @@ impl Host {
         self.devices.write().unwrap_or_else(PoisonError::into_inner).insert(number, device.into());
     }
 
-    /// It could not be used after all.
+    /// It is not used any more: its file is not kept here.
     pub(super) fn forget(&self, number: HostDevice) {
         self.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
     }

@@ -66,6 +66,13 @@ impl Iommufd {
 }
 
 impl Iommufd {
+    /// `function`, which is behind the bridge no longer, is closed, or about to be: nothing here keeps its file.
+    pub fn close(&self, function: Bdf) {
+        if let Some(number) = self.take(function) {
+            self.kernel.forget(number);
+        }
+    }
+
     /// Adds a device of `group` that is no function of VFIO's: one of Linux's `IOMMUFD_TEST`, for instance. `bind`
     /// gets the iommufd, binds the device to it, attached to nothing, and gives back the number that the kernel has
     /// for it.
