@@ -4,9 +4,19 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::ids::SourceId;
-use crate::spec::irte::{IoapicEntry, PostedIrteLow};
+use crate::spec::irte::IoapicEntry;
 
 type Memory = GuestMemoryMmap<()>;
+
+impl Remapping {
+    /// As [`Remapping::remap`], of what is not posted.
+    fn message(&self, memory: &Memory, sender: impl Into<Sender>, msi: Msi) -> Result<Msi, RemapError> {
+        self.remap(memory, sender, msi).map(|remapped| match remapped {
+            Remapped::Message(msi) => msi,
+            Remapped::Posted(posting) => panic!("{posting:?} is no message"),
+        })
+    }
+}
 
 const TABLE: u64 = 0x4000;
 const NVME: Requester = Requester { segment: 0, sid: SourceId::new(0, 3, 0) };
@@ -19,7 +29,8 @@ fn table(size: u8) -> InterruptTableAddress {
 
 /// Remapping on, with 256 entries and 32-bit destinations.
 fn extended() -> Remapping {
-    Remapping { enabled: true, compatibility: false, table: table(7).with_extended_mode(true) }
+    let table = table(7).with_extended_mode(true);
+    Remapping { enabled: true, compatibility: false, table, posted_within: None }
 }
 
 fn memory() -> Memory {
@@ -67,7 +78,7 @@ fn fault(result: Result<Msi, RemapError>) -> (u8, u16, bool) {
 fn through(remapping: Remapping, entry: Irte, requester: Requester) -> Result<Msi, u8> {
     let memory = memory();
     store(&memory, 5, entry);
-    remapping.remap(&memory, requester, request(5)).map_err(|error| match error {
+    remapping.message(&memory, requester, request(5)).map_err(|error| match error {
         RemapError::Fault(fault) => {
             assert_eq!((fault.index, fault.requester), (5, requester));
             fault.reason.code()
@@ -106,7 +117,7 @@ fn a9_with_remapping_off_every_interrupt_passes() {
     let memory = memory();
     let off = Remapping { enabled: false, ..extended() };
     for msi in [request(5), with_subhandle(9, 0x1234), Msi { address: 0xfee0_1000, data: 0x4041 }] {
-        assert_eq!(off.remap(&memory, NVME, msi), Ok(msi));
+        assert_eq!(off.message(&memory, NVME, msi), Ok(msi));
     }
 }
 
@@ -116,7 +127,7 @@ fn a9_a_message_outside_of_the_window_is_no_interrupt() {
     for remapping in [extended(), Remapping::default()] {
         for address in [0, 0xfedf_fffc, 0xfef0_0000, 0x1_fee0_0018, 0xff00_0000_fee0_0018, u64::MAX] {
             let msi = Msi { address, data: 0 };
-            assert_eq!(remapping.remap(&memory, NVME, msi), Err(RemapError::NotAnInterrupt(address)));
+            assert_eq!(remapping.message(&memory, NVME, msi), Err(RemapError::NotAnInterrupt(address)));
         }
     }
 }
@@ -127,9 +138,9 @@ fn a9_compatibility_format_passes_only_with_cfis_and_without_eime() {
     for bits in 0..4 {
         let (compatibility, extended_mode) = (bits & 1 != 0, bits & 2 != 0);
         let table = table(7).with_extended_mode(extended_mode);
-        let remapping = Remapping { enabled: true, compatibility, table };
+        let remapping = Remapping { compatibility, table, ..extended() };
         for msi in [Msi { address: 0xfee0_1000, data: 0x41 }, Msi { address: 0xfeef_ffec, data: 0xffff }] {
-            let result = remapping.remap(&memory, NVME, msi);
+            let result = remapping.message(&memory, NVME, msi);
             if compatibility && !extended_mode {
                 assert_eq!(result, Ok(msi));
             } else {
@@ -142,11 +153,11 @@ fn a9_compatibility_format_passes_only_with_cfis_and_without_eime() {
 #[test]
 fn a9_a_request_leads_to_its_entry() {
     let memory = memory();
-    let remapping = Remapping { enabled: true, compatibility: false, table: table(15).with_extended_mode(true) };
+    let remapping = Remapping { table: table(15).with_extended_mode(true), ..extended() };
     for index in [0u16, 1, 255, 0x7fff, 0x8000, 0xffff] {
-        assert_eq!(fault(remapping.remap(&memory, NVME, request(index))), (0x22, index, false));
+        assert_eq!(fault(remapping.message(&memory, NVME, request(index))), (0x22, index, false));
         store(&memory, u64::from(index), entry());
-        assert_eq!(remapping.remap(&memory, NVME, request(index)), Ok(DELIVERED));
+        assert_eq!(remapping.message(&memory, NVME, request(index)), Ok(DELIVERED));
         store(&memory, u64::from(index), Irte::default());
     }
 }
@@ -173,13 +184,13 @@ fn a9_the_subhandle_is_added_and_never_wraps() {
     // A wrapped index would find this one.
     store(&memory, 4, entry());
     for (size, handle, subhandle, expected) in cases {
-        let remapping = Remapping { enabled: true, compatibility: false, table: table(size).with_extended_mode(true) };
-        let result = remapping.remap(&memory, NVME, with_subhandle(handle, subhandle));
+        let remapping = Remapping { table: table(size).with_extended_mode(true), ..extended() };
+        let result = remapping.message(&memory, NVME, with_subhandle(handle, subhandle));
         match expected {
             Ok(index) => {
                 assert_eq!(fault(result), (0x22, index as u16, false));
                 store(&memory, index, entry());
-                let result = remapping.remap(&memory, NVME, with_subhandle(handle, subhandle));
+                let result = remapping.message(&memory, NVME, with_subhandle(handle, subhandle));
                 assert_eq!(result, Ok(DELIVERED), "{handle:#x} + {subhandle:#x}");
                 store(&memory, index, Irte::default());
             }
@@ -194,15 +205,15 @@ fn a9_data_counts_only_with_shv() {
     store(&memory, 5, entry());
     for bit in 0..32 {
         let data = 1 << bit;
-        assert_eq!(extended().remap(&memory, NVME, Msi { data, ..request(5) }), Ok(DELIVERED));
+        assert_eq!(extended().message(&memory, NVME, Msi { data, ..request(5) }), Ok(DELIVERED));
         if bit >= 16 {
-            let result = extended().remap(&memory, NVME, Msi { data, ..with_subhandle(5, 0) });
+            let result = extended().message(&memory, NVME, Msi { data, ..with_subhandle(5, 0) });
             assert_eq!(fault(result), (0x20, 0, false), "data bit {bit}");
         }
     }
     // Address bits 1:0 are don't care.
     let msi = request(5);
-    assert_eq!(extended().remap(&memory, NVME, Msi { address: msi.address | 3, ..msi }), Ok(DELIVERED));
+    assert_eq!(extended().message(&memory, NVME, Msi { address: msi.address | 3, ..msi }), Ok(DELIVERED));
 }
 
 #[test]
@@ -212,8 +223,8 @@ fn a9_a_table_that_cannot_be_read_is_a_fault() {
     let cases = [(0x1000_0000u64, 0), ((2 << 20) - 4096, 256), (u64::MAX << 16, 0xffff)];
     for (base, index) in cases {
         let table = table(15).with_page(base >> 12);
-        let remapping = Remapping { enabled: true, compatibility: false, table };
-        assert_eq!(fault(remapping.remap(&memory, NVME, request(index))), (0x23, index, false));
+        let remapping = Remapping { table, ..extended() };
+        assert_eq!(fault(remapping.message(&memory, NVME, request(index))), (0x23, index, false));
     }
 }
 
@@ -269,11 +280,140 @@ fn a9_reserved_values_are_checked() {
     assert_eq!(through(extended(), Irte { high, ..entry() }, NVME), Err(0x24), "SVT 3");
 }
 
+/// Remapping on, with posted entries whose descriptors are below 2^`width`.
+fn posting_within(width: u8) -> Remapping {
+    Remapping { posted_within: Some(width), ..extended() }
+}
+
+const DESCRIPTOR: Gpa = Gpa(0x8_0040);
+
+/// A present entry that posts vector 0x45, for anybody.
+fn posted_entry(descriptor: Gpa) -> Irte {
+    let low = PostedIrteLow::new().with_present(true).with_posted(true).with_vector(0x45);
+    let low = low.with_descriptor_low((descriptor.0 >> 6) as u32 & 0x3ff_ffff);
+    let high = PostedIrteHigh::new().with_descriptor_high((descriptor.0 >> 32) as u32);
+    Irte { low: IrteLow::from_bits(low.into_bits()), high: IrteHigh::from_bits(high.into_bits()) }
+}
+
+/// What [`posted_entry`] is looked up as.
+fn posting() -> Posting {
+    Posting {
+        requester: NVME,
+        index: 5,
+        silenced: false,
+        descriptor: DESCRIPTOR,
+        vector: 0x45,
+        urgent: false,
+        extended_mode: true,
+    }
+}
+
+/// What becomes of a request through `entry`, and the fault's reason.
+fn looked_up(remapping: Remapping, entry: Irte) -> Result<Remapped, u8> {
+    let memory = memory();
+    store(&memory, 5, entry);
+    remapping.remap(&memory, NVME, request(5)).map_err(|error| fault(Err(error)).0)
+}
+
 #[test]
-fn a9_a_posted_entry_is_a_fault_as_posting_is_not_offered() {
-    let low = PostedIrteLow::new().with_present(true).with_posted(true).with_vector(0x41).with_descriptor_low(0x1000);
-    let entry = Irte { low: IrteLow::from_bits(low.into_bits()), high: IrteHigh::new() };
-    assert_eq!(through(extended(), entry, NVME), Err(0x24));
+fn a9_a_posted_entry_is_a_fault_where_posting_is_not_offered() {
+    assert_eq!(through(extended(), posted_entry(DESCRIPTOR), NVME), Err(0x24));
+}
+
+#[test]
+fn a17_a_posted_entry_is_looked_up_with_all_that_it_says() {
+    let entry = posted_entry(DESCRIPTOR);
+    assert_eq!(looked_up(posting_within(48), entry), Ok(Remapped::Posted(posting())));
+    let low = PostedIrteLow::from_bits(entry.low.into_bits());
+    let with = |low: PostedIrteLow| Irte { low: IrteLow::from_bits(low.into_bits()), ..entry };
+    // Bits 11:8 are for software.
+    assert_eq!(looked_up(posting_within(48), with(low.with_available(0xf))), Ok(Remapped::Posted(posting())));
+    let cases = [
+        (with(low.with_urgent(true)), Posting { urgent: true, ..posting() }),
+        (with(low.with_fault_processing_disable(true)), Posting { silenced: true, ..posting() }),
+        (with(low.with_vector(0xff)), Posting { vector: 0xff, ..posting() }),
+        (posted_entry(Gpa(0xffff_ffff_ffc0)), Posting { descriptor: Gpa(0xffff_ffff_ffc0), ..posting() }),
+    ];
+    for (entry, expected) in cases {
+        assert_eq!(looked_up(posting_within(48), entry), Ok(Remapped::Posted(expected)));
+    }
+    let xapic = Remapping { table: table(7), ..posting_within(48) };
+    assert_eq!(looked_up(xapic, entry), Ok(Remapped::Posted(Posting { extended_mode: false, ..posting() })));
+    // Where posting is offered, entries that are not posted are as before.
+    assert_eq!(through(posting_within(48), self::entry(), NVME), Ok(DELIVERED));
+}
+
+#[test]
+fn a17_reserved_bits_of_a_posted_entry_are_a_fault() {
+    let good = posted_entry(DESCRIPTOR);
+    let low = (2..8).chain(12..14).chain(24..38).map(|bit| (good.low.into_bits() | 1 << bit, good.high.into_bits()));
+    // Bits 83:82 are SVT, of which 11 is reserved; 127:112 are address bits 63:48.
+    let high = (20..32).chain(48..64).map(|bit| (good.low.into_bits(), good.high.into_bits() | 1 << bit));
+    let validation = (good.low.into_bits(), good.high.into_bits() | 3 << 18);
+    for (low, high) in low.chain(high).chain([validation]) {
+        let entry = Irte { low: IrteLow::from_bits(low), high: IrteHigh::from_bits(high) };
+        assert_eq!(looked_up(posting_within(48), entry), Err(0x24), "{high:x}:{low:x}");
+        let absent = Irte { low: IrteLow::from_bits(low & !1), ..entry };
+        assert_eq!(looked_up(posting_within(48), absent), Err(0x22));
+    }
+    // The width is that of guest-physical addresses.
+    for (width, expected) in [(39, Err(0x24)), (40, Ok(()))] {
+        let found = looked_up(posting_within(width), posted_entry(Gpa(1 << 39)));
+        assert_eq!(found.map(drop), expected, "{width} bits");
+    }
+}
+
+#[test]
+fn a17_a_posted_entry_is_for_its_source_only() {
+    let entry = |source: Requester| {
+        let posted = posted_entry(DESCRIPTOR);
+        Irte { high: posted.high.with_validation(1).with_source(source.sid.0), ..posted }
+    };
+    assert_eq!(looked_up(posting_within(48), entry(NVME)), Ok(Remapped::Posted(posting())));
+    assert_eq!(looked_up(posting_within(48), entry(NIC)), Err(0x26));
+}
+
+#[test]
+fn a17_a_notification_goes_to_the_processor_that_the_descriptor_names() {
+    let memory = memory();
+    let post = |control: PostedControl, extended_mode| {
+        memory.write_slice(&[0; 64], GuestAddress(DESCRIPTOR.0)).unwrap();
+        memory.write_obj(control.into_bits(), GuestAddress(DESCRIPTOR.0 + 32)).unwrap();
+        Posting { extended_mode, ..posting() }.post(&memory).unwrap()
+    };
+    let control = PostedControl::new().with_vector(0xf2);
+    let cases = [
+        (0x900, false, 0xfee0_9000),
+        (0xff00, false, 0xfeef_f000),
+        (9, true, 0xfee0_9000),
+        (0x1234_5678, true, 0x0012_3456_0000_0000 << 8 | 0xfee7_8000),
+    ];
+    for (destination, extended_mode, address) in cases {
+        let sent = post(control.with_destination(destination), extended_mode);
+        assert_eq!(sent, Some(Msi { address, data: 0xf2 }), "{destination:#x}");
+        let pir: [u64; 5] = memory.read_obj(GuestAddress(DESCRIPTOR.0)).unwrap();
+        assert_eq!(pir, [0, 1 << 5, 0, 0, control.with_destination(destination).with_outstanding(true).into_bits()]);
+    }
+    assert_eq!(post(control.with_suppressed(true), true), None);
+}
+
+#[test]
+fn a17_a_descriptor_that_is_not_there_or_has_a_reserved_bit_is_a_fault_of_the_entry() {
+    let memory = memory();
+    for silenced in [false, true] {
+        let fault = |reason| Err(RemapFault { requester: NVME, index: 5, reason, silenced });
+        // The first address behind memory, and the window.
+        for descriptor in [2 << 20, 0xfee0_0000, 0xffff_ffff_ffff_ffc0] {
+            let posting = Posting { descriptor: Gpa(descriptor), silenced, ..posting() };
+            assert_eq!(posting.post(&memory), fault(InterruptFaultReason::DescriptorAccess), "{descriptor:#x}");
+        }
+        memory.write_obj(4u64, GuestAddress(DESCRIPTOR.0 + 32)).unwrap();
+        let posting = Posting { silenced, ..posting() };
+        assert_eq!(posting.post(&memory), fault(InterruptFaultReason::DescriptorReserved));
+        assert_eq!(memory.read_obj::<[u64; 4]>(GuestAddress(DESCRIPTOR.0)).unwrap(), [0; 4]);
+    }
+    let last = Posting { descriptor: Gpa((2 << 20) - 64), ..posting() };
+    assert!(last.post(&memory).is_ok());
 }
 
 #[test]
@@ -282,8 +422,8 @@ fn a9_a_source_that_is_not_checked_uses_every_entry() {
     for validation in 1..=2 {
         store(&memory, 1, Irte { high: IrteHigh::new().with_validation(validation).with_source(0x4242), ..entry() });
         let sender = |checked| Sender { checked, ..NVME.into() };
-        assert_eq!(extended().remap(&memory, sender(false), request(1)), Ok(DELIVERED));
-        assert_eq!(fault(extended().remap(&memory, sender(true), request(1))), (0x26, 1, false));
+        assert_eq!(extended().message(&memory, sender(false), request(1)), Ok(DELIVERED));
+        assert_eq!(fault(extended().message(&memory, sender(true), request(1))), (0x26, 1, false));
     }
 }
 
@@ -342,13 +482,13 @@ fn a9_fpd_silences_what_is_found_in_the_entry_and_nothing_else() {
     ];
     for (entry, reason) in cases {
         store(&memory, 5, entry);
-        assert_eq!(fault(extended().remap(&memory, NVME, request(5))), (reason, 5, true));
+        assert_eq!(fault(extended().message(&memory, NVME, request(5))), (reason, 5, true));
         let loud = Irte { low: entry.low.with_fault_processing_disable(false), ..entry };
         store(&memory, 5, loud);
-        assert_eq!(fault(extended().remap(&memory, NVME, request(5))), (reason, 5, false));
+        assert_eq!(fault(extended().message(&memory, NVME, request(5))), (reason, 5, false));
     }
     for reason in InterruptFaultReason::ALL {
-        assert_eq!(reason.qualified(), [0x22, 0x24, 0x26].contains(&reason.code()));
+        assert_eq!(reason.qualified(), [0x22, 0x24, 0x26, 0x27, 0x28].contains(&reason.code()));
     }
 }
 
