@@ -131,6 +131,24 @@ fn a14_a_machine_that_was_saved_in_the_middle_ends_as_one_that_was_not() {
     }
 }
 
+#[test]
+fn a17_interrupts_are_posted_in_a_machine_that_was_saved_as_in_one_that_was_not() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let cmdline = ["--memory", "64M", "--cmdline", "test=a17_posting_goes_on rounds=150"];
+    let devices = ["--iommu", "vtd,posted=on", "--device", "edu"];
+    let mut source = bench.machine(&[&["--image", text(&bench.image)][..], &cmdline, &devices].concat());
+    let snapshot = bench.path("snapshot");
+    source.done(&["snapshot", text(&snapshot)]);
+    for machine in [source, bench.restore(&snapshot)] {
+        let output = machine.end();
+        let out = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(1) && out.ends_with("posted 150\nok\n"), "{:?}: {out}", output.status);
+    }
+}
+
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al; cli; hlt`
 const PRINT_AND_SLEEP: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xfa, 0xf4];
 
