@@ -253,9 +253,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         }
     }
 
-    /// A message that [`Self::remap`] said is posted fires: it is recorded in its descriptor, with words of guest memory
-    /// that are changed one by one, each at once. Gives the notification that a processor is to get, if one is owed
-    /// . What the descriptor says is looked at now; what the entry said is as it was when it was looked up.
+    /// A message that [`Self::remap`] said is posted fires: it is recorded in its descriptor. Gives the
+    /// notification that a processor is to get, if one is owed. What the descriptor says is looked at now; what the
+    /// entry said is as it was when it was looked up.
     ///
     /// # Errors
     /// The descriptor has a reserved bit set, or is not in memory; that fault is recorded.

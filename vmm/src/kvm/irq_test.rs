@@ -75,8 +75,8 @@ impl Kvm for FakeKvm {
     }
 }
 
-/// A unit whose entries are a map; what is not there faults. What is posted is notified of with [`posted::NOTICE`] if it
-/// is urgent.
+/// A unit whose entries are a map; what is not there faults. What is posted and urgent is notified of with
+/// [`posted::NOTICE`].
 #[derive(Default)]
 struct FakeUnit {
     entries: Mutex<BTreeMap<u32, Remapped>>,

@@ -179,9 +179,9 @@ pub trait RemapListener: Send + Sync {
     /// them at once: the guest is told that nothing reaches the old target. What fired before and is to be posted is
     /// given to [`crate::Unit::post`] before this returns, too.
     ///
-    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap, to
-    /// post and to record faults, and must not access its registers. A route that another thread is making at the same time must be
-    /// made under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation
+    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap, to post and
+    /// to record faults, and must not access its registers. A route that another thread is making at the same time must
+    /// be made under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation
     /// could win.
     fn entries_changed(&self, changed: EntriesChanged);
 }

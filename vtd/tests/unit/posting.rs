@@ -29,7 +29,11 @@ struct Posted {
 
 impl Posted {
     fn new() -> Self {
-        let mut rig = Rig::with(config());
+        Self::of(config())
+    }
+
+    fn of(config: UnitConfig) -> Self {
+        let mut rig = Rig::with(config);
         rig.enable_queue();
         let (table, descriptor) = (rig.table(), rig.table() + 64);
         let address = InterruptTableAddress::new().with_page(table >> 12).with_size(7).with_extended_mode(true);
@@ -109,6 +113,14 @@ fn a17_messages_are_posted_when_they_fire_and_not_when_they_are_looked_up() {
 }
 
 #[test]
+fn a17_a_unit_that_does_not_offer_it_posts_nothing() {
+    let posted = Posted::of(UnitConfig { posted_interrupts: false, ..config() });
+    assert!(!posted.rig.unit.config().capability().posted_interrupts());
+    posted.set(5, entry(posted.descriptor, 0x45));
+    assert_eq!((posted.deliver(5), posted.take()), (Err(0x24), vec![]));
+}
+
+#[test]
 fn a17_what_was_looked_up_is_posted_as_the_entry_said_then() {
     let posted = Posted::new();
     posted.set(5, entry(posted.descriptor, 0x45));
@@ -177,12 +189,15 @@ fn a17_what_is_posted_is_in_the_log_of_dirty_memory() {
     let posted = Posted::new();
     posted.set(5, entry(posted.descriptor, 0x45));
     posted.rig.memory.iter().for_each(|region| region.bitmap().log().start());
-    posted.deliver(5).unwrap();
-    for region in posted.rig.memory.iter() {
-        let slice: BS<'_, DirtyLog> = region.bitmap();
-        let page = posted.descriptor >> 12;
-        let taken: Vec<u64> = slice.log().take().collect();
-        assert_eq!(taken[page as usize / 64], 1 << (page % 64));
+    let page = posted.descriptor >> 12;
+    // A bit and ON; then a bit, as ON is set.
+    for notified in [true, false] {
+        assert_eq!(posted.deliver(5).map(|sent| sent.is_some()), Ok(notified));
+        for region in posted.rig.memory.iter() {
+            let slice: BS<'_, DirtyLog> = region.bitmap();
+            let taken: Vec<u64> = slice.log().take().collect();
+            assert_eq!(taken[page as usize / 64], 1 << (page % 64));
+        }
     }
 }
 
