@@ -63,6 +63,8 @@ pub struct VtdOption {
     pub interrupt_remapping: bool,
     /// Whether interrupt remapping has destinations of 32 bits, which x2APIC needs. Never without interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Whether posted interrupts are offered. Never without interrupt remapping.
+    pub posted_interrupts: bool,
     /// The stages of scalable mode; `None`: it is not offered.
     pub scalable: Option<Stages>,
     /// Whether nested translation is offered. Never without both stages.
@@ -98,6 +100,7 @@ impl Default for VtdOption {
             pass_through: true,
             interrupt_remapping: true,
             extended_interrupt_mode: true,
+            posted_interrupts: false,
             scalable: None,
             nested: false,
             second_stage_dirty: false,

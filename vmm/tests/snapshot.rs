@@ -131,6 +131,28 @@ fn a14_a_machine_that_was_saved_in_the_middle_ends_as_one_that_was_not() {
     }
 }
 
+#[test]
+fn a17_interrupts_are_posted_in_a_machine_that_was_saved_as_in_one_that_was_not() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let cmdline = ["--memory", "64M", "--cmdline", "test=a17_posting_goes_on rounds=100"];
+    let devices = ["--iommu", "vtd,posted=on", "--device", "edu"];
+    let mut source = bench.machine(&[&["--image", text(&bench.image)][..], &cmdline, &devices].concat());
+    let snapshots = ["a", "b", "c"].map(|name| bench.path(name));
+    for snapshot in &snapshots {
+        source.done(&["snapshot", text(snapshot)]);
+        std::thread::sleep(Duration::from_millis(40));
+    }
+    let restored = snapshots.iter().map(|snapshot| bench.restore(snapshot));
+    for machine in [source].into_iter().chain(restored) {
+        let output = machine.end();
+        let out = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(1) && out.ends_with("posted 100\nok\n"), "{:?}: {out}", output.status);
+    }
+}
+
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al; cli; hlt`
 const PRINT_AND_SLEEP: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xfa, 0xf4];
 

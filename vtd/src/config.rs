@@ -66,6 +66,8 @@ pub struct UnitConfig {
     pub interrupt_remapping: bool,
     /// Offer destinations of 32 bits (x2APIC) in interrupt remapping.
     pub extended_interrupt_mode: bool,
+    /// Offer posted interrupts, in interrupt remapping: entries that record an interrupt in a descriptor in memory.
+    pub posted_interrupts: bool,
     /// Offer scalable mode with these stages and pass-through, and abort-DMA mode; `None`: legacy mode only.
     pub scalable: Option<Stages>,
     /// Offer nested translation, a first stage over a second one. Like the first stage alone it is for emulated
@@ -103,6 +105,9 @@ pub enum ConfigError {
     /// Extended interrupt mode is a mode of interrupt remapping.
     #[error("extended interrupt mode needs interrupt remapping")]
     ExtendedModeAlone,
+    /// Posted interrupts are entries of the interrupt remapping table.
+    #[error("posted interrupts need interrupt remapping")]
+    PostedAlone,
     /// More bits than a PASID has.
     #[error("a PASID of {0} bits does not exist: it has 20 at most")]
     PasidBits(u8),
@@ -136,6 +141,7 @@ impl UnitConfig {
             pass_through: true,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            posted_interrupts: false,
             scalable: None,
             nested: false,
             second_stage_dirty: false,
@@ -158,6 +164,9 @@ impl UnitConfig {
         }
         if self.extended_interrupt_mode && !self.interrupt_remapping {
             return Err(ConfigError::ExtendedModeAlone);
+        }
+        if self.posted_interrupts && !self.interrupt_remapping {
+            return Err(ConfigError::PostedAlone);
         }
         if self.pasid_bits > 20 {
             return Err(ConfigError::PasidBits(self.pasid_bits));
@@ -229,6 +238,7 @@ impl UnitConfig {
             .with_drain_writes(true)
             .with_drain_reads(true)
             .with_first_stage_1g(self.first_stage())
+            .with_posted_interrupts(self.posted_interrupts)
             .with_first_stage_5_levels(self.first_stage_levels() == 5)
             .with_enhanced_commands(self.performance_counters)
             .with_enhanced_srtp(true)
@@ -311,6 +321,17 @@ mod tests {
         assert_eq!(config.validate(), Ok(()));
         config.interrupt_remapping = false;
         assert_eq!(config.validate(), Err(ConfigError::ExtendedModeAlone));
+    }
+
+    #[test]
+    fn a17_posted_interrupts_are_offered_when_asked_for_and_with_interrupt_remapping_only() {
+        let mut config = UnitConfig { interrupt_remapping: true, ..UnitConfig::new(UnitId(0), 48) };
+        let before = config.capability().into_bits();
+        config.posted_interrupts = true;
+        assert_eq!(config.capability().into_bits() ^ before, 1 << 59, "PI");
+        assert_eq!(config.validate(), Ok(()));
+        config.interrupt_remapping = false;
+        assert_eq!(config.validate(), Err(ConfigError::PostedAlone));
     }
 
     #[test]

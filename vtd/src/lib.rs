@@ -70,5 +70,7 @@ pub use registers::state::{FaultRecord, PageRequestRegisters, State, StateVersio
 pub use shadow::SpaceView;
 pub use space::{PagedSpace, Perm, SpaceKey, Tables};
 pub use stats::{DescriptorStats, UnitStats};
-pub use tables::interrupt::{EntriesChanged, RemapError, RemapFault, RemapListener, interrupt_index};
+pub use tables::interrupt::{
+    EntriesChanged, Posting, RemapError, RemapFault, RemapListener, Remapped, interrupt_index,
+};
 pub use unit::Unit;

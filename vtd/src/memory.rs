@@ -27,6 +27,14 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
         Some(exchanged)
     }
 
+    /// Sets `bits` at `index`, and leaves the others as they are at that moment; `None` where that cannot be done.
+    pub(crate) fn set_bits(&self, index: usize, bits: u64) -> Option<()> {
+        let word = self.0.get_atomic_ref::<AtomicU64>(index * 8).ok()?;
+        word.fetch_or(bits.to_le(), Ordering::AcqRel);
+        self.0.bitmap().mark_dirty(index * 8, 8);
+        Some(())
+    }
+
     /// The word at `index`, read once.
     pub(crate) fn get(&self, index: usize) -> Option<u64> {
         self.0.load::<u64>(index * 8, Ordering::Relaxed).ok().map(u64::from_le)

@@ -22,6 +22,10 @@ pub struct UnitStats {
     pub faults: BTreeMap<String, u64>,
     /// Faults without a record of their own: collapsed with one of the same source id, or every record was full.
     pub faults_dropped: u64,
+    /// Interrupts that were recorded in posted interrupt descriptors.
+    pub interrupts_posted: u64,
+    /// Notifications that were owed for them.
+    pub notifications: u64,
     /// Leaves of guest tables that re-syncs looked at.
     pub leaves_walked: u64,
     /// Maps given to the listener.
@@ -108,6 +112,8 @@ pub(crate) struct Counters {
     pub(crate) faults: ByReason<{ FaultReason::ALL.len() }>,
     pub(crate) interrupt_faults: ByReason<{ InterruptFaultReason::ALL.len() }>,
     pub(crate) faults_dropped: Counter,
+    pub(crate) interrupts_posted: Counter,
+    pub(crate) notifications: Counter,
     pub(crate) leaves_walked: QueueCounter,
     pub(crate) map_ops: QueueCounter,
     pub(crate) unmap_ops: QueueCounter,
@@ -148,6 +154,8 @@ impl Counters {
             queue_errors: self.queue_errors.get(),
             faults: faults.map(|(code, counter)| (format!("{code:#04x}"), counter.get())).collect(),
             faults_dropped: self.faults_dropped.get(),
+            interrupts_posted: self.interrupts_posted.get(),
+            notifications: self.notifications.get(),
             leaves_walked: self.leaves_walked.get(),
             map_ops: self.map_ops.get(),
             unmap_ops: self.unmap_ops.get(),

@@ -32,7 +32,7 @@ use crate::space::{PagedSpace, SpaceKey};
 use crate::spec::registers::Global;
 use crate::stats::{Counters, UnitStats};
 use crate::tables::context::Translation;
-use crate::tables::interrupt::{RemapError, RemapFault, RemapListener, Remapping, Sender};
+use crate::tables::interrupt::{Posting, RemapError, RemapFault, RemapListener, Remapped, Remapping, Sender};
 use crate::tables::second_stage::{Found, Merge, walk_range};
 
 /// An emulated remapping unit over guest memory `M`.
@@ -60,7 +60,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 registers: Mutex::new(Registers::new(config)),
                 translation: ArcSwap::default(),
                 sources: ArcSwap::default(),
-                remapping: ArcSwap::default(),
+                remapping: ArcSwap::from_pointee(Remapping::off(&config)),
                 remap_listener: Mutex::default(),
                 ats: Functions::default(),
                 counters: Counters::default(),
@@ -211,36 +211,59 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         *self.core.remap_listener.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(listener);
     }
 
-    /// What the processors get when `requester` sends `msi`, as the guest's tables say now: to make a route of it,
-    /// until [`RemapListener::entries_changed`] says that it is to be asked again. Takes no lock; records nothing.
+    /// What becomes of it when `requester` sends `msi`, as the guest's tables say now: to make a route of it, or to
+    /// [post](Self::post) it when it fires, until [`RemapListener::entries_changed`] says that it is to be asked again.
+    /// Takes no lock; records nothing.
     ///
     /// In the address, bits 63:40 are bits 31:8 of the destination, as KVM takes it with KVM_X2APIC_API_USE_32BIT_IDS.
     ///
     /// # Errors
     /// The message is not delivered. If it fires all the same, its fault is to be given to
     /// [`Self::record_remap_fault`], or the message to [`Self::deliver`], which asks again.
-    pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    pub fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError> {
         let source = self.core.sources.load().of(requester);
         let checked = self.core.config.unchecked_source != Some(requester.sid);
         let sender = Sender { requester: source.seen(requester), known: source.own().is_some(), checked };
         let remapped = self.core.remapping.load().remap(&self.core.memory, sender, msi);
-        remapped.map_err(|error| match error {
-            // There is no id to record it with.
-            RemapError::Fault(fault) if source == Source::None => RemapFault { silenced: true, ..fault }.into(),
+        if source != Source::None {
+            return remapped;
+        }
+        // There is no id to record a fault with.
+        match remapped {
+            Err(RemapError::Fault(fault)) => Err(RemapFault { silenced: true, ..fault }.into()),
+            Ok(Remapped::Posted(posting)) => Ok(Remapped::Posted(Posting { silenced: true, ..posting })),
             other => other,
-        })
+        }
     }
 
-    /// `requester` sends `msi` now: as [`Self::remap`], and a fault is recorded.
+    /// `requester` sends `msi` now: as [`Self::remap`], but it is posted if that is what its entry says, and a fault is
+    /// recorded. Gives what the processors get: nothing if it is posted and nobody is to be notified.
     ///
     /// # Errors
     /// The message is not delivered.
-    pub fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
-        self.remap(requester, msi).inspect_err(|error| {
+    pub fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError> {
+        let remapped = self.remap(requester, msi).inspect_err(|error| {
             if let RemapError::Fault(fault) = error {
                 self.record_remap_fault(fault);
             }
-        })
+        });
+        match remapped? {
+            Remapped::Message(msi) => Ok(Some(msi)),
+            Remapped::Posted(posting) => Ok(self.post(&posting)?),
+        }
+    }
+
+    /// A message that [`Self::remap`] said is posted fires: it is recorded in its descriptor. Gives the
+    /// notification that a processor is to get, if one is owed. What the descriptor says is looked at now; what the
+    /// entry said is as it was when it was looked up.
+    ///
+    /// # Errors
+    /// The descriptor has a reserved bit set, or is not in memory; that fault is recorded.
+    pub fn post(&self, posting: &Posting) -> Result<Option<Msi>, RemapFault> {
+        let notification = posting.post(&self.core.memory).inspect_err(|fault| self.record_remap_fault(fault))?;
+        self.core.counters.interrupts_posted.add(1);
+        self.core.counters.notifications.add(notification.is_some().into());
+        Ok(notification)
     }
 
     /// An interrupt that [`Self::remap`] refused with `fault` fired. Never to be called for one that did not: Windows
@@ -255,7 +278,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let mut spaces = self.spaces();
         self.core.registers().state.reset();
         self.core.translation.store(Arc::default());
-        self.core.set_remapping(Remapping::default());
+        self.core.set_remapping(Remapping::off(&self.core.config));
         spaces.forget_reports();
         spaces.set_counting(false);
         spaces.refresh(&self.core);
@@ -281,6 +304,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             enabled: status.interrupt_remapping(),
             compatibility: status.compatibility_format(),
             table: state.interrupt_table_in_use,
+            ..Remapping::off(&self.core.config)
         };
         let counting = {
             let mut registers = self.core.registers();
@@ -388,7 +412,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             before.table
         };
         let enabled = command.interrupt_remapping();
-        let remapping = Remapping { enabled, compatibility: command.compatibility_format(), table };
+        let remapping = Remapping { enabled, compatibility: command.compatibility_format(), table, ..before };
         // ESIRTPS: setting the table pointer invalidates the whole cache, also when it is the same pointer again.
         if command.interrupt_table_pointer() || remapping != before {
             core.set_remapping(remapping);

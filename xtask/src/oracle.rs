@@ -57,9 +57,10 @@ fn machine(options: &[String]) -> Vec<String> {
     for option in options.chunks(2) {
         match option {
             [key, value] if key == "--iommu" => {
-                // QEMU's IOAPIC has no source id that could be checked, so it has no such option.
+                // QEMU's IOAPIC has no source id that could be checked, and its unit posts nothing, so it has no such
+                // options.
                 let pairs = value.split(',').filter_map(|pair| pair.split_once('='));
-                unit.extend(pairs.filter(|(key, _)| *key != "ioapic-check"));
+                unit.extend(pairs.filter(|(key, _)| !["ioapic-check", "posted"].contains(key)));
                 if unit["intremap"] == "off" {
                     unit.insert("eim", "off");
                 }

@@ -17,6 +17,7 @@ mod suite {
     pub mod machine;
     pub mod peers;
     pub mod pinning;
+    pub mod posting;
     pub mod processors;
     pub mod queue;
     pub mod registers;
@@ -45,6 +46,7 @@ images::image!(
     machine::TESTS,
     peers::TESTS,
     pinning::TESTS,
+    posting::TESTS,
     processors::TESTS,
     queue::TESTS,
     registers::TESTS,

@@ -17,6 +17,7 @@ images::rests_on!(
     "A-14" => "VT-d 11.4, KVM",
     "A-15" => "VT-d 5.10, chapter 10, 11.4.13 and 11.4.14",
     "A-16" => "VT-d 3.4.1; bus numbers of PCI-to-PCI bridges",
+    "A-17" => "VT-d 5.2, 9.11, 9.12",
     "B-1" => "VT-d 6.5.2.3",
     "B-2" => "VT-d 6.5.2.1, 6.5.2.2, 6.5.2.3",
     "B-3" => "VFIO type1: VFIO_IOMMU_UNMAP_DMA, VFIO_DMA_UNMAP_FLAG_ALL",

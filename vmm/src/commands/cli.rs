@@ -50,7 +50,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
-              [,ats=on|off][,pri=on|off][,perf=on|off]
+              [,ats=on|off][,pri=on|off][,perf=on|off][,posted=on|off]
               [,devices=ID|DD.F[+ID|DD.F]...]   a further unit, with these functions
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]

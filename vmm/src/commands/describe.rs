@@ -21,6 +21,7 @@ fn iommu(option: &IommuOption) -> String {
         pass_through,
         interrupt_remapping,
         extended_interrupt_mode,
+        posted_interrupts,
         scalable,
         nested,
         second_stage_dirty,
@@ -49,6 +50,7 @@ fn iommu(option: &IommuOption) -> String {
         ("pt", pass_through),
         ("intremap", interrupt_remapping),
         ("eim", extended_interrupt_mode),
+        ("posted", posted_interrupts),
         ("nest", nested),
         ("slads", second_stage_dirty),
         ("ats", device_tlb),
@@ -176,6 +178,7 @@ mod tests {
             "vtd,aw-bits=39,caching-mode=off,intremap=off,pt=off,ioapic-check=off",
             "vtd,aw-bits=57,eim=off,scalable=on,stage=both,nest=on,slads=on,pasid-bits=20",
             "vtd,scalable=on,stage=first",
+            "vtd,posted=on",
             "vtd,scalable=on,ats=on,pri=on,perf=on,devices=a+05.0",
             "vtd,scalable=on",
         ] {

@@ -118,7 +118,7 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 16] = [
+        const KEYS: [&str; 17] = [
             "ats",
             "aw-bits",
             "caching-mode",
@@ -129,6 +129,7 @@ impl std::str::FromStr for IommuOption {
             "nest",
             "pasid-bits",
             "perf",
+            "posted",
             "pri",
             "pt",
             "scalable",
@@ -153,6 +154,10 @@ impl std::str::FromStr for IommuOption {
                 let extended_interrupt_mode = keys.switch("eim")?.unwrap_or(interrupt_remapping);
                 if extended_interrupt_mode && !interrupt_remapping {
                     return bad("vtd: eim=on needs intremap=on: it is a mode of interrupt remapping");
+                }
+                let posted_interrupts = keys.switch("posted")?.unwrap_or(default.posted_interrupts);
+                if posted_interrupts && !interrupt_remapping {
+                    return bad("vtd: posted=on needs intremap=on: an interrupt is posted by an entry of its table");
                 }
                 let stages = keys.get("stage", |value| match value {
                     "second" => Ok(Stages::Second),
@@ -198,6 +203,7 @@ impl std::str::FromStr for IommuOption {
                     pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
                     interrupt_remapping,
                     extended_interrupt_mode,
+                    posted_interrupts,
                     scalable,
                     nested,
                     second_stage_dirty,

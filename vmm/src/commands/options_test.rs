@@ -40,6 +40,7 @@ fn iommu_keys() {
             pass_through: false,
             interrupt_remapping: false,
             extended_interrupt_mode: false,
+            posted_interrupts: false,
             scalable: Some(Stages::Second),
             nested: false,
             second_stage_dirty: false,
@@ -67,6 +68,8 @@ fn iommu_keys() {
         let expected = VtdOption { interrupt_remapping, extended_interrupt_mode, ..VtdOption::default() };
         assert_eq!(text.parse(), Ok(IommuOption::Vtd(expected)), "{text}");
     }
+    let expected = VtdOption { posted_interrupts: true, ..VtdOption::default() };
+    assert_eq!("vtd,posted=on".parse(), Ok(IommuOption::Vtd(expected)));
     for (text, stages) in [("second", Stages::Second), ("first", Stages::First), ("both", Stages::Both)] {
         let expected = VtdOption { scalable: Some(stages), ..VtdOption::default() };
         assert_eq!(format!("vtd,scalable=on,stage={text}").parse(), Ok(IommuOption::Vtd(expected)));
@@ -81,6 +84,7 @@ fn iommu_keys() {
         ("none,pt=on", "unknown key"),
         ("smmu", "vtd or none"),
         ("vtd,intremap=off,eim=on", "eim=on needs intremap=on"),
+        ("vtd,intremap=off,posted=on", "posted=on needs intremap=on"),
         ("vtd,scalable=yes", "`on` or `off` is expected"),
         ("vtd,stage=first", "stage needs scalable=on"),
         ("vtd,scalable=on,nest=on", "nest=on needs scalable=on,stage=both"),

@@ -10,6 +10,8 @@
 //!  Kvm     the unit remapped the message: KVM has the eventfd and the route
 //!  Served  the unit blocks the message: we have the eventfd, and ask the unit when it fires, so that the fault is
 //!          recorded then and not before (A-9)
+//!  Posted  the entry is posted: we have the eventfd, and post by the entry as it was looked up, as KVM delivers by a
+//!          route (A-17)
 //! ```
 //!
 //! One lock is held from the look-up in the guest's table until the route or the message is KVM's, and by the unit's
@@ -28,7 +30,9 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vtd::spec::INTERRUPT_WINDOW;
-use vtd::{EntriesChanged, Msi, MsiSink, RemapError, RemapListener, Requester, SourceId, Unit};
+use vtd::{
+    EntriesChanged, Msi, MsiSink, Posting, RemapError, RemapFault, RemapListener, Remapped, Requester, SourceId, Unit,
+};
 
 use crate::boot::layout::{IOAPIC_PINS, IOAPIC_SOURCE};
 use crate::kvm::memory::Ram;
@@ -52,18 +56,24 @@ pub fn ioapic_requester() -> Requester {
 
 /// What remaps messages: the unit.
 pub trait Remapper: Send + Sync {
-    /// What the processors get if this message fires; a fault is not recorded.
-    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError>;
-    /// The same for a message that fires now: a fault is recorded.
-    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError>;
+    /// What becomes of this message if it fires; a fault is not recorded.
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError>;
+    /// It fires now: what the processors get, if anything. A fault is recorded.
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError>;
+    /// A message of `requester` that was said to be posted fires now: the notification that is owed, if any. A fault is
+    /// recorded.
+    fn post(&self, requester: Requester, posting: &Posting) -> Result<Option<Msi>, RemapFault>;
 }
 
 impl Remapper for Unit<Ram> {
-    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError> {
         self.remap(requester, msi)
     }
-    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError> {
         self.deliver(requester, msi)
+    }
+    fn post(&self, _: Requester, posting: &Posting) -> Result<Option<Msi>, RemapFault> {
+        self.post(posting)
     }
 }
 
@@ -114,8 +124,17 @@ enum Path {
     Masked,
     /// KVM.
     Kvm,
-    /// The event loop.
+    /// The event loop, which asks the unit what becomes of a signal.
     Served,
+    /// The event loop, which posts a signal.
+    Posted(Posting),
+}
+
+impl Path {
+    /// The event loop watches the eventfd.
+    fn is_watched(self) -> bool {
+        matches!(self, Self::Served | Self::Posted(_))
+    }
 }
 
 /// One vector of a function.
@@ -206,7 +225,7 @@ pub struct KvmInterrupts {
     kvm: Arc<dyn Kvm>,
     remapper: OnceLock<Weak<dyn Remapper>>,
     table: Mutex<Table>,
-    /// Watches the eventfds of blocked vectors, by their GSI.
+    /// Watches the eventfds of blocked vectors and of posted ones, by their GSI.
     blocked: Epoll,
     complaints: Complaints,
     this: Weak<Self>,
@@ -246,12 +265,13 @@ impl KvmInterrupts {
         self.table().shares.extend(shares);
     }
 
-    /// Readable while a blocked vector has fired: the event loop then calls [`Self::serve_blocked`].
+    /// Readable while a vector that KVM does not have has fired: the event loop then calls [`Self::serve_blocked`].
     pub fn blocked_event(&self) -> RawFd {
         self.blocked.as_raw_fd()
     }
 
-    /// Gives what blocked vectors sent to the unit, which records their faults.
+    /// Gives what blocked vectors sent to the unit, which records their faults, and what posted ones sent, which it
+    /// posts.
     pub fn serve_blocked(&self) {
         let mut events = [EpollEvent::default(); SERVED_AT_ONCE];
         let ready = match self.blocked.wait(0, &mut events) {
@@ -265,12 +285,28 @@ impl KvmInterrupts {
         };
         for event in &events[..ready] {
             let table = self.table();
-            let vector = table.vectors.get(&(event.data() as u32)).filter(|vector| vector.path == Path::Served);
             // Where KVM got the eventfd meanwhile, it has delivered what was counted.
-            let Some(Vector { requester, trigger, sends: Some(msi), .. }) = vector else { continue };
-            if trigger.read().is_ok() {
-                self.fire(&table, *requester, *msi);
+            let Some(vector) = table.vectors.get(&(event.data() as u32)) else { continue };
+            match (vector.path, vector.sends) {
+                (Path::Served, Some(msi)) if vector.trigger.read().is_ok() => {
+                    self.fire(&table, vector.requester, msi);
+                }
+                (Path::Posted(posting), _) => self.post_signalled(vector, &posting),
+                _ => {}
             }
+        }
+    }
+
+    /// Posts what `vector` was signalled, however often, and sends the notification that is owed. The table is held.
+    fn post_signalled(&self, vector: &Vector, posting: &Posting) {
+        if vector.trigger.read().is_err() {
+            return;
+        }
+        let remapper = self.remapper.get().and_then(Weak::upgrade);
+        match remapper.map(|remapper| remapper.post(vector.requester, posting)) {
+            Some(Ok(Some(notification))) => self.send(notification),
+            Some(Ok(None)) | None => {}
+            Some(Err(e)) => log::debug!("a message of {} was dropped: {e}", vector.requester),
         }
     }
 
@@ -278,28 +314,29 @@ impl KvmInterrupts {
         self.table.lock().unwrap()
     }
 
-    fn ask(
+    fn ask<T: From<Msi>>(
         &self,
         msi: Msi,
-        ask: impl FnOnce(&dyn Remapper) -> Result<Msi, RemapError>,
-    ) -> Result<Option<Msi>, RemapError> {
+        ask: impl FnOnce(&dyn Remapper) -> Result<T, RemapError>,
+    ) -> Result<Option<T>, RemapError> {
         match self.remapper.get() {
-            None if INTERRUPT_WINDOW.contains(msi.address) => Ok(Some(msi)),
+            None if INTERRUPT_WINDOW.contains(msi.address) => Ok(Some(msi.into())),
             None => Err(RemapError::NotAnInterrupt(msi.address)),
             Some(remapper) => remapper.upgrade().map(|remapper| ask(&*remapper)).transpose(),
         }
     }
 
-    /// What the processors get if `requester` sends `msi`; `None`: nothing.
-    fn look_up(&self, requester: Requester, msi: Msi) -> Option<Msi> {
+    /// What becomes of it if `requester` sends `msi`; `None`: nothing.
+    fn look_up(&self, requester: Requester, msi: Msi) -> Option<Remapped> {
         self.ask(msi, |remapper| remapper.remap(requester, msi)).ok().flatten()
     }
 
     /// `requester` sends `msi`. The table is held until it is KVM's, so that an invalidation waits for it.
     fn fire(&self, _table: &Table, requester: Requester, msi: Msi) {
         match self.ask(msi, |remapper| remapper.deliver(requester, msi)) {
-            Ok(Some(remapped)) => self.send(remapped),
-            Ok(None) => {}
+            Ok(Some(Some(remapped))) => self.send(remapped),
+            // Posted, and nobody is to be notified; or the unit is gone.
+            Ok(Some(None) | None) => {}
             Err(e) => log::debug!("a message of {requester} was dropped: {e}"),
         }
     }
@@ -320,13 +357,19 @@ impl KvmInterrupts {
         let mut routed = Vec::new();
         for gsi in gsis {
             if let Some(Some(sends)) = table.pins.get(*gsi as usize).copied() {
-                table.set_route(*gsi, self.look_up(ioapic_requester(), sends));
+                let route = match self.look_up(ioapic_requester(), sends) {
+                    Some(Remapped::Message(remapped)) => Some(remapped),
+                    // No vector of a processor has an end that is to come back to the pin.
+                    Some(Remapped::Posted(_)) | None => None,
+                };
+                table.set_route(*gsi, route);
             } else if let Some(Vector { requester, sends: Some(sends), .. }) = table.vectors.get(gsi) {
                 match self.look_up(*requester, *sends) {
-                    Some(remapped) => {
+                    Some(Remapped::Message(remapped)) => {
                         routed.push(*gsi);
                         table.set_route(*gsi, Some(remapped));
                     }
+                    Some(Remapped::Posted(posting)) => self.take_path(table, *gsi, Path::Posted(posting)),
                     None => self.take_path(table, *gsi, Path::Served),
                 }
             }
@@ -367,14 +410,21 @@ impl KvmInterrupts {
         let watch = |operation| {
             self.blocked.ctl(operation, vector.trigger.as_raw_fd(), EpollEvent::new(EventSet::IN, gsi.into()))
         };
+        if let Path::Posted(posting) = vector.path {
+            // What was signalled before the change was sent before it, as what KVM delivers when it lets go. So the
+            // entry of before still counts for it, also if there is none any more.
+            self.post_signalled(vector, &posting);
+        }
+        let stays = vector.path.is_watched() && path.is_watched();
         let left = match vector.path {
-            Path::Masked => Ok(()),
             Path::Kvm => self.kvm.disconnect(&vector.trigger, gsi),
-            Path::Served => watch(ControlOperation::Delete),
+            Path::Served | Path::Posted(_) if !stays => watch(ControlOperation::Delete),
+            _ => Ok(()),
         };
         let mut taken = path;
         let entered = match path {
             Path::Masked => Ok(()),
+            Path::Served | Path::Posted(_) if stays => Ok(()),
             Path::Kvm => self.kvm.connect(&vector.trigger, gsi).or_else(|e| {
                 self.complaints.eventfd.once(|| {
                     log::warn!("{}: KVM refused an eventfd, and the interrupt becomes slow: {e}", vector.requester);
@@ -382,7 +432,7 @@ impl KvmInterrupts {
                 taken = Path::Served;
                 watch(ControlOperation::Add)
             }),
-            Path::Served => watch(ControlOperation::Add),
+            Path::Served | Path::Posted(_) => watch(ControlOperation::Add),
         };
         if taken == Path::Kvm {
             // What was counted before KVM has delivered just now, but it leaves the count. It would fire again, as a

@@ -9,6 +9,9 @@ use vtd::spec::fault::InterruptFaultReason;
 
 use crate::kvm::vm;
 
+#[path = "irq_posted_test.rs"]
+mod posted;
+
 /// What a function sends, in the remappable format: entry 3.
 const SENT: Msi = Msi { address: 0xfee0_0070, data: 0 };
 /// Entry 4.
@@ -72,19 +75,24 @@ impl Kvm for FakeKvm {
     }
 }
 
-/// A unit whose entries are a map; what is not there faults.
+/// A unit whose entries are a map; what is not there faults. What is posted and urgent is notified of with
+/// [`posted::NOTICE`].
 #[derive(Default)]
 struct FakeUnit {
-    entries: Mutex<BTreeMap<u32, Msi>>,
+    entries: Mutex<BTreeMap<u32, Remapped>>,
     faults: Mutex<Vec<(Requester, Msi)>>,
+    posts: Mutex<Vec<(Requester, Posting)>>,
 }
 
 impl FakeUnit {
     fn set(&self, sent: Msi, remapped: Option<Msi>) {
+        self.set_entry(sent, remapped.map(Remapped::Message));
+    }
+    fn set_entry(&self, sent: Msi, entry: Option<Remapped>) {
         let index = vtd::interrupt_index(sent).unwrap();
         let mut entries = self.entries.lock().unwrap();
-        match remapped {
-            Some(remapped) => entries.insert(index, remapped),
+        match entry {
+            Some(entry) => entries.insert(index, entry),
             None => entries.remove(&index),
         };
     }
@@ -94,15 +102,22 @@ impl FakeUnit {
 }
 
 impl Remapper for FakeUnit {
-    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError> {
         let index = vtd::interrupt_index(msi).ok_or(RemapError::NotAnInterrupt(msi.address))?;
         self.entries.lock().unwrap().get(&index).copied().ok_or_else(|| {
             let reason = InterruptFaultReason::EntryNotPresent;
             RemapError::Fault(RemapFault { requester, index: index as u16, reason, silenced: false })
         })
     }
-    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
-        self.remap(requester, msi).inspect_err(|_| self.faults.lock().unwrap().push((requester, msi)))
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError> {
+        match self.remap(requester, msi).inspect_err(|_| self.faults.lock().unwrap().push((requester, msi)))? {
+            Remapped::Message(msi) => Ok(Some(msi)),
+            Remapped::Posted(posting) => Ok(self.post(requester, &posting)?),
+        }
+    }
+    fn post(&self, requester: Requester, posting: &Posting) -> Result<Option<Msi>, RemapFault> {
+        self.posts.lock().unwrap().push((requester, *posting));
+        Ok(posting.urgent.then_some(posted::NOTICE))
     }
 }
 

@@ -292,6 +292,7 @@ impl Machine {
                 config.pass_through = option.pass_through;
                 config.interrupt_remapping = option.interrupt_remapping;
                 config.extended_interrupt_mode = option.extended_interrupt_mode;
+                config.posted_interrupts = option.posted_interrupts;
                 config.scalable = option.scalable;
                 config.nested = option.nested;
                 config.second_stage_dirty = option.second_stage_dirty;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vtd::{Audit, Msi, RemapError, Requester, SourceId, Unit};
+use vtd::{Audit, Msi, Posting, RemapError, RemapFault, Remapped, Requester, SourceId, Unit};
 
 use crate::acpi::dmar::{Scope, UnitDescription};
 use crate::boot::layout;
@@ -91,11 +91,14 @@ pub(super) fn name(unit: &Unit<Ram>) -> String {
 }
 
 impl Remapper for Units {
-    fn remap(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError> {
         self.of(requester).remap(requester, msi)
     }
-    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Msi, RemapError> {
+    fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError> {
         self.of(requester).deliver(requester, msi)
+    }
+    fn post(&self, requester: Requester, posting: &Posting) -> Result<Option<Msi>, RemapFault> {
+        self.of(requester).post(posting)
     }
 }
 

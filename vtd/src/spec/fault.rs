@@ -243,11 +243,15 @@ pub enum InterruptFaultReason {
     CompatibilityBlocked = 0x25,
     /// The requester is not who the entry is for.
     SourceBlocked = 0x26,
+    /// The posted interrupt descriptor could not be accessed.
+    DescriptorAccess = 0x27,
+    /// A reserved field of the posted interrupt descriptor is not zero.
+    DescriptorReserved = 0x28,
 }
 
 impl InterruptFaultReason {
     /// Every reason, in ascending order of its code.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::RequestReserved,
         Self::IndexBeyondTable,
         Self::EntryNotPresent,
@@ -255,6 +259,8 @@ impl InterruptFaultReason {
         Self::EntryReserved,
         Self::CompatibilityBlocked,
         Self::SourceBlocked,
+        Self::DescriptorAccess,
+        Self::DescriptorReserved,
     ];
 
     /// The code that stands in a fault record.
@@ -264,7 +270,14 @@ impl InterruptFaultReason {
 
     /// Whether FPD of the entry silences it: all that are found in an entry that could be read.
     pub const fn qualified(self) -> bool {
-        matches!(self, Self::EntryNotPresent | Self::EntryReserved | Self::SourceBlocked)
+        matches!(
+            self,
+            Self::EntryNotPresent
+                | Self::EntryReserved
+                | Self::SourceBlocked
+                | Self::DescriptorAccess
+                | Self::DescriptorReserved
+        )
     }
 }
 

@@ -1,5 +1,5 @@
 //! Interrupt requests and the interrupt remapping table. Sections 5.1.2 (formats of requests), 5.1.5.1 (I/OxAPIC) and
-//! 9.10 to 9.12 (interrupt remapping table entries).
+//! 9.10 to 9.12 (interrupt remapping table entries, and the descriptors that those for posted interrupts lead to).
 
 use bitfield_struct::bitfield;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -213,7 +213,7 @@ pub struct PostedIrteLow {
     pub descriptor_low: u32,
 }
 
-/// Bits 127:64 of an [`Irte`]. Of a posted one, bits 127:96 are the upper half of the descriptor's address instead.
+/// Bits 127:64 of an [`Irte`] for a remapped interrupt. Those for a posted one are [`PostedIrteHigh`].
 #[bitfield(u64)]
 #[derive(PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct IrteHigh {
@@ -227,6 +227,45 @@ pub struct IrteHigh {
     pub validation: u8,
     #[bits(44)]
     pub reserved: u64,
+}
+
+/// Bits 127:64 of an [`Irte`] for a posted interrupt. Section 9.11.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PostedIrteHigh {
+    /// SID, as in [`IrteHigh`].
+    pub source: u16,
+    /// SQ, as in [`IrteHigh`].
+    #[bits(2)]
+    pub source_qualifier: u8,
+    /// SVT: see [`SourceValidation`].
+    #[bits(2)]
+    pub validation: u8,
+    #[bits(12)]
+    pub reserved: u16,
+    /// PDA\[63:32\].
+    pub descriptor_high: u32,
+}
+
+/// Size in bytes of a posted interrupt descriptor, and its alignment. Section 9.12. Bits 255:0 are PIR, a bit for each
+/// vector; the 64 behind them are a [`PostedControl`], and the rest is reserved.
+pub const POSTED_DESCRIPTOR_SIZE: u64 = 64;
+
+/// Bits 319:256 of a posted interrupt descriptor. Section 9.12.
+#[bitfield(u64)]
+#[derive(PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PostedControl {
+    /// ON: a notification was sent, and who gets it has not cleared this yet.
+    pub outstanding: bool,
+    /// SN: only what is urgent is notified of.
+    pub suppressed: bool,
+    #[bits(14)]
+    pub reserved: u16,
+    /// NV: vector of the notification.
+    pub vector: u8,
+    pub reserved_middle: u8,
+    /// NDST: the processor that is notified. With EIME all 32 bits, else bits 15:8, the others reserved.
+    pub destination: u32,
 }
 
 /// SVT of an IRTE: who may use it. Section 9.10.

@@ -1,30 +1,32 @@
-//! Interrupt remapping: what becomes of a message that a device sends (A-9). Section 5.1.
+//! Interrupt remapping: what becomes of a message that a device sends (A-9, A-17). Sections 5.1 and 5.2.
 //!
 //! Pure logic: nothing is cached and nothing is recorded here. A message is looked up when it is programmed, to make a
 //! route of it, and again when the guest invalidates its entry; whether it faults is told to the guest only when it
-//! fires.
+//! fires. One whose entry is posted has no route: it is posted when it fires.
 //!
 //! ```text
 //!  device --Msi--> outside 0xfeexxxxx?  no interrupt
 //!                  IRE off?             as it is
 //!                  compatibility?       as it is with CFIS and without EIME, else fault 0x25
-//!                  remappable?          handle (+ subhandle) -> IRTE: present, reserved, source -> Msi
+//!                  remappable?          handle (+ subhandle) -> IRTE: present, reserved, source -> Msi, or Posting
 //! ```
 
 use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::GuestMemoryBackend;
 
+use crate::config::UnitConfig;
 use crate::ids::{Gpa, Requester};
 use crate::memory::Words;
 use crate::msi::Msi;
 use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::InterruptFaultReason;
 use crate::spec::irte::{
-    CompatibilityAddress, CompatibilityData, DeliveryMode, Irte, IrteHigh, IrteLow, RemappableAddress, RemappableData,
-    SourceValidation,
+    CompatibilityAddress, CompatibilityData, DeliveryMode, Irte, IrteHigh, IrteLow, PostedControl, PostedIrteHigh,
+    PostedIrteLow, RemappableAddress, RemappableData, SourceValidation,
 };
 use crate::spec::registers::InterruptTableAddress;
+use crate::tables::posted::{self, DescriptorWords};
 
 /// How often an entry is read at most, when the guest changes it meanwhile.
 const READS: usize = 8;
@@ -52,6 +54,78 @@ pub enum RemapError {
     /// Its address (the value) is outside the interrupt address range: to a bus it is a write to memory.
     #[error("a message to {0:#x} is no interrupt: the address is outside 0xfee00000 to 0xfeefffff")]
     NotAnInterrupt(u64),
+}
+
+/// What becomes of a message that is not blocked.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Remapped {
+    /// The processors get this one.
+    Message(Msi),
+    /// It is posted when it fires.
+    Posted(Posting),
+}
+
+impl From<Msi> for Remapped {
+    fn from(msi: Msi) -> Self {
+        Self::Message(msi)
+    }
+}
+
+/// A message whose entry is posted, as the entry was when it was looked up. [`crate::Unit::post`] posts it. Section
+/// 5.2.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Posting {
+    /// Who sends it.
+    pub requester: Requester,
+    /// Index into the interrupt remapping table.
+    pub index: u16,
+    /// FPD of the entry: faults of its descriptor are not recorded.
+    pub silenced: bool,
+    /// PDA: where its descriptor is, a multiple of 64.
+    pub descriptor: Gpa,
+    /// VV: its bit in the descriptor.
+    pub vector: u8,
+    /// URG: it is notified of even where notifications are suppressed.
+    pub urgent: bool,
+    /// EIME: the descriptor names the processor by 32 bits.
+    pub extended_mode: bool,
+}
+
+impl<M: GuestMemoryBackend> DescriptorWords for Words<'_, M> {
+    fn get(&self, index: usize) -> Option<u64> {
+        self.get(index)
+    }
+    fn set_bits(&self, index: usize, bits: u64) -> Option<()> {
+        self.set_bits(index, bits)
+    }
+    fn exchange(&self, index: usize, old: u64, new: u64) -> Option<bool> {
+        self.exchange(index, old, new)
+    }
+}
+
+impl Posting {
+    /// Posts it now. Gives the notification, if one is owed.
+    pub(crate) fn post<M: GuestMemoryBackend>(&self, memory: &M) -> Result<Option<Msi>, RemapFault> {
+        let &Self { requester, index, silenced, descriptor, vector, urgent, extended_mode } = self;
+        Words::at(memory, descriptor, posted::WORDS)
+            .ok_or(InterruptFaultReason::DescriptorAccess)
+            .and_then(|words| posted::post(&words, vector, urgent, extended_mode))
+            .map(|notified| notified.map(|control| notification(control, extended_mode)))
+            .map_err(|reason| RemapFault { requester, index, reason, silenced })
+    }
+}
+
+/// The notification of a descriptor: physical, fixed, by its edge. Section 5.2.3.
+fn notification(control: PostedControl, extended_mode: bool) -> Msi {
+    let address = to_processor(CompatibilityAddress::new(), control.destination(), extended_mode);
+    let data = CompatibilityData::new().with_vector(control.vector()).with_delivery_mode(DeliveryMode::Fixed as u8);
+    Msi { address: address.into_bits(), data: data.into_bits() }
+}
+
+/// `address` with this destination of 32 bits, or, without EIME, of which bits 15:8 count.
+fn to_processor(address: CompatibilityAddress, destination: u32, extended_mode: bool) -> CompatibilityAddress {
+    let id = if extended_mode { destination } else { destination >> 8 & 0xff };
+    address.with_destination(id as u8).with_destination_high(id >> 8)
 }
 
 /// Which entries of the interrupt remapping table a guest invalidated.
@@ -102,11 +176,12 @@ impl EntriesChanged {
 pub trait RemapListener: Send + Sync {
     /// The guest invalidated `changed`, or interrupt remapping was turned on or off. Routes that it
     /// [concerns](EntriesChanged::concerns) must be made again with [`crate::Unit::remap`] before this returns, all of
-    /// them at once: the guest is told that nothing reaches the old target.
+    /// them at once: the guest is told that nothing reaches the old target. What fired before and is to be posted is
+    /// given to [`crate::Unit::post`] before this returns, too.
     ///
-    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap and to
-    /// record faults, and must not access its registers. A route that another thread is making at the same time must be
-    /// made under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation
+    /// Called with the queue of the unit held, never twice at once: the listener may ask the unit to remap, to post and
+    /// to record faults, and must not access its registers. A route that another thread is making at the same time must
+    /// be made under a lock that this call takes, too, from the look-up on: else a look-up from before the invalidation
     /// could win.
     fn entries_changed(&self, changed: EntriesChanged);
 }
@@ -151,20 +226,28 @@ pub(crate) struct Remapping {
     pub(crate) compatibility: bool,
     /// IRTA as it was when SIRTP was last given.
     pub(crate) table: InterruptTableAddress,
+    /// Posted entries are offered, and addresses of descriptors have this many bits.
+    pub(crate) posted_within: Option<u8>,
 }
 
 impl Remapping {
-    /// What the processors get when `sender` sends `msi`.
+    /// Off, as at power-on.
+    pub(crate) fn off(config: &UnitConfig) -> Self {
+        let posted_within = config.posted_interrupts.then_some(config.host_address_width);
+        Self { posted_within, ..Self::default() }
+    }
+
+    /// What becomes of it when `sender` sends `msi`.
     pub(crate) fn remap<M: GuestMemoryBackend>(
         &self,
         memory: &M,
         sender: impl Into<Sender>,
         msi: Msi,
-    ) -> Result<Msi, RemapError> {
+    ) -> Result<Remapped, RemapError> {
         let sender = sender.into();
         let address = RemappableAddress::from_bits(in_range(msi).ok_or(RemapError::NotAnInterrupt(msi.address))?);
         if !self.enabled {
-            return Ok(msi);
+            return Ok(Remapped::Message(msi));
         }
         let fault = |index: u32, reason, silenced| {
             let index = u16::try_from(index).unwrap_or(u16::MAX);
@@ -173,7 +256,7 @@ impl Remapping {
         let Some(index) = interrupt_index(msi) else {
             // With EIME the processors have ids that this format cannot name. Section 5.1.4.
             return if self.compatibility && !self.table.extended_mode() {
-                Ok(msi)
+                Ok(Remapped::Message(msi))
             } else {
                 Err(fault(0, InterruptFaultReason::CompatibilityBlocked, false))
             };
@@ -186,7 +269,7 @@ impl Remapping {
         }
         let entry = self.read(memory, index).ok_or_else(|| fault(index, InterruptFaultReason::TableAccess, false))?;
         let silenced = entry.low.fault_processing_disable();
-        self.apply(&entry, sender).map_err(|reason| fault(index, reason, silenced))
+        self.apply(&entry, index as u16, sender).map_err(|reason| fault(index, reason, silenced))
     }
 
     /// The entry at `index`, as it stood in memory at one moment; as not present if the guest does not stop changing
@@ -206,16 +289,54 @@ impl Remapping {
         })
     }
 
-    /// What `entry` says about a request of `sender`.
-    fn apply(&self, entry: &Irte, sender: Sender) -> Result<Msi, InterruptFaultReason> {
+    /// What `entry`, that at `index`, says about a request of `sender`.
+    fn apply(&self, entry: &Irte, index: u16, sender: Sender) -> Result<Remapped, InterruptFaultReason> {
         let (low, high) = (entry.low, entry.high);
         if !low.present() {
             return Err(InterruptFaultReason::EntryNotPresent);
         }
-        let extended = self.table.extended_mode();
-        let destination = if extended { low.destination() } else { low.destination() >> 8 & 0xff };
-        let destination_reserved = !extended && low.destination() & !0xff00 != 0;
-        // Posted interrupts are not offered (CAP.PI is 0), which makes IM reserved.
+        match self.posted_within {
+            Some(width) if low.posted() => self.apply_posted(entry, index, sender, width).map(Remapped::Posted),
+            _ => self.apply_remapped(low, high, sender).map(Remapped::Message),
+        }
+    }
+
+    /// The same of one that is present and posted; addresses have `width` bits.
+    fn apply_posted(
+        &self,
+        entry: &Irte,
+        index: u16,
+        sender: Sender,
+        width: u8,
+    ) -> Result<Posting, InterruptFaultReason> {
+        let low = PostedIrteLow::from_bits(entry.low.into_bits());
+        let high = PostedIrteHigh::from_bits(entry.high.into_bits());
+        let descriptor = u64::from(high.descriptor_high()) << 32 | u64::from(low.descriptor_low()) << 6;
+        let beyond = descriptor >> width != 0;
+        let reserved = high.reserved() != 0 || low.reserved_high() != 0 || low.reserved_middle() != 0;
+        if beyond || reserved || low.reserved() != 0 {
+            return Err(InterruptFaultReason::EntryReserved);
+        }
+        let validation = SourceValidation::from_bits(high.validation()).ok_or(InterruptFaultReason::EntryReserved)?;
+        if !may_use(validation, entry.high, sender) {
+            return Err(InterruptFaultReason::SourceBlocked);
+        }
+        Ok(Posting {
+            requester: sender.requester,
+            index,
+            silenced: low.fault_processing_disable(),
+            descriptor: Gpa(descriptor),
+            vector: low.vector(),
+            urgent: low.urgent(),
+            extended_mode: self.table.extended_mode(),
+        })
+    }
+
+    /// The same of one that is present and remapped.
+    fn apply_remapped(&self, low: IrteLow, high: IrteHigh, sender: Sender) -> Result<Msi, InterruptFaultReason> {
+        let extended_mode = self.table.extended_mode();
+        let destination_reserved = !extended_mode && low.destination() & !0xff00 != 0;
+        // Where posted interrupts are not offered (CAP.PI is 0), IM is reserved.
         if low.posted() || low.reserved() != 0 || low.reserved_high() != 0 || destination_reserved {
             return Err(InterruptFaultReason::EntryReserved);
         }
@@ -225,11 +346,9 @@ impl Remapping {
         if !may_use(validation, high, sender) {
             return Err(InterruptFaultReason::SourceBlocked);
         }
-        let address = CompatibilityAddress::new()
-            .with_logical(low.logical())
-            .with_redirection_hint(low.redirection_hint())
-            .with_destination(destination as u8)
-            .with_destination_high(destination >> 8);
+        let address =
+            CompatibilityAddress::new().with_logical(low.logical()).with_redirection_hint(low.redirection_hint());
+        let address = to_processor(address, low.destination(), extended_mode);
         let data = CompatibilityData::new()
             .with_vector(low.vector())
             .with_delivery_mode(mode as u8)

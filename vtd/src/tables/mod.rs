@@ -8,5 +8,8 @@ pub(crate) mod flags;
 pub(crate) mod interrupt;
 pub(crate) mod nested;
 mod pasid;
+mod posted;
+#[cfg(test)]
+mod posted_test;
 pub(crate) mod resolve;
 pub(crate) mod second_stage;

@@ -1,6 +1,6 @@
-//! Models: the cache of emulated DMA, its code itself, under loom, which tries every order of the threads and every
-//! value that the memory model lets a load see. The guest's table is one word here, and guest memory one cell of which
-//! loom checks that all accesses of it are ordered.
+//! Models: the cache of emulated DMA and the posting of interrupts, their code itself, under loom, which tries every
+//! order of the threads and every value that the memory model lets a load see. The guest's table is one word here, and
+//! guest memory one cell of which loom checks that all accesses of it are ordered.
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 
@@ -12,6 +12,9 @@ mod ids {
 }
 #[path = "../../src/dma/iotlb.rs"]
 mod iotlb;
+#[path = "../../src/tables/posted.rs"]
+mod posted;
+mod posting;
 mod range {
     pub(crate) use vtd::IovaRange;
 }
@@ -21,7 +24,7 @@ mod space {
     pub(crate) use vtd::Perm;
 }
 mod spec {
-    pub(crate) use vtd::spec::invalidation;
+    pub(crate) use vtd::spec::{fault, invalidation, irte};
 }
 
 /// What `src/sync.rs` has, over loom, and with the smallest tables in which something can go wrong.

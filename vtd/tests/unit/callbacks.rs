@@ -5,11 +5,22 @@ use std::sync::{Arc, Mutex, Weak};
 
 use vtd::spec::registers::offset;
 use vtd::{
-    Applied, AttachRefused, EntriesChanged, GpaRange, Mapping, Msi, MsiSink, RemapListener, SpaceKey, SpaceListener,
-    Stream, Unit, UnitConfig, UnitId,
+    Applied, AttachRefused, EntriesChanged, Gpa, GpaRange, Mapping, Msi, MsiSink, Posting, RemapListener, SpaceKey,
+    SpaceListener, Stream, Unit, UnitConfig, UnitId,
 };
 
 use crate::rig::{Listener, Memory, NIC, NVME, Rig, iotlb_domain, wait_interrupt};
+
+/// What fails: a fault is recorded, and its message sent.
+const POSTING: Posting = Posting {
+    requester: NVME,
+    index: 5,
+    silenced: false,
+    descriptor: Gpa(u64::MAX << 6),
+    vector: 0x45,
+    urgent: false,
+    extended_mode: false,
+};
 
 type Call = Box<dyn Fn(&Arc<Unit<Memory>>) + Send>;
 
@@ -115,6 +126,7 @@ fn rule11_what_takes_no_queue_lock_may_be_called_from_inside() {
         ("read", Box::new(|unit| unit.read(offset::IQH, &mut [0; 8]))),
         ("remap", Box::new(|unit| _ = unit.remap(NVME, Msi { address: 0xfee0_0000, data: 0x41 }))),
         ("deliver", Box::new(|unit| _ = unit.deliver(NVME, Msi { address: 0xfee0_0000, data: 0x41 }))),
+        ("post", Box::new(|unit| _ = unit.post(&POSTING))),
         ("walk", {
             let space = rig.set_paged(NVME, root, 48, 1);
             let SpaceKey::Paged(space) = space else { unreachable!() };

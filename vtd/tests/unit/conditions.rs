@@ -87,7 +87,7 @@ fn a8_fpd_silences_what_is_found_at_the_context_entry_or_behind_it() {
         assert_eq!(reason.qualified(), !unqualified, "{reason:?}");
     }
     for reason in InterruptFaultReason::ALL {
-        assert_eq!(reason.qualified(), matches!(reason.code(), 0x22 | 0x24 | 0x26), "{reason:?}");
+        assert_eq!(reason.qualified(), matches!(reason.code(), 0x22 | 0x24 | 0x26..=0x28), "{reason:?}");
     }
 }
 

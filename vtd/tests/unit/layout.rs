@@ -9,7 +9,7 @@ use vtd::spec::invalidation::{
 };
 use vtd::spec::irte::{
     ADDRESS_PREFIX, CompatibilityAddress, CompatibilityData, DeliveryMode, IoapicEntry, IrteHigh, IrteLow,
-    PostedIrteLow, RemappableAddress, RemappableData, SourceValidation,
+    PostedControl, PostedIrteHigh, PostedIrteLow, RemappableAddress, RemappableData, SourceValidation,
 };
 use vtd::spec::registers::{
     Capability, ContextCommand, EventControl, ExtendedCapability, FaultStatus, Global, InterruptTableAddress,
@@ -131,6 +131,12 @@ fn the_fields_of_interrupt_entries_and_messages_are_where_the_specification_has_
     layout!(IrteHigh:
         source 0 16, source_qualifier 16 2, validation 18 2, reserved 20 44
     );
+    layout!(PostedIrteHigh:
+        source 0 16, source_qualifier 16 2, validation 18 2, reserved 20 12, descriptor_high 32 32
+    );
+    layout!(PostedControl:
+        outstanding 0 1, suppressed 1 1, reserved 2 14, vector 16 8, reserved_middle 24 8, destination 32 32
+    );
 }
 
 #[test]
@@ -241,14 +247,14 @@ fn codes_are_the_specifications() {
     ];
     let codes: Vec<u8> = (0x1..=0xe).chain(scalable).collect();
     assert_eq!(FaultReason::ALL.map(FaultReason::code).to_vec(), codes);
-    assert_eq!(InterruptFaultReason::ALL.map(InterruptFaultReason::code).to_vec(), (0x20..=0x26).collect::<Vec<u8>>());
+    assert_eq!(InterruptFaultReason::ALL.map(InterruptFaultReason::code).to_vec(), (0x20..=0x28).collect::<Vec<u8>>());
     let unqualified: Vec<u8> =
         FaultReason::ALL.into_iter().filter(|reason| !reason.qualified()).map(FaultReason::code).collect();
     let of_scalable_mode = [0x30, 0x31, 0x32, 0x33, 0x38, 0x39, 0x3a, 0x40, 0x50, 0x58];
     assert_eq!(unqualified[..4], [0x1, 0x8, 0x9, 0xa], "what is found before the context entry");
     assert_eq!(unqualified[4..], of_scalable_mode, "and a PASID directory or table that cannot be read");
     let of_entry = InterruptFaultReason::ALL.into_iter().filter(|reason| reason.qualified());
-    assert_eq!(of_entry.map(InterruptFaultReason::code).collect::<Vec<_>>(), [0x22, 0x24, 0x26]);
+    assert_eq!(of_entry.map(InterruptFaultReason::code).collect::<Vec<_>>(), [0x22, 0x24, 0x26, 0x27, 0x28]);
     assert_eq!(
         [kind::CONTEXT_CACHE, kind::IOTLB, kind::DEVICE_TLB, kind::INTERRUPT_ENTRY, kind::WAIT],
         [1, 2, 3, 4, 5]

@@ -21,6 +21,7 @@ mod page_requests;
 mod pasid_tables;
 mod pasids;
 mod performance;
+mod posting;
 mod queue;
 mod random;
 mod register_page;

@@ -25,7 +25,7 @@ struct Routes {
 }
 
 /// What was said; what became of the message; the wait status at that moment.
-type Heard = (EntriesChanged, Result<Msi, RemapError>, u32);
+type Heard = (EntriesChanged, Result<vtd::Remapped, RemapError>, u32);
 
 impl Routes {
     fn changes(&self) -> Vec<EntriesChanged> {
@@ -87,10 +87,11 @@ impl Remapped {
     }
 
     fn remap(&self, msi: Msi) -> Result<Msi, u8> {
-        self.rig.unit.remap(NVME, msi).map_err(|error| match error {
-            RemapError::Fault(fault) => fault.reason.code(),
-            RemapError::NotAnInterrupt(_) => panic!("{error}"),
-        })
+        match self.rig.unit.remap(NVME, msi) {
+            Ok(vtd::Remapped::Message(msi)) => Ok(msi),
+            Err(RemapError::Fault(fault)) => Err(fault.reason.code()),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn queue_error(&self) -> Option<u8> {
@@ -236,7 +237,7 @@ fn a9_an_invalidation_is_heard_at_its_granularity_before_the_wait_status() {
         let heard = std::mem::take(&mut *unit.routes.heard.lock().unwrap());
         // The listener already finds the new entry, and the guest is told of nothing yet.
         let delivered = Ok(Msi { address: 0xfee0_2000, data: u32::from(vector) });
-        assert_eq!(heard, [(expected, delivered, 0)], "{descriptor:x?}");
+        assert_eq!(heard, [(expected, delivered.map(vtd::Remapped::Message), 0)], "{descriptor:x?}");
     }
     assert_eq!(unit.rig.unit.stats().descriptors.interrupt_entry, 4);
 }
@@ -304,8 +305,8 @@ fn a9_nothing_of_it_exists_unless_it_is_offered() {
     let mut rig = Rig::new();
     rig.enable_queue();
     rig.command(|on| on.with_interrupt_remapping(true).with_interrupt_table_pointer(true));
-    assert_eq!(rig.unit.remap(NVME, message(5)), Ok(message(5)));
-    assert_eq!(rig.unit.remap(NVME, COMPATIBILITY), Ok(COMPATIBILITY));
+    assert_eq!(rig.unit.remap(NVME, message(5)), Ok(message(5).into()));
+    assert_eq!(rig.unit.remap(NVME, COMPATIBILITY), Ok(COMPATIBILITY.into()));
     rig.push(&[entries(5, 0)]);
     rig.ring();
     assert_eq!(QueueErrorRecord::from_bits(rig.read64(offset::IQERCD)).queue_error(), QueueError::InvalidType as u8);
@@ -386,7 +387,7 @@ fn a9_what_is_delivered_is_not_recorded() {
     let unit = Remapped::on();
     unit.entry(5, to(0x41, 0x1_0203), from(NVME));
     let delivered = Msi { address: 0x1_0200_fee0_3000, data: 0x41 };
-    assert_eq!(unit.rig.unit.deliver(NVME, message(5)), Ok(delivered));
+    assert_eq!(unit.rig.unit.deliver(NVME, message(5)), Ok(Some(delivered)));
     assert_eq!(unit.rig.fault_records(), []);
 }
 
@@ -422,7 +423,7 @@ fn a11_a_copied_table_set_under_remapping_remaps_on_as_the_old_one() {
     unit.set_table(copy, true);
     // Whoever looked while the routes were made anew saw the same.
     let heard: Vec<_> = unit.routes.heard.lock().unwrap().drain(..).map(|(what, seen, _)| (what, seen.ok())).collect();
-    assert_eq!(heard, [(EntriesChanged::All, old.ok())]);
+    assert_eq!(heard, [(EntriesChanged::All, old.ok().map(vtd::Remapped::Message))]);
     assert_eq!((unit.remap(message(5)), status(&unit.rig)), (old, (true, true, false)));
     // The old table means nothing any more.
     unit.entry(5, IrteLow::new(), IrteHigh::new());

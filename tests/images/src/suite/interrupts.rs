@@ -21,7 +21,7 @@ images::tests!(
 const VECTOR: u8 = 0x91;
 pub(super) const IOAPIC: u64 = 0xfec0_0000;
 /// The IOAPIC's source id in the DMAR table of this machine.
-const IOAPIC_SOURCE: u64 = 0x1f << 3 | 7;
+pub(super) const IOAPIC_SOURCE: u64 = 0x1f << 3 | 7;
 
 fn f5_message_arrives() {
     let (edu, id) = (Edu::first(), enable_interrupts());
@@ -53,7 +53,7 @@ pub(super) fn route(pin: u8, low: u32, high: u32) {
 }
 
 /// The pin of a function, as firmware left it in the interrupt line register.
-fn pin(function: SourceId) -> u8 {
+pub(super) fn pin(function: SourceId) -> u8 {
     let pin = function.read(0x3c) as u8;
     if pin >= 24 {
         harness::skipped("firmware left no IOAPIC pin in the interrupt line register");
@@ -67,7 +67,7 @@ const MASKED: u32 = 1 << 16;
 /// How a redirection entry for the device's line is triggered: 1 by its level. So are PCI's lines, and that of an
 /// assigned function is masked by its host until the interrupt has its end, which is told only of levels. An emulated
 /// one's is as good by its edge: then its handler need not reach the device.
-fn by_level(edu: &Edu) -> u32 {
+pub(super) fn by_level(edu: &Edu) -> u32 {
     edu.assigned.into()
 }
 
@@ -111,7 +111,8 @@ fn f5_line_interrupts_through_the_ioapic() {
     edu.acknowledge();
 }
 
-fn remapping(unit: &mut Unit) -> u64 {
+/// Turns remapping on, with a table of 256 entries. Its address.
+pub(super) fn remapping(unit: &mut Unit) -> u64 {
     if unit.extended(3, 1) == 0 {
         harness::skipped("the unit does not offer interrupt remapping");
     }

@@ -61,7 +61,7 @@ impl Remapped {
     }
 
     /// A table of `2 << size` entries, and destinations of 32 bits if `extended`.
-    fn with(size: u8, extended: bool) -> Self {
+    pub(super) fn with(size: u8, extended: bool) -> Self {
         Self::of(World::new(), size, extended)
     }
 
@@ -84,7 +84,7 @@ impl Remapped {
     }
 
     /// Writes an entry; the caller invalidates.
-    fn write(&self, index: u16, low: u64, high: u64) {
+    pub(super) fn write(&self, index: u16, low: u64, high: u64) {
         let at = self.table + 16 * u64::from(index);
         store(at, 0);
         store(at + 8, high);
@@ -105,7 +105,7 @@ impl Remapped {
     }
 
     /// The device's interrupt is blocked, with this reason and index.
-    fn blocked(&self, reason: u8, index: u16) {
+    pub(super) fn blocked(&self, reason: u8, index: u16) {
         let before = [VECTOR, OTHER].map(interrupts);
         self.world.edu.interrupt();
         self.fault(reason, index);
