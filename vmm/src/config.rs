@@ -53,6 +53,9 @@ pub enum IommuOption {
 /// The keys of `--iommu vtd`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VtdOption {
+    /// Whether DMA remapping is offered. Never without it: scalable mode, device-TLBs, performance counters. Never
+    /// without either it or interrupt remapping.
+    pub dma_translation: bool,
     /// Guest address width in bits: 39, 48 or 57. `None`: the widest that the host can map, up to 48.
     pub aw_bits: Option<u8>,
     /// Caching Mode.
@@ -93,6 +96,7 @@ impl VtdOption {
 impl Default for VtdOption {
     fn default() -> Self {
         Self {
+            dma_translation: true,
             aw_bits: None,
             caching_mode: true,
             pass_through: true,

@@ -351,6 +351,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// offered are dropped.
     fn global_command(&self, spaces: &mut Spaces, command: Global) {
         let core = &self.core;
+        // Its root table may be set, as QEMU has it, and is never looked at.
+        let command = command.with_translation(command.translation() && core.config.dma_translation);
         let status = |change: &dyn Fn(Global) -> Global| {
             let mut registers = core.registers();
             registers.state.global_status = change(registers.state.global_status);

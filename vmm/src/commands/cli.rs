@@ -49,6 +49,7 @@ pub enum Command {
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
+              [,dma-translation=on|off]
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
               [,ats=on|off][,pri=on|off][,perf=on|off]
               [,devices=ID|DD.F[+ID|DD.F]...]   a further unit, with these functions

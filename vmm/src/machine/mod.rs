@@ -288,6 +288,7 @@ impl Machine {
             Some(option) => {
                 let mut config = UnitConfig::new(UnitId(0), width);
                 config.host_address_width = physical_bits;
+                config.dma_translation = option.dma_translation;
                 config.caching_mode = option.caching_mode;
                 config.pass_through = option.pass_through;
                 config.interrupt_remapping = option.interrupt_remapping;

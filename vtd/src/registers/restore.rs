@@ -90,7 +90,7 @@ impl State {
         }
         let remapping = config.interrupt_remapping;
         let global = Global::new()
-            .with_translation(true)
+            .with_translation(config.dma_translation)
             .with_root_table_pointer(true)
             .with_queued_invalidation(true)
             .with_interrupt_remapping(remapping)
