@@ -16,7 +16,7 @@ pub struct MachineConfig {
     /// The IOMMU that the guest sees.
     pub iommu: IommuOption,
     /// The functions of each unit besides the first, which has all others. The units offer the same.
-    pub further_units: Vec<Vec<Slot>>,
+    pub further_units: Vec<Vec<UnitPart>>,
     /// The devices, in the order in which they were given.
     pub devices: Vec<DeviceOption>,
     /// Root ports, at most [`MAX_ROOT_PORTS`].
@@ -144,6 +144,22 @@ pub enum Place {
         /// Where on its bus.
         slot: Slot,
     },
+}
+
+/// What a unit that names its functions has (VT-d specification, section 8.3.1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UnitPart {
+    /// A function of bus 0.
+    Function(Slot),
+    /// A bridge of bus 0, with all that is behind it.
+    Bridge {
+        /// Its place in the list of devices.
+        bridge: usize,
+        /// Where it is.
+        slot: Slot,
+    },
+    /// The root port of this number, with all that is or comes behind it.
+    Port(u8),
 }
 
 /// The numbers of buses in the names of functions, which a guest that numbers its buses itself need not give them.
