@@ -185,8 +185,8 @@ fn check_page_requests(config: &UnitConfig, registers: PageRequestRegisters) -> 
 
 fn check_record(config: &UnitConfig, FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreError> {
     let possible = FaultRecordHigh::new().with_source(u16::MAX).with_reason(u8::MAX).with_type_1(true).with_fault(true);
-    let pasid = if config.pasid_bits == 0 { 0 } else { Pasid::MAX.0 };
-    let possible = possible.with_pasid_present(pasid != 0).with_pasid(pasid);
+    // A function may send a PASID to a unit that takes none: then the fault says so.
+    let possible = possible.with_pasid_present(true).with_pasid(Pasid::MAX.0);
     let possible = possible.with_address_type(if config.device_tlb { 3 } else { 0 }).with_type_2(config.page_requests);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())

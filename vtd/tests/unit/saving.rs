@@ -77,7 +77,8 @@ fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
         (plain, with("/completion_event/data", 1 << 31), register("IEDATA", 1 << 31)),
         (plain, with("/completion_event/address", 1), register("IEADDR", 1)),
         (plain, with("/fault_records/7/low", 0x1800), register("FRCD", 0x1800)),
-        (plain, with("/fault_records/0/high", 1 << 31), register("FRCD", 1 << 31)),
+        (plain, with("/fault_records/0/high", 1 << 20), register("FRCD", 1 << 20)),
+        (plain, with("/fault_records/0/high", 1 << 60), register("FRCD", 1 << 60)),
         (plain, with("/next_fault_record", 8), register("the next fault record", 8)),
         (plain, with("/queue_tail", 8), register("IQT", 8)),
         (plain, with("/queue_tail", 0x8_0000), register("IQT", 0x8_0000)),
@@ -216,6 +217,17 @@ fn a14_mappings_that_nobody_can_have_been_told_of_are_refused() {
     rig.unit.restore(told(&[good, ExtentState(0x6000, 0x6fff, 0xa000, 2)])).unwrap();
     let ops = rig.listener.take_ops();
     assert!(ops.is_empty() || ops == [unmap(0, u64::MAX)], "{ops:?}");
+}
+
+#[test]
+fn a14_the_fault_of_a_pasid_that_a_unit_takes_none_of_is_restored() {
+    let (rig, _) = Rig::with_nvme();
+    let pasid = Some(vtd::Pasid(0xf_ffff));
+    let endpoint = rig.unit.endpoint_of(vtd::Stream { requester: NIC, pasid });
+    endpoint.write(vtd::Iova(0x1000), &[0]).unwrap_err();
+    let saved = rig.unit.save();
+    assert!(saved.fault_records[0].high.pasid_present());
+    assert_eq!(rig.unit.restore(saved), Ok(()));
 }
 
 proptest! {
