@@ -16,7 +16,7 @@ pub struct MachineConfig {
     /// The IOMMU that the guest sees.
     pub iommu: IommuOption,
     /// The functions of each unit besides the first, which has all others. The units offer the same.
-    pub further_units: Vec<Vec<Slot>>,
+    pub further_units: Vec<Vec<UnitPart>>,
     /// The devices, in the order in which they were given.
     pub devices: Vec<DeviceOption>,
     /// Root ports, at most [`MAX_ROOT_PORTS`].
@@ -53,6 +53,9 @@ pub enum IommuOption {
 /// The keys of `--iommu vtd`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VtdOption {
+    /// Whether DMA remapping is offered. Never without it: scalable mode, device-TLBs, performance counters. Never
+    /// without either it or interrupt remapping.
+    pub dma_translation: bool,
     /// Guest address width in bits: 39, 48 or 57. `None`: the widest that the host can map, up to 48.
     pub aw_bits: Option<u8>,
     /// Caching Mode.
@@ -95,6 +98,7 @@ impl VtdOption {
 impl Default for VtdOption {
     fn default() -> Self {
         Self {
+            dma_translation: true,
             aw_bits: None,
             caching_mode: true,
             pass_through: true,
@@ -143,6 +147,22 @@ pub enum Place {
         /// Where on its bus.
         slot: Slot,
     },
+}
+
+/// What a unit that names its functions has (VT-d specification, section 8.3.1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum UnitPart {
+    /// A function of bus 0.
+    Function(Slot),
+    /// A bridge of bus 0, with all that is behind it.
+    Bridge {
+        /// Its place in the list of devices.
+        bridge: usize,
+        /// Where it is.
+        slot: Slot,
+    },
+    /// The root port of this number, with all that is or comes behind it.
+    Port(u8),
 }
 
 /// The numbers of buses in the names of functions, which a guest that numbers its buses itself need not give them.

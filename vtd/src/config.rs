@@ -54,6 +54,9 @@ pub struct UnitConfig {
     pub id: UnitId,
     /// PCI segment of its requesters.
     pub segment: u16,
+    /// Offer DMA remapping. A unit that does not only remaps interrupts, and says so by no address width (SAGAW is 0):
+    /// its functions reach memory untranslated, whatever the guest does, so none is to be assigned.
+    pub dma_translation: bool,
     /// Widest guest address (IOVA) in bits: 39, 48 or 57.
     pub aw_bits: u8,
     /// Width of a guest-physical address in bits, 32 to 52; address bits above it are reserved in every structure.
@@ -123,6 +126,12 @@ pub enum ConfigError {
     /// A page request says what a device-TLB missed, and is of scalable mode.
     #[error("page requests need device-TLBs and scalable mode")]
     PageRequestsAlone,
+    /// A unit that remaps neither.
+    #[error("a unit without DMA remapping has to remap interrupts")]
+    RemapsNothing,
+    /// Scalable mode, device-TLBs and performance counters are of DMA.
+    #[error("a unit without DMA remapping has neither scalable mode nor device-TLBs nor performance counters")]
+    InterruptsOnly,
     /// A bound of 0 would block everything.
     #[error("the bound on {0} is 0, which would block every space")]
     ZeroBound(&'static str),
@@ -135,6 +144,7 @@ impl UnitConfig {
         Self {
             id,
             segment: 0,
+            dma_translation: true,
             aw_bits,
             host_address_width: 48,
             caching_mode: true,
@@ -167,6 +177,12 @@ impl UnitConfig {
         }
         if self.posted_interrupts && !self.interrupt_remapping {
             return Err(ConfigError::PostedAlone);
+        }
+        if !self.dma_translation && !self.interrupt_remapping {
+            return Err(ConfigError::RemapsNothing);
+        }
+        if !self.dma_translation && (self.scalable.is_some() || self.device_tlb || self.performance_counters) {
+            return Err(ConfigError::InterruptsOnly);
         }
         if self.pasid_bits > 20 {
             return Err(ConfigError::PasidBits(self.pasid_bits));
@@ -222,8 +238,9 @@ impl UnitConfig {
 
     /// Capability register.
     pub const fn capability(&self) -> Capability {
-        // SAGAW bit 1 is 3 levels: the widest width of the unit and every narrower one.
-        let adjusted_widths = (1u8 << (levels(self.aw_bits) - 1)) - 2;
+        // SAGAW bit 1 is 3 levels: the widest width of the unit and every narrower one. A driver that finds none leaves
+        // DMA remapping alone and remaps interrupts, as Linux does.
+        let adjusted_widths = if self.dma_translation { (1u8 << (levels(self.aw_bits) - 1)) - 2 } else { 0 };
         Capability::new()
             .with_number_of_domains(6)
             .with_caching_mode(self.caching_mode)
@@ -231,7 +248,7 @@ impl UnitConfig {
             .with_max_guest_width(self.aw_bits - 1)
             .with_zero_length_read(true)
             .with_fault_record_offset((offset::FRCD / 16) as u16)
-            .with_large_pages(0b11)
+            .with_large_pages(if self.dma_translation { 0b11 } else { 0 })
             .with_page_selective(true)
             .with_fault_records(FAULT_RECORDS as u8 - 1)
             .with_max_address_mask(MAX_ADDRESS_MASK)
@@ -254,7 +271,7 @@ impl UnitConfig {
             .with_no_write_flag(self.device_tlb)
             .with_page_requests(self.page_requests)
             .with_page_request_drain(self.page_requests)
-            .with_pass_through(self.pass_through)
+            .with_pass_through(self.pass_through && self.dma_translation)
             .with_interrupt_remapping(self.interrupt_remapping)
             .with_extended_interrupt_mode(self.extended_interrupt_mode)
             .with_max_handle_mask(if self.interrupt_remapping { MAX_HANDLE_MASK } else { 0 })
@@ -332,6 +349,29 @@ mod tests {
         assert_eq!(config.validate(), Ok(()));
         config.interrupt_remapping = false;
         assert_eq!(config.validate(), Err(ConfigError::PostedAlone));
+        }
+    fn a4_a_unit_that_remaps_interrupts_only_has_no_width() {
+        let interrupts = UnitConfig { interrupt_remapping: true, ..UnitConfig::new(UnitId(0), 48) };
+        let config = UnitConfig { dma_translation: false, ..interrupts };
+        assert_eq!(config.validate(), Ok(()));
+        let (all, capability) = (interrupts.capability(), config.capability());
+        assert_eq!((capability.adjusted_widths(), capability.large_pages()), (0, 0));
+        assert_eq!(
+            capability.with_adjusted_widths(all.adjusted_widths()).with_large_pages(3),
+            all,
+            "all else is the same"
+        );
+        assert!(!config.extended_capability().pass_through());
+        assert_eq!(config.extended_capability().with_pass_through(true), interrupts.extended_capability());
+        let nothing = UnitConfig { interrupt_remapping: false, ..config };
+        assert_eq!(nothing.validate(), Err(ConfigError::RemapsNothing));
+        for more in [
+            UnitConfig { scalable: Some(Stages::Second), ..config },
+            UnitConfig { device_tlb: true, ..config },
+            UnitConfig { performance_counters: true, ..config },
+        ] {
+            assert_eq!(more.validate(), Err(ConfigError::InterruptsOnly));
+        }
     }
 
     #[test]

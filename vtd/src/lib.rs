@@ -66,6 +66,7 @@ pub use registers::event::EventRegisters;
 pub use registers::page::RegisterPage;
 pub use registers::performance::{Counter, PerformanceState};
 pub use registers::restore::RestoreError;
+pub use registers::saved_space::{ExtentState, SpaceState};
 pub use registers::state::{FaultRecord, PageRequestRegisters, State, StateVersion};
 pub use shadow::SpaceView;
 pub use space::{PagedSpace, Perm, SpaceKey, Tables};

@@ -6,6 +6,7 @@
 //! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
 //! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use arc_swap::ArcSwap;
@@ -22,7 +23,8 @@ use crate::queue;
 use crate::queue_lock::{QueueGuard, QueueLock};
 use crate::range::{GpaRange, IovaRange};
 use crate::registers::page::RegisterPage;
-use crate::registers::restore::RestoreError;
+use crate::registers::restore::{self, RestoreError};
+use crate::registers::saved_space::SpaceState;
 use crate::registers::state::State;
 use crate::registers::{Command, Registers};
 use crate::scope::{context_scope_of, iotlb_scope_of};
@@ -284,10 +286,11 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         spaces.refresh(&self.core);
     }
 
-    /// The registers, to be saved. Waits for a drain.
+    /// The registers, to be saved, with the boundaries of what the listener was told. Waits for a drain.
     pub fn save(&self) -> State {
-        let _spaces = self.spaces();
-        self.core.registers().state.clone()
+        let spaces = self.spaces();
+        let saved = spaces.saved();
+        State { spaces: saved, ..self.core.registers().state.clone() }
     }
 
     /// Puts saved registers back, and attaches every function to what the guest's tables say. Guest memory must
@@ -295,9 +298,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     ///
     /// # Errors
     /// The state has another version, or is none that a unit of this configuration can be in. Then nothing changed.
-    pub fn restore(&self, state: State) -> Result<(), RestoreError> {
+    pub fn restore(&self, mut state: State) -> Result<(), RestoreError> {
         let mut spaces = self.spaces();
         state.check(&self.core.config)?;
+        let told = self.told_before(std::mem::take(&mut state.spaces))?;
         let status = state.global_status;
         let translation = Translation { enabled: status.translation(), root: state.root_table_in_use };
         let remapping = Remapping {
@@ -314,9 +318,19 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         spaces.set_counting(counting);
         self.core.translation.store(Arc::new(translation));
         self.core.set_remapping(remapping);
-        spaces.refresh(&self.core);
+        spaces.refresh_as_told(&self.core, told);
         queue::drain(&self.core, &mut spaces);
         Ok(())
+    }
+
+    /// What the listener was told of each space when that was saved.
+    fn told_before(&self, saved: Vec<SpaceState>) -> Result<BTreeMap<PagedSpace, Vec<Mapping>>, RestoreError> {
+        let unit = self.core.config.id;
+        let of_space = |space: &SpaceState| {
+            let key = PagedSpace { unit, tables: space.tables(), domain: space.domain };
+            Ok((key, restore::told(space)?))
+        };
+        saved.iter().map(of_space).collect()
     }
 
     /// What it counted so far.
@@ -361,6 +375,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// offered are dropped.
     fn global_command(&self, spaces: &mut Spaces, command: Global) {
         let core = &self.core;
+        // Its root table may be set, as QEMU has it, and is never looked at.
+        let command = command.with_translation(command.translation() && core.config.dma_translation);
         let status = |change: &dyn Fn(Global) -> Global| {
             let mut registers = core.registers();
             registers.state.global_status = change(registers.state.global_status);

@@ -71,21 +71,21 @@ fn ways(call: Call) -> &'static [Failure] {
 }
 
 /// What a unit says.
-enum Step {
+pub enum Step {
     Attach(u8, SpaceKey),
     Apply(SpaceKey, Vec<MapOp>),
     Detach(u8),
 }
 
-struct Boot {
-    ram: Ram,
+pub struct Boot {
+    pub ram: Ram,
     /// By device number.
-    functions: Vec<u8>,
-    steps: Vec<Step>,
+    pub functions: Vec<u8>,
+    pub steps: Vec<Step>,
 }
 
 impl Boot {
-    fn parse(text: &str) -> Self {
+    pub fn parse(text: &str) -> Self {
         let mut boot = Self { ram: Ram { low: 0, high: KIB4 }, functions: Vec::new(), steps: Vec::new() };
         let mut ops = Vec::new();
         for line in text.lines() {
@@ -157,10 +157,10 @@ fn space(text: &str) -> SpaceKey {
 }
 
 /// Where a range leads.
-type Reach = Vec<(u64, u64, u64, Perm)>;
+pub type Reach = Vec<(u64, u64, u64, Perm)>;
 
 /// First, last, host address and permission; what joins is one.
-fn joined(pieces: impl Iterator<Item = (u64, u64, u64, Perm)>) -> Reach {
+pub fn joined(pieces: impl Iterator<Item = (u64, u64, u64, Perm)>) -> Reach {
     let mut all = Reach::new();
     for (first, last, hva, perm) in pieces {
         match all.last_mut() {

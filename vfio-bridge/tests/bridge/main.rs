@@ -4,6 +4,7 @@
 mod audit;
 mod behaviours;
 mod boot;
+mod boot_saved;
 mod broken;
 mod dirty;
 mod dirty_property;

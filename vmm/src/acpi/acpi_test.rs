@@ -47,7 +47,8 @@ fn find(description: &Description<'_>) -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn every_table_is_found_and_its_length_and_checksum_are_right() {
-    let remapping = Remapping { width: 48, interrupts: true, device_tlbs: false, units: vec![unit()] };
+    let remapping =
+        Remapping { width: 48, interrupts: true, device_tlbs: false, integrated_tlbs: vec![], units: vec![unit()] };
     let pci64 = layout::pci64_window(512 << 20, 40, &[]);
     let tables = find(&Description { cpus: 4, pci64, root_ports: 0, last_bus: 0, remapping: Some(&remapping) });
     assert_eq!(tables.keys().collect::<Vec<_>>(), ["APIC", "DMAR", "DSDT", "FACP", "MCFG", "XSDT"]);

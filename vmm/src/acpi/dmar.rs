@@ -61,6 +61,8 @@ pub struct Remapping {
     pub interrupts: bool,
     /// Whether functions behind root ports may have device-TLBs; those beside them may wherever a unit has some.
     pub device_tlbs: bool,
+    /// The functions of bus 0, integrated endpoints, that have a device-TLB. Where units have some.
+    pub integrated_tlbs: Vec<SourcePath>,
     /// The units.
     pub units: Vec<UnitDescription>,
 }
@@ -72,6 +74,8 @@ const INCLUDE_PCI_ALL: u8 = 1;
 /// Section 8.5.
 const ATSR: u16 = 2;
 const ALL_PORTS: u8 = 1;
+/// Section 8.8. Its flag ATC_REQUIRED stays clear: the device-TLBs are for speed, and nothing fails without them.
+const SATC: u16 = 5;
 /// Header of the table: the ACPI header, width, flags, ten reserved bytes.
 const HEADER: u32 = 48;
 
@@ -106,6 +110,17 @@ pub fn table(remapping: &Remapping) -> Vec<u8> {
             sdt.append_slice(&atsr);
         }
     }
+    if !remapping.integrated_tlbs.is_empty() {
+        let mut scopes = Vec::new();
+        remapping.integrated_tlbs.iter().for_each(|path| Scope::Endpoint(*path).append_to(&mut scopes));
+        let mut satc = Vec::new();
+        satc.extend_from_slice(&SATC.to_le_bytes());
+        satc.extend_from_slice(&(8 + scopes.len() as u16).to_le_bytes());
+        // No flags, a reserved byte, segment 0.
+        satc.extend_from_slice(&[0; 4]);
+        satc.extend_from_slice(&scopes);
+        sdt.append_slice(&satc);
+    }
     sdt.as_slice().to_vec()
 }
 
@@ -131,13 +146,18 @@ mod tests {
                 scopes: vec![Scope::Endpoint((0, 5, 0)), Scope::Bridge((0, 6, 1))],
             },
         ];
-        let remapping = Remapping { width: 48, interrupts: false, device_tlbs: false, units };
+        let remapping =
+            Remapping { width: 48, interrupts: false, device_tlbs: false, integrated_tlbs: Vec::new(), units };
         let with_interrupts = table(&Remapping { interrupts: true, ..remapping.clone() });
         assert_eq!((with_interrupts[36], with_interrupts[37]), (47, INTR_REMAP));
         let with_tlbs = table(&Remapping { device_tlbs: true, ..remapping.clone() });
+        let integrated = Remapping { integrated_tlbs: vec![(0, 1, 0), (0, 2, 3)], ..remapping.clone() };
+        let with_integrated = super::table(&Remapping { device_tlbs: true, ..integrated });
         let table = table(&remapping);
-        // One structure for all ports of the segment, behind the units.
+        // One structure for all ports of the segment, behind the units; then one of the functions beside them.
         assert_eq!(with_tlbs[48..], [&table[48..], &[2, 0, 8, 0, 1, 0, 0, 0]].concat());
+        let satc = [5, 0, 24, 0, 0, 0, 0, 0, 1, 8, 0, 0, 0, 0, 1, 0, 1, 8, 0, 0, 0, 0, 2, 3];
+        assert_eq!(with_integrated[48..], [&with_tlbs[48..], &satc].concat());
         assert_eq!(with_tlbs.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0);
         assert_eq!(&table[..4], b"DMAR");

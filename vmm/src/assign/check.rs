@@ -61,6 +61,7 @@ pub fn check(devices: &[DeviceOption], unit: Option<&VtdOption>, ram: u64) -> Re
     let kind = first.kind.name();
     match unit {
         None => return Err(Error::NoUnit { kind }),
+        Some(unit) if !unit.dma_translation => return Err(Error::NoTranslation { kind }),
         Some(unit) if unit.has_first_stage() => return Err(Error::FirstStage { kind }),
         Some(unit) if unit.second_stage_dirty => return Err(Error::SecondStageDirty { kind }),
         Some(unit) => {
@@ -200,6 +201,18 @@ mod tests {
             let off = VtdOption { caching_mode: false, ..Default::default() };
             assert!(matches!(check(&devices, Some(&off), 1 << 20), Err(Error::NoCachingMode { .. })));
             assert!(check(&devices[..1], None, 1 << 20).unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_device_that_the_guest_is_to_confine_needs_a_unit_that_translates() {
+        let off = VtdOption { dma_translation: false, ..Default::default() };
+        for text in ["vfio,host=00:09.0", "vfio-user,socket=/nowhere", "pinblk", "virtio-blk,file=/nowhere"] {
+            let devices = ["edu".parse().unwrap(), text.parse().unwrap()];
+            let error = check(&devices, Some(&off), 1 << 20).map(drop).unwrap_err();
+            assert!(matches!(error, Error::NoTranslation { .. }), "{text}: {error}");
+            assert!(error.to_string().contains("use dma-translation=on"), "{error}");
+            assert!(check(&devices[..1], Some(&off), 1 << 20).unwrap().is_empty());
         }
     }
 

@@ -46,6 +46,15 @@ pub enum Error {
         /// The device's.
         kind: &'static str,
     },
+    /// A unit that translates nothing would not confine the device either.
+    #[error(
+        "dma-translation=off with a {kind} device is refused: nothing inside the guest could confine the device; \
+         use dma-translation=on"
+    )]
+    NoTranslation {
+        /// The device's.
+        kind: &'static str,
+    },
     /// Without Caching Mode the guest does not say what it maps.
     #[error(
         "caching-mode=off with a {kind} device is refused: the guest would not say what it maps, and the device could not follow; \

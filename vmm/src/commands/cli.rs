@@ -10,7 +10,7 @@ use crate::commands::device::DeviceArgs;
 use crate::commands::options::{self, BadOption};
 use crate::commands::report::ReportArgs;
 use crate::commands::test::TestArgs;
-use crate::commands::units::units;
+use crate::commands::units::{Named, units};
 use crate::config::{DeviceOption, IommuOption, MachineConfig, Place};
 use crate::machine::migration::Address;
 
@@ -49,9 +49,10 @@ pub enum Command {
 Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M, G or T, switches on or off.
 
   --iommu vtd[,aw-bits=39|48|57][,caching-mode=on|off][,intremap=on|off][,eim=on|off][,pt=on|off][,ioapic-check=on|off]
+              [,dma-translation=on|off]
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
               [,ats=on|off][,pri=on|off][,perf=on|off][,posted=on|off]
-              [,devices=ID|DD.F[+ID|DD.F]...]   a further unit, with these functions
+              [,devices=ID|DD.F|portN[+...]]   a further unit, with these functions, bridges and root ports
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
@@ -149,7 +150,8 @@ impl RunArgs {
     /// The machine that it describes, whose devices have these names and places.
     pub fn machine(&self, names: &[String], places: &[Place]) -> Result<MachineConfig, BadOption> {
         let Self { memory, cpus, iommu, devices, root_ports, .. } = self;
-        let (iommu, further_units) = units(iommu, names, places)?;
+        let named = Named { devices, names, places, root_ports: *root_ports };
+        let (iommu, further_units) = units(iommu, &named)?;
         let (devices, root_ports) = (devices.clone(), *root_ports);
         Ok(MachineConfig { memory: *memory, cpus: *cpus, iommu, further_units, devices, root_ports })
     }

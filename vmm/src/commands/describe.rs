@@ -16,6 +16,7 @@ fn switch(on: bool) -> &'static str {
 fn iommu(option: &IommuOption) -> String {
     let IommuOption::Vtd(vtd) = option else { return "none".to_owned() };
     let VtdOption {
+        dma_translation,
         aw_bits,
         caching_mode,
         pass_through,
@@ -46,6 +47,7 @@ fn iommu(option: &IommuOption) -> String {
         text += &format!(",stage={stage}");
     }
     for (key, on) in [
+        ("dma-translation", dma_translation),
         ("caching-mode", caching_mode),
         ("pt", pass_through),
         ("intremap", interrupt_remapping),
@@ -177,6 +179,7 @@ mod tests {
             "vtd",
             "vtd,aw-bits=39,caching-mode=off,intremap=off,pt=off,ioapic-check=off",
             "vtd,aw-bits=57,eim=off,scalable=on,stage=both,nest=on,slads=on,pasid-bits=20",
+            "vtd,dma-translation=off,aw-bits=39",
             "vtd,scalable=on,stage=first",
             "vtd,posted=on",
             "vtd,scalable=on,ats=on,pri=on,perf=on,devices=a+05.0",

@@ -123,6 +123,7 @@ impl std::str::FromStr for IommuOption {
             "aw-bits",
             "caching-mode",
             "devices",
+            "dma-translation",
             "eim",
             "intremap",
             "ioapic-check",
@@ -197,10 +198,21 @@ impl std::str::FromStr for IommuOption {
                 if page_requests && !(device_tlb && scalable.is_some()) {
                     return bad("vtd: pri=on needs ats=on,scalable=on: a page request says what a device-TLB missed");
                 }
+                let dma_translation = keys.switch("dma-translation")?.unwrap_or(default.dma_translation);
+                let pass_through = keys.switch("pt")?.unwrap_or(default.pass_through && dma_translation);
+                let performance_counters = keys.switch("perf")?.unwrap_or(default.performance_counters);
+                let translates = scalable.is_some() || device_tlb || performance_counters || pass_through;
+                if !dma_translation && (translates || !interrupt_remapping) {
+                    return bad(
+                        "vtd: dma-translation=off needs intremap=on, and none of scalable, ats, perf and pt: such a unit \
+                         remaps interrupts, and nothing else",
+                    );
+                }
                 Ok(Self::Vtd(VtdOption {
+                    dma_translation,
                     aw_bits,
                     caching_mode: keys.switch("caching-mode")?.unwrap_or(default.caching_mode),
-                    pass_through: keys.switch("pt")?.unwrap_or(default.pass_through),
+                    pass_through,
                     interrupt_remapping,
                     extended_interrupt_mode,
                     posted_interrupts,
@@ -210,7 +222,7 @@ impl std::str::FromStr for IommuOption {
                     pasid_bits,
                     device_tlb,
                     page_requests,
-                    performance_counters: keys.switch("perf")?.unwrap_or(default.performance_counters),
+                    performance_counters,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                     devices: keys.get("devices", names)?.unwrap_or_default(),
                 }))

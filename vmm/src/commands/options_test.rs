@@ -35,6 +35,7 @@ fn iommu_keys() {
     assert_eq!(
         "vtd,aw-bits=0x27,caching-mode=off,pt=off,intremap=off,ioapic-check=off,scalable=on,perf=on".parse(),
         Ok(IommuOption::Vtd(VtdOption {
+            dma_translation: true,
             aw_bits: Some(39),
             caching_mode: false,
             pass_through: false,
@@ -58,6 +59,8 @@ fn iommu_keys() {
     let expected =
         VtdOption { scalable: Some(Stages::Second), device_tlb: true, page_requests: true, ..VtdOption::default() };
     assert_eq!("vtd,scalable=on,ats=on,pri=on".parse(), Ok(IommuOption::Vtd(expected)));
+    let expected = VtdOption { dma_translation: false, pass_through: false, ..VtdOption::default() };
+    assert_eq!("vtd,dma-translation=off".parse(), Ok(IommuOption::Vtd(expected)));
     for (text, interrupt_remapping, extended_interrupt_mode) in [
         ("vtd", true, true),
         ("vtd,eim=on", true, true),
@@ -89,6 +92,11 @@ fn iommu_keys() {
         ("vtd,stage=first", "stage needs scalable=on"),
         ("vtd,scalable=on,nest=on", "nest=on needs scalable=on,stage=both"),
         ("vtd,slads=on", "slads=on needs scalable=on"),
+        ("vtd,dma-translation=off,intremap=off", "dma-translation=off needs intremap=on"),
+        ("vtd,dma-translation=off,scalable=on", "none of scalable, ats, perf and pt"),
+        ("vtd,dma-translation=off,ats=on", "none of scalable, ats, perf and pt"),
+        ("vtd,dma-translation=off,perf=on", "none of scalable, ats, perf and pt"),
+        ("vtd,dma-translation=off,pt=on", "none of scalable, ats, perf and pt"),
         ("vtd,segment=1", "there is segment 0 only"),
         ("vtd,devices=", "is not a name"),
         ("vtd,devices=a++b", "is not a name"),

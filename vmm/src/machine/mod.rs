@@ -65,7 +65,7 @@ use plug::{Placed, Plug};
 use ports::Ports;
 use saving::Description;
 use stats::{Device, Stats};
-use units::Units;
+use units::{Units, integrated_tlbs};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -288,6 +288,7 @@ impl Machine {
             Some(option) => {
                 let mut config = UnitConfig::new(UnitId(0), width);
                 config.host_address_width = physical_bits;
+                config.dma_translation = option.dma_translation;
                 config.caching_mode = option.caching_mode;
                 config.pass_through = option.pass_through;
                 config.interrupt_remapping = option.interrupt_remapping;
@@ -314,8 +315,9 @@ impl Machine {
                     Ok(unit)
                 };
                 let further = wanted.further_units.iter().enumerate();
-                let further = further.map(|(index, slots)| Ok((unit(index + 1)?, slots.as_slice())));
-                let units = Arc::new(Units::new(unit(0)?, further.collect::<Result<_, Error>>()?));
+                let further = further.map(|(index, parts)| Ok((unit(index + 1)?, parts.as_slice())));
+                let further = further.collect::<Result<_, Error>>()?;
+                let units = Arc::new(Units::new(unit(0)?, further, &buses, places));
                 let remapper: Weak<dyn Remapper> = Arc::<Units>::downgrade(&units);
                 interrupts.remap_by(remapper);
                 Some(units)
@@ -330,7 +332,7 @@ impl Machine {
                 log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}");
             }
         }
-        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, units.as_deref().map(Units::rest))?;
+        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, units.as_deref())?;
         let mut plug = Plug {
             root: platform.root.clone(),
             ioapic: platform.ioapic.clone(),
@@ -371,6 +373,7 @@ impl Machine {
                 width: physical_bits,
                 interrupts: units.rest().config().interrupt_remapping,
                 device_tlbs: units.rest().config().device_tlb,
+                integrated_tlbs: integrated_tlbs(&wanted.devices, places),
                 units: units.describe(),
             }),
         };

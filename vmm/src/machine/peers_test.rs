@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vtd::{Msi, MsiSink, Requester, SourceId, UnitConfig, UnitId};
 
 use super::*;
+use crate::config::BusNumbers;
 use crate::kvm::slots::{FunctionSlots, KvmSlots};
 
 const RAM: usize = 1 << 24;
@@ -76,7 +77,12 @@ impl World {
         unit.write(0x18, &(1u32 << 31).to_le_bytes());
 
         let log = Arc::<Mutex<Vec<String>>>::default();
-        let peers = Arc::new(PeerMemory::new(guest, bridge, Some(Arc::new(Units::new(unit.clone(), vec![]))), None));
+        let peers = Arc::new(PeerMemory::new(
+            guest,
+            bridge,
+            Some(Arc::new(Units::new(unit.clone(), vec![], &BusNumbers::default(), &[]))),
+            None,
+        ));
         let kvm = log.clone();
         let set = move |region: kvm_bindings::kvm_userspace_memory_region| {
             kvm.lock().unwrap().push(format!("slot {:#x}", region.memory_size));

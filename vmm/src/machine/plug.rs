@@ -192,7 +192,7 @@ impl Plug {
                 segment: 0,
                 decoder: self.root.decoder(),
                 port_decoder: self.root.port_decoder(),
-                ids: self.units.as_ref().map(|units| ids_of(units.rest())),
+                ids: self.units.as_ref().map(|units| ids_of(units.of_bus(*bus))),
             });
             let seat = match places[*index] {
                 Place::Port(number) => {

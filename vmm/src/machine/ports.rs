@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use devices::host::SlotPower;
 use devices::pci::{PciRoot, RootPort, RootPortWiring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vtd::{SourceId, Unit};
+use vtd::SourceId;
 
 use super::plug::Placed;
 use super::source_ids::ids_of;
+use super::units::Units;
 use super::{Error, stats};
 use crate::config::slot_of_port;
 use crate::kvm::irq::KvmInterrupts;
-use crate::kvm::memory::Ram;
 
 /// Wakes the main thread.
 struct Wake(EventFd);
@@ -43,10 +43,9 @@ impl Ports {
         root: &PciRoot,
         buses: &[u8],
         interrupts: &Arc<KvmInterrupts>,
-        unit: Option<&Arc<Unit<Ram>>>,
+        units: Option<&Units>,
     ) -> Result<Self, Error> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::PortEvent)?;
-        let ids = unit.map(ids_of);
         let power = Arc::new(Wake(event.try_clone().map_err(Error::PortEvent)?));
         let port = |(number, bus): (u8, &u8)| {
             let port = RootPort::new(RootPortWiring {
@@ -56,7 +55,7 @@ impl Ports {
                 decoder: root.decoder(),
                 port_decoder: root.port_decoder(),
                 interrupts: interrupts.clone(),
-                ids: ids.clone(),
+                ids: units.map(|units| ids_of(units.of_bus(*bus))),
                 power: Some(power.clone()),
             });
             let taken = |source| Error::Slot { id: format!("root port {number}"), source };

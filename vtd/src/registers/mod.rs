@@ -12,6 +12,7 @@ pub(crate) mod page_requests;
 pub(crate) mod performance;
 pub(crate) mod record;
 pub(crate) mod restore;
+pub(crate) mod saved_space;
 pub(crate) mod state;
 mod writable;
 

@@ -3,10 +3,12 @@
 
 use super::event::EventRegisters;
 use super::performance::{self, PerformanceState};
+use super::saved_space::{ExtentState, SAVED_EXTENTS, SpaceState};
 use super::state::{FaultRecord, PageRequestRegisters, State, StateVersion};
 use super::writable;
 use crate::config::{FAULT_RECORDS, UnitConfig};
-use crate::ids::Pasid;
+use crate::ids::{DomainId, Pasid};
+use crate::listener::Mapping;
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::invalidation::Descriptor;
 use crate::spec::performance::{EnhancedResponse, Filter};
@@ -34,6 +36,23 @@ pub enum RestoreError {
         head: u64,
         /// Bytes of the queue; 0 while it is off.
         len: u64,
+    },
+    /// No listener can have been told that: not whole pages, out of the address space, of no permission, or not behind
+    /// the one before.
+    #[error("domain {} cannot have a mapping from {first:#x} to {last:#x} there", .domain.0)]
+    Extent {
+        /// The space's domain id.
+        domain: DomainId,
+        /// First IOVA.
+        first: u64,
+        /// Last IOVA.
+        last: u64,
+    },
+    /// More mappings than are ever saved.
+    #[error("the state has {extents} mappings, and no more than {SAVED_EXTENTS} are saved")]
+    Extents {
+        /// How many.
+        extents: usize,
     },
 }
 
@@ -64,13 +83,14 @@ impl State {
             iotlb_invalidate,
             page_requests,
             performance,
+            ref spaces,
         } = *self;
         if version != StateVersion::CURRENT {
             return Err(RestoreError::Version(version));
         }
         let remapping = config.interrupt_remapping;
         let global = Global::new()
-            .with_translation(true)
+            .with_translation(config.dma_translation)
             .with_root_table_pointer(true)
             .with_queued_invalidation(true)
             .with_interrupt_remapping(remapping)
@@ -122,8 +142,21 @@ impl State {
         if queue_head != 0 && queue_head >= len || !queue_head.is_multiple_of(Descriptor::size(queue_in_use.wide())) {
             return Err(RestoreError::QueueHead { head: queue_head, len });
         }
+        let extents = spaces.iter().map(|space| space.extents.len()).sum();
+        if extents > SAVED_EXTENTS {
+            return Err(RestoreError::Extents { extents });
+        }
         Ok(())
     }
+}
+
+/// What was told of a space, by the state that was saved.
+///
+/// # Errors
+/// A listener cannot have been told that.
+pub(crate) fn told(space: &SpaceState) -> Result<Vec<Mapping>, RestoreError> {
+    let error = |extent: ExtentState| RestoreError::Extent { domain: space.domain, first: extent.0, last: extent.1 };
+    space.mappings().map_err(error)
 }
 
 /// An error if `value` has other bits than `possible`.
@@ -152,8 +185,8 @@ fn check_page_requests(config: &UnitConfig, registers: PageRequestRegisters) -> 
 
 fn check_record(config: &UnitConfig, FaultRecord { low, high }: FaultRecord) -> Result<(), RestoreError> {
     let possible = FaultRecordHigh::new().with_source(u16::MAX).with_reason(u8::MAX).with_type_1(true).with_fault(true);
-    let pasid = if config.pasid_bits == 0 { 0 } else { Pasid::MAX.0 };
-    let possible = possible.with_pasid_present(pasid != 0).with_pasid(pasid);
+    // A function may send a PASID to a unit that takes none: then the fault says so.
+    let possible = possible.with_pasid_present(true).with_pasid(Pasid::MAX.0);
     let possible = possible.with_address_type(if config.device_tlb { 3 } else { 0 }).with_type_2(config.page_requests);
     check("FRCD", low, !0xfff)?;
     check("FRCD", high.into_bits(), possible.into_bits())

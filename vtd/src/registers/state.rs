@@ -1,10 +1,12 @@
 //! Everything of a unit that a guest can change, in one serialisable struct (rule 9). What is derived from guest memory
-//! (spaces, shadows, cached translations) is not here: it is built again from the tables.
+//! (spaces, cached translations) is not here: it is built again from the tables. The shadows are, for their boundaries,
+//! and not for where they lead.
 
 use serde::{Deserialize, Serialize};
 
 use super::event::EventRegisters;
 use super::performance::PerformanceState;
+use super::saved_space::SpaceState;
 use crate::config::{FAULT_RECORDS, UnitConfig};
 use crate::spec::fault::FaultRecordHigh;
 use crate::spec::registers::{
@@ -103,6 +105,9 @@ pub struct State {
     /// The registers of performance monitoring, where that is offered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub performance: Option<PerformanceState>,
+    /// What the listener was told of the spaces that have members. Empty but in what was saved.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spaces: Vec<SpaceState>,
 }
 
 impl State {
@@ -137,6 +142,7 @@ impl State {
             iotlb_invalidate,
             page_requests,
             performance,
+            spaces,
         } = self;
         *version = StateVersion::CURRENT;
         *global_status = Global::new();
@@ -160,5 +166,6 @@ impl State {
         *iotlb_invalidate = IotlbInvalidate::new();
         *page_requests = PageRequestRegisters::default();
         *performance = performance.map(|_| PerformanceState::default());
+        spaces.clear();
     }
 }

@@ -126,7 +126,7 @@ impl Spaces {
             );
             return SpaceKey::Blocked;
         }
-        let mut space = Space::new(paged);
+        let mut space = Space::new(paged, self.told.remove(&paged).unwrap_or_default());
         space.compare_whole(core, &mut self.scratch, self.round);
         self.spaces.insert(index, space);
         key

@@ -59,6 +59,13 @@ impl From<Extent> for Mapping {
 }
 
 impl Shadow {
+    /// One that was told these, ascending and disjoint.
+    pub(crate) fn of(told: Vec<Mapping>) -> Self {
+        let mut shadow = Self::default();
+        told.iter().for_each(|mapping| shadow.extents.insert(mapping.into()));
+        shadow
+    }
+
     /// Number of extents.
     pub(crate) fn len(&self) -> usize {
         self.extents.len()

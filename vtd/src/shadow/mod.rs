@@ -14,6 +14,7 @@ mod flush;
 mod members;
 mod memory;
 mod renumber;
+mod saving;
 mod space;
 mod waiting;
 
@@ -61,6 +62,8 @@ pub(crate) struct Spaces {
     pending: Pending,
     /// What a fault record was made for (B-11).
     reported: BTreeSet<(Requester, RefusalCause)>,
+    /// While a unit is restored: what the listener was told of spaces before.
+    told: BTreeMap<PagedSpace, Vec<Mapping>>,
     /// Members that are about to move.
     leaving: BTreeSet<Requester>,
     /// Of which functions the log has that they are blocked.

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryBackend;
 use super::diff::{Changes, Shadow};
 use crate::core::Core;
 use crate::ids::Requester;
-use crate::listener::{MapOp, Refusal};
+use crate::listener::{MapOp, Mapping, Refusal};
 use crate::range::{GpaRange, IovaRange};
 use crate::space::{PagedSpace, SpaceKey};
 use crate::tables::second_stage::{Exhausted, Found, Merge, walk_range, walk_range_into};
@@ -72,9 +72,10 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    /// A space that was not compared yet, without members.
-    pub(crate) fn new(key: PagedSpace) -> Self {
-        let state = State::Open(Shadow::default());
+    /// A space that was not compared yet, without members. Where its tables lead to what was `told` of it, ascending
+    /// and disjoint, it has the boundaries of that.
+    pub(crate) fn new(key: PagedSpace, told: Vec<Mapping>) -> Self {
+        let state = State::Open(Shadow::of(told));
         Self { key, members: BTreeSet::new(), state, whole_in: 0, ranges_in: (0, 0) }
     }
 

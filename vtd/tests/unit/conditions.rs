@@ -368,6 +368,7 @@ fn a11_reset_leaves_nothing_of_any_register() {
             event,
         },
         performance: None,
+        spaces: Vec::new(),
     };
     rig.unit.restore(state.clone()).unwrap();
     assert_eq!(rig.unit.save(), state);

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vtd::spec::fault::InterruptFaultReason;
 use vtd::spec::invalidation::{InterruptEntryLow, QueueError, kind};
 use vtd::spec::irte::{IrteHigh, IrteLow, RemappableAddress};
-use vtd::spec::registers::{EventControl, FaultStatus, InterruptTableAddress, QueueErrorRecord, offset};
+use vtd::spec::registers::{EventControl, FaultStatus, Global, InterruptTableAddress, QueueErrorRecord, offset};
 use vtd::{EntriesChanged, Msi, RemapError, RemapFault, RemapListener, Requester, Unit, UnitConfig, UnitId};
 
 use crate::rig::{Memory, NIC, NVME, QUEUE, Rig, STATUS, iotlb_global, wait_status};
@@ -451,4 +451,33 @@ fn a14_a_restored_unit_remaps_as_the_saved_one() {
     other.rig.write64(offset::IQA, QUEUE);
     assert!(other.rig.submit(&[entries(5, 0)]));
     assert_eq!(other.routes.changes(), [range(5, 1)]);
+}
+
+#[test]
+fn a9_a_unit_that_remaps_interrupts_only_translates_nothing_whatever_it_is_told() {
+    let mut rig = Rig::with(UnitConfig { dma_translation: false, ..config() });
+    rig.unit.add_requester(NVME).unwrap();
+    rig.enable_queue();
+    // A root table of which no entry is present: with translation on nothing would be reached.
+    rig.write64(offset::RTADDR, rig.root_table);
+    let queue = Global::new().with_queued_invalidation(true);
+    for command in [queue.with_root_table_pointer(true), queue.with_translation(true)] {
+        rig.write32(offset::GCMD, command.into_bits());
+        assert_eq!(rig.status(), queue.with_root_table_pointer(true));
+    }
+    assert!(rig.submit(&[iotlb_global()]));
+    assert_eq!(rig.unit.endpoint(NIC).enter().translate(vtd::Iova(0x5000), vtd::Access::Write), Ok(vtd::Gpa(0x5000)));
+    assert_eq!(rig.listener.attached(NVME), Some(vtd::SpaceKey::Identity));
+    // A state in which it translated is none of such a unit.
+    let saved = rig.unit.save();
+    let status = saved.global_status.with_translation(true);
+    let refused = rig.unit.restore(vtd::State { global_status: status, ..saved.clone() });
+    let value = status.into_bits().into();
+    assert_eq!(refused, Err(vtd::RestoreError::Register { register: "GSTS", value }));
+    assert_eq!(rig.unit.restore(saved.clone()), Ok(()));
+    // Interrupts it remaps: here to nothing, since no entry is present.
+    rig.write64(offset::IRTA, rig.root_table);
+    rig.command(|on| on.with_interrupt_table_pointer(true));
+    rig.command(|on| on.with_interrupt_remapping(true));
+    assert_eq!(rig.unit.remap(NVME, COMPATIBILITY).map_err(|_| ()), Err(()));
 }

@@ -1,10 +1,14 @@
 //! The state of a unit as a file has it: its form, and what of a file is believed (A-14).
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use vtd::spec::registers::offset;
-use vtd::{RestoreError, SpaceKey, State, StateVersion, UnitConfig, UnitId};
+use vtd::{
+    DomainId, ExtentState, Perm, RestoreError, SpaceKey, SpaceState, State, StateVersion, Unit, UnitConfig, UnitId,
+};
 
-use crate::rig::{Event, NVME, Rig};
+use crate::rig::{Event, Listener, NIC, NVME, Rig, iotlb_pages, mapping, unmap};
 
 /// What a unit at power-on is saved as. Another form is another version: `StateVersion::CURRENT`.
 const AT_POWER_ON: &str = "{\"version\":2,\"global_status\":0,\"root_table_address\":0,\"root_table_in_use\":0,\
@@ -73,7 +77,8 @@ fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
         (plain, with("/completion_event/data", 1 << 31), register("IEDATA", 1 << 31)),
         (plain, with("/completion_event/address", 1), register("IEADDR", 1)),
         (plain, with("/fault_records/7/low", 0x1800), register("FRCD", 0x1800)),
-        (plain, with("/fault_records/0/high", 1 << 31), register("FRCD", 1 << 31)),
+        (plain, with("/fault_records/0/high", 1 << 20), register("FRCD", 1 << 20)),
+        (plain, with("/fault_records/0/high", 1 << 60), register("FRCD", 1 << 60)),
         (plain, with("/next_fault_record", 8), register("the next fault record", 8)),
         (plain, with("/queue_tail", 8), register("IQT", 8)),
         (plain, with("/queue_tail", 0x8_0000), register("IQT", 0x8_0000)),
@@ -119,6 +124,110 @@ fn a14_a_state_that_no_unit_of_the_configuration_can_have_changes_nothing() {
         RestoreError::Register { register: "IQA", value: 0x800 }.to_string(),
         "IQA of this unit cannot be 0x800"
     );
+}
+
+/// What a fresh unit over the memory of `rig` tells its listener of `NVME` when `state` is restored; and of `NIC`, when
+/// that comes later.
+fn told_after(rig: &Rig, state: State) -> Vec<Event> {
+    let listener = Arc::new(Listener::default());
+    let unit = Unit::new(*rig.unit.config(), rig.memory.clone(), listener.clone(), rig.messages.clone()).unwrap();
+    unit.add_requester(NVME).unwrap();
+    unit.restore(state).unwrap();
+    unit.add_requester(NIC).unwrap();
+    listener
+        .take_events()
+        .into_iter()
+        .filter(|event| !matches!(event, Event::Attach(_, SpaceKey::Identity, _)))
+        .collect()
+}
+
+#[test]
+fn a14_a_restored_unit_tells_what_was_told_in_the_same_pieces() {
+    let (mut rig, root) = Rig::with_nvme();
+    let key = rig.set_paged(NIC, root, 48, 1);
+    // Contiguous, and mapped one by one: three mappings. Then one of the tables' that no invalidation has reached.
+    for page in 0..3 {
+        rig.pages(root, 0x4000 + page * 4096, 0x8000 + page * 4096, 1);
+        assert!(rig.submit(&[iotlb_pages(1, 0x4000 + page * 4096, 0)]));
+    }
+    rig.pages(root, 0x7000, 0xb000, 1);
+    let saved = rig.unit.save();
+    let extents =
+        [0, 1, 2].map(|page| ExtentState(0x4000 + page * 4096, 0x4fff + page * 4096, 0x8000 + page * 4096, 3));
+    assert_eq!(saved.spaces, [SpaceState { domain: DomainId(1), root, width: 48, extents: extents.to_vec() }]);
+    let saved: State = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+    let page = |number: u64| mapping(0x4000 + number * 4096, 0x8000 + number * 4096, 4096, Perm::ReadWrite);
+    let pages = [0, 1, 2, 3].map(page).to_vec();
+    // Both functions have it so, the one that comes after the restore, too.
+    let attached = |pages: &[_]| [NVME, NIC].map(|function| Event::Attach(function, key, pages.to_vec())).to_vec();
+    assert_eq!(told_after(&rig, saved.clone()), attached(&pages));
+
+    // Where the tables say something else, that is what is told: a page that leads elsewhere, one that may be written
+    // no more, one that is gone, one that never was.
+    rig.leaf(root, 48, 0x4000, 0x20_0000, Some(Perm::ReadWrite), 1);
+    rig.leaf(root, 48, 0x5000, 0x9000, Some(Perm::Read), 1);
+    rig.leaf(root, 48, 0x6000, 0, None, 1);
+    let mut other = saved.clone();
+    other.spaces[0].extents.push(ExtentState(0x10_0000, 0x1f_ffff, 0x30_0000, 3));
+    let (moved, read_only) =
+        (mapping(0x4000, 0x20_0000, 4096, Perm::ReadWrite), mapping(0x5000, 0x9000, 4096, Perm::Read));
+    assert_eq!(told_after(&rig, other.clone()), attached(&[moved, read_only, page(3)]));
+
+    // What is said of a space that no function is in is forgotten: one that joins it later finds what is in the tables.
+    let later = rig.set_paged(NIC, root, 48, 7);
+    rig.pages(root, 0x5000, 0x21_0000, 1);
+    rig.leaf(root, 48, 0x4000, 0x20_f000, Some(Perm::ReadWrite), 1);
+    other.spaces[0].domain = DomainId(7);
+    other.spaces[0].extents = vec![ExtentState(0x4000, 0x4fff, 0x20_f000, 3)];
+    let found = vec![mapping(0x4000, 0x20_f000, 2 * 4096, Perm::ReadWrite), page(3)];
+    assert_eq!(told_after(&rig, other), [Event::Attach(NVME, key, found.clone()), Event::Attach(NIC, later, found)]);
+}
+
+#[test]
+fn a14_mappings_that_nobody_can_have_been_told_of_are_refused() {
+    let (rig, root) = Rig::with_nvme();
+    let before = rig.unit.save();
+    let told = |extents: &[ExtentState]| State {
+        spaces: vec![SpaceState { domain: DomainId(1), root, width: 48, extents: extents.to_vec() }],
+        ..before.clone()
+    };
+    let good = ExtentState(0x4000, 0x5fff, 0x8000, 1);
+    let cases = [
+        ExtentState(0x6800, 0x6fff, 0x8000, 3),
+        ExtentState(0x6000, 0x67ff, 0x8000, 3),
+        ExtentState(0x6000, 0x6fff, 0x8800, 3),
+        ExtentState(0x6000, 0x5fff, 0x8000, 3),
+        ExtentState(0x6000, 0x6fff, 0x8000, 0),
+        ExtentState(0x6000, 0x6fff, 0x8000, 4),
+        ExtentState(0x6000, 0x7fff, u64::MAX - 0xfff, 3),
+        ExtentState(0, u64::MAX, 0, 3),
+        // In the middle of the one before, and before it.
+        ExtentState(0x5000, 0x6fff, 0x8000, 3),
+        ExtentState(0x3000, 0x3fff, 0x8000, 3),
+    ];
+    for bad in cases {
+        let error = RestoreError::Extent { domain: DomainId(1), first: bad.0, last: bad.1 };
+        assert_eq!(rig.unit.restore(told(&[good, bad])), Err(error), "{bad:x?}");
+        assert_eq!((rig.unit.save(), rig.listener.take_events()), (before.clone(), vec![]));
+    }
+    let error = RestoreError::Extents { extents: (1 << 18) + 1 };
+    let many = (0..(1 << 18) + 1).map(|page| ExtentState(page << 12, page << 12 | 0xfff, 0, 3));
+    assert_eq!(rig.unit.restore(told(&many.collect::<Vec<_>>())), Err(error));
+    // What can be and is not in the tables is no error, and nothing of it is told.
+    rig.unit.restore(told(&[good, ExtentState(0x6000, 0x6fff, 0xa000, 2)])).unwrap();
+    let ops = rig.listener.take_ops();
+    assert!(ops.is_empty() || ops == [unmap(0, u64::MAX)], "{ops:?}");
+}
+
+#[test]
+fn a14_the_fault_of_a_pasid_that_a_unit_takes_none_of_is_restored() {
+    let (rig, _) = Rig::with_nvme();
+    let pasid = Some(vtd::Pasid(0xf_ffff));
+    let endpoint = rig.unit.endpoint_of(vtd::Stream { requester: NIC, pasid });
+    endpoint.write(vtd::Iova(0x1000), &[0]).unwrap_err();
+    let saved = rig.unit.save();
+    assert!(saved.fault_records[0].high.pasid_present());
+    assert_eq!(rig.unit.restore(saved), Ok(()));
 }
 
 proptest! {

@@ -1,12 +1,15 @@
-//! two units, each with functions of its own.
+//! two units, each with functions of its own; and one that only remaps interrupts.
 
 use images::edu::Edu;
-use images::memory::{page, pages, store};
+use images::memory::{load, page, pages, store};
 use images::pci::SourceId;
 use images::tables::READ_WRITE;
-use images::vtd::offset::IRTA;
-use images::vtd::{Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, TRANSLATION, Unit, iotlb_domain, iotlb_pages};
-use images::world::{IOVA, WRITE_DENIED};
+use images::vtd::offset::{GCMD, GSTS, IRTA, RTADDR};
+use images::vtd::{
+    ENTRIES_GLOBAL, Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, ROOT_POINTER, TRANSLATION, Unit, iotlb_domain,
+    iotlb_pages,
+};
+use images::world::{IOVA, UNTOUCHED, WRITE_DENIED, WRITTEN};
 use images::x86::{enable_interrupts, interrupts, wait_for};
 use images::{World, check, check_eq, harness};
 
@@ -15,6 +18,9 @@ images::tests!(
     a13_faults_are_recorded_by_the_unit_of_the_function => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
     a13_invalidations_reach_one_unit => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
     a13_interrupts_are_remapped_by_the_unit_of_the_function => "--iommu vtd --iommu vtd,devices=02.0 --device edu",
+    a13_what_is_behind_a_root_port_is_behind_its_unit
+        => "--root-ports 1 --iommu vtd --iommu vtd,devices=port1 --device edu,port=1",
+    a13_a_unit_may_remap_interrupts_only => "--iommu vtd,dma-translation=off",
     a13_units_offer_the_same => "--iommu vtd,perf=on,aw-bits=39 --iommu vtd,perf=on,aw-bits=39,devices=02.0 --device edu",
 );
 
@@ -120,6 +126,74 @@ fn a13_interrupts_are_remapped_by_the_unit_of_the_function() {
     let fault = other.unit.take_fault().map(|fault| (fault.source, fault.reason));
     check!(fault == Some((other.edu.sid, 0x22)), "the fault is {fault:x?}");
     one.no_fault();
+}
+
+fn a13_what_is_behind_a_root_port_is_behind_its_unit() {
+    let port = SourceId::root_ports().next().unwrap_or_else(|| harness::skipped("there is no root port"));
+    let bus = port.buses().0;
+    let below = Edu::on_bus(bus).next().unwrap_or_else(|| panic!("there is no edu behind the port"));
+    if !below.recorded {
+        harness::skipped("the host of a function hears of its faults");
+    }
+    let (mut beside, mut world) = (World::recorded(), World::behind(Unit::number(1), below, None));
+    let (memory, ids) = (pages(2, 4096), [beside.edu.sid, world.edu.sid]);
+    for (number, world) in [&mut beside, &mut world].into_iter().enumerate() {
+        // Both buses of each have the same context table.
+        store(world.root + 16 * u64::from(bus), world.contexts | 1);
+        let domain = world.domain(DOMAIN, world.levels());
+        domain.map(IOVA, memory + 4096 * number as u64, READ_WRITE);
+        // Each says the same of the other's function, which means nothing.
+        ids.iter().for_each(|id| world.attach(*id, &domain));
+        world.unit.command(TRANSLATION, true);
+    }
+    beside.reaches(IOVA, memory);
+    world.reaches(IOVA, memory + 4096);
+    let nowhere = IOVA + 0x1000;
+    world.edu.dma_write(nowhere, 8);
+    beside.no_fault();
+    let expected = Fault { source: world.edu.sid, reason: WRITE_DENIED, info: nowhere, read: false };
+    check!(world.unit.take_fault() == Some(expected), "the fault is not in the record of the port's unit");
+    // When the guest numbers the bus anew, it is the port's unit that hears of it.
+    port.set_buses(bus + 1, bus + 1);
+    store(world.root + 16 * u64::from(bus + 1), world.contexts | 1);
+    world.unit.invalidate_all();
+    world.reaches(IOVA, memory + 4096);
+    world.edu.dma_write(nowhere, 8);
+    let fault = world.unit.take_fault().map(|fault| (fault.source, fault.info));
+    let moved = SourceId(u16::from(bus + 1) << 8);
+    check!(fault == Some((moved, nowhere)), "the fault is {fault:x?}");
+}
+
+fn a13_a_unit_may_remap_interrupts_only() {
+    let (mut unit, edu, id, memory) = (Unit::new(), Edu::first(), enable_interrupts(), page());
+    check_eq!((unit.capability(8, 5), unit.extended(3, 1)), (0, 1), "SAGAW and IR");
+    // Of a root table whose entries are empty nothing is reached, if it is one.
+    unit.write64(RTADDR, page());
+    unit.write32(GCMD, ROOT_POINTER);
+    unit.write32(GCMD, TRANSLATION);
+    check_eq!(unit.read32(GSTS) & TRANSLATION, 0, "GSTS.TES");
+    store(memory, UNTOUCHED);
+    edu.fill(WRITTEN);
+    edu.dma_write(memory, 8);
+    check_eq!(load(memory), WRITTEN, "what the device wrote, untranslated");
+    let table = page();
+    store(table + 8, 1 << 18 | u64::from(edu.sid.0));
+    store(table, u64::from(id) << 40 | u64::from(VECTOR) << 16 | 1);
+    unit.start_queue(0);
+    unit.write64(IRTA, table);
+    unit.command(INTERRUPT_POINTER, true);
+    unit.command(INTERRUPT_REMAPPING, true);
+    unit.invalidate(&[ENTRIES_GLOBAL]);
+    edu.set_message(0xfee0_0000 | 1 << 4 | 1 << 3, 0);
+    edu.interrupt();
+    wait_for("the remapped interrupt", || interrupts(VECTOR) == 1);
+    store(table, 0);
+    unit.invalidate(&[ENTRIES_GLOBAL]);
+    edu.interrupt();
+    wait_for("the fault of one that is blocked", || unit.fault_at(0).is_some());
+    let fault = unit.take_fault().map(|fault| (fault.source, fault.reason));
+    check!(fault == Some((edu.sid, 0x22)), "the fault is {fault:x?}");
+    check_eq!(interrupts(VECTOR), 1, "interrupts");
 }
 
 fn a13_units_offer_the_same() {

@@ -44,12 +44,12 @@ impl Test {
             "reboots": self.reboots, "options": self.options, "devices": devices})
     }
 
-    /// Whether what it asks of the unit leaves room for an assigned device: without Caching Mode there is none.
+    /// Whether what it asks of the unit leaves room for an assigned device: without Caching Mode, say, there is none.
     pub fn allows_assigned(&self) -> bool {
         let units = self.options.iter().filter_map(|option| option.parse::<IommuOption>().ok());
         units
             .into_iter()
-            .all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.caching_mode && !unit.has_first_stage() && !unit.second_stage_dirty))
+            .all(|unit| matches!(unit, IommuOption::Vtd(unit) if unit.dma_translation && unit.caching_mode && !unit.has_first_stage() && !unit.second_stage_dirty))
     }
 }
 
@@ -126,6 +126,7 @@ mod tests {
         assert_eq!((bridged.options.len(), bridged.devices.len()), (2, 2));
         assert_eq!(parse("d3_x --device pinblk --device edu,ats=on,pri=on").unwrap().devices.len(), 2);
         assert!(!parse("a --cpus 2 --iommu vtd,caching-mode=off").unwrap().allows_assigned());
+        assert!(!parse("a --iommu vtd,dma-translation=off").unwrap().allows_assigned());
         let test = parse("a11_x reboots --cpus 2").unwrap();
         assert_eq!((test.name.as_str(), test.reboots, test.options.len()), ("a11_x", true, 2));
         for line in [

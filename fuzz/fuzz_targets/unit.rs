@@ -1,0 +1,12 @@
+//! Scripts of a guest that does anything at all, as coverage finds them. `fuzz/README.md` has how it is run.
+#![no_main]
+
+#[path = "../../vtd/tests/hostile/harness.rs"]
+mod harness;
+
+libfuzzer_sys::fuzz_target!(|script: &[u8]| {
+    // Longer ones are several of these.
+    if script.len() <= 4096 {
+        harness::run(script);
+    }
+});
