@@ -4,6 +4,7 @@ mod apt;
 #[cfg(test)]
 mod behaviours;
 mod bench;
+mod browser;
 mod cache;
 mod cases;
 mod children;
@@ -24,6 +25,7 @@ mod oracle;
 mod own_kernel;
 #[cfg(test)]
 mod packages;
+mod pages;
 mod pool;
 mod programs;
 mod report;
@@ -35,6 +37,7 @@ mod structure;
 mod table;
 mod test;
 mod topology;
+mod traced;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -7,6 +7,7 @@ use crate::behaviours::functions;
 use crate::cache::workspace;
 use crate::cases;
 use crate::crate_tests::cargo;
+use crate::pages;
 use crate::rust_files::rust_files;
 use crate::test::CHECKS;
 use clap::Parser;
@@ -118,6 +119,7 @@ fn names_of_tests(packages: &BTreeMap<String, Package>) -> Vec<String> {
     let (_, cases) = cases::load().unwrap();
     let mut names: Vec<String> = cases.iter().map(cases::Case::full_name).collect();
     names.extend(CHECKS.iter().map(|check| check.name.to_owned()));
+    names.extend(pages::names());
     for package in ["vtd", "vfio-bridge", "devices", "vmm", "xtask"] {
         names.extend(packages[package].tests.iter().map(|test| format!("{package}::{test}")));
     }
