@@ -6,16 +6,17 @@ use crate::cache::{Cache, progress};
 use crate::cases::in_ci;
 use crate::images::{self, Built};
 use crate::report::{Outcome, Reporter};
+use crate::screenshots;
 use crate::traced::{self, Running};
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 /// What each test is given.
 struct Rig {
+    cache: Cache,
     browser: Browser,
     built: Built,
     folder: PathBuf,
@@ -25,11 +26,12 @@ struct Rig {
 
 type Test = (&'static str, fn(&Rig) -> Result<()>);
 
-const TESTS: [Test; 4] = [
+const TESTS: [Test; 5] = [
     ("report_draws_what_the_trace_has", report_draws_what_the_trace_has),
     ("report_has_colours_for_light_and_for_dark", report_has_colours_for_light_and_for_dark),
     ("report_asks_for_nothing_and_runs_nothing", report_asks_for_nothing_and_runs_nothing),
     ("report_of_a_large_trace_is_shown_whole", report_of_a_large_trace_is_shown_whole),
+    ("top_is_seen_at_a_real_terminal", top_is_seen_at_a_real_terminal),
 ];
 
 const LIGHT: View = View { width: 1100, height: 1500, dark: false };
@@ -94,18 +96,19 @@ impl Rig {
         let (built, folder) = (images::program()?, browser::folder(&cache)?);
         let (file, log) = (folder.join("run.trace"), folder.join("run.log"));
         let trace = file.display().to_string();
-        Running::start(&built, "a6_page_moves_under_dma", &["--cpus", "2", "--trace", &trace], &log)
+        let (words, options) = ("test=a6_page_moves_under_dma", ["--cpus", "2", "--trace", &trace]);
+        Running::start(&built.causeway, &built.suite, words, &options, &log)
             .and_then(Running::finish)
             .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
         let trace = std::fs::read_to_string(&file).context("the run left no trace")?;
-        Ok(Self { browser, built, folder, trace })
+        Ok(Self { cache, browser, built, folder, trace })
     }
 
     /// The page of a trace, and where it is.
     fn page(&self, name: &str, trace: &str) -> Result<(PathBuf, String)> {
         let file = self.folder.join(format!("{name}.trace"));
         std::fs::write(&file, trace)?;
-        let page = report(&self.built.causeway, &file)?;
+        let page = traced::report(&self.built.causeway, &file)?;
         let text = std::fs::read_to_string(&page)?;
         Ok((page, text))
     }
@@ -113,14 +116,6 @@ impl Rig {
     fn look(&self, page: &Path, view: View) -> Result<Seen> {
         self.browser.look(page, view, &page.with_extension("png"))
     }
-}
-
-/// The page of the trace in a file, beside it.
-pub fn report(causeway: &Path, trace: &Path) -> Result<PathBuf> {
-    let page = trace.with_extension("html");
-    let result = Command::new(causeway).arg("report").arg(trace).arg("-o").arg(&page).output()?;
-    ensure!(result.status.success(), "causeway report: {}", String::from_utf8_lossy(&result.stderr));
-    Ok(page)
 }
 
 /// What the marks of one kind stand for in all: the sum of the numbers that their tips have before `what`.
@@ -239,6 +234,21 @@ fn report_of_a_large_trace_is_shown_whole(rig: &Rig) -> Result<()> {
     ensure!(marks(&seen.dom, "maps")? == LARGE / 2, "marks for {} maps", marks(&seen.dom, "maps")?);
     ensure!(marks(&seen.dom, "unmaps")? == LARGE / 2, "marks for {} unmaps", marks(&seen.dom, "unmaps")?);
     ensure!(seen.dom.trim_end().ends_with("</html>"), "the page is not whole");
+    Ok(())
+}
+
+/// The pictures of the documents, of a short run.
+fn top_is_seen_at_a_real_terminal(rig: &Rig) -> Result<()> {
+    let shots = screenshots::take(&rig.cache, &rig.browser, &rig.built.causeway, 20, false)?;
+    for part in ["host operations", "vfio-user0", "unit0/domain1/", "virtio-rng0", "write not permitted", "splits"] {
+        ensure!(shots.text.contains(part), "{part} is not there:\n{}", shots.text);
+    }
+    let (top, report) = (Pixels::read(&shots.top)?, Pixels::read(&shots.report)?);
+    ensure!(top.commonest() == [0x1c; 3] && top.colours() > 50, "{} colours", top.colours());
+    // What is to be noticed is red, and nothing else is.
+    let red = top.count([0xff, 0x6b, 0x6b]);
+    ensure!((20..4000).contains(&red), "{red} pixels are red");
+    ensure!(report.commonest() == [0xff; 3] && report.colours() > 50, "{} colours", report.colours());
     Ok(())
 }
 

@@ -1,12 +1,11 @@
-//! A machine of this host's KVM that runs a test of the suite of images, with an edu in a process of its own behind the
-//! bridge: what is traced and looked at here comes from a real run.
+//! Machines of this host's KVM that run an image, with an edu in a process of its own behind the bridge: what is traced
+//! and looked at here comes from a real run.
 
 use crate::children::{end_with_this_process, inherit};
-use crate::images::Built;
 use anyhow::{Context, Result, ensure};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// What ends well by `isa-debug-exit` has this code.
@@ -24,29 +23,33 @@ pub fn unable() -> Option<&'static str> {
     kvm.is_err().then_some("this machine has no /dev/kvm")
 }
 
+/// The page of the trace in a file, beside it.
+pub fn report(causeway: &Path, trace: &Path) -> Result<PathBuf> {
+    let page = trace.with_extension("html");
+    let result = Command::new(causeway).arg("report").arg(trace).arg("-o").arg(&page).output()?;
+    ensure!(result.status.success(), "causeway report: {}", String::from_utf8_lossy(&result.stderr));
+    Ok(page)
+}
+
 impl Running {
-    /// Starts `test` of the suite, with these options of `causeway run`; what the machine says goes to `log`.
-    pub fn start(built: &Built, test: &str, options: &[&str], log: &Path) -> Result<Self> {
+    /// Starts `image`, with words for its command line and options for `causeway run`; what all say goes to `log`.
+    pub fn start(causeway: &Path, image: &Path, words: &str, options: &[&str], log: &Path) -> Result<Self> {
         let (client, server) = UnixStream::pair()?;
         let log = std::fs::File::create(log).with_context(|| log.display().to_string())?;
-        let begin = |arguments: &[String], end: &UnixStream| -> Result<Child> {
-            let mut command = Command::new(&built.causeway);
-            command.args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?);
-            inherit(&mut command, end.as_fd());
-            end_with_this_process(&mut command, libc::SIGKILL);
+        let begin = |command: &mut Command, end: &UnixStream| -> Result<Child> {
+            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?);
+            inherit(command, end.as_fd());
+            end_with_this_process(command, libc::SIGKILL);
             command.spawn().context("cannot run causeway")
         };
-        let words = |text: String| -> Vec<String> { text.split(' ').map(str::to_owned).collect() };
-        let edu = words(format!("device edu --fd {}", server.as_raw_fd()));
-        let mut machine = words(format!(
-            "run --memory 64M --timeout 120 --device vfio-user,fd={},addr=01.0 --image {}",
-            client.as_raw_fd(),
-            built.suite.display()
-        ));
-        machine.extend(["--cmdline".to_owned(), format!("test={test} assigned=01.0")]);
-        machine.extend(options.iter().map(|option| (*option).to_owned()));
-        let mut running = Self { processes: vec![begin(&edu, &server)?] };
-        running.processes.push(begin(&machine, &client)?);
+        let mut edu = Command::new(causeway);
+        edu.args(["device", "edu", "--fd", &server.as_raw_fd().to_string()]);
+        let mut machine = Command::new(causeway);
+        machine.args(["run", "--memory", "64M", "--timeout", "120", "--device"]);
+        machine.arg(format!("vfio-user,fd={},addr=01.0", client.as_raw_fd())).arg("--image").arg(image);
+        machine.arg("--cmdline").arg(format!("{words} assigned=01.0")).args(options);
+        let mut running = Self { processes: vec![begin(&mut edu, &server)?] };
+        running.processes.push(begin(&mut machine, &client)?);
         Ok(running)
     }
 
@@ -54,6 +57,15 @@ impl Running {
     pub fn finish(mut self) -> Result<()> {
         let status = self.processes.last_mut().context("no machine was started")?.wait()?;
         ensure!(status.code() == Some(PASSED), "the machine ended with {status}");
+        Ok(())
+    }
+
+    /// Ends the machine, by its control socket, and waits until all that it writes is written.
+    pub fn quit(mut self, causeway: &Path, socket: &str) -> Result<()> {
+        let asked = Command::new(causeway).args(["ctl", socket, "quit"]).stdin(Stdio::null()).output()?;
+        ensure!(asked.status.success(), "ctl quit: {}", String::from_utf8_lossy(&asked.stderr));
+        let status = self.processes.last_mut().context("no machine was started")?.wait()?;
+        ensure!(status.success(), "the machine ended with {status}");
         Ok(())
     }
 }
