@@ -7,9 +7,11 @@ use crate::cases::in_ci;
 use crate::images::{self, Built};
 use crate::report::{Outcome, Reporter};
 use crate::screenshots;
+use crate::terminal::Tmux;
 use crate::traced::{self, Running};
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
+use std::cell::OnceCell;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,10 +20,13 @@ use std::time::Instant;
 struct Rig {
     cache: Cache,
     browser: Browser,
+    tmux: Tmux,
     built: Built,
     folder: PathBuf,
     /// Of a run in which pages are mapped and unmapped while the device accesses them.
     trace: String,
+    /// Its page, and what was seen of it.
+    light: OnceCell<(String, Seen)>,
 }
 
 type Test = (&'static str, fn(&Rig) -> Result<()>);
@@ -88,10 +93,12 @@ impl Rig {
             return Err(Without::Reason(reason.to_owned()));
         }
         let cache = Cache::open()?;
-        let browser = browser::find(&cache).map_err(|error| match in_ci() {
+        let without = |what: &str, error: anyhow::Error| match in_ci() {
             true => Without::Error(error),
-            false => Without::Reason(format!("there is no browser: {error:#}")),
-        })?;
+            false => Without::Reason(format!("there is no {what}: {error:#}")),
+        };
+        let browser = browser::find(&cache).map_err(|error| without("browser", error))?;
+        let tmux = Tmux::find(&cache).map_err(|error| without("tmux", error))?;
         progress("a run to look at");
         let (built, folder) = (images::program()?, browser::folder(&cache)?);
         let (file, log) = (folder.join("run.trace"), folder.join("run.log"));
@@ -101,7 +108,7 @@ impl Rig {
             .and_then(Running::finish)
             .with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
         let trace = std::fs::read_to_string(&file).context("the run left no trace")?;
-        Ok(Self { cache, browser, built, folder, trace })
+        Ok(Self { cache, browser, tmux, built, folder, trace, light: OnceCell::new() })
     }
 
     /// The page of a trace, and where it is.
@@ -111,6 +118,16 @@ impl Rig {
         let page = traced::report(&self.built.causeway, &file)?;
         let text = std::fs::read_to_string(&page)?;
         Ok((page, text))
+    }
+
+    /// The page of the run's trace, and what is seen of it.
+    fn light(&self) -> Result<&(String, Seen)> {
+        if let Some(seen) = self.light.get() {
+            return Ok(seen);
+        }
+        let (page, text) = self.page("light", &self.trace)?;
+        let seen = self.look(&page, LIGHT)?;
+        Ok(self.light.get_or_init(|| (text, seen)))
     }
 
     fn look(&self, page: &Path, view: View) -> Result<Seen> {
@@ -144,8 +161,7 @@ fn colours(page: &str, name: &str) -> Result<[[u8; 3]; 2]> {
 }
 
 fn report_draws_what_the_trace_has(rig: &Rig) -> Result<()> {
-    let (page, text) = rig.page("whole", &rig.trace)?;
-    let seen = rig.look(&page, LIGHT)?;
+    let (text, seen) = rig.light()?;
     for (operation, what) in [("host map ", "maps"), ("host unmap ", "unmaps"), ("notify refused ", "refused")] {
         let (there, drawn) = (lines(&rig.trace, operation), marks(&seen.dom, what)?);
         ensure!(there == drawn, "the trace has {there} lines of `{operation}`, the pictures have marks for {drawn}");
@@ -160,23 +176,25 @@ fn report_draws_what_the_trace_has(rig: &Rig) -> Result<()> {
     // A page without letters has a dozen: theirs have soft edges.
     ensure!(pixels.colours() > 50, "only {} colours: the letters are missing", pixels.colours());
     for (name, least) in [("map", 20_000), ("unmap", 500)] {
-        let count = pixels.count(colours(&text, name)?[0]);
+        let count = pixels.count(colours(text, name)?[0]);
         ensure!(count >= least, "{count} pixels have the colour of a {name}");
     }
     Ok(())
 }
 
 fn report_has_colours_for_light_and_for_dark(rig: &Rig) -> Result<()> {
-    let (page, text) = rig.page("colours", &rig.trace)?;
-    for (place, view) in [LIGHT, DARK].into_iter().enumerate() {
-        let pixels = Pixels::read(&rig.look(&page, view)?.picture)?;
-        let paper = colours(&text, "paper")?[place];
-        ensure!(pixels.commonest() == paper, "{view:?}: the page is {:?}, not {paper:?}", pixels.commonest());
-        let (ink, other) = (colours(&text, "ink")?[place], colours(&text, "ink")?[1 - place]);
-        ensure!(pixels.count(ink) > 100, "{view:?}: nothing is written in {ink:?}");
-        ensure!(pixels.count(other) < pixels.count(ink), "{view:?}: it is written in {other:?}");
-        let map = colours(&text, "map")?[place];
-        ensure!(pixels.count(map) >= 20_000, "{view:?}: nothing is drawn in {map:?}");
+    let (text, light) = rig.light()?;
+    let (page, _) = rig.page("dark", &rig.trace)?;
+    let dark = rig.look(&page, DARK)?;
+    for (place, (seen, name)) in [(light, "light"), (&dark, "dark")].into_iter().enumerate() {
+        let pixels = Pixels::read(&seen.picture)?;
+        let paper = colours(text, "paper")?[place];
+        ensure!(pixels.commonest() == paper, "{name}: the page is {:?}, not {paper:?}", pixels.commonest());
+        let (ink, other) = (colours(text, "ink")?[place], colours(text, "ink")?[1 - place]);
+        ensure!(pixels.count(ink) > 100, "{name}: nothing is written in {ink:?}");
+        ensure!(pixels.count(other) < pixels.count(ink), "{name}: it is written in {other:?}");
+        let map = colours(text, "map")?[place];
+        ensure!(pixels.count(map) >= 20_000, "{name}: nothing is drawn in {map:?}");
     }
     Ok(())
 }
@@ -198,9 +216,10 @@ fn report_asks_for_nothing_and_runs_nothing(rig: &Rig) -> Result<()> {
     let device = "<script>throw\"restless\"</script>";
     let unit = "<img/src=\"http://causeway.invalid/picture.png\"><style>*{display:none}</style>";
     let evil = rig.trace.replace("unit0", unit).replace("0000:00:01.0", device);
-    for (name, trace) in [("quiet", &rig.trace), ("evil", &evil)] {
-        let (page, _) = rig.page(name, trace)?;
-        let seen = rig.look(&page, LIGHT)?;
+    let (page, _) = rig.page("evil", &evil)?;
+    let evil = rig.look(&page, LIGHT)?;
+    ensure!(evil.dom.contains("&lt;script&gt;throw\"restless\""), "the names of the trace are not in the page");
+    for (name, seen) in [("quiet", &rig.light()?.1), ("evil", &evil)] {
         ensure!(seen.console.is_empty(), "{name}: the browser says {:?}", seen.console);
         ensure!(seen.requests.is_empty(), "{name}: it asks for {:?}", seen.requests);
         for element in ["<script", "<img", "<link", "<iframe"] {
@@ -239,7 +258,7 @@ fn report_of_a_large_trace_is_shown_whole(rig: &Rig) -> Result<()> {
 
 /// The pictures of the documents, of a short run.
 fn top_is_seen_at_a_real_terminal(rig: &Rig) -> Result<()> {
-    let shots = screenshots::take(&rig.cache, &rig.browser, &rig.built.causeway, 20, false)?;
+    let shots = screenshots::take(&rig.cache, (&rig.browser, &rig.tmux), &rig.built.causeway, 20, false)?;
     for part in ["host operations", "vfio-user0", "unit0/domain1/", "virtio-rng0", "write not permitted", "splits"] {
         ensure!(shots.text.contains(part), "{part} is not there:\n{}", shots.text);
     }

@@ -5,7 +5,7 @@ use crate::browser::{self, Browser, View};
 use crate::cache::{Cache, progress, workspace};
 use crate::crate_tests::cargo;
 use crate::images;
-use crate::terminal::{self, Terminal};
+use crate::terminal::{self, Terminal, Tmux};
 use crate::traced::{self, Running};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -46,9 +46,9 @@ pub fn command(args: &ScreenshotsArgs) -> Result<u8> {
         anyhow::bail!("{reason}");
     }
     let cache = Cache::open()?;
-    let browser = browser::find(&cache)?;
+    let (browser, tmux) = (browser::find(&cache)?, Tmux::find(&cache)?);
     let causeway = images::program()?.causeway;
-    let shots = take(&cache, &browser, &causeway, args.seconds, true)?;
+    let shots = take(&cache, (&browser, &tmux), &causeway, args.seconds, true)?;
     let out = workspace().join(&args.out);
     std::fs::create_dir_all(&out)?;
     for (shot, name) in [(&shots.report, "report.png"), (&shots.top, "top.png")] {
@@ -69,7 +69,13 @@ fn tour() -> Result<PathBuf> {
 }
 
 /// Runs the image for so many seconds, or, without `whole`, until there is something to see, and makes both pictures.
-pub fn take(cache: &Cache, browser: &Browser, causeway: &Path, seconds: u32, whole: bool) -> Result<Shots> {
+pub fn take(
+    cache: &Cache,
+    (browser, tmux): (&Browser, &Tmux),
+    causeway: &Path,
+    seconds: u32,
+    whole: bool,
+) -> Result<Shots> {
     let (image, folder) = (tour()?, browser::folder(cache)?);
     let (trace, log) = (folder.join("guest.trace"), folder.join("guest.log"));
     // The path of a socket must not be long, and is in the picture.
@@ -83,7 +89,7 @@ pub fn take(cache: &Cache, browser: &Browser, causeway: &Path, seconds: u32, who
     let run = || -> Result<String> {
         let machine = Running::start(causeway, &image, &format!("test=tour seconds={seconds}"), &options, &log)?;
         let long = Duration::from_secs(if whole { u64::from(seconds) * 3 / 4 } else { 0 });
-        let text = watch(cache, causeway, &socket, long)?;
+        let text = watch(tmux, causeway, &socket, long)?;
         if whole { machine.finish() } else { machine.quit(causeway, &socket) }?;
         Ok(text)
     };
@@ -99,7 +105,7 @@ pub fn take(cache: &Cache, browser: &Browser, causeway: &Path, seconds: u32, who
 }
 
 /// What `top` shows after so long, and once there is what is to be seen.
-fn watch(cache: &Cache, causeway: &Path, socket: &str, long: Duration) -> Result<String> {
+fn watch(tmux: &Tmux, causeway: &Path, socket: &str, long: Duration) -> Result<String> {
     let start = Instant::now();
     while !Path::new(socket).exists() {
         ensure!(start.elapsed() < LONG, "the machine does not listen");
@@ -107,7 +113,7 @@ fn watch(cache: &Cache, causeway: &Path, socket: &str, long: Duration) -> Result
     }
     let command = [&causeway.display().to_string(), "ctl", socket, "top"].map(|word| word.to_owned());
     let words: Vec<&str> = command.iter().map(String::as_str).collect();
-    let terminal = Terminal::start(cache, COLUMNS, ROWS, &words)?;
+    let terminal = Terminal::start(tmux, COLUMNS, ROWS, &words)?;
     let start = Instant::now();
     loop {
         let shown = terminal.shown()?;

@@ -13,30 +13,43 @@ const COLOURS: [&str; 16] = [
     "#a3e0a3", "#ffdf9e", "#93c4ff", "#dcc0ff", "#9be8e8", "#ffffff",
 ];
 
-/// A terminal in which a program runs.
-pub struct Terminal {
+/// The program that is a terminal.
+#[derive(Clone)]
+pub struct Tmux {
     program: PathBuf,
     libraries: Option<String>,
+}
+
+/// A terminal in which a program runs.
+pub struct Terminal {
+    tmux: Tmux,
     /// The server's socket is in it: its path must not be long.
     folder: PathBuf,
 }
 
-impl Terminal {
-    /// Starts `command` in a terminal of this size. tmux is this machine's, the cache's, or the archive's.
+impl Tmux {
+    /// This machine's, the cache's, or else the archive's.
     ///
     /// # Errors
-    /// There is no tmux, or it does not start.
-    pub fn start(cache: &Cache, columns: u32, rows: u32, command: &[&str]) -> Result<Self> {
-        let (program, libraries) = match installed(&["tmux"], "-V") {
-            Some(program) => (program, None),
-            None => {
-                let tree = tree(cache, "tmux", &[])?;
-                (tree.join("usr/bin/tmux"), Some(libraries(&tree)))
-            }
-        };
+    /// There is none, and none comes from the archive.
+    pub fn find(cache: &Cache) -> Result<Self> {
+        if let Some(program) = installed(&["tmux"], "-V") {
+            return Ok(Self { program, libraries: None });
+        }
+        let tree = tree(cache, "tmux", &[])?;
+        Ok(Self { program: tree.join("usr/bin/tmux"), libraries: Some(libraries(&tree)) })
+    }
+}
+
+impl Terminal {
+    /// Starts `command` in a terminal of this size.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start(tmux: &Tmux, columns: u32, rows: u32, command: &[&str]) -> Result<Self> {
         let folder = std::env::temp_dir().join(format!("causeway-terminal-{}", std::process::id()));
         std::fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-        let terminal = Self { program, libraries, folder };
+        let terminal = Self { tmux: tmux.clone(), folder };
         let size = [columns, rows].map(|count| count.to_string());
         let session = ["new-session", "-d", "-x", &size[0], "-y", &size[1], "--"];
         let started = terminal.tmux(&[&session, command].concat())?;
@@ -45,12 +58,13 @@ impl Terminal {
     }
 
     fn tmux(&self, arguments: &[&str]) -> Result<Output> {
-        let mut command = Command::new(&self.program);
+        let Tmux { program, libraries } = &self.tmux;
+        let mut command = Command::new(program);
         // Neither its user's settings nor a tmux in which this runs.
         command.args(["-u", "-f", "/dev/null", "-S"]).arg(self.folder.join("tmux")).args(arguments);
         command.env_remove("TMUX").env("LC_ALL", "C.UTF-8").stdin(Stdio::null());
-        command.envs(self.libraries.as_ref().map(|libraries| ("LD_LIBRARY_PATH", libraries)));
-        command.output().with_context(|| format!("cannot run {}", self.program.display()))
+        command.envs(libraries.as_ref().map(|libraries| ("LD_LIBRARY_PATH", libraries)));
+        command.output().with_context(|| format!("cannot run {}", program.display()))
     }
 
     /// What it shows, with its colours as escape sequences.
