@@ -67,6 +67,15 @@ impl Apt {
         Ok(apt)
     }
 
+    /// The same of this machine's release alone, for what runs with this machine's own C library.
+    ///
+    /// # Errors
+    /// There is no apt here, or it reaches nothing.
+    pub fn open_release(folder: &Path) -> Result<Self> {
+        let (codename, archive) = machines_archive()?;
+        Self::of_suites(folder, &archive, &[&codename])
+    }
+
     /// The last of the suites is preferred.
     fn of_suites(folder: &Path, archive: &Archive, suites: &[&String]) -> Result<Self> {
         let suite = suites.last().context("no suite")?.to_string();
@@ -141,6 +150,20 @@ impl Apt {
         let mut pinned: Vec<Pinned> = text.lines().filter_map(simulated_install).collect();
         pinned.sort();
         ensure!(!pinned.is_empty(), "apt resolved nothing for {}", packages.join(" "));
+        Ok(pinned)
+    }
+
+    /// `package` and all that it depends on, but not what `bare` of these depend on: each of those comes alone.
+    pub fn closure_with_bare(&self, package: &str, bare: &[&str]) -> Result<Vec<Pinned>> {
+        let names = self.dependencies(package, "")?;
+        let whole: Vec<&str> = names.iter().map(String::as_str).filter(|name| !bare.contains(name)).collect();
+        let mut pinned = self.closure(&whole)?;
+        for name in bare.iter().chain([&package]) {
+            let version = self.candidate(name)?.with_context(|| format!("{} has no {name}", self.suite))?;
+            pinned.push(format!("{name}={version}"));
+        }
+        pinned.sort();
+        pinned.dedup();
         Ok(pinned)
     }
 
@@ -236,16 +259,21 @@ impl Apt {
     }
 }
 
-/// This machine's release, and the archive that it is from.
-fn machines_archive() -> Result<(String, Archive)> {
+/// The name of this machine's release.
+pub fn release() -> Result<String> {
     let release = std::fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
-    let codename = release
+    release
         .lines()
         .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
         .map(|v| v.trim_matches('"').to_owned())
         .context(
             "this system has no apt release name (VERSION_CODENAME): the bench needs Debian 12 or newer, or an Ubuntu with QEMU 10 or newer",
-        )?;
+        )
+}
+
+/// This machine's release, and the archive that it is from.
+fn machines_archive() -> Result<(String, Archive)> {
+    let codename = release()?;
     let archive = find_archive(&configured_sources()?, &codename)
         .with_context(|| format!("no source of {codename} with the component main in the apt configuration"))?;
     Ok((codename, archive))

@@ -1,5 +1,6 @@
 //! Processes that this one starts.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -10,6 +11,19 @@ pub fn end_with_this_process(command: &mut Command, signal: libc::c_int) {
         command.pre_exec(move || match libc::prctl(libc::PR_SET_PDEATHSIG, signal) {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+}
+
+/// The command has this one too, under the same number.
+pub fn inherit(command: &mut Command, fd: BorrowedFd) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: fcntl is async-signal-safe; F_SETFD changes one flag of the new process's own table. Whoever
+    // starts the command keeps the descriptor open until then.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
         });
     }
 }

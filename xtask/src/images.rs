@@ -59,9 +59,15 @@ fn full_name(place: Place, test: &str) -> String {
     format!("images::{}::{test}", place.name)
 }
 
-/// Builds the program, with its suite, and asks it for the list. `long`: also what takes longer than it is worth each
-/// time.
-pub fn build(long: bool) -> Result<Suite> {
+/// What is built for the images.
+pub struct Built {
+    pub causeway: PathBuf,
+    /// The suite that is in it, as a file of its own.
+    pub suite: PathBuf,
+}
+
+/// Builds the program, with its suite.
+pub fn program() -> Result<Built> {
     progress("building the test images");
     let result = cargo()
         .args(["build", "--package", "vmm", "--bin", "causeway", "--quiet", "--message-format=json-render-diagnostics"])
@@ -70,11 +76,19 @@ pub fn build(long: bool) -> Result<Suite> {
         .context("cannot run cargo build")?;
     ensure!(result.status.success(), "causeway does not build");
     let text = String::from_utf8_lossy(&result.stdout);
-    let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let causeway = messages
-        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .next_back()
-        .context("cargo names no program")?;
+    let messages: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let causeway = messages.iter().filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back();
+    let mut folders = messages.iter().filter_map(|message| Some(Path::new(message["out_dir"].as_str()?).join("suite")));
+    Ok(Built {
+        causeway: causeway.context("cargo names no program")?,
+        suite: folders.rfind(|file| file.is_file()).context("cargo names no folder with the suite")?,
+    })
+}
+
+/// Builds the program, with its suite, and asks it for the list. `long`: also what takes longer than it is worth each
+/// time.
+pub fn build(long: bool) -> Result<Suite> {
+    let causeway = program()?.causeway;
     let list = Command::new(&causeway).args(["test", "--list"]).stdin(Stdio::null()).output()?;
     ensure!(list.status.success(), "the suite does not list its tests");
     let list = String::from_utf8_lossy(&list.stdout);

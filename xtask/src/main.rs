@@ -4,6 +4,7 @@ mod apt;
 #[cfg(test)]
 mod behaviours;
 mod bench;
+mod browser;
 mod cache;
 mod cases;
 mod children;
@@ -24,17 +25,22 @@ mod oracle;
 mod own_kernel;
 #[cfg(test)]
 mod packages;
+mod pages;
 mod pool;
 mod programs;
 mod report;
 #[cfg(test)]
 mod rust_files;
+mod screenshots;
 mod stored_kernel;
 #[cfg(test)]
 mod structure;
 mod table;
+mod terminal;
 mod test;
 mod topology;
+mod traced;
+mod unpacked;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -72,6 +78,8 @@ enum Task {
     /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in
     /// tests/images/differences.txt
     Oracle(oracle::OracleArgs),
+    /// Makes the documents' pictures anew: the page of `causeway report`, and `causeway ctl PATH top` at a terminal
+    Screenshots(screenshots::ScreenshotsArgs),
     /// Runs every check and test; the last line is `N passed, N failed, N skipped`
     Test(test::TestArgs),
 }
@@ -84,6 +92,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Mutate(args) => mutate::command(&args).map_err(|error| (error, 2)),
         Task::Oracle(args) => oracle::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
+        Task::Screenshots(args) => screenshots::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),
     };
     match result {

@@ -1,7 +1,7 @@
 //! One run of L1: a Linux host with KVM and VFIO inside QEMU's TCG, which runs one script and powers off.
 
 use crate::cache::{Cache, progress};
-use crate::children::end_with_this_process;
+use crate::children::{end_with_this_process, inherit};
 use crate::cpio::{self, Archive};
 use crate::l1::{self, Host, Images};
 use crate::monitor::Monitor;
@@ -13,7 +13,6 @@ use clap::Args;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
@@ -528,19 +527,6 @@ fn now_and_ticks() -> (Instant, u64) {
         (after.wrapping_sub(before), (now, before))
     });
     tries.min_by_key(|(took, _)| *took).map_or_else(|| (Instant::now(), ticks()), |(_, read)| read)
-}
-
-/// The command has this one too, under the same number.
-fn inherit(command: &mut Command, fd: BorrowedFd) {
-    let fd = fd.as_raw_fd();
-    // SAFETY: fcntl is async-signal-safe; F_SETFD changes one flag of the new process's own table. The descriptor is
-    // open until it was forked, as `Job` borrows it.
-    unsafe {
-        command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use crate::images;
 use crate::l1;
 use crate::l1::Host;
 use crate::lanes::{self, Bench};
+use crate::pages;
 use crate::programs;
 use crate::report::{Outcome, Reporter};
 use anyhow::{Context, Result};
@@ -23,7 +24,7 @@ pub struct TestArgs {
     /// Prints the names and runs nothing
     #[arg(long)]
     list: bool,
-    /// Only what this expression matches (`crate::test`, `images::test`, `nested::case`, `check::name`)
+    /// Only what this matches (`crate::test`, `images::test`, `browser::test`, `nested::case`, `check::name`)
     #[arg(long, value_name = "RE")]
     only: Option<Regex>,
     /// Not what this expression matches
@@ -55,13 +56,13 @@ impl TestArgs {
     /// Whether any test of the images can match, which is known only after building the program.
     fn may_want_images(&self) -> bool {
         let only = self.only.as_ref().map_or("", |only| only.as_str()).trim_start_matches('^');
-        !only.starts_with("nested::") && !only.starts_with("check::")
+        !["nested::", "check::", "browser::"].iter().any(|other| only.starts_with(other))
     }
 
     /// Whether any crate's test can match, which is known only after building them all.
     fn may_want_crates(&self) -> bool {
         let only = self.only.as_ref().map_or("", |only| only.as_str()).trim_start_matches('^');
-        !["nested::", "check::", "images::"].iter().any(|other| only.starts_with(other))
+        !["nested::", "check::", "images::", "browser::"].iter().any(|other| only.starts_with(other))
     }
 }
 
@@ -121,7 +122,9 @@ pub fn command(args: &TestArgs) -> Result<u8> {
     if args.list {
         let checks = CHECKS.iter().map(|check| check.name.to_owned()).filter(|name| args.wants(name));
         let tests = executables.iter().flat_map(|e| e.tests.iter().map(|test| e.full_name(test)));
-        for name in checks.chain(tests).chain(suite.full_names()).chain(wanted.iter().map(Case::full_name)) {
+        let pages = pages::names().filter(|name| args.wants(name));
+        for name in checks.chain(tests).chain(suite.full_names()).chain(pages).chain(wanted.iter().map(Case::full_name))
+        {
             println!("{name}");
         }
         return Ok(0);
@@ -133,6 +136,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         crate_tests::run(executable, args.long, &reporter)?;
     }
     images::run(&suite, &reporter)?;
+    pages::run(|name| args.wants(name), &reporter);
     let mut run = Vec::new();
     if args.host == Host::New {
         wanted.iter_mut().for_each(|case| case.machine.host = Host::New);

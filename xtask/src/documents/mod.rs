@@ -7,7 +7,9 @@ use crate::behaviours::functions;
 use crate::cache::workspace;
 use crate::cases;
 use crate::crate_tests::cargo;
+use crate::pages;
 use crate::rust_files::rust_files;
+use crate::screenshots::LARGEST;
 use crate::test::CHECKS;
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -118,6 +120,7 @@ fn names_of_tests(packages: &BTreeMap<String, Package>) -> Vec<String> {
     let (_, cases) = cases::load().unwrap();
     let mut names: Vec<String> = cases.iter().map(cases::Case::full_name).collect();
     names.extend(CHECKS.iter().map(|check| check.name.to_owned()));
+    names.extend(pages::names());
     for package in ["vtd", "vfio-bridge", "devices", "vmm", "xtask"] {
         names.extend(packages[package].tests.iter().map(|test| format!("{package}::{test}")));
     }
@@ -225,7 +228,8 @@ fn every_link_of_the_documents_leads_somewhere() {
             let target = if path.is_empty() { root.join(&file) } else { folder.join(path) };
             let there = match std::fs::read_to_string(&target) {
                 Ok(text) => anchor.is_empty() || anchors(&text).contains(anchor),
-                Err(_) => anchor.is_empty() && target.is_dir(),
+                // A picture is no text.
+                Err(_) => anchor.is_empty() && target.exists(),
             };
             if !there {
                 wrong.push(format!("{}: {}", file.display(), &found[1]));
@@ -233,6 +237,21 @@ fn every_link_of_the_documents_leads_somewhere() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_picture_is_shown_and_small() {
+    let shown = Regex::new(r"!\[[^\]]{20,}\]\((?:docs/)?images/([a-z]+\.png)\)").unwrap();
+    let texts: String = documents(&workspace()).into_iter().map(|(_, text)| text).collect();
+    let shown: BTreeSet<String> = shown.captures_iter(&texts).map(|found| found[1].to_owned()).collect();
+    let mut there = BTreeSet::new();
+    for entry in std::fs::read_dir(workspace().join("docs/images")).unwrap() {
+        let entry = entry.unwrap();
+        assert!(entry.metadata().unwrap().len() <= LARGEST, "{} is large", entry.path().display());
+        there.insert(entry.file_name().to_string_lossy().into_owned());
+    }
+    assert_eq!(shown, there, "pictures that are shown, with what they show for who does not see, and that are there");
+    assert!(there.len() >= 2);
 }
 
 #[test]

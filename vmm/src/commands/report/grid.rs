@@ -24,6 +24,18 @@ pub struct Band {
     pub rows: usize,
 }
 
+impl Band {
+    /// What its row of this number stands for, counted from the band's first.
+    pub fn addresses(&self, row: usize) -> IovaRange {
+        let size = u128::from(self.range.last - self.range.first) + 1;
+        let begin = |row: usize| (size * row as u128).div_ceil(self.rows as u128);
+        // A band may have fewer addresses than rows.
+        let first = begin(row).min(size - 1);
+        let last = (begin(row + 1) - 1).max(first);
+        IovaRange::new(self.range.first + first as u64, self.range.first + last as u64)
+    }
+}
+
 /// The picture of one container.
 pub struct Grid {
     /// Ascending.

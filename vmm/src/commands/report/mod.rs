@@ -1,9 +1,11 @@
 //! `causeway report TRACE -o FILE.html`: one page of a trace, for people.
 
+mod charts;
 mod grid;
 mod line;
 mod page;
 mod summary;
+mod text;
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Seek};

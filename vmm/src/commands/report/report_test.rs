@@ -104,7 +104,8 @@ fn report_is_one_page_of_its_own() {
     let page = made(TRACE.as_bytes());
     let names = elements(&page);
     let count = |name: &str| names.iter().filter(|other| *other == name).count();
-    assert_eq!((count("html"), count("svg"), count("table"), count("h1"), count("script")), (1, 2, 6, 1, 0));
+    assert_eq!((count("html"), count("svg"), count("table"), count("h1"), count("script")), (1, 2, 5, 1, 0));
+    assert_eq!((count("dl"), count("dd")), (1, 8));
     assert!(count("rect") > 10);
     for outside in ["http:", "https:", "//", "url(", "src=", "href=", "@import"] {
         assert!(!page.contains(outside), "{outside}");
@@ -162,6 +163,63 @@ fn report_of_a_large_trace_is_bounded() {
     let found = summary(&trace);
     assert!(found.containers.0.len() <= 65 && found.spaces.0.len() <= 65 && found.functions.0.len() <= 65);
     assert_eq!(found.containers.0.values().map(|of| of.maps).sum::<u64>(), 60_000);
+}
+
+#[test]
+fn report_of_what_comes_and_goes_everywhere_is_bounded() {
+    // In each picture each row changes as often as can be seen.
+    let mut trace = String::new();
+    for second in (0..grid::COLUMNS as u64).filter(|second| second % 3 != 2) {
+        for container in 0..9 {
+            let (what, more) = if second % 3 == 0 { ("map", "gpa=0x0") } else { ("unmap", "bytes=0x10000000") };
+            let _ = writeln!(
+                trace,
+                "{second}.000000000 host {what} container={container} iova=0x0-0xfffffff {more} ns=1 result=ok"
+            );
+        }
+    }
+    let page = made(trace.as_bytes());
+    let marks = page.matches("<rect").count();
+    assert!(marks > grid::ROWS * PICTURES * grid::COLUMNS / 3, "{marks}");
+    assert!(page.len() < 4 << 20, "{} bytes", page.len());
+}
+
+#[test]
+fn report_names_the_addresses_of_each_row() {
+    let rows = |range: IovaRange, rows: usize| {
+        let band = grid::Band { range, row: 0, rows };
+        (0..rows).map(move |row| band.addresses(row)).collect::<Vec<_>>()
+    };
+    let thirds = [IovaRange::new(0x1000, 0x1005), IovaRange::new(0x1006, 0x100a), IovaRange::new(0x100b, 0x100f)];
+    assert_eq!(rows(IovaRange::new(0x1000, 0x100f), 3), thirds);
+    let all = rows(IovaRange::new(0, u64::MAX), 80);
+    assert_eq!((all[0].first, all[79].last), (0, u64::MAX));
+    assert!(all.windows(2).all(|pair| pair[0].last + 1 == pair[1].first));
+    // Fewer addresses than rows, at the very end.
+    let few = rows(IovaRange::new(u64::MAX - 1, u64::MAX), 7);
+    assert!(few.iter().all(|range| range.first >= u64::MAX - 1 && range.first <= range.last));
+}
+
+#[test]
+fn report_has_numbers_for_people() {
+    assert_eq!(
+        [0, 1023, 1024, 1536 << 20, u64::MAX].map(text::bytes),
+        ["0 bytes", "1023 bytes", "1.0 KiB", "1.5 GiB", "15.9 EiB"]
+    );
+    assert_eq!([999, 14_150_000, 12_000_000_000].map(text::duration), ["0.9 us", "14.15 ms", "12.00 s"]);
+    assert_eq!(text::moment(1_234_000, 9_000_000), "1.23 ms");
+    assert_eq!(text::moment(1_234_000_000, 9_000_000_000), "1.23 s");
+    assert_eq!(text::moment(61_234_000_000, 90_000_000_000), "61.2 s");
+    for (number, kind) in [
+        ("3", "a group of the host"),
+        ("1073741824", "a space of the host"),
+        ("2147483648", "a vfio-user process"),
+        ("3221225472", "an emulated function"),
+        ("4294967296", ""),
+        ("?", ""),
+    ] {
+        assert_eq!(text::kind_of_container(number), kind, "{number}");
+    }
 }
 
 fn piece() -> impl Strategy<Value = String> {

@@ -7,6 +7,8 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Borders, Paragraph, Row, Sparkline, Table, Widget};
 
+use vtd::spec::fault::{FaultReason, InterruptFaultReason};
+
 use super::sample::{Sample, rate};
 
 /// What there is to draw.
@@ -50,12 +52,34 @@ fn alarm(text: String, is_bad: bool) -> Span<'static> {
     Span::styled(text, style)
 }
 
+/// The name of a fault reason that is given as `0x05`: of a function's DMA or of an interrupt, with blanks.
+fn reason(code: &str) -> String {
+    let Some(code) = code.strip_prefix("0x").and_then(|digits| u8::from_str_radix(digits, 16).ok()) else {
+        return String::new();
+    };
+    let of_dma = FaultReason::ALL.iter().find(|reason| reason.code() == code).map(|reason| format!("{reason:?}"));
+    let of_interrupt = || InterruptFaultReason::ALL.iter().find(|reason| reason.code() == code);
+    let Some(name) = of_dma.or_else(|| of_interrupt().map(|reason| format!("{reason:?}"))) else {
+        return String::new();
+    };
+    let mut words = String::new();
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() {
+            words.push(' ');
+        }
+        words.push(letter.to_ascii_lowercase());
+    }
+    words
+}
+
 fn heading(names: &'static [&'static str]) -> Row<'static> {
-    Row::new(names.iter().copied()).style(Style::new().add_modifier(Modifier::BOLD))
+    Row::new(names.iter().copied()).style(Style::new().add_modifier(Modifier::DIM))
 }
 
 fn block(title: String) -> Block<'static> {
-    Block::new().borders(Borders::TOP).title(title)
+    let style = Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD).remove_modifier(Modifier::DIM);
+    let title = Span::styled(title + " ", style);
+    Block::new().borders(Borders::TOP).border_style(Style::new().add_modifier(Modifier::DIM)).title(title)
 }
 
 impl Picture<'_> {
@@ -145,7 +169,8 @@ impl Picture<'_> {
         for unit in &self.now.units {
             let before = self.before.and_then(|before| before.units.iter().find(|other| other.id == unit.id));
             let mut text = format!("{}:", unit.id);
-            for (kind, count) in &unit.descriptors {
+            // Those that there were: there are more kinds than a line has room for.
+            for (kind, count) in unit.descriptors.iter().filter(|(_, count)| **count != 0) {
                 let then = before.and_then(|before| before.descriptors.get(kind)).copied();
                 let rate = then.map_or(0, |then| rate(then, *count, self.ms()));
                 text += &format!(" {} {count} ({rate}/s)", kind.replace('_', " "));
@@ -153,7 +178,7 @@ impl Picture<'_> {
             lines.push(Line::from(text));
             if !unit.faults.is_empty() {
                 let each: Vec<String> =
-                    unit.faults.iter().map(|(reason, count)| format!("{reason} {count} times")).collect();
+                    unit.faults.iter().map(|(code, count)| format!("{count} of {code}{}", reason(code))).collect();
                 lines.push(Line::from(alarm(format!("  faults: {}", each.join(", ")), true)));
             }
         }
@@ -177,13 +202,15 @@ impl Widget for &Picture<'_> {
         let [head, history, functions, spaces, of_units, _, foot] = parts.areas(area);
         Paragraph::new(self.head()).render(head, buf);
         let shown = self.history.len().saturating_sub(history.width.into());
+        let most = self.history[shown..].iter().max().copied().unwrap_or(0);
         Sparkline::default()
-            .block(block("host operations a second".to_owned()))
+            .block(block(format!("host operations a second, the highest bar {most}")))
+            .style(Style::new().fg(Color::Blue))
             .data(&self.history[shown..])
             .render(history, buf);
         self.functions().render(functions, buf);
         self.spaces().render(spaces, buf);
-        Paragraph::new(units).block(block("units".to_owned())).render(of_units, buf);
+        Paragraph::new(units).block(block("invalidations and faults by unit".to_owned())).render(of_units, buf);
         Paragraph::new(format!("q leaves  {}", self.note)).render(foot, buf);
     }
 }

@@ -63,7 +63,29 @@ fn top_marks_what_should_not_be_and_nothing_else() {
     let faulty = sample(1000, 1, 4);
     let picture = Picture { machine: "", now: &faulty, before: None, history: &[], note: "" };
     let (lines, buffer) = drawn(&picture, 120, 30);
-    assert!(red(&buffer) > 0 && lines.iter().any(|line| line.contains("faults: 0x05 4 times")), "{lines:?}");
+    assert!(
+        red(&buffer) > 0 && lines.iter().any(|line| line.contains("faults: 4 of 0x05 write not permitted")),
+        "{lines:?}"
+    );
+}
+
+#[test]
+fn top_names_the_reasons_of_faults() {
+    for (code, name) in
+        [("0x05", " write not permitted"), ("0x22", " entry not present"), ("0xff", ""), ("0x105", ""), ("", "")]
+    {
+        assert_eq!(reason(code), name, "{code}");
+    }
+}
+
+#[test]
+fn top_leaves_out_invalidations_that_there_were_none_of_and_says_how_high_the_bars_are() {
+    let mut now = sample(3000, 300, 0);
+    now.units[0].descriptors.insert("device_tlb".to_owned(), 0);
+    let picture = Picture { machine: "g", now: &now, before: None, history: &[1, 150, 7], note: "" };
+    let (lines, _) = drawn(&picture, 130, 24);
+    assert!(lines.iter().any(|line| line.starts_with("vtd0: iotlb")) && !lines.concat().contains("device tlb"));
+    assert!(lines[2].starts_with("host operations a second, the highest bar 150 ─"), "{}", lines[2]);
 }
 
 #[test]
@@ -84,7 +106,10 @@ fn top_draws_at_any_size_whatever_a_machine_says() {
     assert!(said.lines().count() < 1000 && !said.contains('\x1b'));
     let small = sample(5000, 10, 0);
     let said = text(&Picture { now: &small, ..picture }, 120);
-    assert!(said.contains("vfio0") && said.ends_with("times\n") && !said.contains("q leaves"), "{said}");
+    assert!(
+        said.contains("vfio0") && said.ends_with("0 of 0x05 write not permitted\n") && !said.contains("q leaves"),
+        "{said}"
+    );
 }
 
 #[test]
