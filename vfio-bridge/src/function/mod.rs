@@ -104,6 +104,37 @@ pub trait Function: Send + Sync {
     fn dma_messages(&self) -> Option<DmaMessages> {
         None
     }
+
+    /// Its state, if that can be given to another function of its kind. Asks at the first call.
+    fn migration(&self) -> Option<&dyn Migrates> {
+        None
+    }
+}
+
+/// A function whose state can be taken out of it, and put into another one.
+pub trait Migrates {
+    /// Comes to rest. When this returns, no DMA and no interrupt of it is under way, and it begins none until
+    /// [`Migrates::go_on`].
+    ///
+    /// # Errors
+    /// It cannot, or is gone. It may have stopped all the same.
+    fn stop(&self) -> io::Result<()>;
+    /// Goes on.
+    ///
+    /// # Errors
+    /// It cannot, or is gone.
+    fn go_on(&self) -> io::Result<()>;
+    /// Its state, while it is stopped: bytes that only such a function understands, at most
+    /// [`MOST_STATE`](crate::vfio_user::MOST_STATE).
+    ///
+    /// # Errors
+    /// It has none, too long a one, or is gone.
+    fn state(&self) -> io::Result<Vec<u8>>;
+    /// Puts a state into it, while it is stopped.
+    ///
+    /// # Errors
+    /// It is no state of it, or the function is gone. Then it does nothing until it is reset.
+    fn load(&self, state: &[u8]) -> io::Result<()>;
 }
 
 /// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a
