@@ -20,6 +20,7 @@ mod msi;
 mod msix;
 mod reach;
 mod rom;
+mod saving;
 mod vectors;
 
 use std::io;
@@ -44,6 +45,7 @@ use crate::pci::config::{
     INTERRUPT_LINE, INTERRUPT_PIN, ROM, STATUS,
 };
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
+use crate::saved::Saves;
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -93,6 +95,8 @@ pub struct VfioPci {
     owned: Box<[bool; CONFIG_SIZE]>,
     places: Places,
     command: HostCommand,
+    identity: saving::Identity,
+    moving: Mutex<saving::Moving>,
     config: Mutex<Config>,
 }
 
@@ -227,7 +231,22 @@ impl VfioPci {
         if let Some(intx) = &intx {
             intx.enable(&command);
         }
-        Ok(Arc::new(Self { requester, host, trapped, bars, intx, error, request, owned, places, command, config }))
+        let (identity, moving) = (saving::Identity::of(&*host, &snapshot), Mutex::default());
+        Ok(Arc::new(Self {
+            requester,
+            host,
+            trapped,
+            bars,
+            intx,
+            error,
+            request,
+            owned,
+            places,
+            command,
+            identity,
+            moving,
+            config,
+        }))
     }
 
     /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls
@@ -495,6 +514,11 @@ impl PciFunction for VfioPci {
     fn reset(&self) {
         self.reset_function(&mut self.config.lock().unwrap(), ResetScope::Machine);
     }
+
+    /// Of a function whose own state can be had.
+    fn saves(&self) -> Option<&dyn Saves> {
+        self.host.migration().is_some().then_some(self)
+    }
 }
 
 impl EoiListener for VfioPci {
@@ -523,5 +547,7 @@ mod intx_test;
 mod messages_test;
 #[cfg(test)]
 mod reset_test;
+#[cfg(test)]
+mod saving_test;
 #[cfg(test)]
 mod test_bench;

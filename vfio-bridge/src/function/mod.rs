@@ -114,10 +114,11 @@ pub trait Function: Send + Sync {
 /// A function whose state can be taken out of it, and put into another one.
 pub trait Migrates {
     /// Comes to rest. When this returns, no DMA and no interrupt of it is under way, and it begins none until
-    /// [`Migrates::go_on`].
+    /// [`Migrates::go_on`]. Meanwhile it is not told of memory or interrupts.
     ///
     /// # Errors
-    /// It cannot, or is gone. It may have stopped all the same.
+    /// It cannot, or is gone; it may have stopped all the same. Or what was put into it is no state of it: then it does
+    /// nothing until it is reset.
     fn stop(&self) -> io::Result<()>;
     /// Goes on.
     ///
@@ -130,10 +131,11 @@ pub trait Migrates {
     /// # Errors
     /// It has none, too long a one, or is gone.
     fn state(&self) -> io::Result<Vec<u8>>;
-    /// Puts a state into it, while it is stopped.
+    /// Puts a state into it, which begins nothing from now on. It is told of interrupts then, and has taken the state
+    /// when [`Migrates::stop`] returns.
     ///
     /// # Errors
-    /// It is no state of it, or the function is gone. Then it does nothing until it is reset.
+    /// It takes none, or not so much, or is gone.
     fn load(&self, state: &[u8]) -> io::Result<()>;
 }
 

@@ -102,14 +102,15 @@ fn read_parts(connection: &Connection, transfer: usize) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Writes `state` into a function that is stopped, and still is when this returns.
+/// Writes `state` into a function, which takes or refuses it when it is stopped next. Until then it may be told of
+/// memory and of interrupts: servers on libvfio-user take neither while they are stopped.
 pub(super) fn write(connection: &Connection, transfer: usize, state: &[u8]) -> io::Result<()> {
     go_to(connection, State::Resuming)?;
     for part in state.chunks(transfer) {
         let write = MigrationData { argsz: (size_of::<MigrationData>() + part.len()) as u32, size: part.len() as u32 };
         connection.call(command::MIG_DATA_WRITE, &[write.as_bytes(), part], &[])?;
     }
-    go_to(connection, State::Stop)
+    Ok(())
 }
 
 /// What a served function has, if its state can be had.

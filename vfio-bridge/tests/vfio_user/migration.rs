@@ -43,10 +43,12 @@ fn a14_a_state_goes_from_one_process_into_another_as_it_is() {
         let taken = of(&from).state().unwrap();
         assert!(taken == state, "{len}");
         assert_eq!(first.device.take(), [Asked::Stop, Asked::Save]);
-        of(&to).stop().unwrap();
         of(&to).load(&taken).unwrap();
+        assert_eq!(second.device.take(), [Asked::Stop]);
+        of(&to).stop().unwrap();
+        assert_eq!(second.device.take(), [Asked::Load]);
         of(&to).go_on().unwrap();
-        assert_eq!(second.device.take(), [Asked::Stop, Asked::Load, Asked::GoOn]);
+        assert_eq!(second.device.take(), [Asked::GoOn]);
         assert!(second.device.state.lock().unwrap().as_ref() == Some(&state), "{len}");
         // The first can go on all the same, and give it away once more.
         of(&from).go_on().unwrap();
@@ -84,15 +86,15 @@ fn a14_a_process_without_a_state_to_give_says_so() {
 #[test]
 fn a14_a_state_that_is_refused_leaves_a_function_that_does_nothing_until_it_is_reset() {
     let (rig, serving) = moving(vec![1, 2]);
-    of(&rig).stop().unwrap();
-    assert!(of(&rig).load(&[0xba, 0xd0, 1]).is_err());
+    of(&rig).load(&[0xba, 0xd0, 1]).unwrap();
+    assert!(of(&rig).stop().is_err());
     assert_eq!(*serving.device.state.lock().unwrap(), Some(vec![1, 2]));
     assert!(of(&rig).go_on().is_err() && of(&rig).state().is_err() && of(&rig).load(&[3]).is_err());
     serving.device.take();
     rig.function.reset(ResetScope::Function).unwrap();
     assert_eq!(serving.device.take(), [Asked::Reset, Asked::GoOn]);
-    of(&rig).stop().unwrap();
     of(&rig).load(&[3]).unwrap();
+    of(&rig).stop().unwrap();
     // Longer than there can be: its process says so while it is written.
     assert!(of(&rig).load(&vec![0; MOST_STATE + 1]).is_err());
     assert_eq!(*serving.device.state.lock().unwrap(), Some(vec![3]));
