@@ -100,7 +100,7 @@ fn a14_vectors_deliver_nothing_while_they_are_held_and_lose_nothing() {
     let state = saved(&from);
     let to = restored(&state);
     assert_eq!(signals(&to), [0, 1, 3], "those that were taken, and no other");
-    assert_eq!(to.host.live(IrqKind::Intx), false);
+    assert!(!to.host.live(IrqKind::Intx));
     assert_eq!(to.read(PBA) & 0xf, 2);
     to.host.raise(IrqKind::Msix, 0);
     to.host.raise(IrqKind::Msix, 3);

@@ -208,7 +208,9 @@ impl Function for UserFunction {
     }
 
     fn migration(&self) -> Option<&dyn Migrates> {
-        self.migrates.get_or_init(|| migration::is_offered(&self.connection)).then_some(self)
+        let offers = *self.migrates.get_or_init(|| migration::is_offered(&self.connection));
+        // Who is gone has no state any more.
+        (offers && !self.connection.has_ended()).then_some(self)
     }
 }
 

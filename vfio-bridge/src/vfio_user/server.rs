@@ -208,8 +208,8 @@ impl ClientMemory {
 }
 
 /// Serves `function` to the client at the other end of `stream`, until it closes the connection. `memory` is what the
-/// function's DMA goes by; afterwards it is empty, and the function signals nobody. One that the client stopped is reset
-/// then.
+/// function's DMA goes by; afterwards it is empty, and the function signals nobody. One that the client stopped is
+/// reset then.
 pub fn serve(stream: &UnixStream, function: &dyn Served, memory: &ClientMemory) -> Result<(), ServeError> {
     let mut session = Session { stream, function, memory, mappings: 0, migration: Migration::default() };
     let result = session.run();

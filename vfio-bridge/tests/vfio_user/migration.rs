@@ -1,5 +1,6 @@
 //! The state of a function leaves one process and comes into another, and nobody is believed meanwhile: A-14.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
@@ -7,8 +8,8 @@ use vfio_bridge::vfio_user::MOST_STATE;
 use vfio_bridge::{Function, Migrates, RegionKind, ResetScope};
 
 use super::messages::{ask_for, client};
-use super::misbehaving::{ERROR, REPLY, message, server, words};
-use super::rig::{Asked, PATIENT, Rig, Serving, serving};
+use super::misbehaving::{ERROR, REPLY, message, next, orderly, server, words};
+use super::rig::{Asked, PATIENT, Rig, Serving, event, serving, was_signalled};
 
 const DEVICE_FEATURE: u16 = 16;
 const MIG_DATA_READ: u16 = 17;
@@ -37,7 +38,7 @@ fn of(rig: &Rig) -> &dyn Migrates {
 fn a14_a_state_goes_from_one_process_into_another_as_it_is() {
     // None at all, one that ends with a message, and one of several messages.
     for len in [0, 1, 1 << 20, MOST_STATE] {
-        let state: Vec<u8> = (0..len).map(|at| (at * 7 >> 3) as u8).collect();
+        let state: Vec<u8> = (0..len).map(|at| ((at * 7) >> 3) as u8).collect();
         let ((from, first), (to, second)) = (moving(state.clone()), moving(vec![1]));
         of(&from).stop().unwrap();
         let taken = of(&from).state().unwrap();
@@ -54,7 +55,8 @@ fn a14_a_state_goes_from_one_process_into_another_as_it_is() {
         of(&from).go_on().unwrap();
         of(&from).stop().unwrap();
         assert!(of(&from).state().unwrap() == state);
-        drop((from, to));
+        drop(from);
+        drop(to);
         first.thread.join().unwrap().unwrap();
         second.thread.join().unwrap().unwrap();
     }
@@ -81,6 +83,30 @@ fn a14_a_process_without_a_state_to_give_says_so() {
         let mut data = [0; 4];
         rig.function.read(RegionKind::Config, 0, &mut data);
     }
+}
+
+#[test]
+fn a14_who_is_gone_has_no_state_any_more() {
+    let (stream, mut other) = UnixStream::pair().unwrap();
+    let thread = std::thread::spawn(move || {
+        while let Some((id, command, payload)) = next(&mut other) {
+            let answer =
+                if command == DEVICE_FEATURE { words(&[16, OFFERED, 1, 0]) } else { orderly(command, &payload) };
+            other.write_all(&message(id, command, REPLY, 0, &answer)).unwrap();
+            if command == DEVICE_FEATURE {
+                return;
+            }
+        }
+    });
+    let rig = Rig::connect(stream, PATIENT).unwrap();
+    let event = event();
+    rig.function.wake_when_gone(event.try_clone().unwrap());
+    rig.function.migration();
+    thread.join().unwrap();
+    while !was_signalled(&event) {
+        std::thread::yield_now();
+    }
+    assert!(rig.function.migration().is_none());
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! work that goes on, however often its machine is saved and put back meanwhile: what is computed, what the
 //! device writes through the unit, where it is blocked, and how often it interrupts is the same.
 
-use images::memory::{load, page, store};
+use images::memory::{load, page, pages, store};
+use images::smp::beside;
 use images::tables::READ_WRITE;
 use images::vtd::iotlb_pages;
 use images::world::{IOVA, UNTOUCHED, WRITE_DENIED};
@@ -11,6 +12,8 @@ use images::{World, check_eq, harness, println};
 images::tests!(a14_work_goes_on);
 
 const VECTOR: u8 = 0x93;
+/// Pages that a second processor writes.
+const PAGES: u64 = 64;
 /// Rounds where the command line has no `rounds=N`.
 const ROUNDS: u64 = 20;
 
@@ -23,6 +26,27 @@ fn next(number: u64) -> u64 {
 
 fn a14_work_goes_on() {
     let rounds = harness::number("rounds=").unwrap_or(ROUNDS);
+    if harness::number("second=").is_none() {
+        return work(rounds);
+    }
+    // A second processor writes meanwhile, and finds what it wrote.
+    let (first, mut written) = (pages(PAGES, 4096), 1);
+    let each = move || (0..PAGES).map(move |index| first + index * 4096);
+    each().for_each(|page| store(page, written));
+    let round = || {
+        for page in each() {
+            check_eq!(load(page), written, "what the second processor wrote");
+            store(page, next(written));
+        }
+        written = next(written);
+    };
+    beside(round, |second| {
+        work(rounds);
+        second.wait_for_rounds(1);
+    });
+}
+
+fn work(rounds: u64) {
     let (mut world, domain) = World::with_domain();
     let memory = page();
     let id = enable_interrupts();
