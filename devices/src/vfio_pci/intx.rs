@@ -46,9 +46,8 @@ pub struct SavedIntx {
 }
 
 impl Intx {
-    /// What is saved. What was signalled is taken first.
+    /// What is saved.
     pub fn saved(&self) -> SavedIntx {
-        self.fired();
         let State { pending, again, enabled: _ } = *self.state.lock().unwrap();
         SavedIntx { pending, again }
     }
