@@ -490,7 +490,8 @@ fn a14_a_machine_of_several_vcpus_moves_over_tcp() {
     let bench = Bench::new();
     let (first, socket) = bench.edu();
     let mut processes = vec![first];
-    let device = format!("vfio-user,socket={},id=other", text(&socket));
+    // What it writes goes by message, and is known here.
+    let device = format!("vfio-user,socket={},confine=on,id=other", text(&socket));
     let mut machine = bench.start(ROUNDS, &["--cpus", "3", "--device", &device]);
     machine.done(&["status"]);
     for _ in 0..2 {
