@@ -30,6 +30,9 @@ pub enum Unfit {
     /// The device cannot be in it.
     #[error("its {0} cannot be what was saved")]
     Value(&'static str),
+    /// The process that emulates it refuses the state.
+    #[error("its process does not take what was saved: {0}")]
+    Process(String),
 }
 
 /// A device that can be saved.
@@ -44,6 +47,13 @@ pub trait Saves: Send + Sync {
     }
     /// Does what there is to do.
     fn go_on(&self) {}
+    /// Fetches what of its state is elsewhere, once all devices are held; [`Saves::save`] follows.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    fn gather(&self) -> Result<(), CannotSave> {
+        Ok(())
+    }
     /// Its state, while it is held.
     fn save(&self) -> Value;
     /// Puts a state back, while it is held. No interrupt is sent by that; lines get their level.

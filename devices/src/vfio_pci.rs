@@ -21,6 +21,7 @@ mod msi;
 mod msix;
 mod reach;
 mod rom;
+mod saving;
 mod vectors;
 
 use std::io;
@@ -47,6 +48,7 @@ use crate::pci::config::{
 };
 use crate::pci::express::Upstream;
 use crate::pci::{BarKind, BarTarget, ConfigSpace, Decoder, Identity, Path, PciFunction};
+use crate::saved::Saves;
 
 /// What an assigned function is wired to.
 pub struct VfioPciWiring {
@@ -98,6 +100,8 @@ pub struct VfioPci {
     owned: Box<[bool; CONFIG_SIZE]>,
     places: Places,
     command: HostCommand,
+    identity: saving::Identity,
+    moving: Mutex<saving::Moving>,
     config: Mutex<Config>,
 }
 
@@ -241,7 +245,22 @@ impl VfioPci {
         if let Some(intx) = &intx {
             intx.enable(&command);
         }
-        Ok(Arc::new(Self { requester, host, trapped, bars, intx, error, request, owned, places, command, config }))
+        let (identity, moving) = (saving::Identity::of(&*host, &snapshot), Mutex::default());
+        Ok(Arc::new(Self {
+            requester,
+            host,
+            trapped,
+            bars,
+            intx,
+            error,
+            request,
+            owned,
+            places,
+            command,
+            identity,
+            moving,
+            config,
+        }))
     }
 
     /// Signalled by VFIO when the device raises its legacy interrupt: the event loop then calls
@@ -509,6 +528,11 @@ impl PciFunction for VfioPci {
     fn reset(&self) {
         self.reset_function(&mut self.config.lock().unwrap(), ResetScope::Machine);
     }
+
+    /// Of a function whose own state can be had.
+    fn saves(&self) -> Option<&dyn Saves> {
+        self.host.migration().is_some().then_some(self)
+    }
 }
 
 impl EoiListener for VfioPci {
@@ -537,5 +561,7 @@ mod intx_test;
 mod messages_test;
 #[cfg(test)]
 mod reset_test;
+#[cfg(test)]
+mod saving_test;
 #[cfg(test)]
 mod test_bench;

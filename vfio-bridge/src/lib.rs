@@ -26,7 +26,7 @@ pub use bridge::{Bridge, Quarantine, RegisterError};
 pub use function::check::{Bdf, BdfError, CheckedFunction, HostPaths, OpenError, check_memlock};
 pub use function::reset::{NoBusReset, ResetScope, ResetWay};
 pub use function::vfio::HostFunction;
-pub use function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests};
+pub use function::{DmaMessages, Function, IrqKind, Migrates, RegionInfo, RegionKind, Requests};
 pub use host::dirty::{DirtyBitmap, DirtyKnowledge, DirtySupport, UnmapWindow};
 pub use host::iommufd::{BoundDevice, Iommufd};
 pub use host::software::Software;

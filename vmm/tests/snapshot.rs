@@ -22,6 +22,9 @@ const SUITE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/suite"));
 /// Work of a second or two.
 const ROUNDS: u64 = 400;
 
+/// The same where each access of the device goes to another process.
+const FEW: u64 = 200;
+
 /// What the image says that has done the work: the last number of its row.
 fn wanted(rounds: u64) -> String {
     let next = |number: u64| {
@@ -62,7 +65,9 @@ impl Bench {
 
     /// A machine that works, with these options more; and its control socket.
     fn start(&self, rounds: u64, more: &[&str]) -> Machine {
-        let cmdline = format!("test=a14_work_goes_on rounds={rounds}");
+        // A second processor works, too, where there is one.
+        let second = if more.contains(&"--cpus") { " second=1" } else { "" };
+        let cmdline = format!("test=a14_work_goes_on rounds={rounds}{second}");
         let args = ["--image", text(&self.image), "--memory", "64M", "--cmdline", &cmdline];
         self.machine(&[&args, more].concat())
     }
@@ -72,12 +77,33 @@ impl Bench {
         self.machine(&["--restore", text(snapshot)])
     }
 
+    /// A process with an edu, and where it listens.
+    fn edu(&self) -> (Device, PathBuf) {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = self.path(&format!("edu{number}"));
+        let child = causeway(&["device", "edu", "--socket", text(&path)]).spawn().unwrap();
+        wait_for(&path);
+        (Device(child), path)
+    }
+
     fn machine(&self, args: &[&str]) -> Machine {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let socket = self.path(&format!("control{number}"));
         let all = [&["run", "--timeout", "120", "--socket", text(&socket)], args].concat();
         Machine { child: causeway(&all).spawn().unwrap(), socket }
+    }
+}
+
+/// A process that ends with its test.
+struct Device(Child);
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // It may be gone.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -153,6 +179,31 @@ fn a17_interrupts_are_posted_in_a_machine_that_was_saved_as_in_one_that_was_not(
     }
 }
 
+#[test]
+fn a14_a_function_of_another_process_is_saved_and_goes_on_in_a_new_process() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (_first, socket) = bench.edu();
+    let mut source = bench.start(FEW, &["--device", &format!("vfio-user,socket={},id=other", text(&socket))]);
+    let snapshots: Vec<PathBuf> = (0..2).map(|n| bench.path(&format!("snapshot{n}"))).collect();
+    for (snapshot, n) in snapshots.iter().zip(1u64..) {
+        source.done(&["snapshot", text(snapshot)]);
+        std::thread::sleep(Duration::from_millis(40 * n));
+    }
+    // The function goes on, as its machine does.
+    assert_eq!(result(&source.end()), wanted(FEW));
+    for snapshot in &snapshots {
+        let (_new, socket) = bench.edu();
+        let place = format!("other={}", text(&socket));
+        let machine = bench.machine(&["--restore", text(snapshot), "--user-socket", &place]);
+        assert_eq!(result(&machine.end()), wanted(FEW), "{}", snapshot.display());
+    }
+    // Where it was the first time: the process serves one client after the other.
+    assert_eq!(result(&bench.restore(&snapshots[0]).end()), wanted(FEW));
+}
+
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al; cli; hlt`
 const PRINT_AND_SLEEP: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee, 0xfa, 0xf4];
 
@@ -204,13 +255,7 @@ fn a14_what_cannot_be_saved_or_restored_is_refused_with_the_reason_and_nothing_i
     let wrong = |from: &str, to: &str, part: &str| {
         assert_eq!(state.matches(from).count(), 1, "{from}");
         let text = state.replace(from, to);
-        let digest: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
-        let mut manifest: Value =
-            serde_json::from_str(&fs::read_to_string(saved.join("manifest.json")).unwrap()).unwrap();
-        manifest["state"]["bytes"] = text.len().into();
-        manifest["state"]["sha256"] = digest.into();
-        fs::write(saved.join("manifest.json"), ordered(&manifest)).unwrap();
-        fs::write(saved.join("state.json"), text).unwrap();
+        rewrite(&saved, &text);
         let (code, _, message) = restore(&[]);
         assert!(code == 4 && message.contains(part), "{from} -> {to}: {code}: {message}");
     };
@@ -224,6 +269,16 @@ fn a14_what_cannot_be_saved_or_restored_is_refused_with_the_reason_and_nothing_i
     wrong("--device=edu,pasid=off,addr=01.0,id=edu0\"", "--device=floppy\"", "unknown device");
     wrong("\"physical_bits\":", "\"physical_bits\":1", "physical addresses");
     wrong("\"global_status\":0", "\"global_status\":1", "the remapping unit vtd0: GSTS");
+}
+
+/// Gives a snapshot another state, of which its manifest says what it is.
+fn rewrite(saved: &Path, state: &str) {
+    let digest: String = Sha256::digest(state).iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut manifest: Value = serde_json::from_str(&fs::read_to_string(saved.join("manifest.json")).unwrap()).unwrap();
+    manifest["state"]["bytes"] = state.len().into();
+    manifest["state"]["sha256"] = digest.into();
+    fs::write(saved.join("manifest.json"), ordered(&manifest)).unwrap();
+    fs::write(saved.join("state.json"), state).unwrap();
 }
 
 /// The fields of a manifest in the order in which they are written.
@@ -245,15 +300,40 @@ fn a14_a_machine_moves_ten_times_under_dma_and_its_memory_is_the_same() {
     if !has_kvm() {
         return;
     }
-    const LONG: u64 = 1500;
     let bench = Bench::new();
-    let mut machine = bench.start(LONG, &["--device", "edu"]);
+    let machine = bench.start(LONG, &["--device", "edu"]);
+    ten_moves(&bench, machine, |_| Vec::new());
+}
+
+#[test]
+fn a14_a_machine_moves_ten_times_under_dma_of_another_process_each_time_to_a_new_one() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (first, socket) = bench.edu();
+    let machine = bench.start(LONG, &["--device", &format!("vfio-user,socket={},id=other", text(&socket))]);
+    let mut processes = vec![first];
+    ten_moves(&bench, machine, |bench| {
+        let (process, socket) = bench.edu();
+        processes.push(process);
+        vec!["--user-socket".to_owned(), format!("other={}", text(&socket))]
+    });
+}
+
+/// Rounds of work that ten moves do not outlast.
+const LONG: u64 = 1500;
+
+/// Moves a machine ten times; `more`: the options of each destination. Its work is that of one that did not move.
+fn ten_moves(bench: &Bench, mut machine: Machine, mut more: impl FnMut(&Bench) -> Vec<String>) {
     machine.done(&["status"]);
     let mut down = Vec::new();
     for n in 0..10 {
         let path = bench.path(&format!("move{n}"));
         let address = format!("unix:{}", text(&path));
-        let next = bench.machine(&["--incoming", &address]);
+        let more = more(bench);
+        let args = ["--incoming", &address].into_iter().chain(more.iter().map(String::as_str));
+        let next = bench.machine(&args.collect::<Vec<_>>());
         wait_for(&path);
         let moved = machine.done(&["migrate", &address, "--verify"]);
         assert_eq!(moved["migrated"], address, "{moved}");
@@ -287,26 +367,25 @@ fn a14_a_machine_that_cannot_move_goes_on_where_it_is() {
         assert!(code == 1 && message.contains("goes on here") && message.contains(part), "{code}: {message}");
     };
     refused(&machine, &format!("unix:{}", text(&bench.path("nobody"))), "nobody is reached");
-    // One that hears all of it and says nothing; one that goes in the middle; one that refuses.
+    // One that hears all of it and says nothing; one that goes in the middle; one that refuses; one that is ready, is
+    // told to go on, and is gone before it does.
     let path = bench.path("other");
-    for (last, part) in
-        [(None, "is lost"), (Some(&b""[..]), "is lost"), (Some(b"\x05\x03\0\0\0\0\0\0\0bad"), "refuses it: bad")]
-    {
+    let (refuses, ready) = (&b"\x05\x03\0\0\0\0\0\0\0bad"[..], &b"\x04\0\0\0\0\0\0\0\0"[..]);
+    for (last, part) in [
+        (None, "is lost"),
+        (Some(&b""[..]), "is lost"),
+        (Some(refuses), "refuses it: bad"),
+        (Some(ready), "told to go on"),
+    ] {
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let other = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let Some(last) = last else { return };
-            // Until the state is there.
-            let mut head = [0; 9];
-            loop {
-                stream.read_exact(&mut head).unwrap();
-                let len = u64::from_le_bytes(head[1..].try_into().unwrap());
-                std::io::copy(&mut (&mut stream).take(len), &mut std::io::sink()).unwrap();
-                if head[0] == 3 {
-                    break;
-                }
-            }
+            until(&mut stream, STATE);
             stream.write_all(last).unwrap();
+            if last == ready {
+                until(&mut stream, GO);
+            }
         });
         refused(&machine, &format!("unix:{}", text(&path)), part);
         other.join().unwrap();
@@ -315,6 +394,151 @@ fn a14_a_machine_that_cannot_move_goes_on_where_it_is() {
     }
     for words in [&["migrate"][..], &["migrate", "nowhere"], &["migrate", "unix:/a", "--device", "edu0"]] {
         assert_eq!(machine.ctl(words).0, 2, "{words:?}");
+    }
+    assert_eq!(result(&machine.end()), wanted(ROUNDS));
+}
+
+const STATE: u8 = 3;
+const GO: u8 = 6;
+
+/// Takes messages until one of this kind is there.
+fn until(stream: &mut (impl Read + ?Sized), kind: u8) {
+    let mut head = [0; 9];
+    loop {
+        stream.read_exact(&mut head).unwrap();
+        let len = u64::from_le_bytes(head[1..].try_into().unwrap());
+        std::io::copy(&mut (&mut *stream).take(len), &mut std::io::sink()).unwrap();
+        if head[0] == kind {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a14_a_machine_that_may_be_elsewhere_stays_held_until_somebody_resumes_it() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (_process, socket) = bench.edu();
+    let mut machine = bench.start(FEW, &["--device", &format!("vfio-user,socket={}", text(&socket))]);
+    machine.done(&["status"]);
+    let path = bench.path("other");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let other = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        until(&mut stream, STATE);
+        stream.write_all(b"\x04\0\0\0\0\0\0\0\0").unwrap();
+        until(&mut stream, GO);
+        // It is there, and does not say what it does.
+        stream.write_all(b"\x04\0\0\0\0\0\0\0\0").unwrap();
+        stream
+    });
+    let (code, _, message) = machine.ctl(&["migrate", &format!("unix:{}", text(&path))]);
+    assert!(code == 1 && message.contains("it is not known whether the machine moved"), "{code}: {message}");
+    drop(other.join().unwrap());
+    assert_eq!(machine.done(&["status"])["state"], "paused");
+    // It can be saved meanwhile, and stays as it is.
+    let saved = bench.path("saved");
+    machine.done(&["snapshot", text(&saved)]);
+    assert_eq!(machine.done(&["status"])["state"], "paused");
+    assert_eq!(machine.done(&["resume"])["state"], "running");
+    assert_eq!(result(&machine.end()), wanted(FEW));
+    assert_eq!(result(&bench.restore(&saved).end()), wanted(FEW));
+}
+
+#[test]
+fn a14_a_function_of_another_process_that_cannot_be_saved_or_put_back_is_refused_with_the_reason() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (process, socket) = bench.edu();
+    let device = format!("vfio-user,socket={},id=other", text(&socket));
+    let mut machine = bench.start(FEW, &["--device", &device]);
+    machine.done(&["status"]);
+    let saved = bench.path("saved");
+    machine.done(&["snapshot", text(&saved)]);
+    // Its process is gone: nothing is held, and nothing is left. A guest that ran would find ones, and end.
+    machine.done(&["pause"]);
+    drop(process);
+    let (_other, place) = bench.edu();
+    let place = text(&place);
+    let (code, _, message) = machine.ctl(&["snapshot", text(&bench.path("late"))]);
+    assert!(code == 1 && message.contains("other (vfio-user) cannot be saved"), "{code}: {message}");
+    let (code, _, message) = machine.ctl(&["migrate", &format!("unix:{place}")]);
+    assert!(
+        code == 1 && message.contains("other (vfio-user)") && message.contains("goes on here"),
+        "{code}: {message}"
+    );
+    assert!(!bench.path("late").exists());
+    machine.done(&["quit"]);
+    machine.end();
+    // Nobody is at the place of before, or somebody who is none; no such device.
+    let restore =
+        |more: &[&str]| said(causeway(&[&["run", "--restore", text(&saved)], more].concat()).output().unwrap());
+    for (more, code, part) in [
+        (&[][..], 4, "refused"),
+        (&["--user-socket", "other=/nowhere"], 4, "/nowhere"),
+        (&["--user-socket", &format!("edu0={place}")], 4, "no vfio-user device edu0"),
+        (&["--user-socket", place], 2, "ID=PATH"),
+        (&["--user-socket", "=x"], 2, "ID=PATH"),
+    ] {
+        let (found, _, message) = restore(more);
+        assert!(found == code && message.contains(part), "{more:?}: {found}: {message}");
+    }
+    assert_eq!(said(causeway(&["run", "--image", "x", "--user-socket", "a=b"]).output().unwrap()).0, 2);
+    // A state that its process does not take, in a snapshot that is whole otherwise.
+    let state = fs::read_to_string(saved.join("state.json")).unwrap();
+    let mut whole: Value = serde_json::from_str(&state).unwrap();
+    let process = whole["state"]["functions"]["00:01.0"]["state"]["process"].take();
+    let process = process.as_str().expect("a state of the process");
+    // What is behind the first brace.
+    let broken = state.replace(process, &format!("7b7b{}", &process[4..]));
+    rewrite(&saved, &broken);
+    let (code, _, message) = restore(&["--user-socket", &format!("other={place}")]);
+    assert!(code == 4 && message.contains("its process does not take what was saved"), "{code}: {message}");
+    // The process serves the next.
+    rewrite(&saved, &state);
+    let machine = bench.machine(&["--restore", text(&saved), "--user-socket", &format!("other={place}")]);
+    assert_eq!(result(&machine.end()), wanted(FEW));
+}
+
+#[test]
+fn a14_a_machine_of_several_vcpus_moves_over_tcp() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let (first, socket) = bench.edu();
+    let mut processes = vec![first];
+    // What it writes goes by message, and is known here.
+    let device = format!("vfio-user,socket={},confine=on,id=other", text(&socket));
+    let mut machine = bench.start(ROUNDS, &["--cpus", "3", "--device", &device]);
+    machine.done(&["status"]);
+    for _ in 0..2 {
+        // One that nobody has.
+        let place = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let address = format!("tcp:{place}");
+        let (process, socket) = bench.edu();
+        let mut next = bench.machine(&["--incoming", &address, "--user-socket", &format!("other={}", text(&socket))]);
+        // As soon as it listens.
+        let start = Instant::now();
+        let moved = loop {
+            let (code, reply, message) = machine.ctl(&["migrate", &address, "--verify"]);
+            match code {
+                0 => break serde_json::from_str::<Value>(&reply).unwrap(),
+                _ if message.contains("nobody is reached") && start.elapsed() < Duration::from_secs(30) => {
+                    assert!(next.child.try_wait().unwrap().is_none());
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                _ => panic!("{code}: {message}"),
+            }
+        };
+        assert_eq!(moved["migrated"], address, "{moved}");
+        assert_eq!(machine.end().status.code(), Some(0), "the source ends");
+        processes.push(process);
+        machine = next;
     }
     assert_eq!(result(&machine.end()), wanted(ROUNDS));
 }

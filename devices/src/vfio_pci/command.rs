@@ -101,6 +101,11 @@ impl HostCommand {
         Ok(())
     }
 
+    /// Whether the function does no DMA any more, whatever the guest writes.
+    pub fn is_quarantined(&self) -> bool {
+        self.state.lock().unwrap().quarantined
+    }
+
     /// Resets the function, of which nothing is reached meanwhile.
     pub fn reset(&self, scope: ResetScope, requester: Requester, _: &Closed<'_>) {
         // Held so that a quarantine cannot clear Bus Master between the host's saving and restoring it.

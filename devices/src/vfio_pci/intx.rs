@@ -8,6 +8,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use vfio_bridge::{Function, IrqKind};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -36,7 +37,34 @@ struct State {
     again: bool,
 }
 
+/// What is saved of it: what the guest has still to hear.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedIntx {
+    pending: bool,
+    again: bool,
+}
+
 impl Intx {
+    /// What is saved.
+    pub fn saved(&self) -> SavedIntx {
+        let State { pending, again, enabled: _ } = *self.state.lock().unwrap();
+        SavedIntx { pending, again }
+    }
+
+    /// As it was, if it is enabled. A function whose line is high says so once more when it gets its state: what the
+    /// guest has to hear of already is not heard twice.
+    pub fn restore(&self, saved: &SavedIntx) {
+        let mut state = self.state.lock().unwrap();
+        if state.enabled {
+            if saved.pending {
+                let _ = self.event.read();
+            }
+            (state.pending, state.again) = (saved.pending, saved.again);
+            self.line.set_level(saved.pending);
+        }
+    }
+
     /// A disabled interrupt.
     pub fn new(host: Arc<dyn Function>, line: Arc<dyn IrqLine>) -> io::Result<Self> {
         Ok(Self { host, line, event: EventFd::new(EFD_NONBLOCK)?, state: Mutex::default(), told: Told::default() })

@@ -5,7 +5,7 @@
 
 use vtd::Msi;
 
-use super::vectors::Vectors;
+use super::vectors::{SavedVector, Vectors};
 use crate::pci::ConfigSpace;
 use crate::pci::config::CAP_MSI;
 
@@ -84,8 +84,7 @@ impl MsiCapability {
             self.vectors.disable();
             return;
         }
-        let enabled = (1 << (config.u16(self.at + 2) >> 4 & 7).min(5)).min(self.capable);
-        let messages: Vec<_> = (0..usize::from(enabled)).map(|i| self.message(config, enabled, i)).collect();
+        let messages = self.messages(config);
         if self.vectors.is_enabled() && self.vectors.count() == messages.len() {
             self.vectors.program_all(messages);
             return;
@@ -93,6 +92,42 @@ impl MsiCapability {
         // Another number while it is enabled means nothing (section 7.7.1.2); a host has one for as long as it is.
         self.vectors.disable();
         self.vectors.enable(messages);
+    }
+
+    /// What the vectors deliver that are enabled.
+    fn messages(&self, config: &ConfigSpace) -> Vec<Option<Msi>> {
+        let enabled = (1 << (config.u16(self.at + 2) >> 4 & 7).min(5)).min(self.capable);
+        (0..usize::from(enabled)).map(|i| self.message(config, enabled, i)).collect()
+    }
+
+    /// The bits that the capability itself keeps: offsets and masks.
+    pub fn own_bits(&self) -> Vec<(u16, u16)> {
+        let pending = self.mask_at() + 4;
+        if self.is_maskable { vec![(pending, u16::MAX), (pending + 2, u16::MAX)] } else { Vec::new() }
+    }
+
+    /// Nothing is delivered, until [`MsiCapability::go_on`].
+    pub fn hold(&mut self) {
+        self.vectors.hold();
+    }
+
+    /// Delivers again.
+    pub fn go_on(&mut self) {
+        self.vectors.go_on();
+    }
+
+    /// What is saved besides the registers, while it is held.
+    pub fn saved(&self) -> Vec<SavedVector> {
+        self.vectors.saved()
+    }
+
+    /// As the registers say, and held.
+    pub fn restore(&mut self, config: &ConfigSpace, saved: &[SavedVector]) {
+        if self.is_enabled(config) {
+            self.vectors.restore(self.messages(config), saved);
+        } else {
+            self.vectors.disable();
+        }
     }
 
     /// Puts the pending bits where the guest reads them.

@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use vtd::Msi;
 
-use super::vectors::Vectors;
+use super::vectors::{SavedVector, Vectors};
 
 /// Control: MSI-X Enable.
 pub const CONTROL_ENABLE: u16 = 1 << 15;
@@ -50,7 +51,48 @@ pub struct Msix {
     vectors: Vectors,
 }
 
+/// What is saved of it besides the control register.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedMsix {
+    entries: Vec<[u32; 4]>,
+    vectors: Vec<SavedVector>,
+}
+
 impl Msix {
+    /// Nothing is delivered, until [`Msix::go_on`].
+    pub fn hold(&mut self) {
+        self.vectors.hold();
+    }
+
+    /// Delivers again.
+    pub fn go_on(&mut self) {
+        self.vectors.go_on();
+    }
+
+    /// What is saved, while it is held.
+    pub fn saved(&self) -> SavedMsix {
+        SavedMsix { entries: self.entries.clone(), vectors: self.vectors.saved() }
+    }
+
+    /// Whether it can be as `saved`.
+    pub fn can_be(&self, saved: &SavedMsix) -> bool {
+        let is_possible = |entry: &[u32; 4]| entry[3] & !VECTOR_MASKED == 0;
+        saved.entries.len() == self.entries.len() && saved.entries.iter().all(is_possible)
+    }
+
+    /// As it was, with this control register, and held.
+    pub fn restore(&mut self, saved: SavedMsix, control: u16) {
+        self.entries = saved.entries;
+        (self.enabled, self.masked) = (control & CONTROL_ENABLE != 0, control & CONTROL_MASK != 0);
+        if self.enabled {
+            let messages = (0..self.entries.len()).map(|index| self.message(index)).collect();
+            self.vectors.restore(messages, &saved.vectors);
+        } else {
+            self.vectors.disable();
+        }
+    }
+
     /// Disabled, `count` vectors, all masked.
     pub fn new(count: usize, vectors: Vectors) -> Self {
         Self { entries: vec![Self::RESET_ENTRY; count], enabled: false, masked: false, vectors }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 pub use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-pub use vfio_bridge::{GroupId, RegionInfo, ResetWay};
+pub use vfio_bridge::{GroupId, Migrates, RegionInfo, ResetWay};
 pub use vtd::SourceId;
 
 use super::*;
@@ -64,6 +64,10 @@ pub struct FakeHost {
     pub config_size: AtomicU32,
     /// The sizes of BARs besides the first.
     pub other_bars: Mutex<BTreeMap<u8, u64>>,
+    /// Its own state; `None`: it has none that can be had. What begins with 0xbad it does not take.
+    pub state: Mutex<Option<Vec<u8>>>,
+    /// What was asked of its state.
+    pub moves: Mutex<Vec<&'static str>>,
 }
 
 impl FakeHost {
@@ -107,6 +111,8 @@ impl FakeHost {
             no_file: AtomicBool::new(false),
             config_size: AtomicU32::new(0x1000),
             other_bars: Mutex::default(),
+            state: Mutex::default(),
+            moves: Mutex::default(),
         }
     }
 
@@ -356,6 +362,39 @@ impl Function for FakeHost {
         }
         self.resets.lock().unwrap().push(scope);
         if self.no_reset.load(Ordering::SeqCst) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+    fn migration(&self) -> Option<&dyn Migrates> {
+        self.state.lock().unwrap().is_some().then_some(self)
+    }
+}
+
+impl FakeHost {
+    fn moved(&self, what: &'static str) -> io::Result<()> {
+        self.moves.lock().unwrap().push(what);
+        if self.gone.load(Ordering::SeqCst) { Err(io::ErrorKind::NotConnected.into()) } else { Ok(()) }
+    }
+}
+
+impl Migrates for FakeHost {
+    fn stop(&self) -> io::Result<()> {
+        self.moved("stop")?;
+        let state = self.state.lock().unwrap();
+        if state.as_ref().unwrap().starts_with(&[0xba, 0xd0]) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(())
+    }
+    fn go_on(&self) -> io::Result<()> {
+        self.moved("go on")
+    }
+    fn state(&self) -> io::Result<Vec<u8>> {
+        self.moved("state")?;
+        Ok(self.state.lock().unwrap().clone().unwrap())
+    }
+    fn load(&self, state: &[u8]) -> io::Result<()> {
+        self.moved("load")?;
+        *self.state.lock().unwrap() = Some(state.to_vec());
+        Ok(())
     }
 }
 

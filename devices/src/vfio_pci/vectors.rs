@@ -16,6 +16,7 @@ use std::io;
 use std::mem;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vfio_bridge::{Function, IrqKind, RegionKind};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Msi, Requester};
@@ -31,7 +32,17 @@ pub struct Vectors {
     interrupts: Arc<dyn Interrupts>,
     vectors: Vec<Vector>,
     enabled: bool,
+    /// While the function is held: what its vectors deliver when it goes on.
+    held: Option<Vec<Option<Msi>>>,
     told: Told,
+}
+
+/// What is saved of a vector besides the message, which its function has in registers.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct SavedVector {
+    taken: bool,
+    pending: bool,
 }
 
 #[derive(Default)]
@@ -54,7 +65,66 @@ impl Vector {
 impl Vectors {
     /// No vector yet.
     pub fn new(kind: IrqKind, requester: Requester, host: Arc<dyn Function>, interrupts: Arc<dyn Interrupts>) -> Self {
-        Self { kind, requester, host, interrupts, vectors: Vec::new(), enabled: false, told: Told::default() }
+        Self {
+            kind,
+            requester,
+            host,
+            interrupts,
+            vectors: Vec::new(),
+            enabled: false,
+            held: None,
+            told: Told::default(),
+        }
+    }
+
+    /// Nothing is delivered until [`Vectors::go_on`]; what was signalled before is delivered when this returns. What
+    /// could not be, because the unit blocks it, is pending.
+    pub fn hold(&mut self) {
+        if self.held.is_none() {
+            self.held = Some(self.vectors.iter().map(|vector| vector.now).collect());
+            self.program_all(vec![None; self.vectors.len()]);
+            for vector in &mut self.vectors {
+                vector.look_for_signal();
+            }
+        }
+    }
+
+    /// The vectors deliver again, what is pending first.
+    pub fn go_on(&mut self) {
+        if let Some(messages) = self.held.take() {
+            self.program_all(messages);
+        }
+    }
+
+    /// What is saved of them, while they are held.
+    pub fn saved(&self) -> Vec<SavedVector> {
+        let saved = |vector: &Vector| SavedVector { taken: vector.taken.is_some(), pending: vector.pending };
+        self.vectors.iter().map(saved).collect()
+    }
+
+    /// As they were: enabled with a vector for each of `messages`, and held.
+    pub fn restore(&mut self, messages: Vec<Option<Msi>>, saved: &[SavedVector]) {
+        self.disable();
+        self.enable(messages);
+        // Those that were taken and are masked are so again: what the function signals is counted here, not there.
+        for (index, saved) in saved.iter().enumerate().take(self.vectors.len()) {
+            if saved.taken && self.vectors[index].taken.is_none() {
+                let lost = match self.interrupts.route(self.requester) {
+                    Ok(route) => {
+                        self.vectors[index].taken = Some(route);
+                        self.connect(&[index])
+                    }
+                    Err(e) => Some((index, e)),
+                };
+                if let Some(lost) = lost {
+                    self.complain(lost);
+                }
+            }
+        }
+        self.hold();
+        for (vector, saved) in self.vectors.iter_mut().zip(saved) {
+            vector.pending = saved.pending;
+        }
     }
 
     /// Whether the guest has the kind enabled.
@@ -120,6 +190,7 @@ impl Vectors {
             self.release_host();
         }
         self.vectors.clear();
+        self.held = None;
     }
 
     /// Vector `index` delivers `message` from now on, `None`: nothing. What came while it was masked is delivered.
@@ -168,16 +239,20 @@ impl Vectors {
         for message in due {
             self.interrupts.signal(self.requester, message);
         }
-        if let Some((index, e)) = lost {
-            let (requester, count) = (self.requester, self.vectors.len());
-            let kind = if self.kind == IrqKind::Msi { "MSI" } else { "MSI-X" };
-            self.told.once(|| {
-                log::error!(
-                    "{requester}: interrupts are lost: of the {count} {kind} vectors, number {index} could not be had: {e}; \
-                     what works goes on, and others that cannot be had are not named"
-                );
-            });
+        if let Some(lost) = lost {
+            self.complain(lost);
         }
+    }
+
+    fn complain(&self, (index, e): (usize, io::Error)) {
+        let (requester, count) = (self.requester, self.vectors.len());
+        let kind = if self.kind == IrqKind::Msi { "MSI" } else { "MSI-X" };
+        self.told.once(|| {
+            log::error!(
+                "{requester}: interrupts are lost: of the {count} {kind} vectors, number {index} could not be had: {e}; \
+                 what works goes on, and others that cannot be had are not named"
+            );
+        });
     }
 
     /// Lets the host signal the vectors `run`, which follow each other and were just taken. The first that it refuses

@@ -14,7 +14,7 @@ images::rests_on!(
     "A-11" => "VT-d 11.4.4.1",
     "A-12" => "VT-d 3.14",
     "A-13" => "VT-d chapter 8",
-    "A-14" => "VT-d 11.4, KVM",
+    "A-14" => "VT-d 11.4, KVM, vfio-user 0.9.2",
     "A-15" => "VT-d 5.10, chapter 10, 11.4.13 and 11.4.14",
     "A-16" => "VT-d 3.4.1; bus numbers of PCI-to-PCI bridges",
     "A-17" => "VT-d 5.2, 9.11, 9.12",

@@ -104,6 +104,39 @@ pub trait Function: Send + Sync {
     fn dma_messages(&self) -> Option<DmaMessages> {
         None
     }
+
+    /// Its state, if that can be given to another function of its kind. Asks at the first call.
+    fn migration(&self) -> Option<&dyn Migrates> {
+        None
+    }
+}
+
+/// A function whose state can be taken out of it, and put into another one.
+pub trait Migrates {
+    /// Comes to rest. When this returns, no DMA and no interrupt of it is under way, and it begins none until
+    /// [`Migrates::go_on`]. Meanwhile it is not told of memory or interrupts.
+    ///
+    /// # Errors
+    /// It cannot, or is gone; it may have stopped all the same. Or what was put into it is no state of it: then it does
+    /// nothing until it is reset.
+    fn stop(&self) -> io::Result<()>;
+    /// Goes on.
+    ///
+    /// # Errors
+    /// It cannot, or is gone.
+    fn go_on(&self) -> io::Result<()>;
+    /// Its state, while it is stopped: bytes that only such a function understands, at most
+    /// [`MOST_STATE`](crate::vfio_user::MOST_STATE).
+    ///
+    /// # Errors
+    /// It has none, too long a one, or is gone.
+    fn state(&self) -> io::Result<Vec<u8>>;
+    /// Puts a state into it, which begins nothing from now on. It is told of interrupts then, and has taken the state
+    /// when [`Migrates::stop`] returns.
+    ///
+    /// # Errors
+    /// It takes none, or not so much, or is gone.
+    fn load(&self, state: &[u8]) -> io::Result<()>;
 }
 
 /// What the unit hears of a function whose process asks by message. Called from a thread of the connection, without a

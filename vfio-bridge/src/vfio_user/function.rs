@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use log::debug;
 use vfio_bindings::bindings::vfio::{
@@ -15,10 +15,11 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::connection::{CallError, ConnectError, Connection};
+use super::migration::{self, State};
 use super::socket::{MAX_DATA, Message};
 use super::wire::{self, DeviceInfo, IrqInfo, IrqSet, RegionAccess, command};
 use crate::function::reset::{ResetScope, ResetWay};
-use crate::function::{DmaMessages, Function, IrqKind, RegionInfo, RegionKind, Requests, mappable_pages};
+use crate::function::{DmaMessages, Function, IrqKind, Migrates, RegionInfo, RegionKind, Requests, mappable_pages};
 use crate::host::GroupId;
 
 /// Bytes of a region's capabilities that are asked for at first, and what is asked for at most.
@@ -32,6 +33,8 @@ pub struct UserFunction {
     regions: Vec<Region>,
     irqs: Vec<IrqInfo>,
     resettable: bool,
+    /// Whether its state can be had. Asked when somebody wants to know: there are servers that end at the question.
+    migrates: OnceLock<bool>,
 }
 
 #[derive(Default)]
@@ -70,7 +73,7 @@ impl UserFunction {
         });
         let irqs = irqs.collect::<Result<_, _>>()?;
         let resettable = device.flags & VFIO_DEVICE_FLAGS_RESET != 0;
-        Ok(Self { connection, group, regions, irqs, resettable })
+        Ok(Self { connection, group, regions, irqs, resettable, migrates: OnceLock::new() })
     }
 
     fn try_read(&self, region: RegionKind, offset: u64, data: &mut [u8]) -> Result<(), CallError> {
@@ -202,6 +205,30 @@ impl Function for UserFunction {
 
     fn dma_messages(&self) -> Option<DmaMessages> {
         Some(self.connection.messages())
+    }
+
+    fn migration(&self) -> Option<&dyn Migrates> {
+        let offers = *self.migrates.get_or_init(|| migration::is_offered(&self.connection));
+        // Who is gone has no state any more.
+        (offers && !self.connection.has_ended()).then_some(self)
+    }
+}
+
+impl Migrates for UserFunction {
+    fn stop(&self) -> io::Result<()> {
+        migration::go_to(&self.connection, State::Stop)
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        migration::go_to(&self.connection, State::Running)
+    }
+
+    fn state(&self) -> io::Result<Vec<u8>> {
+        migration::read(&self.connection, self.transfer())
+    }
+
+    fn load(&self, state: &[u8]) -> io::Result<()> {
+        migration::write(&self.connection, self.transfer(), state)
     }
 }
 

@@ -24,6 +24,7 @@ use zerocopy::IntoBytes;
 
 use super::granted::{Grant, Granted, Missing};
 use super::logging;
+use super::migration::{Migration, ServedState};
 use super::socket::{MAX_DATA, MAX_FDS, Message, receive, reply_to, send};
 use super::wire::{
     Capabilities, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DeviceInfo, DmaAccess, DmaMap, DmaUnmap, FLAG_ERROR,
@@ -53,6 +54,10 @@ pub trait Served {
     fn unmask_intx(&self);
     /// Back to the state after power-on. When it returns, no DMA of before is under way.
     fn reset(&self);
+    /// Its state, if that can be given to another process.
+    fn state(&self) -> Option<&dyn ServedState> {
+        None
+    }
 }
 
 /// Why a client is served no longer.
@@ -203,11 +208,18 @@ impl ClientMemory {
 }
 
 /// Serves `function` to the client at the other end of `stream`, until it closes the connection. `memory` is what the
-/// function's DMA goes by; afterwards it is empty, and the function signals nobody.
+/// function's DMA goes by; afterwards it is empty, and the function signals nobody. One that the client stopped is
+/// reset then.
 pub fn serve(stream: &UnixStream, function: &dyn Served, memory: &ClientMemory) -> Result<(), ServeError> {
-    let result = Session { stream, function, memory, mappings: 0 }.run();
+    let mut session = Session { stream, function, memory, mappings: 0, migration: Migration::default() };
+    let result = session.run();
     memory.clear();
     IrqKind::ALL.into_iter().for_each(|kind| function.disable_irqs(kind));
+    if session.migration.is_stopped() {
+        // Else it would begin what the client did not want.
+        function.reset();
+        session.migration.was_reset(function.state());
+    }
     result
 }
 
@@ -217,10 +229,11 @@ struct Session<'a> {
     memory: &'a ClientMemory,
     /// How many mappings the client may make.
     mappings: u64,
+    migration: Migration,
 }
 
 impl Session<'_> {
-    fn run(mut self) -> Result<(), ServeError> {
+    fn run(&mut self) -> Result<(), ServeError> {
         let Some(first) = receive(self.stream)? else { return Ok(()) };
         self.agree(&first)?;
         while let Some(mut message) = receive(self.stream)? {
@@ -273,7 +286,7 @@ impl Session<'_> {
     }
 
     /// The payload of the reply, or an errno.
-    fn carry_out(&self, message: &mut Message) -> Result<Vec<u8>, i32> {
+    fn carry_out(&mut self, message: &mut Message) -> Result<Vec<u8>, i32> {
         let short = |_| libc::EINVAL;
         match message.header.command {
             command::DMA_MAP => self.memory.map(message, self.mappings).map(|()| Vec::new()),
@@ -332,9 +345,15 @@ impl Session<'_> {
                 self.function.write(region, access.offset, data);
                 Ok(access.as_bytes().to_vec())
             }
+            command::DEVICE_FEATURE if Migration::serves(message) => {
+                self.migration.feature(self.function.state(), message)
+            }
+            command::MIG_DATA_READ => self.migration.read(message),
+            command::MIG_DATA_WRITE => self.migration.write(message),
             command::DEVICE_FEATURE => logging::serve(&self.memory.granted, message),
             command::DEVICE_RESET => {
                 self.function.reset();
+                self.migration.was_reset(self.function.state());
                 Ok(Vec::new())
             }
             _ => Err(libc::ENOTSUP),

@@ -31,6 +31,10 @@ pub mod command {
     pub const DEVICE_RESET: u16 = 13;
     /// Reads or sets a feature of the device, such as DMA logging.
     pub const DEVICE_FEATURE: u16 = 16;
+    /// Reads the next part of the device's state, while it is copied.
+    pub const MIG_DATA_READ: u16 = 17;
+    /// Writes the next part of a state, while the device resumes.
+    pub const MIG_DATA_WRITE: u16 = 18;
 }
 
 /// Bits 3:0 of the flags: the message answers a command.
@@ -126,6 +130,35 @@ pub struct DeviceFeature {
     pub argsz: u32,
     /// `VFIO_DEVICE_FEATURE_*`: which, and what is done.
     pub flags: u32,
+}
+
+/// Of the feature that says whether a device's state can be had, in the reply.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MigrationFlags {
+    /// `VFIO_MIGRATION_*`.
+    pub flags: u64,
+}
+
+/// Of the feature by which a device is stopped, copied and resumed, both ways.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MigrationState {
+    /// `VFIO_DEVICE_STATE_*`.
+    pub device_state: u32,
+    /// Means nothing here: the data comes and goes by messages.
+    pub data_fd: i32,
+}
+
+/// Of MIG_DATA_READ and MIG_DATA_WRITE; in the reply of the first and in the second, data follows. The second has no
+/// payload in its reply.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MigrationData {
+    /// Bytes of this structure and of the data.
+    pub argsz: u32,
+    /// Bytes of data. In a reply fewer than were asked for: these are the last.
+    pub size: u32,
 }
 
 /// Of a start of DMA logging; its ranges follow.

@@ -5,6 +5,7 @@ mod both_ends;
 mod confined;
 mod dirty;
 mod messages;
+mod migration;
 mod misbehaving;
 mod negotiation;
 mod other_implementations;

@@ -13,7 +13,7 @@ use vtd::Iova;
 use super::misbehaving::{ERROR, REPLY, message, next, words};
 use super::rig::{Asked, PATIENT, Rig, Serving, event, serving};
 
-fn client() -> (UnixStream, Serving) {
+pub fn client() -> (UnixStream, Serving) {
     let (mut client, serving) = serving();
     client.write_all(&message(0, 1, 0, 0, b"\0\0\x01\0{}\0")).unwrap();
     next(&mut client).unwrap();
@@ -34,6 +34,17 @@ fn ask(client: &mut UnixStream, command: u16, payload: &[u8], fds: &[RawFd]) -> 
     let mut rest = vec![0; word(4) as usize - 16];
     client.read_exact(&mut rest).unwrap();
     (word(8), word(12))
+}
+
+/// Sends a command; the payload of the answer, or its errno.
+pub fn ask_for(client: &mut UnixStream, command: u16, payload: &[u8]) -> Result<Vec<u8>, u32> {
+    client.write_all(&message(9, command, 0, 0, payload)).unwrap();
+    let mut header = [0; 16];
+    client.read_exact(&mut header).unwrap();
+    let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+    let mut rest = vec![0; word(4) as usize - 16];
+    client.read_exact(&mut rest).unwrap();
+    if word(8) & ERROR == 0 { Ok(rest) } else { Err(word(12)) }
 }
 
 fn map(flags: u32, offset: u64, address: u64, size: u64) -> Vec<u8> {

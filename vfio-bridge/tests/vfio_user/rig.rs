@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vfio_bridge::vfio_user::{
-    ClientMemory, ConnectError, Served, UserEndpoint, UserFunction, UserOptions, VfioUser, serve,
+    ClientMemory, ConnectError, Served, ServedState, UserEndpoint, UserFunction, UserOptions, VfioUser, serve,
 };
 use vfio_bridge::{
     Function, GroupId, GuestMap, HostIommu, HostSpaceId, IrqKind, MapRefused, Placement, RegionKind, Requests,
@@ -60,6 +60,10 @@ pub enum Asked {
     Mask,
     Unmask,
     Reset,
+    Stop,
+    GoOn,
+    Save,
+    Load,
 }
 
 /// A function whose BAR 2 reads as the offset.
@@ -69,6 +73,8 @@ pub struct Device {
     pub triggers: Mutex<Vec<Option<File>>>,
     /// How long it takes to read a region.
     pub slowness: Mutex<Duration>,
+    /// Its state; `None`: it has none that can be given away. One that begins with 0xbad is none of it.
+    pub state: Mutex<Option<Vec<u8>>>,
 }
 
 impl Device {
@@ -118,6 +124,30 @@ impl Served for Device {
     }
     fn reset(&self) {
         self.note(Asked::Reset);
+    }
+    fn state(&self) -> Option<&dyn ServedState> {
+        self.state.lock().unwrap().is_some().then_some(self)
+    }
+}
+
+impl ServedState for Device {
+    fn stop(&self) {
+        self.note(Asked::Stop);
+    }
+    fn go_on(&self) {
+        self.note(Asked::GoOn);
+    }
+    fn save(&self) -> Vec<u8> {
+        self.note(Asked::Save);
+        self.state.lock().unwrap().clone().unwrap()
+    }
+    fn load(&self, state: &[u8]) -> Result<(), String> {
+        self.note(Asked::Load);
+        if state.starts_with(&[0xba, 0xd0]) {
+            return Err("it begins with 0xbad".to_owned());
+        }
+        *self.state.lock().unwrap() = Some(state.to_vec());
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use crate::commands::options::{self, BadOption};
 use crate::commands::report::ReportArgs;
 use crate::commands::test::TestArgs;
 use crate::commands::units::{Named, units};
-use crate::config::{DeviceOption, IommuOption, MachineConfig, Place};
+use crate::config::{DeviceKind, DeviceOption, IommuOption, MachineConfig, Place, UserSocket};
 use crate::machine::migration::Address;
 
 /// `causeway`.
@@ -125,6 +125,10 @@ pub struct RunArgs {
     /// Wait there for a machine that `causeway ctl PATH migrate ADDRESS` sends: unix:PATH or tcp:HOST:PORT
     #[arg(long, value_name = "ADDRESS", conflicts_with_all = OF_THE_MACHINE, conflicts_with = "restore")]
     pub incoming: Option<Address>,
+    /// Of a machine that was saved or comes: the process of its vfio-user device ID listens at PATH now
+    #[arg(long = "user-socket", value_name = "ID=PATH", value_parser = options::user_socket)]
+    #[arg(conflicts_with_all = ["kernel", "image"])]
+    pub user_sockets: Vec<(String, PathBuf)>,
 }
 
 /// What describes a machine, which one that was saved has already.
@@ -139,12 +143,20 @@ impl RunArgs {
     pub fn of_machine(&self, options: &[String]) -> Result<Self, String> {
         let words = ["causeway", "run"].into_iter().chain(options.iter().map(String::as_str));
         let parsed = Cli::try_parse_from(words).map_err(|e| e.to_string())?;
-        let Command::Run(machine) = parsed.command else { return Err("they are of another command".to_owned()) };
-        let Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, .. } = self;
+        let Command::Run(mut machine) = parsed.command else { return Err("they are of another command".to_owned()) };
+        for (id, path) in &self.user_sockets {
+            let mut devices = machine.devices.iter_mut().filter(|device| device.id.as_ref() == Some(id));
+            match devices.next().map(|device| &mut device.kind) {
+                Some(DeviceKind::VfioUser { socket, .. }) => *socket = UserSocket::Path(path.clone()),
+                _ => return Err(format!("it has no vfio-user device {id}, which --user-socket names")),
+            }
+        }
+        let Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, user_sockets, .. } = self;
         let (stats, trace, log) = (stats.clone(), trace.clone(), log.clone());
         let (no_reboot, timeout, verbose) = (*no_reboot, *timeout, *verbose);
         let (socket, restore, incoming) = (socket.clone(), restore.clone(), incoming.clone());
-        Ok(Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, ..*machine })
+        let user_sockets = user_sockets.clone();
+        Ok(Self { no_reboot, timeout, stats, trace, log, verbose, socket, restore, incoming, user_sockets, ..*machine })
     }
 
     /// The machine that it describes, whose devices have these names and places.

@@ -21,7 +21,10 @@ use devices::edu::{BAR_SIZE, Edu};
 use devices::host::{Interrupts, IrqLine, IrqRoute};
 use devices::pci::config::CONFIG_SIZE;
 use devices::pci::{Decoder, PciFunction};
-use vfio_bridge::vfio_user::{ClientMemory, Served, serve};
+use devices::saved::{Saves, hex};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vfio_bridge::vfio_user::{ClientMemory, Served, ServedState, serve};
 use vfio_bridge::{IrqKind, RegionKind};
 use vtd::spec::INTERRUPT_WINDOW;
 use vtd::{Iova, Msi, Requester, SourceId};
@@ -257,6 +260,53 @@ impl Served for ServedEdu {
 
     fn reset(&self) {
         self.power_on();
+    }
+
+    fn state(&self) -> Option<&dyn ServedState> {
+        Some(self)
+    }
+}
+
+/// What another process needs to be this device.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EduState {
+    edu: Value,
+    /// What the client wrote as the message.
+    #[serde(with = "hex")]
+    message: Vec<u8>,
+}
+
+impl ServedState for ServedEdu {
+    fn stop(&self) {
+        // A transfer of it ends: nothing is waited for but the client's answers, which have a deadline there.
+        if let Err(e) = self.edu.hold() {
+            log::warn!("{e}");
+        }
+    }
+
+    fn go_on(&self) {
+        Saves::go_on(&*self.edu);
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let message = self.message.lock().unwrap().to_vec();
+        // It has nothing that JSON has not.
+        serde_json::to_vec(&EduState { edu: Saves::save(&*self.edu), message }).unwrap_or_default()
+    }
+
+    fn load(&self, state: &[u8]) -> Result<(), String> {
+        let EduState { edu, message } = serde_json::from_slice(state).map_err(|e| format!("not understood: {e}"))?;
+        let message: [u8; MESSAGE_MASK.len()] = message.try_into().map_err(|_| "a message of another length")?;
+        if message.iter().zip(MESSAGE_MASK).any(|(byte, mask)| byte & !mask != 0) {
+            return Err("a message that cannot be written".to_owned());
+        }
+        self.edu.restore(&edu).map_err(|e| e.to_string())?;
+        *self.message.lock().unwrap() = message;
+        // Where its interrupts go is this client's.
+        let on = self.lines.state().message.is_some();
+        self.enable_msi(on);
+        Ok(())
     }
 }
 

@@ -260,6 +260,17 @@ fn path(text: &str) -> Result<PathBuf, BadOption> {
     if text.is_empty() { bad("a path is expected") } else { Ok(text.into()) }
 }
 
+/// Of `--user-socket`: the id of a device, and where its process listens.
+///
+/// # Errors
+/// One of them is missing.
+pub fn user_socket(text: &str) -> Result<(String, PathBuf), BadOption> {
+    match text.split_once('=') {
+        Some((id, place)) if !id.is_empty() => Ok((id.to_owned(), path(place)?)),
+        _ => bad("ID=PATH is expected"),
+    }
+}
+
 /// The name of an interface, as Linux allows it.
 fn interface(text: &str) -> Result<String, BadOption> {
     let fits = (1..=15).contains(&text.len()) && !matches!(text, "." | "..");

@@ -30,7 +30,7 @@ use crate::machine::audit;
 use crate::machine::control::{Control, Stop};
 use crate::machine::control_socket::{self, ControlSocket, SocketFile};
 use crate::machine::events::{BlockedInterrupts, FunctionEvents, Outside, Wake};
-use crate::machine::migration::Incoming;
+use crate::machine::migration::{Arrived, Incoming};
 use crate::machine::saving::Description;
 use crate::machine::snapshot::Snapshot;
 use crate::machine::stats::{self, Exit, Stats};
@@ -112,10 +112,13 @@ pub fn run(args: &RunArgs) -> ExitCode {
     let why = |why| format!("the options of the machine that was saved cannot be used: {why}");
     let opened = saved.and_then(|saved| match saved {
         None => Ok(run_machine(args, None)),
-        Some(saved) => {
-            let args = args.of_machine(&saved.machine().options).map_err(why)?;
-            Ok(run_machine(&args, Some(saved)))
-        }
+        Some(saved) => match args.of_machine(&saved.machine().options).map_err(why) {
+            Ok(args) => Ok(run_machine(&args, Some(saved))),
+            Err(why) => {
+                saved.refuse(&why);
+                Err(why)
+            }
+        },
     });
     opened.unwrap_or_else(|why| {
         say(format_args!("causeway: {why}"));
@@ -137,11 +140,20 @@ impl Saved {
         }
     }
 
-    /// Gives the machine, which was made from it, its state.
-    fn put_into(self, machine: &mut Machine) -> anyhow::Result<()> {
+    /// Tells a process that waits for it why it is not used.
+    fn refuse(self, why: &str) {
         match self {
-            Self::Folder(snapshot) => Ok(machine.take_over(*snapshot)?),
-            Self::Incoming(incoming) => machine.arrive(incoming).map_err(anyhow::Error::msg),
+            Self::Folder(_) => {}
+            Self::Incoming(incoming) => incoming.refuse(why),
+        }
+    }
+
+    /// Gives the machine, which was made from it, its state. One that comes from another process is to be taken over
+    /// then.
+    fn put_into(self, machine: &mut Machine) -> anyhow::Result<Option<Arrived>> {
+        match self {
+            Self::Folder(snapshot) => Ok(machine.take_over(*snapshot).map(|()| None)?),
+            Self::Incoming(incoming) => machine.arrive(incoming).map(Some).map_err(anyhow::Error::msg),
         }
     }
 }
@@ -183,6 +195,9 @@ fn run_machine(args: &RunArgs, saved: Option<Saved>) -> ExitCode {
         }
     };
     let result = run.guest();
+    if let (Err(e), Some(saved)) = (&result, run.saved.take()) {
+        saved.refuse(&e.to_string());
+    }
     terminal::give_back();
     let code = match &result {
         Ok(stop) => outcome(stop).code as u8,
@@ -239,18 +254,18 @@ impl Run<'_> {
         };
         let made = Machine::new(&kvm, parts);
         let saved = self.saved.take();
-        let mut machine = match (made, saved) {
-            (Ok(machine), None) => machine,
-            (Ok(mut machine), Some(saved)) => {
-                if let Err(e) = saved.put_into(&mut machine) {
+        let (mut machine, arrived) = match (made, saved) {
+            (Ok(machine), None) => (machine, None),
+            (Ok(mut machine), Some(saved)) => match saved.put_into(&mut machine) {
+                Ok(arrived) => (machine, arrived),
+                Err(e) => {
                     machine.stop();
                     return Err(e);
                 }
-                machine
-            }
+            },
             (Err(e), saved) => {
-                if let Some(Saved::Incoming(incoming)) = saved {
-                    incoming.refuse(&e.to_string());
+                if let Some(saved) = saved {
+                    saved.refuse(&e.to_string());
                 }
                 return Err(e.into());
             }
@@ -278,6 +293,11 @@ impl Run<'_> {
         // From here on the event loop hears the signals.
         drop(guard);
         let typed = Console::start(machine.input(), drained, control, self.messages.terminal())?;
+        // Last of all, when nothing can fail here any more.
+        if let Some(Err(why)) = arrived.map(|arrived| machine.take_guest(arrived)) {
+            machine.stop();
+            return Err(anyhow::Error::msg(why));
+        }
         machine.resume();
         let stop = self.watch(&mut machine, &mut events, &mut watched, &report, trace.as_deref(), socket);
         machine.halt();

@@ -11,7 +11,7 @@ use crate::commands::describe;
 use crate::config::DeviceOption;
 use crate::control_protocol::{Action, Reply, Request, Verb};
 use crate::machine::control::{Control, Stop};
-use crate::machine::migration::Address;
+use crate::machine::migration::{Address, NotMoved};
 use crate::machine::stats::{self, Device, Port, Stats};
 use crate::machine::{Machine, audit};
 
@@ -149,16 +149,20 @@ impl Verbs<'_> {
     /// The machine moves, and this run ends.
     fn migrate(&self, request: &Request, machine: &mut Machine) -> Reply {
         let to: Result<Address, _> = request.to.as_deref().unwrap_or_default().parse();
-        let moved = to.and_then(|to| {
-            let options = describe::machine(self.args, machine)?;
-            machine.migrate(&to, options, request.verify == Some(true))
-        });
+        let wanted = to.and_then(|to| Ok((to, describe::machine(self.args, machine)?)));
+        let moved = wanted
+            .map_err(NotMoved::Here)
+            .and_then(|(to, options)| machine.migrate(&to, options, request.verify == Some(true)));
         match moved {
             Ok(moved) => {
                 self.control.request(Stop::Migrated);
                 Reply::ok(&moved)
             }
-            Err(why) => Reply::Error(format!("the machine did not move, and goes on here: {why}")),
+            Err(NotMoved::Here(why)) => Reply::Error(format!("the machine did not move, and goes on here: {why}")),
+            Err(NotMoved::Unsure(why)) => Reply::Error(format!(
+                "it is not known whether the machine moved, and it is paused here: {why}; look there: if it runs, \
+                 `quit` here, and `resume` here only if it does not and will not"
+            )),
         }
     }
 }

@@ -8,11 +8,18 @@
 //!  what was written meanwhile, again     ►
 //!  the machine is held: the rest, state  ►   takes it, and is ready
 //!                                        ◄   ready, or what does not fit
-//!  go on; the source ends                ►   goes on
+//!  go on                                 ►
+//!  the source ends                       ◄   it goes on here: the last word, and then it does
 //! ```
 //!
-//! Up to its last word the source can go on: whatever fails, its guest runs. What was written is what KVM says of
-//! vCPUs, the bridge of devices whose I/O is in the host, and RAM's own log of emulated DMA and of the unit.
+//! Nowhere runs a guest that may run elsewhere. Up to "go on" the source can: whatever fails, its guest runs. From
+//! there on the destination may, and does, whatever becomes of its last word. The source runs its guest again only
+//! where it is certain that this word was never said: the other end closed the connection without it. Where that is not
+//! certain, because nothing comes or the connection broke on its way, the guest stays held here until somebody resumes
+//! it who knows.
+//!
+//! What was written is what KVM says of vCPUs, the bridge of devices whose I/O is in the host, and RAM's own log of
+//! emulated DMA and of the unit. A function of another process is stopped before the log of its DMA is read last.
 
 use std::fmt;
 use std::io::{self, BufWriter, Read, Write};
@@ -27,13 +34,13 @@ use vfio_bridge::{DirtyPages, DirtyRace, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Machine;
-use super::saving::{Description, MachineState};
+use super::saving::{Description, Held, MachineState};
 use super::snapshot::{RamDigest, nonzero_pages};
 use crate::kvm::vm;
 
 const FORM: &str = "causeway migration";
 /// Of what is said, the only one that is understood.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest message but those of pages: bytes.
 const MOST: u64 = 256 << 20;
 /// How long the other end may take for what it is waited for.
@@ -49,6 +56,7 @@ const STATE: u8 = 3;
 const READY: u8 = 4;
 const REFUSED: u8 = 5;
 const GO: u8 = 6;
+const GOES_ON: u8 = 7;
 
 /// Where the other process is.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -190,22 +198,60 @@ pub struct Moved {
     pub down_ms: u64,
 }
 
+/// Why a machine is not known to have moved: a sentence.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NotMoved {
+    /// It goes on here.
+    Here(String),
+    /// It may run there, and is held here until it is resumed.
+    Unsure(String),
+}
+
+impl From<String> for NotMoved {
+    fn from(why: String) -> Self {
+        Self::Here(why)
+    }
+}
+
+/// What the last word of the destination means for the source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum LastWord {
+    /// The guest runs there.
+    Said,
+    /// It was never said, and will not be.
+    Never,
+    /// Nobody knows.
+    Unsure,
+}
+
+/// What came, or did not, after the destination was told to go on. What a Unix socket has is had by who reads, also
+/// after the other end is gone; on the way through a network it may be lost.
+fn last_word(came: &io::Result<(u8, Vec<u8>)>, is_unix: bool) -> LastWord {
+    match came {
+        Ok((GOES_ON, _)) => LastWord::Said,
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => LastWord::Never,
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset && is_unix => LastWord::Never,
+        _ => LastWord::Unsure,
+    }
+}
+
 impl Machine {
     /// Moves the machine into the process that waits at `to`. When this returns `Ok`, the guest runs there, and this
     /// machine is held for good. `options` are those of its command line; `verify`: all of RAM is compared before.
     ///
     /// # Errors
-    /// A sentence with the reason. The guest runs on here.
-    pub fn migrate(&mut self, to: &Address, options: Vec<String>, verify: bool) -> Result<Moved, String> {
+    /// The reason, and where the guest is.
+    pub fn migrate(&mut self, to: &Address, options: Vec<String>, verify: bool) -> Result<Moved, NotMoved> {
         self.can_be_saved()?;
         if self.dirty.is_on() {
-            return Err("which memory devices write is tracked for somebody else; end that first (`dirty stop`)".into());
+            let why = "which memory devices write is tracked for somebody else; end that first (`dirty stop`)";
+            return Err(NotMoved::Here(why.to_owned()));
         }
         let stream = Stream::connect(to).map_err(|e| {
             format!("nobody is reached at {to} ({e}); start `causeway run --incoming` with it there first")
         })?;
         self.start_dirty(None, DirtyRace::Closed)?;
-        let logging = vm::log_dirty(&self.vm, &self.ram, true).map_err(|e| e.to_string());
+        let logging = vm::log_dirty(&self.vm, &self.ram, true).map_err(|e| NotMoved::Here(e.to_string()));
         let moved = logging.and_then(|()| self.send_all(stream, to, options, verify));
         if moved.is_err() {
             // Nothing of it stays.
@@ -215,7 +261,13 @@ impl Machine {
         moved
     }
 
-    fn send_all(&mut self, stream: Stream, to: &Address, options: Vec<String>, verify: bool) -> Result<Moved, String> {
+    fn send_all(
+        &mut self,
+        stream: Stream,
+        to: &Address,
+        options: Vec<String>,
+        verify: bool,
+    ) -> Result<Moved, NotMoved> {
         let mut stream = BufWriter::with_capacity(1 << 20, stream);
         let lost = |e: io::Error| format!("the connection to {to} is lost: {e}");
         let written = |e: serde_json::Error| format!("the state has no form: {e}");
@@ -245,7 +297,7 @@ impl Machine {
             stream.flush().map_err(lost)?;
             rounds += 1;
             if self.control.is_stopping() {
-                return Err("the guest ends or resets just now; ask again when it runs".to_owned());
+                return Err(NotMoved::Here("the guest ends or resets just now; ask again when it runs".to_owned()));
             }
             if dirty.count() <= FEW || rounds == MOST_ROUNDS {
                 break;
@@ -272,20 +324,36 @@ impl Machine {
                 (REFUSED, why) => return Err(format!("{to} refuses it: {}", String::from_utf8_lossy(&why))),
                 _ => return Err(format!("{to} says what is not understood")),
             }
-            // The last word: from here on the guest is there.
+            // Whoever is told a part of it is not told.
             send(stream.get_mut(), GO, &[]).map_err(lost)?;
-            Ok(last_pages)
+            Ok((last_pages, start.elapsed().as_millis() as u64))
         });
-        match handed {
-            Ok(last_pages) => {
-                let down_ms = start.elapsed().as_millis() as u64;
+        let (last_pages, down_ms) = match handed {
+            Ok(handed) => handed,
+            Err(why) => {
+                self.let_go(held);
+                return Err(NotMoved::Here(why));
+            }
+        };
+        let came = receive(stream.get_mut());
+        let why = || match &came {
+            Ok(_) => format!("{to} was told to go on, and says what is not understood"),
+            Err(e) => format!("{to} was told to go on, and does not say that it does: {e}"),
+        };
+        match last_word(&came, matches!(to, Address::Unix(_))) {
+            LastWord::Said => {
                 let pages = pages + last_pages;
                 self.paused = true;
                 Ok(Moved { migrated: to.to_string(), rounds, pages, last_pages, down_ms })
             }
-            Err(why) => {
+            LastWord::Never => {
                 self.let_go(held);
-                Err(why)
+                Err(NotMoved::Here(why()))
+            }
+            LastWord::Unsure => {
+                self.paused = true;
+                self.unsure = Some(held);
+                Err(NotMoved::Unsure(why()))
             }
         }
     }
@@ -319,27 +387,45 @@ impl Machine {
         Ok(sent)
     }
 
-    /// Takes what `incoming` has for a machine that was made from its description, and has not run. When this returns,
-    /// the machine is to run, and the other one does not any more.
+    /// Takes what `incoming` has for a machine that was made from its description, and has not run. Nothing of it runs
+    /// yet, and the other one is held.
     ///
     /// # Errors
     /// A sentence with the reason. The machine is not to be run; the other one goes on.
-    pub fn arrive(&mut self, mut incoming: Incoming) -> Result<(), String> {
-        let taken = self.take_all(&mut incoming);
-        if let Err(why) = &taken {
-            // It may be the connection that failed.
-            let _ = send(&mut incoming.stream, REFUSED, why.as_bytes());
-        }
-        taken?;
-        let lost = |e: io::Error| format!("the connection is lost, and the machine goes on where it was: {e}");
-        send(&mut incoming.stream, READY, &[]).map_err(lost)?;
-        match receive(&mut incoming.stream).map_err(lost)? {
-            (GO, _) => Ok(()),
-            _ => Err("the other process says what is not understood".to_owned()),
+    pub fn arrive(&mut self, mut incoming: Incoming) -> Result<Arrived, String> {
+        match self.take_all(&mut incoming) {
+            Ok(held) => Ok(Arrived { incoming, held }),
+            Err(why) => {
+                // It may be the connection that failed.
+                let _ = send(&mut incoming.stream, REFUSED, why.as_bytes());
+                Err(why)
+            }
         }
     }
 
-    fn take_all(&mut self, incoming: &mut Incoming) -> Result<(), String> {
+    /// Takes the guest over, now that nothing can fail here. When this returns, the vCPUs are to run, and the other
+    /// machine does not any more.
+    ///
+    /// # Errors
+    /// A sentence with the reason. The machine is not to be run; the other one goes on.
+    pub fn take_guest(&mut self, arrived: Arrived) -> Result<(), String> {
+        let Arrived { mut incoming, held } = arrived;
+        let lost = |e: io::Error| format!("the connection is lost, and the machine goes on where it was: {e}");
+        send(&mut incoming.stream, READY, &[]).map_err(lost)?;
+        match receive(&mut incoming.stream).map_err(lost)? {
+            (GO, _) => {}
+            _ => return Err("the other process says what is not understood".to_owned()),
+        }
+        // The other one does not run until it has this or sees the end of the connection: so the guest is here,
+        // whatever becomes of it.
+        if let Err(e) = send(&mut incoming.stream, GOES_ON, &[]) {
+            log::warn!("the guest goes on here, and the process that it comes from could not be told: {e}");
+        }
+        self.begin(held);
+        Ok(())
+    }
+
+    fn take_all(&mut self, incoming: &mut Incoming) -> Result<Held, String> {
         let lost = |e: io::Error| format!("the connection is lost: {e}");
         let Last { state, sha256 } = loop {
             let (kind, content) = receive(&mut incoming.stream).map_err(lost)?;
@@ -367,6 +453,12 @@ impl Machine {
         }
         self.restore(state)
     }
+}
+
+/// A machine that came, and does not run yet. The other one is held as long as this is there.
+pub struct Arrived {
+    incoming: Incoming,
+    held: Held,
 }
 
 /// A machine that comes from another process.
@@ -445,6 +537,24 @@ mod tests {
         for (kind, len) in [(PAGE, 9 + PAGE_SIZE), (STATE, MOST + 1), (0, u64::MAX)] {
             let head = [&[kind][..], &len.to_le_bytes()].concat();
             assert!(receive(&mut &head[..]).unwrap_err().to_string().contains("longer"), "{kind}");
+        }
+    }
+
+    #[test]
+    fn a14_a_source_goes_on_only_where_the_last_word_was_certainly_not_said() {
+        let failed = |kind: io::ErrorKind| Err(io::Error::from(kind));
+        for (came, unix, tcp) in [
+            (Ok((GOES_ON, Vec::new())), LastWord::Said, LastWord::Said),
+            (failed(io::ErrorKind::UnexpectedEof), LastWord::Never, LastWord::Never),
+            // Data may have been lost with the connection.
+            (failed(io::ErrorKind::ConnectionReset), LastWord::Never, LastWord::Unsure),
+            (failed(io::ErrorKind::WouldBlock), LastWord::Unsure, LastWord::Unsure),
+            (failed(io::ErrorKind::TimedOut), LastWord::Unsure, LastWord::Unsure),
+            (failed(io::ErrorKind::Other), LastWord::Unsure, LastWord::Unsure),
+            (Ok((READY, Vec::new())), LastWord::Unsure, LastWord::Unsure),
+            (Ok((REFUSED, Vec::new())), LastWord::Unsure, LastWord::Unsure),
+        ] {
+            assert_eq!((last_word(&came, true), last_word(&came, false)), (unix, tcp), "{came:?}");
         }
     }
 

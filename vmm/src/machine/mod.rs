@@ -176,6 +176,8 @@ pub struct Machine {
     ram_size: u64,
     resets: u64,
     paused: bool,
+    /// It may have moved, and nobody knows: it stays held, until somebody who does resumes it.
+    unsure: Option<saving::Held>,
     dirty: dirty::Dirty,
     vm: Arc<VmFd>,
     /// The states of vCPUs, when they are saved and put back.
@@ -416,6 +418,7 @@ impl Machine {
             ram_size: wanted.memory,
             resets: 0,
             paused: false,
+            unsure: None,
             dirty: dirty::Dirty::default(),
             vm,
             states: Arc::default(),
@@ -492,6 +495,9 @@ impl Machine {
     /// paused stays so.
     pub fn reset(&mut self) -> Result<(), Error> {
         self.control.pause();
+        if let Some(held) = self.unsure.take() {
+            self.begin(held);
+        }
         self.take_what_was_asked_for();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
         self.platform.root.reset();

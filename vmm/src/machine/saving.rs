@@ -70,6 +70,8 @@ struct Found {
     function: Arc<dyn PciFunction>,
     /// Another process or the host has its state.
     is_elsewhere: bool,
+    /// A process.
+    of_process: bool,
 }
 
 /// Physical address bits of the guest: those of the machine that was saved, if this host has as many.
@@ -128,7 +130,8 @@ impl Machine {
             let placed = self.placed.iter().find(|placed| placed.requester == requester);
             let name = placed.map_or_else(|| place.clone(), |placed| format!("{} ({})", placed.id, placed.kind.name()));
             let is_elsewhere = placed.is_some_and(|placed| placed.host.is_some() || placed.process.is_some());
-            Found { place, name, function, is_elsewhere }
+            let of_process = placed.is_some_and(|placed| placed.process.is_some());
+            Found { place, name, function, is_elsewhere, of_process }
         });
         found.collect()
     }
@@ -149,9 +152,9 @@ impl Machine {
     pub(super) fn can_be_saved(&self) -> Result<(), String> {
         match self.found().iter().find(|found| found.function.saves().is_none()) {
             None => Ok(()),
-            Some(Found { name, is_elsewhere: true, .. }) => Err(format!(
-                "{name} cannot be saved: its state is in the host or in another process; put it behind a root port, \
-                 and `remove` it before"
+            Some(Found { name, is_elsewhere: true, of_process, .. }) => Err(format!(
+                "{name} cannot be saved: its state is {}; put it behind a root port, and `remove` it before",
+                if *of_process { "in a process that has no migration, or is gone" } else { "in the host" }
             )),
             Some(Found { name, .. }) => Err(format!("{name} cannot be saved; start the machine without it")),
         }
@@ -169,7 +172,7 @@ impl Machine {
             self.let_go(Held(()));
             return Err("the guest ends or resets just now; ask again when it runs".to_owned());
         }
-        let held = self.hold_devices();
+        let held = self.hold_devices(|_| true);
         if let Err(why) = held {
             self.let_go(Held(()));
             return Err(why);
@@ -177,8 +180,8 @@ impl Machine {
         Ok(Held(()))
     }
 
-    fn hold_devices(&self) -> Result<(), String> {
-        for Found { name, function, .. } in self.found() {
+    fn hold_devices(&self, which: fn(&Found) -> bool) -> Result<(), String> {
+        for Found { name, function, .. } in self.found().into_iter().filter(which) {
             if let Some(saves) = function.saves() {
                 saves.hold().map_err(|why| format!("{name} cannot be saved: {why}"))?;
             }
@@ -195,8 +198,11 @@ impl Machine {
         }
     }
 
-    /// The machine goes on, unless it is paused.
+    /// The machine goes on, unless it is paused. One that may be elsewhere stays held.
     pub(super) fn let_go(&mut self, _: Held) {
+        if self.unsure.is_some() {
+            return;
+        }
         self.release_devices();
         if !self.paused {
             self.control.resume();
@@ -208,9 +214,10 @@ impl Machine {
     /// # Errors
     /// A sentence with what has none.
     pub(super) fn state(&self, _: &Held) -> Result<MachineState, String> {
-        let functions = self.found().into_iter().map(|found| match found.function.saves() {
-            Some(saves) => Ok((found.place, saves.save())),
-            None => Err(format!("{} cannot be saved", found.name)),
+        let functions = self.found().into_iter().map(|Found { place, name, function, .. }| {
+            let saves = function.saves().ok_or_else(|| format!("{name} cannot be saved"))?;
+            saves.gather().map_err(|why| format!("{name} cannot be saved: {why}"))?;
+            Ok::<_, String>((place, saves.save()))
         });
         let functions = functions.collect::<Result<_, _>>()?;
         let ports = self.platform.root.ports();
@@ -228,14 +235,21 @@ impl Machine {
     }
 
     /// Puts a state into a machine that was made from its description, that has not run, and whose RAM is as it was.
+    /// Its devices are held until [`Machine::begin`].
     ///
     /// # Errors
     /// A sentence with what does not fit. Then the machine is not to be run.
-    pub fn restore(&mut self, state: MachineState) -> Result<(), String> {
-        self.hold_devices()?;
+    pub(super) fn restore(&mut self, state: MachineState) -> Result<Held, String> {
+        // A function of another process is as new, and begins nothing. While it is stopped its process may refuse to
+        // hear of memory.
+        self.hold_devices(|found| !found.is_elsewhere)?;
         self.put_back(state)?;
+        Ok(Held(()))
+    }
+
+    /// The devices of a machine that was put back go on; its vCPUs follow.
+    pub(super) fn begin(&mut self, _: Held) {
         self.release_devices();
-        Ok(())
     }
 
     fn put_back(&mut self, state: MachineState) -> Result<(), String> {

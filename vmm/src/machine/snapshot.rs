@@ -395,7 +395,9 @@ impl Machine {
     pub fn take_over(&mut self, snapshot: Snapshot) -> Result<(), Error> {
         let path = snapshot.path.clone();
         let state = snapshot.read_memory(&self.ram)?;
-        self.restore(state).map_err(|why| Error::Broken { path: path.join(STATE), why })
+        let held = self.restore(state).map_err(|why| Error::Broken { path: path.join(STATE), why })?;
+        self.begin(held);
+        Ok(())
     }
 }
 

@@ -17,9 +17,12 @@ impl Machine {
         self.paused
     }
 
-    /// Lets the vCPUs run.
+    /// Lets the vCPUs run; and the devices of a machine of which it was not known whether it had moved.
     pub fn resume(&mut self) {
         self.paused = false;
+        if let Some(held) = self.unsure.take() {
+            self.begin(held);
+        }
         self.control.resume();
     }
 
