@@ -349,7 +349,9 @@ mod tests {
         assert_eq!(config.validate(), Ok(()));
         config.interrupt_remapping = false;
         assert_eq!(config.validate(), Err(ConfigError::PostedAlone));
-        }
+    }
+
+    #[test]
     fn a4_a_unit_that_remaps_interrupts_only_has_no_width() {
         let interrupts = UnitConfig { interrupt_remapping: true, ..UnitConfig::new(UnitId(0), 48) };
         let config = UnitConfig { dma_translation: false, ..interrupts };

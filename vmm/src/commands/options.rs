@@ -118,7 +118,7 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 17] = [
+        const KEYS: [&str; 18] = [
             "ats",
             "aw-bits",
             "caching-mode",

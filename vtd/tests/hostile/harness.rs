@@ -18,8 +18,8 @@ use vtd::inspect::{PageBounds, Position};
 use vtd::spec::registers::offset;
 use vtd::{
     Access, Applied, AtsFunction, AttachRefused, Bounds, Completion, Endpoint, Gpa, GpaRange, Iova, IovaRange, MapOp,
-    Mapping, Msi, MsiSink, PageRequest, PageResponse, Pasid, Requester, SourceId, SpaceKey, SpaceListener, Stages,
-    State, Stream, TlbScope, Unit, UnitConfig, UnitId,
+    Mapping, Msi, MsiSink, PageRequest, PageResponse, Pasid, Remapped, Requester, SourceId, SpaceKey, SpaceListener,
+    Stages, State, Stream, TlbScope, Unit, UnitConfig, UnitId,
 };
 
 /// Guest memory, from address 0.
@@ -239,6 +239,7 @@ fn config(script: &mut Script<'_>) -> UnitConfig {
         pass_through: wanted(1),
         interrupt_remapping: wanted(2),
         extended_interrupt_mode: wanted(2),
+        posted_interrupts: wanted(2),
         scalable,
         nested: scalable == Some(Stages::Both),
         second_stage_dirty: second && wanted(3),
@@ -424,7 +425,12 @@ impl World {
             _ => script.word(),
         };
         let msi = Msi { address, data: script.byte().into() };
-        let _ = if what & 0x80 == 0 { self.unit.remap(from, msi) } else { self.unit.deliver(from, msi) };
+        match self.unit.remap(from, msi) {
+            // By the entry as it was looked up, whatever it is by now.
+            Ok(Remapped::Posted(posting)) if what & 0x40 != 0 => drop(self.unit.post(&posting)),
+            _ if what & 0x80 != 0 => drop(self.unit.deliver(from, msi)),
+            _ => {}
+        }
     }
 
     fn functions(&mut self, script: &mut Script<'_>) {
