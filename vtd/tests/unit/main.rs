@@ -23,6 +23,7 @@ mod pasids;
 mod performance;
 mod queue;
 mod random;
+mod reads;
 mod register_page;
 mod registers;
 mod remapping;
