@@ -3,15 +3,15 @@
 use crate::ids::{Iova, Pasid, Requester};
 use crate::spec::fault::FaultReason;
 
-/// What a device wants to do.
+/// What a device wants to do. The bits are those of [`Perm`](crate::Perm) that it needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
     /// Read.
-    Read,
+    Read = 1,
     /// Write.
-    Write,
+    Write = 2,
     /// A read of no bytes: it needs no more than a present translation. Section 3.7.
-    ZeroLengthRead,
+    ZeroLengthRead = 0,
 }
 
 /// What kind of request it is, beside what it wants. Sections 4.1 and 7.4.

@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{BS, Bitmap};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory, VolatileSlice,
+};
 
 use crate::ids::Gpa;
 
@@ -14,6 +16,15 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
     /// `count` words at `gpa`, or `None` where there is no memory.
     pub(crate) fn at(memory: &'a M, gpa: Gpa, count: usize) -> Option<Self> {
         memory.get_slice(GuestAddress(gpa.0), count.checked_mul(8)?).ok().map(Self)
+    }
+
+    /// The same in one of the first two regions of memory, which takes less than a search: few guests have more.
+    /// `None` elsewhere, too.
+    #[inline(always)]
+    pub(crate) fn near(memory: &'a M, gpa: Gpa, count: usize) -> Option<Self> {
+        let mut regions = memory.iter();
+        let (region, offset) = within(regions.next()?, gpa).or_else(|| within(regions.next()?, gpa))?;
+        region.get_slice(offset, count.checked_mul(8)?).ok().map(Self)
     }
 
     /// Writes `new` at `index` if `old` is there, and says whether it was; `None` where that cannot be done.
@@ -36,6 +47,7 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
     }
 
     /// The word at `index`, read once.
+    #[inline(always)]
     pub(crate) fn get(&self, index: usize) -> Option<u64> {
         self.0.load::<u64>(index * 8, Ordering::Relaxed).ok().map(u64::from_le)
     }
@@ -48,6 +60,13 @@ impl<'a, M: GuestMemoryBackend> Words<'a, M> {
         into.iter_mut().for_each(|word| *word = u64::from_le(*word));
         copied == into.len()
     }
+}
+
+/// Where in `region` `gpa` is, if it is.
+#[inline(always)]
+fn within<R: GuestMemoryRegion>(region: &R, gpa: Gpa) -> Option<(&R, MemoryRegionAddress)> {
+    let offset = gpa.0.wrapping_sub(region.start_addr().0);
+    (offset < region.len()).then_some((region, MemoryRegionAddress(offset)))
 }
 
 /// A structure of two words: the lower first, as its present bit is there and the guest sets it last.

@@ -72,11 +72,11 @@ impl fmt::Display for PagedSpace {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Perm {
     /// Read only.
-    Read,
+    Read = 1,
     /// Write only.
-    Write,
+    Write = 2,
     /// Read and write.
-    ReadWrite,
+    ReadWrite = 3,
 }
 
 impl Perm {
@@ -91,11 +91,11 @@ impl Perm {
     }
     /// Whether a device may read.
     pub const fn readable(self) -> bool {
-        !matches!(self, Self::Write)
+        self as u8 & Self::Read as u8 != 0
     }
     /// Whether a device may write.
     pub const fn writable(self) -> bool {
-        !matches!(self, Self::Read)
+        self as u8 & Self::Write as u8 != 0
     }
 }
 

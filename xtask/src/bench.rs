@@ -43,6 +43,9 @@ pub struct BenchArgs {
     /// How many runs of each VMM `nested` takes the median of
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
     rounds: u32,
+    /// Only counts the instructions of what has a limit (a crate's benches/limits.toml); fails where one takes more
+    #[arg(long)]
+    instructions: bool,
     /// A static `causeway` that is built already
     #[arg(long, value_name = "FILE", env = "CAUSEWAY_BINARY")]
     causeway: Option<PathBuf>,
@@ -79,6 +82,11 @@ struct Operations {
 
 pub fn command(args: &BenchArgs) -> Result<u8> {
     let wants = |name: &str| args.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()));
+    if args.instructions {
+        let complaints = crate_benches::check_limits(&wants)?;
+        complaints.iter().for_each(|complaint| println!("{complaint}"));
+        return Ok(u8::from(!complaints.is_empty()));
+    }
     let mut report = Report { version: 1, ..Report::default() };
     report.criterion = crate_benches::run(&wants)?;
     if wants("nested") {

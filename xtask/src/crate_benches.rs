@@ -6,12 +6,15 @@ use crate::crate_tests::cargo;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
 /// What is counted of an operation takes about so long without being counted, which makes it some fifty times slower.
 const COUNTED_NS: f64 = 10e6;
+/// What is counted for its limit alone takes about so many instructions.
+const COUNTED_FOR_A_LIMIT: u64 = 20_000_000;
 /// Fewer would be lost beside what precedes them, and more take too long.
 const ITERATIONS: std::ops::RangeInclusive<u64> = 16..=40_000;
 
@@ -62,6 +65,62 @@ pub fn run(wants: &dyn Fn(&str) -> bool) -> Result<Vec<Criterion>> {
     Ok(found)
 }
 
+/// The limits of a package: `benches/limits.toml`, an operation's name and the most instructions that it may take.
+#[derive(Debug)]
+pub struct Limits {
+    folder: PathBuf,
+    of: BTreeMap<String, u64>,
+}
+
+/// Counts the instructions of the operations that have a limit, and times nothing. Each that takes more than it may is
+/// named, and each that is none.
+pub fn check_limits(wants: &dyn Fn(&str) -> bool) -> Result<Vec<String>> {
+    ensure!(
+        Command::new("valgrind").arg("--version").output().is_ok_and(|result| result.status.success()),
+        "instructions cannot be counted: there is no valgrind (apt-get install valgrind)"
+    );
+    let result = cargo().args(["metadata", "--no-deps", "--format-version", "1"]).output()?;
+    let metadata: Value = serde_json::from_slice(&result.stdout).context("cannot run cargo metadata")?;
+    let mut complaints = Vec::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let name = package["name"].as_str().unwrap_or_default();
+        let manifest = Path::new(package["manifest_path"].as_str().unwrap_or_default());
+        let Some(limits) = wants(name).then(|| limits(manifest)).transpose()?.flatten() else { continue };
+        let mut counted = BTreeMap::new();
+        for bench in package["targets"].as_array().into_iter().flatten().filter(|t| t["kind"][0] == "bench") {
+            let program = program(name, bench["name"].as_str().unwrap_or_default())?;
+            let names = operations(&program)?;
+            for (operation, limit) in limits.of.iter().filter(|(operation, _)| names.contains(operation)) {
+                let iterations = (COUNTED_FOR_A_LIMIT / limit.max(&1)).clamp(*ITERATIONS.start(), *ITERATIONS.end());
+                counted.insert(operation.clone(), instructions_each(&program, operation, iterations)?);
+            }
+        }
+        complaints.extend(beyond(&limits, &counted));
+    }
+    Ok(complaints)
+}
+
+fn limits(manifest: &Path) -> Result<Option<Limits>> {
+    let file = manifest.with_file_name("benches").join("limits.toml");
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let of = toml::from_str(&std::fs::read_to_string(&file)?).with_context(|| file.display().to_string())?;
+    Ok(Some(Limits { folder: file, of }))
+}
+
+/// What is wrong with what was counted.
+fn beyond(limits: &Limits, counted: &BTreeMap<String, f64>) -> Vec<String> {
+    let complaint = |(operation, limit): (&String, &u64)| match counted.get(operation) {
+        None => Some(format!("{operation} has a limit and is no benchmark ({})", limits.folder.display())),
+        Some(count) => {
+            progress(format_args!("{operation}: {count:.0} instructions of at most {limit}"));
+            (*count > *limit as f64).then(|| format!("{operation} takes {count:.0} instructions: at most {limit}"))
+        }
+    };
+    limits.of.iter().filter_map(complaint).collect()
+}
+
 /// The executable of a benchmark, which is built.
 fn program(package: &str, bench: &str) -> Result<PathBuf> {
     let build = ["bench", "--quiet", "--no-run", "--message-format=json-render-diagnostics"];
@@ -99,15 +158,22 @@ fn estimates(folder: &Path, newer_than: SystemTime, found: &mut Vec<Criterion>) 
 /// Counts what this program says it can count (`PROGRAM count` names it): an operation's instructions are the
 /// difference of two runs, one with twice as many, since each makes its tables first.
 fn count(program: &Path, benches: &mut [Criterion]) -> Result<()> {
-    let result = Command::new(program).arg("count").stdin(Stdio::null()).output()?;
-    let names = String::from_utf8_lossy(&result.stdout).into_owned();
-    for bench in benches.iter_mut().filter(|bench| names.lines().any(|name| name == bench.name)) {
-        let iterations = iterations(bench.median_ns);
-        let (once, twice) =
-            (instructions(program, &bench.name, iterations)?, instructions(program, &bench.name, iterations * 2)?);
-        bench.instructions = Some(twice.saturating_sub(once) as f64 / iterations as f64);
+    let names = operations(program)?;
+    for bench in benches.iter_mut().filter(|bench| names.contains(&bench.name)) {
+        bench.instructions = Some(instructions_each(program, &bench.name, iterations(bench.median_ns))?);
     }
     Ok(())
+}
+
+/// What a benchmark says that it can count.
+fn operations(program: &Path) -> Result<Vec<String>> {
+    let result = Command::new(program).arg("count").stdin(Stdio::null()).output()?;
+    Ok(String::from_utf8_lossy(&result.stdout).lines().map(str::to_owned).collect())
+}
+
+fn instructions_each(program: &Path, name: &str, iterations: u64) -> Result<f64> {
+    let (once, twice) = (instructions(program, name, iterations)?, instructions(program, name, iterations * 2)?);
+    Ok(twice.saturating_sub(once) as f64 / iterations as f64)
 }
 
 fn iterations(median_ns: f64) -> u64 {
@@ -142,6 +208,23 @@ mod tests {
         assert_eq!(counted(text), Some(51_234_567));
         assert_eq!(counted("==7== I   refs:      12\n"), Some(12));
         assert_eq!(counted("==7== Command: walk count a 5\n"), None);
+    }
+
+    #[test]
+    fn more_instructions_than_a_limit_are_a_complaint_and_so_is_a_limit_of_nothing() {
+        let of = BTreeMap::from([("a/b".to_owned(), 65), ("c".to_owned(), 7), ("gone".to_owned(), 1)]);
+        let limits = Limits { folder: PathBuf::from("benches/limits.toml"), of };
+        let counted = |a: f64| BTreeMap::from([("a/b".to_owned(), a), ("c".to_owned(), 7.0)]);
+        let gone = "gone has a limit and is no benchmark (benches/limits.toml)";
+        assert_eq!(beyond(&limits, &counted(65.0)), [gone]);
+        assert_eq!(beyond(&limits, &counted(65.6)), ["a/b takes 66 instructions: at most 65", gone]);
+    }
+
+    #[test]
+    fn the_limits_of_the_tree_are_numbers() {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vtd/Cargo.toml");
+        let limits = limits(&manifest).unwrap().unwrap();
+        assert!(limits.of.contains_key("translate/hit"), "{limits:?}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use vm_memory::GuestMemoryBackend;
 use super::due::Due;
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
 use super::iotlb::Sampled;
+use super::walk::NO_DIRECTORY;
 use crate::ids::{Gpa, Iova};
 use crate::registers::performance::Occurred;
 use crate::spec::performance::Event;
@@ -72,17 +73,19 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let domain = context.and_then(|words| Resolved::unpack(words, &self.unit.core.config).domain());
         self.noted.add(Event::Request);
         self.noted.add(Event::IotlbLookup);
-        let cached = self.iotlb.page(sampled, iova.0 / PAGE).filter(|(_, perm)| wanted.permitted(*perm).is_ok());
+        let cached = self.iotlb.page_counting(sampled, iova.0 / PAGE).filter(|page| page.permits(wanted.bits()));
         let result = match cached {
-            Some((page, _)) => {
+            Some(page) => {
                 self.noted.add(Event::IotlbHit);
-                Ok(page)
+                Ok(page.target())
             }
             None => {
                 // Where anything is cached, a walk from the root comes after what was looked up for another one.
-                let again = context.is_some() || self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN).is_some();
+                let directory = self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN);
+                let again = context.is_some() || directory.is_some();
                 let from_root = if again { sampled.not_counting() } else { sampled };
-                self.walk_cached(sampled, iova, wanted).map_or_else(|| self.walk_tables(from_root, iova, wanted), Ok)
+                let cached = self.miss_by(sampled, directory.unwrap_or(NO_DIRECTORY), iova, wanted);
+                cached.map_or_else(|| self.walk_tables(from_root, iova, wanted), Ok)
             }
         };
         let source = self.unit.core.sources.load().of(self.requester).own();

@@ -18,7 +18,7 @@ use crate::ids::{Gpa, Iova, Pasid, Requester, Stream};
 use crate::space::Perm;
 use crate::tables::blocked::Blocked;
 use crate::tables::flags::Request;
-use crate::tables::second_stage::permits;
+use crate::tables::second_stage::{Reserved, permits};
 use crate::unit::Unit;
 
 pub(super) const PAGE: u64 = 4096;
@@ -51,12 +51,10 @@ pub enum DmaError {
     },
 }
 
-/// What a look-up is for. There is no look-up for nothing: what asks for no access gets no address.
+/// What a look-up is for, as bits of [`Perm`]; none for a read of no bytes. There is no look-up for nothing: what asks
+/// for no access gets no address.
 #[derive(Clone, Copy)]
-pub(super) struct Wanted {
-    pub(super) first: Access,
-    also: Option<Access>,
-}
+pub(super) struct Wanted(u8);
 
 impl Wanted {
     /// What `permissions` stand for; `None` for none.
@@ -65,25 +63,49 @@ impl Wanted {
             Permissions::No => None,
             Permissions::Read => Some(Access::Read.into()),
             Permissions::Write => Some(Access::Write.into()),
-            Permissions::ReadWrite => Some(Self { first: Access::Read, also: Some(Access::Write) }),
+            Permissions::ReadWrite => Some(Self(Perm::ReadWrite as u8)),
         }
     }
 
+    /// The bits of [`Perm`] that are wanted.
+    #[inline(always)]
+    pub(super) const fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// What is asked for first: to read, where that is wanted.
+    pub(super) const fn first(self) -> Access {
+        match (self.reads(), self.writes()) {
+            (true, _) => Access::Read,
+            (false, true) => Access::Write,
+            (false, false) => Access::ZeroLengthRead,
+        }
+    }
+
+    const fn reads(self) -> bool {
+        self.0 & Perm::Read as u8 != 0
+    }
+
+    pub(super) const fn writes(self) -> bool {
+        self.0 & Perm::Write as u8 != 0
+    }
+
     /// The same, as a walk is told.
-    pub(super) fn request(self) -> Request {
-        Request { access: self.first, writes: self.first == Access::Write || self.also == Some(Access::Write) }
+    #[inline(always)]
+    pub(super) const fn request(self) -> Request {
+        Request { access: self.first(), writes: self.writes() }
     }
 
     /// Whether `perm` lets all of it through; else the access that it does not.
     pub(super) fn permitted(self, perm: Perm) -> Result<(), (Access, Blocked)> {
-        let mut accesses = iter::once(self.first).chain(self.also);
+        let mut accesses = iter::once(self.first()).chain(self.writes().then_some(Access::Write));
         accesses.try_for_each(|access| permits(perm, access).map_err(|blocked| (access, blocked)))
     }
 }
 
 impl From<Access> for Wanted {
     fn from(access: Access) -> Self {
-        Self { first: access, also: None }
+        Self(access as u8)
     }
 }
 
@@ -102,7 +124,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let iotlb = Arc::default();
         let Stream { requester, pasid } = stream;
         self.spaces().add_endpoint(&self.core, requester, &iotlb);
-        Endpoint { unit: self.clone(), requester, pasid, iotlb, noted: Noted::default() }
+        let reserved = Reserved::of(&self.core.config);
+        Endpoint { unit: self.clone(), requester, pasid, iotlb, reserved, noted: Noted::default() }
     }
 }
 
@@ -112,6 +135,8 @@ pub struct Endpoint<M: GuestMemoryBackend + Clone + Send + Sync> {
     pub(super) requester: Requester,
     pub(super) pasid: Option<Pasid>,
     pub(super) iotlb: Arc<Iotlb>,
+    /// Of the unit's second-stage entries.
+    pub(super) reserved: Reserved,
     pub(super) noted: Noted,
 }
 
@@ -136,13 +161,20 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     /// All that is wanted is asked of one translation: of two, each could be of another moment, and allow half of it.
     #[inline]
     pub(super) fn look_up(&self, iova: Iova, wanted: Wanted, due: &Due) -> Result<Gpa, DmaError> {
-        let offset = iova.0 % PAGE;
-        if let Some((page, perm)) = self.iotlb.get(iova.0 / PAGE)
-            && wanted.permitted(perm).is_ok()
-        {
-            return Ok(Gpa(page.0 + offset));
+        match self.find(iova, wanted) {
+            Some(gpa) => Ok(gpa),
+            None => self.walk(iova, wanted, due),
         }
-        self.walk(iova, wanted, due).map(|page| Gpa(page.0 + offset))
+    }
+
+    /// The same from what is cached, of pages or of the tables. `None` where that is not enough.
+    #[inline(always)]
+    pub(super) fn find(&self, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        let page = match self.iotlb.page(iova.0 / PAGE) {
+            Some(page) if page.permits(wanted.bits()) => page.target(),
+            _ => self.miss(iova, wanted)?,
+        };
+        Some(Gpa(page.0 + iova.0 % PAGE))
     }
 }
 

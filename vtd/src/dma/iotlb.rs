@@ -74,14 +74,15 @@ struct Slot {
 }
 
 impl Slot {
-    #[inline]
+    #[inline(always)]
     fn get(&self, key: u64, generation: u64) -> Option<u64> {
         let before = self.sequence.load(Ordering::Acquire);
-        let found = (self.key.load(Ordering::Relaxed), self.generation.load(Ordering::Relaxed));
+        // Whatever is stored meanwhile, not to have found it is right.
+        if self.key.load(Ordering::Relaxed) != key {
+            return None;
+        }
         let value = self.value.load(Ordering::Relaxed);
-        // Whatever is stored meanwhile, not to have found it is right. Not before the value was loaded: the models
-        // try the orders of what every look-up loads.
-        if found != (key, generation) {
+        if self.generation.load(Ordering::Relaxed) != generation {
             return None;
         }
         fence(Ordering::Acquire);
@@ -98,6 +99,7 @@ impl Slot {
 
     /// Holds the slot for a store, unless somebody does; the sequence that it had. What comes before is seen by whoever
     /// does not see it held, and no store that comes after is seen by whoever does not.
+    #[inline(always)]
     fn take(&self) -> Option<u32> {
         let sequence = self.sequence.load(Ordering::Relaxed);
         let next = sequence.wrapping_add(1);
@@ -132,32 +134,39 @@ impl Slot {
 struct Set([Slot; 2]);
 
 impl Set {
-    #[inline]
+    #[inline(always)]
     fn get(&self, key: u64, generation: u64) -> Option<u64> {
         self.0[0].get(key, generation).or_else(|| self.0[1].get(key, generation))
     }
 
     /// Where `key` is to be stored: where it is, else where nothing is, else where less was stored.
+    #[inline(always)]
     fn slot_for(&self, key: u64, generation: u64) -> &Slot {
         let [first, second] = &self.0;
         let has = |slot: &Slot| slot.key.load(Ordering::Relaxed) == key;
         let is_free = |slot: &Slot| slot.generation.load(Ordering::Relaxed) != generation;
         let stores = |slot: &Slot| slot.sequence.load(Ordering::Relaxed);
-        let by_rank = [has(first), has(second), is_free(first), is_free(second)];
-        match by_rank.iter().position(|is| *is) {
-            Some(rank) => &self.0[rank % 2],
-            None if stores(first) <= stores(second) => first,
-            None => second,
+        if has(first) {
+            first
+        } else if has(second) {
+            second
+        } else if is_free(first) {
+            first
+        } else if is_free(second) || stores(first) > stores(second) {
+            second
+        } else {
+            first
         }
     }
 }
 
 /// A table of sets; a key's set is named by its lowest bits.
-struct Table<const SETS: usize>(Box<[Set]>);
+struct Table<const SETS: usize>(Box<[Set; SETS]>);
 
 impl<const SETS: usize> Default for Table<SETS> {
     fn default() -> Self {
-        Self((0..SETS).map(|_| Set::default()).collect())
+        let sets: Box<[Set]> = (0..SETS).map(|_| Set::default()).collect();
+        Self(sets.try_into().ok().expect("there are as many as asked for"))
     }
 }
 
@@ -195,6 +204,36 @@ impl Sampled {
     /// The same, and nothing is counted.
     pub(crate) fn not_counting(self) -> Self {
         Self { epoch: self.epoch & !COUNTING, ..self }
+    }
+}
+
+/// A translation of a page as it is cached: where it leads, and below that the bits of [`Perm`], of which there is one
+/// at least.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct CachedPage(u64);
+
+impl CachedPage {
+    /// A page that leads to that of `target`.
+    pub(crate) const fn new(target: Gpa, perm: Perm) -> Self {
+        Self(target.0 & !0xfff | perm as u64)
+    }
+
+    /// The same of these bits of [`Perm`], if there is one.
+    #[inline(always)]
+    pub(crate) fn from_bits(target: Gpa, bits: u64) -> Option<Self> {
+        (bits & 3 != 0).then_some(Self(target.0 & !0xfff | bits & 3))
+    }
+
+    /// Where it leads.
+    #[inline(always)]
+    pub(crate) fn target(self) -> Gpa {
+        Gpa(self.0 & !0xfff)
+    }
+
+    /// Whether all of these bits of [`Perm`] are permitted.
+    #[inline(always)]
+    pub(crate) fn permits(self, bits: u8) -> bool {
+        self.0 & u64::from(bits) == u64::from(bits)
     }
 }
 
@@ -240,13 +279,13 @@ pub(crate) struct SessionToken {
 
 impl Iotlb {
     /// The cached translation of a page.
-    #[inline]
-    pub(crate) fn get(&self, page: u64) -> Option<(Gpa, Perm)> {
+    #[inline(always)]
+    pub(crate) fn page(&self, page: u64) -> Option<CachedPage> {
         self.page_of(page, self.generation.load(Ordering::Relaxed))
     }
 
     /// The same for a request that is counted.
-    pub(crate) fn page(&self, sampled: Sampled, page: u64) -> Option<(Gpa, Perm)> {
+    pub(crate) fn page_counting(&self, sampled: Sampled, page: u64) -> Option<CachedPage> {
         self.page_of(page, sampled.generation)
     }
 
@@ -259,21 +298,34 @@ impl Iotlb {
         }
     }
 
-    #[inline]
-    fn page_of(&self, page: u64, generation: u64) -> Option<(Gpa, Perm)> {
-        let value = self.pages.set(page).get(page, generation)?;
-        let perm = Perm::from_bits(value & 1 != 0, value & 2 != 0)?;
-        Some((Gpa(value & !0xfff), perm))
+    #[inline(always)]
+    fn page_of(&self, page: u64, generation: u64) -> Option<CachedPage> {
+        self.pages.set(page).get(page, generation).map(CachedPage)
     }
 
     /// To be called before the first table read of a walk.
+    #[inline(always)]
     pub(crate) fn sample(&self) -> Sampled {
-        let epoch = self.epoch.load(Ordering::Acquire);
-        let generation = self.generation.load(Ordering::Acquire);
+        let Sampled { epoch, generation } = self.sample_as_it_is();
         Sampled { epoch: epoch | generation & COUNTING, generation: generation & !COUNTING }
     }
 
+    /// The same, unless requests are counted.
+    #[inline(always)]
+    pub(crate) fn sample_not_counting(&self) -> Option<Sampled> {
+        let sampled = self.sample_as_it_is();
+        (sampled.generation & COUNTING == 0).then_some(sampled)
+    }
+
+    #[inline(always)]
+    fn sample_as_it_is(&self) -> Sampled {
+        let epoch = self.epoch.load(Ordering::Acquire);
+        let generation = self.generation.load(Ordering::Acquire);
+        Sampled { epoch, generation }
+    }
+
     /// What is cached for the 2 MiB with this number. Its domain has been noted, and its size.
+    #[inline(always)]
     pub(crate) fn directory(&self, sampled: Sampled, number: u64) -> Option<u64> {
         self.directories.set(number).get(number, sampled.generation)
     }
@@ -307,8 +359,8 @@ impl Iotlb {
     }
 
     /// Stores the translation of a page, unless an invalidation came since `sampled`, or the slot is busy.
-    pub(crate) fn insert_page(&self, sampled: Sampled, page: u64, target: Gpa, perm: Perm) {
-        let value = target.0 & !0xfff | u64::from(perm.readable()) | u64::from(perm.writable()) << 1;
+    #[inline(always)]
+    pub(crate) fn insert_page(&self, sampled: Sampled, page: u64, CachedPage(value): CachedPage) {
         self.insert(self.pages.set(page).slot_for(page, sampled.generation), sampled, page, value);
     }
 
@@ -323,6 +375,7 @@ impl Iotlb {
         self.insert(&self.context, sampled, second, first);
     }
 
+    #[inline(always)]
     fn insert(&self, slot: &Slot, sampled: Sampled, key: u64, value: u64) {
         let Some(sequence) = slot.take() else { return };
         if self.epoch.load(Ordering::Relaxed) == sampled.epoch & !COUNTING {
@@ -388,6 +441,7 @@ impl Iotlb {
         self.try_session(own).unwrap_or_else(|| self.another_session(own))
     }
 
+    #[inline]
     fn try_session(&self, index: usize) -> Option<SessionToken> {
         let session = &self.sessions[index].0;
         let number = session.load(Ordering::Relaxed);

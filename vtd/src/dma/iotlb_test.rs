@@ -1,6 +1,6 @@
 //! The cache by itself; what threads do to it is in `tests/models`.
 
-use crate::dma::iotlb::Iotlb;
+use crate::dma::iotlb::{CachedPage, Iotlb};
 use crate::ids::{DomainId, Gpa};
 use crate::range::IovaRange;
 use crate::scope::Scope;
@@ -9,12 +9,12 @@ use crate::sync::{DIRECTORY_SETS, PAGE_SETS, SESSIONS};
 
 const DOMAIN: DomainId = DomainId(1);
 const CONTEXT: [u64; 2] = [0x88, 0x99];
-const TARGET: (Gpa, Perm) = (Gpa(0x9000), Perm::ReadWrite);
+const TARGET: CachedPage = CachedPage::new(Gpa(0x9000), Perm::ReadWrite);
 
 fn insert(iotlb: &Iotlb, domain: Option<DomainId>, page: u64) {
     let sampled = iotlb.sample();
     iotlb.note_owner(domain, None);
-    iotlb.insert_page(sampled, page, TARGET.0, TARGET.1);
+    iotlb.insert_page(sampled, page, TARGET);
 }
 
 /// A page, a directory and the context entry, of `DOMAIN`.
@@ -31,7 +31,7 @@ fn there(iotlb: &Iotlb) -> [bool; 3] {
     let sampled = iotlb.sample();
     let (directory, context) = (iotlb.directory(sampled, 0), iotlb.context(sampled));
     assert!(directory.is_none_or(|value| value == 0x77) && context.is_none_or(|value| value == CONTEXT));
-    [iotlb.get(5) == Some(TARGET), directory.is_some(), context.is_some()]
+    [iotlb.page(5) == Some(TARGET), directory.is_some(), context.is_some()]
 }
 
 #[test]
@@ -39,10 +39,10 @@ fn rule6_each_permission_and_address_comes_back() {
     let iotlb = Iotlb::default();
     for (page, perm) in [(1, Perm::Read), (2, Perm::Write), (3, Perm::ReadWrite)] {
         let target = Gpa((page << 40) | 0x5000);
-        iotlb.insert_page(iotlb.sample(), page, target, perm);
-        assert_eq!(iotlb.get(page), Some((target, perm)));
+        iotlb.insert_page(iotlb.sample(), page, CachedPage::new(target, perm));
+        assert_eq!(iotlb.page(page), Some(CachedPage::new(target, perm)));
     }
-    assert_eq!(iotlb.get(0), None, "a slot that was never written");
+    assert_eq!(iotlb.page(0), None, "a slot that was never written");
     assert_eq!(there(&Iotlb::default()), [false; 3]);
 }
 
@@ -55,12 +55,12 @@ fn rule6_a_walk_that_began_before_an_invalidation_is_never_cached() {
         let sampled = iotlb.sample();
         iotlb.invalidate(scope);
         iotlb.note_owner(Some(DOMAIN), None);
-        iotlb.insert_page(sampled, 5, TARGET.0, TARGET.1);
+        iotlb.insert_page(sampled, 5, TARGET);
         iotlb.insert_directory(sampled, 0, 0x77);
         iotlb.insert_context(sampled, CONTEXT);
         assert_eq!(there(&iotlb), [false; 3], "{scope:?}");
         insert(&iotlb, Some(DOMAIN), 5);
-        assert_eq!(iotlb.get(5), Some(TARGET));
+        assert_eq!(iotlb.page(5), Some(TARGET));
     }
 }
 
@@ -91,7 +91,7 @@ fn rule6_each_invalidation_reaches_what_it_must() {
     let iotlb = full();
     insert(&iotlb, Some(DOMAIN), 5 + 63);
     iotlb.invalidate(pages(DOMAIN, 0x5000, 0x4_4fff));
-    assert_eq!((iotlb.get(5), iotlb.get(5 + 63)), (None, None), "the first and the last of a range");
+    assert_eq!((iotlb.page(5), iotlb.page(5 + 63)), (None, None), "the first and the last of a range");
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn rule6_a_part_of_a_large_leaf_reaches_all_of_it() {
     // From then on nothing large is there.
     insert(&iotlb, Some(DOMAIN), 5);
     iotlb.invalidate(Scope::Pages(DOMAIN, IovaRange::new(0x8000, 0x8fff)));
-    assert_eq!(iotlb.get(5), Some(TARGET));
+    assert_eq!(iotlb.page(5), Some(TARGET));
 }
 
 #[test]
@@ -117,15 +117,15 @@ fn rule6_translations_of_several_domains_are_reached_by_each() {
         insert(&iotlb, Some(other), 6);
         insert(&iotlb, Some(DOMAIN), 5);
         iotlb.invalidate(Scope::Domain(reaching));
-        assert_eq!((iotlb.get(5), iotlb.get(6)), (None, None));
+        assert_eq!((iotlb.page(5), iotlb.page(6)), (None, None));
         insert(&iotlb, None, 7);
         iotlb.invalidate(Scope::Domain(DomainId(0)));
-        assert!(iotlb.get(7).is_some(), "what is not translated belongs to no domain");
+        assert!(iotlb.page(7).is_some(), "what is not translated belongs to no domain");
         iotlb.invalidate(Scope::Everything);
-        assert_eq!(iotlb.get(7), None);
+        assert_eq!(iotlb.page(7), None);
         insert(&iotlb, Some(reaching), 7);
         iotlb.invalidate(Scope::Domain(DomainId(3)));
-        assert!(iotlb.get(7).is_some(), "what was noted before everything was forgotten does not count");
+        assert!(iotlb.page(7).is_some(), "what was noted before everything was forgotten does not count");
     }
 }
 
@@ -133,7 +133,7 @@ fn rule6_translations_of_several_domains_are_reached_by_each() {
 fn rule6_two_pages_of_one_set_do_not_push_each_other_out() {
     let iotlb = Iotlb::default();
     let page = |number: u64| 5 + number * PAGE_SETS as u64;
-    let cached = |iotlb: &Iotlb| (0..4).filter(|number| iotlb.get(page(*number)).is_some()).collect::<Vec<_>>();
+    let cached = |iotlb: &Iotlb| (0..4).filter(|number| iotlb.page(page(*number)).is_some()).collect::<Vec<_>>();
     for _ in 0..3 {
         insert(&iotlb, Some(DOMAIN), page(0));
         insert(&iotlb, Some(DOMAIN), page(1));

@@ -69,8 +69,17 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> DmaSession<'_, M> {
         self.translate_for(iova, access.into())
     }
 
+    #[inline]
     fn translate_for(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
-        self.endpoint.look_up(iova, wanted, &self.due).inspect_err(|error| {
+        match self.endpoint.find(iova, wanted) {
+            Some(gpa) => Ok(gpa),
+            None => self.translate_by_tables(iova, wanted),
+        }
+    }
+
+    #[cold]
+    fn translate_by_tables(&self, iova: Iova, wanted: Wanted) -> Result<Gpa, DmaError> {
+        self.endpoint.walk(iova, wanted, &self.due).inspect_err(|error| {
             if let DmaError::Fault(fault) = error {
                 self.record(fault);
             }

@@ -4,7 +4,7 @@ use vm_memory::GuestMemoryBackend;
 
 use super::due::Due;
 use super::endpoint::{DmaError, Endpoint, PAGE, Wanted};
-use super::iotlb::Sampled;
+use super::iotlb::{CachedPage, Sampled};
 use crate::core::Core;
 use crate::faults::{Access, Fault, RequestType};
 use crate::ids::{Gpa, Iova};
@@ -14,7 +14,7 @@ use crate::spec::INTERRUPT_WINDOW;
 use crate::spec::fault::FaultReason;
 use crate::spec::performance::Event;
 use crate::tables::blocked::Blocked;
-use crate::tables::cached::CachedDirectory;
+use crate::tables::cached::{CachedDirectory, PlainDirectory};
 use crate::tables::context::{Attached, Resolved, Unresolved};
 use crate::tables::first_stage::{FirstDirectory, FirstStage, Nothing};
 use crate::tables::flags::Request;
@@ -27,9 +27,32 @@ use crate::tables::second_stage::{DIRECTORY_SPAN, Directory, Reached, SecondStag
 /// alike, out of one set.
 const SECOND_OF_TWO: u64 = 1 << 63 | 1 << 7;
 
+/// The number of the directory of an address of the second of two stages.
+const fn second_of_two(address: Gpa) -> u64 {
+    (address.0 / DIRECTORY_SPAN) ^ SECOND_OF_TWO
+}
+
+/// No directory is cached. No directory is this word: those of stages without flags are dirty.
+pub(super) const NO_DIRECTORY: u64 = 0;
+
 impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
-    /// The slow way. The cache's epoch is sampled before the first table read.
+    /// The page of `iova` where it is not cached, but what leads to it is. Nearly every miss goes this way, so it is as
+    /// short as can be: what is rare is left to [`walk`](Self::walk), which is told by `None`.
     #[inline(never)]
+    pub(super) fn miss(&self, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        if INTERRUPT_WINDOW.contains(iova.0) {
+            return None;
+        }
+        let sampled = self.iotlb.sample_not_counting()?;
+        let directory = self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN).unwrap_or(NO_DIRECTORY);
+        match PlainDirectory::unpack(directory) {
+            Some(plain) => self.miss_plain(sampled, plain, iova, wanted),
+            None => self.miss_first(sampled, directory, iova, wanted),
+        }
+    }
+
+    /// The slow way to where `iova` leads. The cache's epoch is sampled before the first table read.
+    #[cold]
     pub(super) fn walk(&self, iova: Iova, wanted: Wanted, due: &Due) -> Result<Gpa, DmaError> {
         // Requests without PASID to this range are interrupts, also with translation off, when a PASID is ignored.
         // Section 3.15.
@@ -37,45 +60,122 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             return Err(DmaError::InterruptRange(iova));
         }
         let sampled = self.iotlb.sample();
-        if sampled.counting() {
-            return self.walk_counting(sampled, iova, wanted, due);
-        }
-        self.walk_cached(sampled, iova, wanted).map_or_else(|| self.walk_tables(sampled, iova, wanted), Ok)
+        let page = if sampled.counting() {
+            self.walk_counting(sampled, iova, wanted, due)
+        } else {
+            self.walk_tables(sampled, iova, wanted)
+        };
+        page.map(|page| Gpa(page.0 + iova.0 % PAGE))
     }
 
-    /// A walk from what is cached of the tables. `None` where that is not enough, and where the access is not
-    /// permitted: what is told about that is as the tables are now.
-    // There is a second walk, for requests that are counted: it must not keep this one out of line.
+    /// The same from a plain directory.
+    #[inline(never)]
+    fn miss_plain(&self, sampled: Sampled, plain: PlainDirectory, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        let found = plain.translate(&self.unit.core.memory, self.reserved, iova);
+        match found.and_then(|(page, bits)| CachedPage::from_bits(page, bits)) {
+            Some(page) if page.permits(wanted.bits()) => self.keep_page(sampled, iova, page),
+            _ => self.miss_by(sampled, plain.into_word(), iova, wanted),
+        }
+    }
+
+    /// Caches what a walk found for `iova`, and says where that is.
     #[inline(always)]
-    pub(super) fn walk_cached(&self, sampled: Sampled, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+    fn keep_page(&self, sampled: Sampled, iova: Iova, page: CachedPage) -> Option<Gpa> {
+        self.iotlb.insert_page(sampled, iova.0 / PAGE, page);
+        Some(page.target())
+    }
+
+    /// The same as [`miss`](Self::miss) where `directory` is that of a first stage, there is no other one, and no
+    /// flag is to be set.
+    #[inline(never)]
+    fn miss_first(&self, sampled: Sampled, directory: u64, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        let Core { memory, config, .. } = &self.unit.core;
+        match CachedDirectory::unpack(directory) {
+            CachedDirectory::First(first) if first.nested() => self.miss_nested(sampled, directory, iova, wanted),
+            CachedDirectory::First(first) => {
+                let leaf = first.leaf_as_it_is(memory, config, &Nothing, iova, wanted.writes());
+                let found = leaf.and_then(|leaf| leaf.translated(wanted.writes()).ok());
+                match found.map(|Translated { page, perm }| CachedPage::new(page, perm)) {
+                    Some(page) if page.permits(wanted.bits()) => self.keep_page(sampled, iova, page),
+                    _ => self.miss_by(sampled, directory, iova, wanted),
+                }
+            }
+            CachedDirectory::Second(_) => self.miss_by(sampled, directory, iova, wanted),
+        }
+    }
+
+    /// The same where there is a second stage, whose directory is cached, too.
+    #[inline(never)]
+    fn miss_nested(&self, sampled: Sampled, directory: u64, iova: Iova, wanted: Wanted) -> Option<Gpa> {
+        match self.leaf_of_nested(sampled, directory, iova, wanted) {
+            Some(page) if page.permits(wanted.bits()) => self.keep_page(sampled, iova, page),
+            _ => self.miss_by(sampled, directory, iova, wanted),
+        }
+    }
+
+    #[inline(always)]
+    fn leaf_of_nested(&self, sampled: Sampled, directory: u64, iova: Iova, wanted: Wanted) -> Option<CachedPage> {
+        let Core { memory, config, .. } = &self.unit.core;
+        let CachedDirectory::First(first) = CachedDirectory::unpack(directory) else { return None };
+        let beneath = self.second_of_two(sampled, Resolved::unpack_second(self.iotlb.context(sampled)?)?);
+        let leaf = first.leaf_as_it_is(memory, config, &beneath, iova, wanted.writes())?;
+        let second = self.iotlb.directory(sampled, second_of_two(leaf.page))?;
+        let (page, bits) = PlainDirectory::unpack(second)?.translate(memory, self.reserved, Iova(leaf.page.0))?;
+        let of_first = if leaf.may_write && leaf.dirty { Perm::ReadWrite } else { Perm::Read };
+        CachedPage::from_bits(page, bits & of_first as u64)
+    }
+
+    /// The same from any `directory`, or without one, whether requests are counted or not. `None` where what is cached
+    /// is not enough, and where the access is not permitted: what is told about that is as the tables are now.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn miss_by(&self, sampled: Sampled, directory: u64, iova: Iova, wanted: Wanted) -> Option<Gpa> {
         let Core { memory, config, .. } = &self.unit.core;
         let request = wanted.request();
-        let context = || {
-            let cached = self.iotlb.context(sampled);
-            self.note_context(sampled, cached.is_some());
-            Some(Resolved::unpack(cached?, config))
-        };
-        let found = match self.iotlb.directory(sampled, iova.0 / DIRECTORY_SPAN).map(CachedDirectory::unpack) {
-            Some(CachedDirectory::Second(directory)) => {
+        let found = match CachedDirectory::unpack(directory) {
+            _ if directory == NO_DIRECTORY => self.walk_from(sampled, self.cached_context(sampled)?, iova, request),
+            CachedDirectory::Second(directory) => {
                 self.note_hit(sampled, Event::SecondLookup, Event::SecondHit);
                 directory.translate(memory, config, iova, request)
             }
-            Some(CachedDirectory::First(directory)) if directory.nested() => {
+            CachedDirectory::First(directory) => {
                 self.note_hit(sampled, Event::FirstLookup, Event::FirstHit);
-                match context()? {
-                    Resolved::Nested { second, .. } => self.leaf_of_two(sampled, directory, second, iova, request),
-                    _ => return None,
+                if directory.nested() {
+                    self.leaf_of_cached(sampled, directory, iova, request)
+                } else {
+                    directory.translate(memory, config, iova, request.writes)
                 }
             }
-            Some(CachedDirectory::First(directory)) => {
-                self.note_hit(sampled, Event::FirstLookup, Event::FirstHit);
-                directory.translate(memory, config, iova, request.writes)
-            }
-            None => self.walk_from(sampled, context()?, iova, request),
         };
-        let found = found.ok().filter(|found| wanted.permitted(found.perm).is_ok())?;
-        self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
-        Some(found.page)
+        let Translated { page, perm } = found.ok()?;
+        let page = CachedPage::new(page, perm);
+        if !page.permits(wanted.bits()) {
+            return None;
+        }
+        self.keep_page(sampled, iova, page)
+    }
+
+    /// What is cached of the context entry.
+    #[inline]
+    fn cached_context(&self, sampled: Sampled) -> Option<Resolved> {
+        let cached = self.iotlb.context(sampled);
+        self.note_context(sampled, cached.is_some());
+        Some(Resolved::unpack(cached?, &self.unit.core.config))
+    }
+
+    /// Goes on from a directory of the first of two stages that is cached.
+    #[inline(always)]
+    fn leaf_of_cached(
+        &self,
+        sampled: Sampled,
+        directory: FirstDirectory,
+        iova: Iova,
+        request: Request,
+    ) -> Result<Translated, Blocked> {
+        match self.cached_context(sampled) {
+            Some(Resolved::Nested { second, .. }) => self.leaf_of_two(sampled, directory, second, iova, request),
+            _ => Err(Blocked::NothingPermitted),
+        }
     }
 
     /// A walk from the root table.
@@ -107,7 +207,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
             })
         };
         let attached = attached.map_err(|Unresolved { reason, fault_processing_disable }| {
-            fault(wanted.first, reason, fault_processing_disable)
+            fault(wanted.first(), reason, fault_processing_disable)
         })?;
         let Attached { resolved, pasid } = attached;
         self.iotlb.note_owner(resolved.domain(), pasid);
@@ -116,9 +216,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
         let blocked =
             |access, blocked: Blocked| fault(access, blocked.reason(access, translation.is_scalable()), disabled);
         let found = self.walk_from(sampled, resolved, iova, wanted.request());
-        let found = found.map_err(|why| blocked(wanted.first, why))?;
+        let found = found.map_err(|why| blocked(wanted.first(), why))?;
         wanted.permitted(found.perm).map_err(|(access, why)| blocked(access, why))?;
-        self.iotlb.insert_page(sampled, iova.0 / PAGE, found.page, found.perm);
+        self.iotlb.insert_page(sampled, iova.0 / PAGE, CachedPage::new(found.page, found.perm));
         Ok(found.page)
     }
 
@@ -194,7 +294,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Endpoint<M> {
     ) -> Second<impl Fn(Gpa, Request) -> Result<Reached, Blocked> + '_> {
         let Core { memory, config, .. } = &self.unit.core;
         let reach = move |address: Gpa, request: Request| {
-            let (number, iova) = ((address.0 / DIRECTORY_SPAN) ^ SECOND_OF_TWO, Iova(address.0));
+            let (number, iova) = (second_of_two(address), Iova(address.0));
             let cached = match self.iotlb.directory(sampled, number).map(CachedDirectory::unpack) {
                 Some(CachedDirectory::Second(directory)) if !directory.is_too_clean_for(request) => Some(directory),
                 _ => None,

@@ -1,14 +1,18 @@
 //! What is cached of walks, as words.
 
 use bitfield_struct::bitfield;
+use vm_memory::GuestMemoryBackend;
 
 use super::context::Resolved;
 use super::first_stage::{FirstDirectory, FirstStage};
 use super::flags::Flags;
-use super::second_stage::{Directory, SecondStage};
+use super::second_stage::{Directory, Reserved, SecondStage};
 use crate::config::UnitConfig;
-use crate::ids::{DomainId, Gpa};
-use crate::space::{PagedSpace, Tables};
+use crate::ids::{DomainId, Gpa, Iova};
+use crate::memory::Words;
+use crate::space::{PagedSpace, Perm, Tables};
+use crate::spec::INTERRUPT_WINDOW;
+use crate::spec::second_stage::{PAGE_SIZE, SecondStageEntry, TABLE_ENTRIES};
 
 /// What the entries above level 1 lead to, of either stage.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,11 +23,12 @@ pub(crate) enum CachedDirectory {
 
 #[bitfield(u64)]
 struct Packed {
-    /// Of a first stage.
-    first: bool,
     /// Of a second stage: every entry permits to read. Of a first one: the table of level 1 may be written.
     read: bool,
+    /// Every entry permits to write.
     write: bool,
+    /// Of a first stage.
+    first: bool,
     large: bool,
     dirty: bool,
     #[bits(2)]
@@ -77,6 +82,43 @@ impl CachedDirectory {
     }
 }
 
+/// A directory as most of them are: of a second stage without flags, and a table of level 1. What is read from it needs
+/// no more than a few instructions, since permissions are the same bits here, in an entry and in what is cached.
+#[derive(Clone, Copy)]
+pub(crate) struct PlainDirectory(Packed);
+
+impl PlainDirectory {
+    /// What was packed, if it is one.
+    #[inline(always)]
+    pub(crate) fn unpack(word: u64) -> Option<Self> {
+        let packed = Packed::from_bits(word);
+        // Nobody asks what is dirty there, so it is; where no directory is, there is nothing at all.
+        let of_second = packed.dirty() && !packed.first();
+        let plain = of_second && !packed.large() && packed.flags() == Flags::Ignored.into_bits();
+        plain.then_some(Self(packed))
+    }
+
+    /// As it was packed.
+    pub(crate) fn into_word(self) -> u64 {
+        self.0.into_bits()
+    }
+
+    /// Goes on to the page of `iova`: where that is, and the bits of its [`Perm`], which may be none. `None` where
+    /// [`Directory::translate`] has more to say.
+    #[inline(always)]
+    pub(crate) fn translate<M: GuestMemoryBackend>(
+        self,
+        memory: &M,
+        reserved: Reserved,
+        iova: Iova,
+    ) -> Option<(Gpa, u64)> {
+        let at = (self.0.page() << 12) + (iova.0 / PAGE_SIZE % TABLE_ENTRIES) * 8;
+        let word = Words::near(memory, Gpa(at), 1)?.get(0)?;
+        let page = reserved.leaf(SecondStageEntry::from_bits(word))?;
+        (!INTERRUPT_WINDOW.contains(page.0)).then_some((page, word & self.0.into_bits() & Perm::ReadWrite as u64))
+    }
+}
+
 /// What the first word of a context says.
 mod kind {
     pub(super) const PASS_THROUGH: u8 = 1;
@@ -112,7 +154,22 @@ struct PackedSecond {
     __: u16,
 }
 
+impl PackedSecond {
+    #[inline(always)]
+    fn unpack(self) -> SecondStage {
+        let flags = Flags::from_bits(self.flags());
+        SecondStage { root: Gpa(self.root_page() << 12), width: self.width(), flags }
+    }
+}
+
 impl Resolved {
+    /// The second of two stages, if there are two.
+    #[inline(always)]
+    pub(crate) fn unpack_second([first, second]: [u64; 2]) -> Option<SecondStage> {
+        let nested = PackedContext::from_bits(first).kind() == kind::NESTED;
+        nested.then(|| PackedSecond::from_bits(second).unpack())
+    }
+
     /// As two words, to be cached. Fault Processing Disable is left out: a fault is told by the tables, not by a cache.
     pub(crate) fn pack(&self) -> [u64; 2] {
         let packed = PackedContext::new();
@@ -147,8 +204,7 @@ impl Resolved {
         let (domain, fault_processing_disable) = (DomainId(packed.domain()), false);
         let root = Gpa(packed.root_page() << 12);
         let tables = FirstStage { root, levels: packed.levels(), flags: Flags::from_bits(packed.flags()) };
-        let (root, width) = (Gpa(second.root_page() << 12), second.width());
-        let flags = Flags::from_bits(second.flags());
+        let SecondStage { root, width, flags } = second.unpack();
         match packed.kind() {
             kind::PASS_THROUGH => Self::PassThrough { domain, fault_processing_disable },
             kind::SECOND => {
@@ -157,7 +213,7 @@ impl Resolved {
             }
             kind::FIRST => Self::First { tables, domain, fault_processing_disable },
             kind::NESTED => {
-                let second = SecondStage { root, width, flags };
+                let second = second.unpack();
                 Self::Nested { tables, second, domain, fault_processing_disable }
             }
             _ => Self::Off,

@@ -88,6 +88,23 @@ pub(crate) struct FirstLeaf {
     pub(crate) dirty: bool,
 }
 
+impl FirstLeaf {
+    /// The translation where there is no other stage. It permits no write while the leaf is not dirty, so that the
+    /// write that makes it so comes to a walk.
+    #[inline(always)]
+    pub(crate) fn translated(self, writes: bool) -> Result<Translated, Blocked> {
+        let Self { page, may_write, dirty } = self;
+        if writes && !may_write {
+            return Err(Blocked::WriteNotPermitted);
+        }
+        if INTERRUPT_WINDOW.contains(page.0) {
+            return Err(Blocked::OutputInInterruptRange);
+        }
+        let perm = if may_write && dirty { Perm::ReadWrite } else { Perm::Read };
+        Ok(Translated { page, perm })
+    }
+}
+
 impl FirstDirectory {
     /// Walks from the root down to level 2. Sets the accessed flag of each entry on the way, and the dirty flag of a
     /// large leaf if the request writes and may.
@@ -138,6 +155,7 @@ impl FirstDirectory {
     }
 
     /// Goes on to the page of `iova`. Whether it may be written is up to the caller.
+    #[inline(always)]
     pub(crate) fn leaf<M: GuestMemoryBackend>(
         self,
         memory: &M,
@@ -161,6 +179,7 @@ impl FirstDirectory {
 
     /// Goes on to the page of `iova` where there is no other stage. What is given back permits no write while the leaf
     /// is not dirty, so that the write that makes it so comes to a walk.
+    #[inline(always)]
     pub(crate) fn translate<M: GuestMemoryBackend>(
         self,
         memory: &M,
@@ -168,15 +187,30 @@ impl FirstDirectory {
         iova: Iova,
         writes: bool,
     ) -> Result<Translated, Blocked> {
-        let FirstLeaf { page, may_write, dirty } = self.leaf(memory, config, &Nothing, iova, writes)?;
-        if writes && !may_write {
-            return Err(Blocked::WriteNotPermitted);
+        self.leaf(memory, config, &Nothing, iova, writes)?.translated(writes)
+    }
+
+    /// The same as [`leaf`](Self::leaf) in most cases: in a table of level 1, when no flag is to be set. `None` in
+    /// others, and where there is nothing.
+    #[inline(always)]
+    pub(crate) fn leaf_as_it_is<M: GuestMemoryBackend>(
+        self,
+        memory: &M,
+        config: &UnitConfig,
+        beneath: &impl Beneath,
+        iova: Iova,
+        writes: bool,
+    ) -> Option<FirstLeaf> {
+        let walk = Walk { memory, config, beneath, flags: self.flags, writes, may_write: self.may_write };
+        let at = Gpa(self.base.0 + (iova.0 / PAGE_SIZE % TABLE_ENTRIES) * 8);
+        if self.large {
+            return None;
         }
-        if INTERRUPT_WINDOW.contains(page.0) {
-            return Err(Blocked::OutputInInterruptRange);
-        }
-        let perm = if may_write && dirty { Perm::ReadWrite } else { Perm::Read };
-        Ok(Translated { page, perm })
+        let entry = FirstStageEntry::from_bits(Words::near(memory, at, 1)?.get(0)?);
+        walk.check(entry, 1).ok()?;
+        let may_write = self.may_write && entry.write();
+        let used = entry.accessed() && (entry.dirty() || !(writes && may_write));
+        used.then_some(FirstLeaf { page: Gpa(entry.page() << 12), may_write, dirty: entry.dirty() })
     }
 
     /// Whether there is a second stage.
@@ -216,6 +250,7 @@ struct Walk<'a, M, B> {
 
 impl<M: GuestMemoryBackend, B: Beneath> Walk<'_, M, B> {
     /// Uses the entry of `level` for `iova` in `table`: where it leads. Takes its permission in.
+    #[inline(always)]
     fn step(&mut self, table: Table, level: u8, iova: Iova) -> Result<Step, Blocked> {
         let index = iova.0 / entry_span(level) % TABLE_ENTRIES;
         let words = Words::at(self.memory, Gpa(table.at.0 + index * 8), 1).ok_or(Blocked::FirstStageAccess)?;
@@ -253,6 +288,7 @@ impl<M: GuestMemoryBackend, B: Beneath> Walk<'_, M, B> {
     }
 
     /// Whether the entry is a leaf.
+    #[inline(always)]
     fn check(&self, entry: FirstStageEntry, level: u8) -> Result<bool, Blocked> {
         if !entry.present() {
             return Err(Blocked::FirstStageNotPresent);

@@ -18,13 +18,9 @@ use crate::spec::second_stage::{LEVEL_BITS, PAGE_SIZE, SecondStageEntry, TABLE_E
 /// Naturally aligned span within which a whole-space re-sync merges leaves (B-7).
 const MERGE_SPAN: u64 = 2 << 20;
 
-/// The reserved bits of a present entry, by what it is.
+/// The bits that are reserved in any present entry, as a mask.
 #[derive(Clone, Copy)]
-struct Reserved {
-    host_address_width: u8,
-    /// TM is a hint to device-TLBs.
-    device_tlb: bool,
-}
+pub(crate) struct Reserved(u64);
 
 /// What a present entry leads to.
 enum Entry {
@@ -35,16 +31,28 @@ enum Entry {
 }
 
 impl Reserved {
-    const fn of(config: &UnitConfig) -> Self {
-        Self { host_address_width: config.host_address_width, device_tlb: config.device_tlb }
+    /// Those of the unit with this `config`.
+    pub(crate) const fn of(config: &UnitConfig) -> Self {
+        // Snoop control is not offered, so SNP is reserved everywhere. TM is a hint to device-TLBs.
+        let reserved = SecondStageEntry::new().with_snoop(true).with_transient(!config.device_tlb);
+        let beyond_width = !0 << (config.host_address_width - 12) & ((1 << 40) - 1);
+        Self(reserved.with_page(beyond_width).into_bits())
+    }
+
+    /// The page of an entry of level 1, if no reserved bit is set.
+    #[inline(always)]
+    pub(super) fn leaf(self, entry: SecondStageEntry) -> Option<Gpa> {
+        match self.check(entry, 1) {
+            Ok(Entry::Leaf(page)) => Some(page),
+            _ => None,
+        }
     }
 
     /// What `entry`, of `level`, is; an error if a reserved bit is set.
+    #[inline(always)]
     fn check(self, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
         let address = entry.page() << 12;
-        // Snoop control is not offered, so SNP is reserved everywhere.
-        let reserved = entry.snoop() || entry.transient() && !self.device_tlb;
-        if address >> self.host_address_width != 0 || reserved {
+        if entry.into_bits() & self.0 != 0 {
             return Err(Blocked::Reserved);
         }
         match level {
@@ -124,6 +132,7 @@ pub(crate) struct Reached {
 impl Reached {
     /// The translation for `access`. It permits no write while the leaf is not dirty, so that the write that makes it
     /// so comes to a walk.
+    #[inline(always)]
     pub(crate) fn translated(self, access: Access) -> Result<Translated, Blocked> {
         let Self { page, read, write, dirty } = self;
         let perm = Perm::from_bits(read, write).ok_or(Blocked::NothingPermitted)?;
@@ -172,6 +181,7 @@ impl Directory {
     }
 
     /// Goes on to the page of `iova`.
+    #[inline(always)]
     pub(crate) fn translate<M: GuestMemoryBackend>(
         self,
         memory: &M,
@@ -183,6 +193,7 @@ impl Directory {
     }
 
     /// The same, whatever is permitted there.
+    #[inline(always)]
     pub(crate) fn reach<M: GuestMemoryBackend>(
         mut self,
         memory: &M,
@@ -202,7 +213,7 @@ impl Directory {
 
     /// Reads the entry of `level` for `iova` in the table at `base`, takes its permissions in, and sets its flags if
     /// there are any.
-    #[inline]
+    #[inline(always)]
     fn step<M: GuestMemoryBackend>(
         &mut self,
         memory: &M,
@@ -220,18 +231,18 @@ impl Directory {
         }
         let word = Words::at(memory, at, 1).and_then(|words| words.get(0));
         let entry = SecondStageEntry::from_bits(word.ok_or(Blocked::TableAccess)?);
-        let next = Self::check(config, entry, level)?;
+        let next = Self::check(Reserved::of(config), entry, level)?;
         (self.read, self.write) = (self.read && entry.read(), self.write && entry.write());
         Ok(next)
     }
 
     /// Where an entry that permits something leads.
-    #[inline]
-    fn check(config: &UnitConfig, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
+    #[inline(always)]
+    fn check(reserved: Reserved, entry: SecondStageEntry, level: u8) -> Result<Entry, Blocked> {
         if !entry.read() && !entry.write() {
             return Err(Blocked::NothingPermitted);
         }
-        Reserved::of(config).check(entry, level)
+        reserved.check(entry, level)
     }
 
     /// A step of a stage with flags, by the entry at `at`. By itself, so that others are not the slower for it.
@@ -249,7 +260,7 @@ impl Directory {
         for _ in 0..ATTEMPTS {
             let word = words.get(0).ok_or(Blocked::TableAccess)?;
             let entry = SecondStageEntry::from_bits(word);
-            let next = Self::check(config, entry, level)?;
+            let next = Self::check(Reserved::of(config), entry, level)?;
             let (read, write) = (entry.read() && self.read, entry.write() && self.write);
             let is_leaf = matches!(next, Entry::Leaf(_));
             let dirties = is_leaf && request.dirties(read, write);

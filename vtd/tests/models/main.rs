@@ -51,7 +51,7 @@ mod sync {
 
 use std::sync::Arc;
 
-use iotlb::Iotlb;
+use iotlb::{CachedPage, Iotlb};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
@@ -85,10 +85,10 @@ impl World {
         Arc::new(Self { iotlb: Iotlb::default(), entry: AtomicU64::new(entry), memory: UnsafeCell::new(()) })
     }
 
-    /// As `Endpoint::look_up`: the cache, else a walk, which is cached.
+    /// As `Endpoint::find`: the cache, else a walk, which is cached.
     fn look_up(&self) -> Option<u64> {
-        if let Some((target, _)) = self.iotlb.get(PAGE) {
-            return Some(target.0);
+        if let Some(page) = self.iotlb.page(PAGE) {
+            return Some(page.target().0);
         }
         self.walk()
     }
@@ -96,7 +96,7 @@ impl World {
     fn walk(&self) -> Option<u64> {
         let sampled = self.iotlb.sample();
         if let Some(table) = self.iotlb.directory(sampled, 0) {
-            self.iotlb.insert_page(sampled, PAGE, Gpa(table), Perm::ReadWrite);
+            self.iotlb.insert_page(sampled, PAGE, CachedPage::new(Gpa(table), Perm::ReadWrite));
             return Some(table);
         }
         let found = self.entry.load(Ordering::Relaxed);
@@ -104,7 +104,7 @@ impl World {
             return None;
         }
         self.iotlb.note_owner(Some(DOMAIN), None);
-        self.iotlb.insert_page(sampled, PAGE, Gpa(found), Perm::ReadWrite);
+        self.iotlb.insert_page(sampled, PAGE, CachedPage::new(Gpa(found), Perm::ReadWrite));
         Some(found)
     }
 
@@ -196,7 +196,7 @@ fn a_walk_and(scopes: &'static [Scope], preemptions: usize) {
         }
         world.take_away(scopes[0]);
         walker.join().unwrap();
-        assert_eq!(world.iotlb.get(PAGE), None);
+        assert_eq!(world.iotlb.page(PAGE), None);
     });
 }
 
@@ -228,7 +228,7 @@ fn rule6_a_walk_reads_the_tables_of_the_epoch_that_it_began_in() {
         world.entry.store(0xa000, Ordering::Relaxed);
         world.iotlb.invalidate(ONE_PAGE);
         walker.join().unwrap();
-        assert!(world.iotlb.get(PAGE).is_none_or(|(target, _)| target == Gpa(0xa000)));
+        assert!(world.iotlb.page(PAGE).is_none_or(|page| page.target() == Gpa(0xa000)));
     });
 }
 
@@ -243,14 +243,14 @@ fn rule6_a_walk_of_a_large_leaf_is_reached_by_an_invalidation_of_any_part_of_it(
                 if world.entry.load(Ordering::Relaxed) != 0 {
                     world.iotlb.note_owner(Some(DOMAIN), None);
                     world.iotlb.note_large();
-                    world.iotlb.insert_page(sampled, PAGE, Gpa(0x9000), Perm::ReadWrite);
+                    world.iotlb.insert_page(sampled, PAGE, CachedPage::new(Gpa(0x9000), Perm::ReadWrite));
                 }
             }
         });
         world.iotlb.invalidate(Scope::Everything);
         world.take_away(Scope::Pages(DOMAIN, IovaRange::new(0x6000, 0x6fff)));
         walker.join().unwrap();
-        assert_eq!(world.iotlb.get(PAGE), None);
+        assert_eq!(world.iotlb.page(PAGE), None);
     });
 }
 
@@ -271,7 +271,7 @@ fn rule6_a_walk_from_a_cached_directory_is_reached_with_it() {
                     } else {
                         let sampled = world.iotlb.sample();
                         if let Some(table) = world.iotlb.directory(sampled, 0) {
-                            world.iotlb.insert_page(sampled, PAGE, Gpa(table), Perm::ReadWrite);
+                            world.iotlb.insert_page(sampled, PAGE, CachedPage::new(Gpa(table), Perm::ReadWrite));
                         }
                     }
                 })
@@ -280,7 +280,7 @@ fn rule6_a_walk_from_a_cached_directory_is_reached_with_it() {
             for walker in walkers {
                 walker.join().unwrap();
             }
-            assert_eq!((world.iotlb.get(PAGE), world.iotlb.directory(world.iotlb.sample(), 0)), (None, None));
+            assert_eq!((world.iotlb.page(PAGE), world.iotlb.directory(world.iotlb.sample(), 0)), (None, None));
         });
     }
 }
@@ -292,7 +292,7 @@ fn rule6_a_hit_is_of_one_store() {
     model(3, || {
         let iotlb = Arc::new(Iotlb::default());
         let insert = |iotlb: &Iotlb, page: u64| {
-            iotlb.insert_page(iotlb.sample(), page, Gpa(page << 12), Perm::ReadWrite);
+            iotlb.insert_page(iotlb.sample(), page, CachedPage::new(Gpa(page << 12), Perm::ReadWrite));
         };
         insert(&iotlb, 1);
         insert(&iotlb, 2);
@@ -301,8 +301,8 @@ fn rule6_a_hit_is_of_one_store() {
             move || insert(&iotlb, 3)
         });
         for page in [3, 1] {
-            let hit = iotlb.get(page);
-            assert!(hit.is_none_or(|(target, _)| target == Gpa(page << 12)), "{page} leads to {hit:?}");
+            let hit = iotlb.page(page);
+            assert!(hit.is_none_or(|hit| hit.target() == Gpa(page << 12)), "{page} leads to {hit:?}");
         }
         writer.join().unwrap();
     });
@@ -313,7 +313,7 @@ fn rule6_a_hit_is_of_one_store_when_two_threads_store() {
     model(2, || {
         let iotlb = Arc::new(Iotlb::default());
         let insert = |iotlb: &Iotlb, page: u64| {
-            iotlb.insert_page(iotlb.sample(), page, Gpa(page << 12), Perm::ReadWrite);
+            iotlb.insert_page(iotlb.sample(), page, CachedPage::new(Gpa(page << 12), Perm::ReadWrite));
         };
         insert(&iotlb, 1);
         insert(&iotlb, 2);
@@ -324,7 +324,7 @@ fn rule6_a_hit_is_of_one_store_when_two_threads_store() {
         insert(&iotlb, 4);
         writer.join().unwrap();
         for page in 1..=4 {
-            assert!(iotlb.get(page).is_none_or(|(target, _)| target == Gpa(page << 12)));
+            assert!(iotlb.page(page).is_none_or(|hit| hit.target() == Gpa(page << 12)));
         }
     });
 }

@@ -24,6 +24,7 @@ mod performance;
 mod posting;
 mod queue;
 mod random;
+mod reads;
 mod register_page;
 mod registers;
 mod remapping;
