@@ -164,7 +164,7 @@ fn a14_a_function_of_another_process_is_saved_and_goes_on_in_a_new_process() {
         return;
     }
     let bench = Bench::new();
-    let (_first, socket) = bench.edu();
+    let (first, socket) = bench.edu();
     let mut source = bench.start(FEW, &["--device", &format!("vfio-user,socket={},id=other", text(&socket))]);
     let snapshots: Vec<PathBuf> = (0..2).map(|n| bench.path(&format!("snapshot{n}"))).collect();
     for (snapshot, n) in snapshots.iter().zip(1u64..) {
@@ -173,14 +173,15 @@ fn a14_a_function_of_another_process_is_saved_and_goes_on_in_a_new_process() {
     }
     // The function goes on, as its machine does.
     assert_eq!(result(&source.end()), wanted(FEW));
+    // Where it was: the process serves one client after the other, until it is gone.
+    assert_eq!(result(&bench.restore(&snapshots[0]).end()), wanted(FEW));
+    drop(first);
     for snapshot in &snapshots {
         let (_new, socket) = bench.edu();
         let place = format!("other={}", text(&socket));
         let machine = bench.machine(&["--restore", text(snapshot), "--user-socket", &place]);
         assert_eq!(result(&machine.end()), wanted(FEW), "{}", snapshot.display());
     }
-    // Where it was the first time: the process serves one client after the other.
-    assert_eq!(result(&bench.restore(&snapshots[0]).end()), wanted(FEW));
 }
 
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al; cli; hlt`

@@ -63,6 +63,15 @@ fn a14_a_state_goes_from_one_process_into_another_as_it_is() {
 }
 
 #[test]
+fn a14_a_state_that_is_longer_than_there_can_be_is_refused_and_the_function_goes_on() {
+    let (rig, serving) = moving(vec![7; MOST_STATE + 1]);
+    of(&rig).stop().unwrap();
+    assert!(of(&rig).state().is_err());
+    of(&rig).go_on().unwrap();
+    assert_eq!(serving.device.take(), [Asked::Stop, Asked::Save, Asked::GoOn]);
+}
+
+#[test]
 fn a14_a_process_without_a_state_to_give_says_so() {
     let (stream, _serving) = serving();
     assert!(Rig::connect(stream, PATIENT).unwrap().function.migration().is_none());
