@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output};
 use std::time::{Duration, Instant};
@@ -185,7 +186,7 @@ fn a14_a_function_of_another_process_is_saved_and_goes_on_in_a_new_process() {
         return;
     }
     let bench = Bench::new();
-    let (_first, socket) = bench.edu();
+    let (first, socket) = bench.edu();
     let mut source = bench.start(FEW, &["--device", &format!("vfio-user,socket={},id=other", text(&socket))]);
     let snapshots: Vec<PathBuf> = (0..2).map(|n| bench.path(&format!("snapshot{n}"))).collect();
     for (snapshot, n) in snapshots.iter().zip(1u64..) {
@@ -194,14 +195,15 @@ fn a14_a_function_of_another_process_is_saved_and_goes_on_in_a_new_process() {
     }
     // The function goes on, as its machine does.
     assert_eq!(result(&source.end()), wanted(FEW));
+    // Where it was: the process serves one client after the other, until it is gone.
+    assert_eq!(result(&bench.restore(&snapshots[0]).end()), wanted(FEW));
+    drop(first);
     for snapshot in &snapshots {
         let (_new, socket) = bench.edu();
         let place = format!("other={}", text(&socket));
         let machine = bench.machine(&["--restore", text(snapshot), "--user-socket", &place]);
         assert_eq!(result(&machine.end()), wanted(FEW), "{}", snapshot.display());
     }
-    // Where it was the first time: the process serves one client after the other.
-    assert_eq!(result(&bench.restore(&snapshots[0]).end()), wanted(FEW));
 }
 
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al; cli; hlt`
@@ -377,7 +379,7 @@ fn a14_a_machine_that_cannot_move_goes_on_where_it_is() {
         (Some(refuses), "refuses it: bad"),
         (Some(ready), "told to go on"),
     ] {
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
         let other = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let Some(last) = last else { return };
@@ -424,7 +426,7 @@ fn a14_a_machine_that_may_be_elsewhere_stays_held_until_somebody_resumes_it() {
     let mut machine = bench.start(FEW, &["--device", &format!("vfio-user,socket={}", text(&socket))]);
     machine.done(&["status"]);
     let path = bench.path("other");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
     let other = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         until(&mut stream, STATE);
@@ -445,6 +447,48 @@ fn a14_a_machine_that_may_be_elsewhere_stays_held_until_somebody_resumes_it() {
     assert_eq!(machine.done(&["resume"])["state"], "running");
     assert_eq!(result(&machine.end()), wanted(FEW));
     assert_eq!(result(&bench.restore(&saved).end()), wanted(FEW));
+}
+
+#[test]
+fn a14_a_destination_that_is_not_told_to_go_on_ends_and_the_source_goes_on() {
+    if !has_kvm() {
+        return;
+    }
+    let bench = Bench::new();
+    let ((_first, here), (_second, there)) = (bench.edu(), bench.edu());
+    let mut machine = bench.start(FEW, &["--device", &format!("vfio-user,socket={},id=other", text(&here))]);
+    machine.done(&["status"]);
+    let (between, path) = (bench.path("between"), bench.path("move"));
+    let place = format!("other={}", text(&there));
+    let next = bench.machine(&["--incoming", &format!("unix:{}", text(&path)), "--user-socket", &place]);
+    wait_for(&path);
+    let listener = UnixListener::bind(&between).unwrap();
+    // Everything goes through but the last message of the source: the connection ends in its place.
+    let way = std::thread::spawn(move || {
+        let (mut source, _) = listener.accept().unwrap();
+        let mut destination = UnixStream::connect(path).unwrap();
+        let (mut from, mut to) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+        let back = std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+        let mut head = [0; 9];
+        loop {
+            source.read_exact(&mut head).unwrap();
+            if head[0] == GO {
+                break;
+            }
+            let len = u64::from_le_bytes(head[1..].try_into().unwrap());
+            destination.write_all(&head).unwrap();
+            std::io::copy(&mut (&mut source).take(len), &mut destination).unwrap();
+        }
+        destination.shutdown(std::net::Shutdown::Both).unwrap();
+        source.shutdown(std::net::Shutdown::Both).unwrap();
+        back.join().unwrap().unwrap();
+    });
+    let (code, _, message) = machine.ctl(&["migrate", &format!("unix:{}", text(&between))]);
+    assert!(code == 1 && message.contains("goes on here") && message.contains("told to go on"), "{code}: {message}");
+    way.join().unwrap();
+    let (code, _, message) = said(next.end());
+    assert!(code == 4 && message.contains("the machine goes on where it was"), "{code}: {message}");
+    assert_eq!(result(&machine.end()), wanted(FEW));
 }
 
 #[test]

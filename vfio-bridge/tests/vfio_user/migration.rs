@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 use vfio_bridge::vfio_user::MOST_STATE;
@@ -60,6 +61,15 @@ fn a14_a_state_goes_from_one_process_into_another_as_it_is() {
         first.thread.join().unwrap().unwrap();
         second.thread.join().unwrap().unwrap();
     }
+}
+
+#[test]
+fn a14_a_state_that_is_longer_than_there_can_be_is_refused_and_the_function_goes_on() {
+    let (rig, serving) = moving(vec![7; MOST_STATE + 1]);
+    of(&rig).stop().unwrap();
+    assert!(of(&rig).state().is_err());
+    of(&rig).go_on().unwrap();
+    assert_eq!(serving.device.take(), [Asked::Stop, Asked::Save, Asked::GoOn]);
 }
 
 #[test]
@@ -213,14 +223,19 @@ fn a14_the_protocol_of_a_state_is_kept_and_what_comes_out_of_order_is_refused() 
     assert_eq!(ask_for(client, MIG_DATA_WRITE, &[words(&[9, 1]), vec![0]].concat()), Err(libc::EFBIG.cast_unsigned()));
 }
 
-/// A server that is orderly, offers states, and answers what is asked of a state with `payload`.
-fn answering(payload: Vec<u8>, feature: Option<Vec<u8>>) -> Rig {
+/// A server that is orderly, offers states, and answers what is asked of a state with one of `payloads` after the other,
+/// and the last again and again.
+fn answering(payloads: Vec<Vec<u8>>, feature: Option<Vec<u8>>) -> Rig {
+    let answered = AtomicUsize::new(0);
     let stream = server(move |id, command, asked| match command {
         DEVICE_FEATURE if asked.get(4..8) == Some(&words(&[OFFERED])) => {
             Some(message(id, command, REPLY, 0, &words(&[16, OFFERED, 1, 0])))
         }
         DEVICE_FEATURE => feature.as_ref().map(|payload| message(id, command, REPLY, 0, payload)),
-        MIG_DATA_READ | MIG_DATA_WRITE => Some(message(id, command, REPLY, 0, &payload)),
+        MIG_DATA_READ | MIG_DATA_WRITE => {
+            let next = answered.fetch_add(1, Ordering::Relaxed).min(payloads.len() - 1);
+            Some(message(id, command, REPLY, 0, &payloads[next]))
+        }
         _ => None,
     });
     Rig::connect(stream, PATIENT).unwrap()
@@ -238,10 +253,12 @@ fn a14_a_process_that_gives_no_state_that_makes_sense_is_refused() {
         // Without end.
         [words(&[8 + (1 << 20), 1 << 20]), vec![1; 1 << 20]].concat(),
     ] {
-        let rig = answering(payload, None);
+        let rig = answering(vec![payload], None);
         assert!(of(&rig).state().is_err());
     }
-    let rig = answering([words(&[10, 2]), vec![1, 2, 3]].concat(), None);
+    let longer = [words(&[8 + (1 << 20) + 1, (1 << 20) + 1]), vec![1; (1 << 20) + 1]].concat();
+    assert!(of(&answering(vec![longer, words(&[8, 0])], None)).state().is_err());
+    let rig = answering(vec![[words(&[10, 2]), vec![1, 2, 3]].concat()], None);
     assert_eq!(of(&rig).state().unwrap(), [1, 2], "what is behind it is not of it");
 }
 
@@ -257,7 +274,7 @@ proptest! {
     /// Whatever a process answers, each call ends, and what it gives is no longer than there can be.
     #[test]
     fn a14_no_answer_of_a_process_is_believed(payload in garbage(), feature in garbage()) {
-        let rig = answering(payload, Some(feature));
+        let rig = answering(vec![payload], Some(feature));
         if let Some(function) = rig.function.migration() {
             let _ = function.stop();
             if let Ok(state) = function.state() {
