@@ -152,7 +152,7 @@ mod tests {
         assert_eq!((with_interrupts[36], with_interrupts[37]), (47, INTR_REMAP));
         let with_tlbs = table(&Remapping { device_tlbs: true, ..remapping.clone() });
         let integrated = Remapping { integrated_tlbs: vec![(0, 1, 0), (0, 2, 3)], ..remapping.clone() };
-        let with_integrated = super::table(&Remapping { device_tlbs: true, ..integrated });
+        let with_integrated = table(&Remapping { device_tlbs: true, ..integrated });
         let table = table(&remapping);
         // One structure for all ports of the segment, behind the units; then one of the functions beside them.
         assert_eq!(with_tlbs[48..], [&table[48..], &[2, 0, 8, 0, 1, 0, 0, 0]].concat());
