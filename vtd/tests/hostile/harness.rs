@@ -1,6 +1,6 @@
-//! A guest that does anything at all, as a script of bytes: it stores in its memory, writes and reads registers of any
-//! size at any offset, gives descriptors, and has devices make requests, with PASIDs or not, for translations, for pages
-//! and for interrupts, while functions come, go and change their ids. Whatever the bytes are, after each step
+//! A guest that does anything at all, as a script of bytes: it stores in its memory, writes and reads registers of
+//! any size at any offset, gives descriptors, and has devices make requests, with PASIDs or not, for translations, for
+//! pages and for interrupts, while functions come, go and change their ids. Whatever the bytes are, after each step
 //!
 //! - nothing panicked, and no more of the guest's memory was looked at than the bounds allow;
 //! - spaces and extents are within their bounds, and the listener was told, in order, exactly what the shadows say;
