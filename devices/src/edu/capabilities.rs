@@ -43,8 +43,8 @@ pub(super) struct Off {
 }
 
 impl Capabilities {
-    /// Adds those that are asked for. With any of them the function is one of PCI Express below `upstream` that may send
-    /// PASIDs of 20 bits as a prefix.
+    /// Adds those that are asked for. With any of them the function is one of PCI Express below `upstream` that may
+    /// send PASIDs of 20 bits as a prefix.
     pub(super) fn add(config: &mut ConfigSpace, upstream: Upstream, pasid: bool, ats: bool, pri: bool) -> Self {
         if !(pasid || ats || pri) {
             return Self::default();

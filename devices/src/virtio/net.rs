@@ -81,8 +81,8 @@ pub struct Net<L> {
     longest: u64,
     /// Buffers that wait for packets.
     waiting: VecDeque<Chain>,
-    /// Bytes that the next packet is thought to have, with its header. Only so much of the buffers is pinned for it: room
-    /// for the longest one would be 17 pages, of which most packets use one.
+    /// Bytes that the next packet is thought to have, with its header. Only so much of the buffers is pinned for it:
+    /// room for the longest one would be 17 pages, of which most packets use one.
     expected: u64,
     /// What a packet has beyond that, until it is copied to its buffers.
     spill: Box<[u8]>,

@@ -287,7 +287,7 @@ impl Function {
     /// Its registers.
     ///
     /// # Errors
-    /// As [`Device::of`].
+    /// If its configuration space cannot be written, or BAR 0 cannot be mapped.
     pub fn device(&self) -> Result<Device> {
         Device::of(self.file.try_clone()?)
     }

@@ -1,5 +1,6 @@
 //! What the guest programs share: the kernel's VFIO with type1 and with iommufd, the edu function, counters of its
-//! perf, memory that a device writes, and (in the nested bench's host) what the kernel's IOMMU driver holds for Causeway.
+//! perf, memory that a device writes, and (in the nested bench's host) what the kernel's IOMMU driver holds for
+//! Causeway.
 //!
 //! The programs run inside a guest, or in the nested bench's host to show the reference behaviour. They speak to the
 //! kernel that they run on, never to Causeway: what they see is what any driver in that kernel would see. Only

@@ -164,8 +164,8 @@ impl<K: Kernel> Iommufd<K> {
         Ok(())
     }
 
-    /// `bdf` is a member of its group no longer, nor attached to anything: the number that the kernel has for it. `None`:
-    /// it is not open.
+    /// `bdf` is a member of its group no longer, nor attached to anything: the number that the kernel has for it.
+    /// `None`: it is not open.
     fn take(&self, bdf: Bdf) -> Option<HostDevice> {
         let _moving = self.moving();
         let mut groups = lock(&self.groups);

@@ -223,7 +223,7 @@ fn a14_the_protocol_of_a_state_is_kept_and_what_comes_out_of_order_is_refused() 
     assert_eq!(ask_for(client, MIG_DATA_WRITE, &[words(&[9, 1]), vec![0]].concat()), Err(libc::EFBIG.cast_unsigned()));
 }
 
-/// A server that is orderly, offers states, and answers what is asked of a state with one of `payloads` after the other,
+/// A server that is orderly, offers states, and answers what is asked of a state with one of `payloads` after another,
 /// and the last again and again.
 fn answering(payloads: Vec<Vec<u8>>, feature: Option<Vec<u8>>) -> Rig {
     let answered = AtomicUsize::new(0);
