@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use iommufd_bindings::iommufd::*;
@@ -25,6 +26,9 @@ const ATTACH_IOMMUFD_PT: libc::c_ulong = ((VFIO_TYPE as u32) << 8 | (VFIO_BASE +
 
 /// Address width of the user's own first-stage tables: 4 levels.
 const FIRST_STAGE_WIDTH: u32 = 48;
+
+/// How long a page fault is waited for.
+const FAULT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// An address space: memory by IOVA.
 #[derive(Clone, Copy, Debug)]
@@ -303,8 +307,13 @@ impl FaultQueue {
     /// The next fault; waits for it.
     ///
     /// # Errors
-    /// The kernel's, or what comes is not one.
+    /// The kernel's, what comes is not one, or nothing comes in time.
     pub fn next(&self) -> Result<iommu_hwpt_pgfault> {
+        // Reading does not wait.
+        let mut poll = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, as the count says.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, FAULT_DEADLINE.as_millis() as i32) };
+        ensure!(ready == 1, "no page fault within {FAULT_DEADLINE:?}");
         let mut bytes = [0; size_of::<iommu_hwpt_pgfault>()];
         (&self.file).read_exact(&mut bytes).context("reading a page fault")?;
         let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
