@@ -123,7 +123,7 @@ fn f6_what_cannot_come_or_go_is_refused_and_changes_nothing() {
         (&["add", "--device", "vfio-user,fd=7"], "fd=N is for the start"),
         (&["add", "--device", "vfio-user,socket=/nowhere"], "/nowhere"),
         (&["add", "--device", "vfio,host=ffff:1f:1f.7"], "ffff:1f:1f.7"),
-        (&["add", "--device", "vfio,host=00:01.0,backend=iommufd"], "by type1"),
+        (&["add", "--device", "vfio,host=ffff:1f:1f.7,backend=iommufd"], "ffff:1f:1f.7"),
         (&["remove", "nobody"], "there is no device nobody"),
         (&["remove", "edu0"], "on bus 0, and stays"),
     ] {

@@ -197,12 +197,13 @@ fn every_command_of_the_documents_is_right() {
 #[test]
 fn every_nested_case_that_is_named_is_there() {
     let (_, cases) = cases::load().unwrap();
-    let named = Regex::new(r"nested::([a-z0-9_]+)").unwrap();
+    // Not a module of that name in the tests of a crate.
+    let named = Regex::new(r"(?:^|[^:])nested::([a-z0-9_]+)").unwrap();
     let mut wrong = Vec::new();
     for (file, text) in documents(&workspace()) {
         for found in named.captures_iter(&text) {
             if !cases.iter().any(|case| case.name.starts_with(&found[1])) {
-                wrong.push(format!("{}: no case begins with {}", file.display(), &found[0]));
+                wrong.push(format!("{}: no case begins with nested::{}", file.display(), &found[1]));
             }
         }
     }
