@@ -347,10 +347,15 @@ fn ten_moves(bench: &Bench, mut machine: Machine, mut more: impl FnMut(&Bench) -
     assert_eq!(result(&machine.end()), wanted(LONG));
 }
 
-/// Until the socket is there.
+/// Until somebody listens at the socket: its file is there before that.
 fn wait_for(path: &Path) {
+    // `__SO_ACCEPTCON`, in the fourth column.
+    let listens = |socket: &str| {
+        let columns: Vec<&str> = socket.split_whitespace().collect();
+        columns.get(3) == Some(&"00010000") && columns.get(7) == Some(&text(path))
+    };
     let start = Instant::now();
-    while !path.exists() {
+    while !fs::read_to_string("/proc/net/unix").unwrap().lines().any(listens) {
         assert!(start.elapsed() < Duration::from_secs(30), "nobody listens at {}", path.display());
         std::thread::sleep(Duration::from_millis(2));
     }
