@@ -366,6 +366,23 @@ fn f6_edu_has_a_pasid_capability_where_it_has_pasids() {
 }
 
 #[test]
+fn f6_edu_of_pci_express_is_an_endpoint_of_its_place() {
+    for (upstream, flags, link) in [(Upstream::RootComplex, 0x92, 0), (Upstream::Port, 0x02, 0x11)] {
+        let pasids: Pasids = Box::new(|_| Box::new(DirectMemory(memory())));
+        let features = Features { pasids: Some(pasids), upstream, ..Features::default() };
+        let bench = Bench::with_features(Box::new(DirectMemory(memory())), features);
+        let config = |offset: u16| {
+            let mut data = [0; 4];
+            bench.root.config_read(SID, offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let express = (config(0x40) >> 8 & 0xff) as u16;
+        let seen = (config(express) >> 16, config(express + 0x0c), config(express + 0x10));
+        assert_eq!(seen, (flags, link, link << 16), "{upstream:?}");
+    }
+}
+
+#[test]
 fn edu_shutdown_joins_its_worker() {
     let root = PciRoot::new(Arc::default());
     let interrupts = Arc::new(FakeInterrupts::default());

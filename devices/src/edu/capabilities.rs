@@ -3,7 +3,7 @@
 
 use crate::pci::ConfigSpace;
 use crate::pci::config::CAP_EXPRESS;
-use crate::pci::express::{ENDPOINT, Upstream};
+use crate::pci::express::{ENDPOINT, SLOWEST_LINK, Upstream};
 
 /// Where extended configuration space begins.
 const FIRST: u16 = 0x100;
@@ -54,8 +54,8 @@ impl Capabilities {
         express[0] = 0x02 | upstream.endpoint().unwrap_or(ENDPOINT) << 4;
         express[3] = 0x80;
         if upstream != Upstream::RootComplex {
-            // A link of one lane at 2.5 GT/s: as a capability, and as what there is.
-            (express[0x0a], express[0x10]) = (0x11, 0x11);
+            // Link Capabilities and Link Status.
+            (express[0x0a], express[0x10]) = (SLOWEST_LINK, SLOWEST_LINK);
         }
         // Device Capabilities 2: end-to-end prefixes, one at most.
         express[0x24] = 0x60;

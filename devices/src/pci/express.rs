@@ -18,6 +18,8 @@ pub const ENDPOINT: u8 = 0;
 pub const LEGACY_ENDPOINT: u8 = 1;
 /// Of an endpoint that is integrated into the root complex.
 pub const INTEGRATED_ENDPOINT: u8 = 9;
+/// A link of one lane at 2.5 GT/s: what Link Capabilities can say, and what Link Status does.
+pub const SLOWEST_LINK: u8 = 0x11;
 
 impl Upstream {
     /// Device/Port Type of an endpoint that is there; `None`: it has no capability of PCI Express.

@@ -3,15 +3,13 @@
 
 use super::capabilities::{Capability, Patch, Snapshot, list};
 use crate::pci::config::CAP_EXPRESS;
-use crate::pci::express::{ENDPOINT, INTEGRATED_ENDPOINT, LEGACY_ENDPOINT, Upstream};
+use crate::pci::express::{ENDPOINT, INTEGRATED_ENDPOINT, LEGACY_ENDPOINT, SLOWEST_LINK, Upstream};
 
 const LINK_CAPABILITIES: u16 = 0x0c;
 const LINK_CONTROL: u16 = 0x10;
 /// The registers of version 2: Link Capabilities 2, and Link Control 2 behind it.
 const LINK_CAPABILITIES_2: u16 = 0x2c;
 const END_OF_VERSION_2: u16 = 0x34;
-/// A link of one lane at 2.5 GT/s: as a capability, and as what there is.
-const SLOWEST_LINK: u16 = 0x11;
 
 /// What the guest sees of the capability.
 #[derive(PartialEq, Eq, Debug)]
