@@ -1,5 +1,6 @@
 //! Processes that this one starts.
 
+use anyhow::{Result, ensure};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -13,6 +14,15 @@ pub fn end_with_this_process(command: &mut Command, signal: libc::c_int) {
             _ => Err(std::io::Error::last_os_error()),
         });
     }
+}
+
+/// This thread, and what it starts from now on, take what others leave of the processors.
+pub fn lower_priority() -> Result<()> {
+    const LOWEST: libc::c_int = 19;
+    // SAFETY: setpriority takes numbers alone. In Linux 0 is the calling thread.
+    let status = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST) };
+    ensure!(status == 0, "cannot lower a priority: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// The command has this one too, under the same number.

@@ -1,16 +1,17 @@
 //! Runs the nested cases in several L1s at a time. A lane is a thread that boots one L1 after the other; each L1 is
 //! given its cases one by one, over a port of its own, and tells between marks how they ended.
 
+use crate::ahead::OwnKernels;
 use crate::cache::Cache;
 use crate::cases::{self, Case};
 use crate::l1::Host;
 use crate::l1::Images;
 use crate::nested::{self, End, Job, Kernel, Limit, Machine};
 use crate::own_kernel;
-use crate::pool::{Pool, Work};
+use crate::pool::Pool;
 use crate::programs::Program;
 use crate::report::{Outcome, Reporter};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -33,7 +34,7 @@ const KIB_OF_AN_L1: u64 = 6 << 20;
 pub struct Bench<'a> {
     pub cache: &'a Cache,
     /// Of each host that a case needs.
-    pub images: &'a BTreeMap<Host, Images>,
+    pub images: &'a BTreeMap<Host, &'a Images>,
     pub programs: &'a [Program],
     pub files: &'a [(String, PathBuf)],
     pub reporter: &'a Reporter,
@@ -41,7 +42,7 @@ pub struct Bench<'a> {
 
 impl Bench<'_> {
     fn images(&self, host: Host) -> Result<&Images> {
-        self.images.get(&host).with_context(|| format!("the {host:?} host was not made ready"))
+        self.images.get(&host).copied().with_context(|| format!("the {host:?} host was not made ready"))
     }
 }
 
@@ -55,8 +56,9 @@ pub fn default_lanes() -> usize {
     processors.min(fit).max(1)
 }
 
-/// Runs the cases in at most so many L1s at a time, and tells the reporter how each ended.
-pub fn run(bench: &Bench, cases: Vec<Case>, lanes: usize) {
+/// Runs the cases in at most so many L1s at a time, those that need an own kernel when it is there, and tells the
+/// reporter how each ended.
+pub fn run(bench: &Bench, cases: Vec<Case>, own_kernels: OwnKernels, lanes: usize) {
     let (mut cases, mut others): (Vec<Case>, Vec<Case>) =
         cases.into_iter().partition(|case| case.machine.kernel == Kernel::Own);
     for (host, images) in bench.images {
@@ -67,59 +69,41 @@ pub fn run(bench: &Bench, cases: Vec<Case>, lanes: usize) {
     let booted = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..lanes {
-            scope.spawn(|| lane(bench, &pool, &booted, lanes));
+            scope.spawn(|| lane(bench, &pool, &booted));
+        }
+        for (host, made) in own_kernels {
+            own_kernel_is_made(bench, &pool, host, made);
+        }
+        for host in [Host::Default, Host::New] {
+            own_kernel_is_made(bench, &pool, host, Err(anyhow!("it was not made")));
         }
     });
 }
 
-fn lane(bench: &Bench, pool: &Arc<Pool>, booted: &AtomicUsize, lanes: usize) {
-    while let Some(work) = pool.work() {
-        match work {
-            Work::OwnKernel(host) => make_own_kernel_ready(bench, pool, host, lanes),
-            Work::L1(machine) => {
-                let number = booted.fetch_add(1, Ordering::Relaxed) + 1;
-                if let Err(error) = l1(bench, pool, &machine, number) {
-                    bench.reporter.add("nested::bench", Outcome::Failed(format!("{error:#}")), None);
-                    let without = Outcome::Failed("there is no L1 for it: see nested::bench".to_owned());
-                    add_all(&pool.give_up(&machine), &without, bench.reporter);
-                }
-                pool.ended(&machine);
-            }
+fn lane(bench: &Bench, pool: &Arc<Pool>, booted: &AtomicUsize) {
+    while let Some(machine) = pool.next_l1() {
+        let number = booted.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Err(error) = l1(bench, pool, &machine, number) {
+            bench.reporter.add("nested::bench", Outcome::Failed(format!("{error:#}")), None);
+            let without = Outcome::Failed("there is no L1 for it: see nested::bench".to_owned());
+            add_all(&pool.give_up(&machine), &without, bench.reporter);
         }
+        pool.ended(&machine);
     }
 }
 
-/// In CI it is built; elsewhere building it is left to the user.
-fn make_own_kernel_ready(bench: &Bench, pool: &Pool, host: Host, lanes: usize) {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    // Beside the other lanes.
-    let jobs = (processors + 1).saturating_sub(lanes).max(processors / 2).max(1);
-    let make = || {
-        let images = bench.images(host)?;
-        let kernel = match own_kernel::built(images)? {
-            None if cases::in_ci() && host == Host::Default => Some(own_kernel::build(images, false, jobs)?),
-            built => built,
+/// The cases that wait for this host's own kernel can be run, or cannot.
+fn own_kernel_is_made(bench: &Bench, pool: &Pool, host: Host, made: Result<bool>) {
+    let own = bench.images.get(&host).and_then(|images| images.own.get());
+    pool.own_kernel_is_made(host, |cases| {
+        let outcome = match (&made, own) {
+            (Ok(_), Some(own)) => return able(&own.config, cases, bench.reporter),
+            (Ok(_), None) => Outcome::Skipped(format!("`{}` was not run", own_kernel::command_for(host))),
+            (Err(error), _) => Outcome::Failed(format!("the own kernel: {error:#}")),
         };
-        let own = kernel.map(|kernel| own_kernel::images(images, &kernel)).transpose()?;
-        Ok(own.map(|own| images.own.get_or_init(|| own)))
-    };
-    let start = Instant::now();
-    let made: Result<_> = make();
-    bench.reporter.took("the own kernel", start.elapsed());
-    let without = |cases: Vec<Case>, outcome: Outcome| {
         add_all(&cases, &outcome, bench.reporter);
         Vec::new()
-    };
-    match made {
-        Ok(Some(own)) => {
-            pool.own_kernel_is_ready(host, |cases| able(&own.config, cases, bench.reporter));
-        }
-        Ok(None) => pool.own_kernel_is_ready(host, |cases| {
-            without(cases, Outcome::Skipped(format!("`{}` was not run", own_kernel::command_for(host))))
-        }),
-        Err(error) => pool
-            .own_kernel_is_ready(host, |cases| without(cases, Outcome::Failed(format!("the own kernel: {error:#}")))),
-    }
+    });
 }
 
 fn add_all(cases: &[Case], outcome: &Outcome, reporter: &Reporter) {

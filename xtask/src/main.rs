@@ -1,5 +1,6 @@
 //! `cargo xtask`: what the project needs around the product.
 
+mod ahead;
 mod apt;
 #[cfg(test)]
 mod behaviours;

@@ -52,13 +52,13 @@ pub fn names() -> impl Iterator<Item = String> {
 }
 
 /// Runs those that are wanted, and tells how each ended.
-pub fn run(wanted: impl Fn(&str) -> bool, reporter: &Reporter) {
+pub fn run(cache: impl FnOnce() -> Result<Cache>, wanted: impl Fn(&str) -> bool, reporter: &Reporter) {
     let tests: Vec<(String, &Test)> = names().zip(&TESTS).filter(|(name, _)| wanted(name)).collect();
     if tests.is_empty() {
         return;
     }
     let start = Instant::now();
-    let rig = Rig::new();
+    let rig = Rig::new(cache);
     reporter.took("a browser, and a run to look at", start.elapsed());
     for (name, (_, test)) in tests {
         let start = Instant::now();
@@ -88,11 +88,11 @@ impl From<anyhow::Error> for Without {
 }
 
 impl Rig {
-    fn new() -> Result<Self, Without> {
+    fn new(cache: impl FnOnce() -> Result<Cache>) -> Result<Self, Without> {
         if let Some(reason) = traced::unable() {
             return Err(Without::Reason(reason.to_owned()));
         }
-        let cache = Cache::open()?;
+        let cache = cache()?;
         let without = |what: &str, error: anyhow::Error| match in_ci() {
             true => Without::Error(error),
             false => Without::Reason(format!("there is no {what}: {error:#}")),

@@ -10,7 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 /// The cases that no L1 has taken yet, by the L1 that they need.
 pub struct Pool {
     groups: Mutex<Vec<Group>>,
-    /// A kernel is ready, or will not be.
+    /// A kernel is there, or will not be.
     changed: Condvar,
 }
 
@@ -20,23 +20,8 @@ struct Group {
     cases: Vec<Case>,
     /// How many L1s there are for them.
     l1s: usize,
-    kernel: Readiness,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Readiness {
-    ToDo,
-    UnderWay,
-    Ready,
-}
-
-/// What a lane has to do next.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Make the own kernel of a host ready.
-    OwnKernel(Host),
-    /// Boot such an L1 for the cases that need it.
-    L1(Machine),
+    /// The kernel that they need is there.
+    has_kernel: bool,
 }
 
 impl Group {
@@ -46,7 +31,7 @@ impl Group {
 
     /// An L1 takes its time to boot: not for a case that another one is about to take.
     fn wants_an_l1(&self) -> bool {
-        self.kernel == Readiness::Ready && self.cases.len() > self.l1s
+        self.has_kernel && self.cases.len() > self.l1s
     }
 }
 
@@ -59,8 +44,8 @@ impl Pool {
         let group = |(machine, mut cases): (Machine, Vec<Case>)| {
             // In the order of their names where they are as long.
             cases.sort_by(|a, b| a.limit.cmp(&b.limit).then_with(|| b.name.cmp(&a.name)));
-            let kernel = if machine.kernel == Kernel::Own { Readiness::ToDo } else { Readiness::Ready };
-            Group { machine, cases, l1s: 0, kernel }
+            let has_kernel = machine.kernel != Kernel::Own;
+            Group { machine, cases, l1s: 0, has_kernel }
         };
         Self { groups: Mutex::new(groups.into_iter().map(group).collect()), changed: Condvar::new() }
     }
@@ -70,18 +55,11 @@ impl Pool {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next work of a lane; waits where all that is left needs a kernel which another lane makes ready. None: there
-    /// is no more.
-    pub fn work(&self) -> Option<Work> {
+    /// The L1 that a lane boots next, for the cases that need such a one; waits where all that is left needs a kernel
+    /// that is not there yet. None: there are no more.
+    pub fn next_l1(&self) -> Option<Machine> {
         let mut groups = self.groups();
         loop {
-            // It takes longest, and cases wait for it.
-            if let Some(group) = groups.iter().find(|group| group.kernel == Readiness::ToDo) {
-                let host = group.machine.host;
-                let same = |group: &&mut Group| group.kernel == Readiness::ToDo && group.machine.host == host;
-                groups.iter_mut().filter(same).for_each(|group| group.kernel = Readiness::UnderWay);
-                return Some(Work::OwnKernel(host));
-            }
             // Every boot costs: an L1 of another kind first, then a second one of a kind that has much to do.
             let next = groups
                 .iter_mut()
@@ -89,21 +67,22 @@ impl Pool {
                 .max_by_key(|group| (std::cmp::Reverse(group.l1s), group.weight()));
             if let Some(group) = next {
                 group.l1s += 1;
-                return Some(Work::L1(group.machine.clone()));
+                return Some(group.machine.clone());
             }
-            if !groups.iter().any(|group| group.kernel == Readiness::UnderWay) {
+            if groups.iter().all(|group| group.has_kernel) {
                 return None;
             }
             groups = self.changed.wait(groups).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// The own kernel of that host is ready; `able` takes out what it cannot run.
-    pub fn own_kernel_is_ready(&self, host: Host, able: impl Fn(Vec<Case>) -> Vec<Case>) {
-        let waiting = |group: &&mut Group| group.kernel == Readiness::UnderWay && group.machine.host == host;
+    /// The own kernel of that host is there, or will not be; `able` takes out what cannot be run. What does not wait for
+    /// it is not touched.
+    pub fn own_kernel_is_made(&self, host: Host, able: impl Fn(Vec<Case>) -> Vec<Case>) {
+        let waiting = |group: &&mut Group| !group.has_kernel && group.machine.host == host;
         for group in self.groups().iter_mut().filter(waiting) {
             group.cases = able(std::mem::take(&mut group.cases));
-            group.kernel = Readiness::Ready;
+            group.has_kernel = true;
         }
         self.changed.notify_all();
     }
@@ -168,70 +147,62 @@ mod tests {
             ("p", "# topology: ports\n# limit: 2000\n"),
             ("s", "# topology: slot\n"),
         ]);
-        let work: Vec<Machine> = std::iter::from_fn(|| match pool.work() {
-            Some(Work::L1(machine)) => Some(machine),
-            _ => None,
-        })
-        .collect();
+        let l1s: Vec<Machine> = std::iter::from_fn(|| pool.next_l1()).collect();
         // Nobody has taken a case yet: a third one of the first kind, for its third case, and no second one where there
         // is one case.
         let flat = machine("");
-        assert_eq!(work, [machine(PORTS), flat.clone(), machine("# topology: slot\n"), flat.clone(), flat]);
+        assert_eq!(l1s, [machine(PORTS), flat.clone(), machine("# topology: slot\n"), flat.clone(), flat]);
     }
 
     #[test]
     fn no_l1_is_booted_for_a_case_that_another_is_about_to_take() {
         let pool = pool(&[("a", ""), ("b", "")]);
         let flat = machine("");
-        assert_eq!(pool.work(), Some(Work::L1(flat.clone())));
+        assert_eq!(pool.next_l1(), Some(flat.clone()));
         assert!(pool.take(&flat).is_some());
-        assert_eq!(pool.work(), None);
+        assert_eq!(pool.next_l1(), None);
         // It died, and the other case is still to be run.
         pool.ended(&flat);
-        assert_eq!(pool.work(), Some(Work::L1(flat.clone())));
+        assert_eq!(pool.next_l1(), Some(flat.clone()));
         assert!(pool.take(&flat).is_some());
         pool.ended(&flat);
-        assert_eq!(pool.work(), None);
+        assert_eq!(pool.next_l1(), None);
     }
 
     #[test]
     fn whoever_has_nothing_else_to_do_waits_for_the_own_kernel() {
         let pool = pool(&[("a", ""), ("x", OWN), ("y", &format!("{OWN}{PORTS}")), ("z", OWN)]);
-        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
-        assert_eq!(pool.work(), Some(Work::L1(machine(""))));
+        assert_eq!(pool.next_l1(), Some(machine("")));
         assert!(pool.take(&machine("")).is_some());
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| pool.work());
-            pool.own_kernel_is_ready(Host::Default, |mut cases| {
+            let waiting = scope.spawn(|| pool.next_l1());
+            pool.own_kernel_is_made(Host::Default, |mut cases| {
                 cases.retain(|case| case.name != "y");
                 cases
             });
-            assert_eq!(waiting.join().unwrap(), Some(Work::L1(machine(OWN))));
+            assert_eq!(waiting.join().unwrap(), Some(machine(OWN)));
         });
-        assert_eq!(pool.work(), Some(Work::L1(machine(OWN))));
-        assert_eq!(pool.work(), None);
+        assert_eq!(pool.next_l1(), Some(machine(OWN)));
+        assert_eq!(pool.next_l1(), None);
     }
 
     #[test]
     fn each_host_has_an_own_kernel() {
         let new = format!("{OWN}# host: new\n");
         let pool = pool(&[("x", OWN), ("y", &new)]);
-        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
-        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::New)));
-        pool.own_kernel_is_ready(Host::New, |cases| cases);
-        assert_eq!(pool.work(), Some(Work::L1(machine(&new))));
-        pool.own_kernel_is_ready(Host::Default, |cases| cases);
-        assert_eq!(pool.work(), Some(Work::L1(machine(OWN))));
-        assert_eq!(pool.work(), None);
+        pool.own_kernel_is_made(Host::New, |cases| cases);
+        assert_eq!(pool.next_l1(), Some(machine(&new)));
+        pool.own_kernel_is_made(Host::Default, |cases| cases);
+        assert_eq!(pool.next_l1(), Some(machine(OWN)));
+        assert_eq!(pool.next_l1(), None);
     }
 
     #[test]
     fn cases_of_a_kernel_that_there_will_not_be_are_given_up() {
         let pool = pool(&[("x", OWN)]);
-        assert_eq!(pool.work(), Some(Work::OwnKernel(Host::Default)));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| pool.work());
-            pool.own_kernel_is_ready(Host::Default, |cases| {
+            let waiting = scope.spawn(|| pool.next_l1());
+            pool.own_kernel_is_made(Host::Default, |cases| {
                 assert_eq!(cases.len(), 1);
                 Vec::new()
             });
@@ -243,11 +214,11 @@ mod tests {
     #[test]
     fn what_needs_an_l1_that_does_not_come_up_is_given_up() {
         let pool = pool(&[("a", ""), ("b", ""), ("p", PORTS)]);
-        assert_eq!(pool.work(), Some(Work::L1(machine(""))));
+        assert_eq!(pool.next_l1(), Some(machine("")));
         let names: Vec<String> = pool.give_up(&machine("")).into_iter().map(|case| case.name).collect();
         assert_eq!(names, ["b", "a"]);
         pool.ended(&machine(""));
-        assert_eq!(pool.work(), Some(Work::L1(machine(PORTS))));
-        assert_eq!(pool.work(), None);
+        assert_eq!(pool.next_l1(), Some(machine(PORTS)));
+        assert_eq!(pool.next_l1(), None);
     }
 }

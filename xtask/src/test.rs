@@ -1,16 +1,16 @@
 //! `cargo xtask test`: everything that can be wrong, by name.
 
+use crate::ahead::{Ahead, Wanted};
 use crate::cache::{Cache, progress};
 use crate::cases::{self, Case};
 use crate::crate_tests::{self, cargo};
 use crate::images;
-use crate::l1;
 use crate::l1::Host;
 use crate::lanes::{self, Bench};
 use crate::pages;
-use crate::programs;
+use crate::programs::Profile;
 use crate::report::{Outcome, Reporter};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use regex::Regex;
 use std::collections::BTreeMap;
@@ -95,8 +95,18 @@ pub const CHECKS: &[Check] = &[
 
 pub fn command(args: &TestArgs) -> Result<u8> {
     let (files, cases) = cases::load()?;
-    let mut wanted: Vec<Case> = cases.into_iter().filter(|case| args.wants(&case.full_name())).collect();
+    let mut cases: Vec<Case> = cases.into_iter().filter(|case| args.wants(&case.full_name())).collect();
     let reporter = Reporter::new(true);
+    let (mut cache, mut ahead) = (None, None);
+    if !args.list {
+        cases = to_run(args, cases, &reporter);
+    }
+    if !args.list && !cases.is_empty() {
+        let cache = cache.insert(Cache::open()?);
+        // Some of the long cases measure.
+        let profile = if args.long { Profile::Release } else { Profile::Programs };
+        ahead = Some(Ahead::start(cache, Wanted::by(&cases, args.causeway.clone(), profile), &reporter)?);
+    }
     let built = if args.may_want_crates() { crate_tests::build() } else { Ok(Vec::new()) };
     let mut executables = match built {
         Ok(executables) => executables,
@@ -123,7 +133,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         let checks = CHECKS.iter().map(|check| check.name.to_owned()).filter(|name| args.wants(name));
         let tests = executables.iter().flat_map(|e| e.tests.iter().map(|test| e.full_name(test)));
         let pages = pages::names().filter(|name| args.wants(name));
-        for name in checks.chain(tests).chain(suite.full_names()).chain(pages).chain(wanted.iter().map(Case::full_name))
+        for name in checks.chain(tests).chain(suite.full_names()).chain(pages).chain(cases.iter().map(Case::full_name))
         {
             println!("{name}");
         }
@@ -136,28 +146,34 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         crate_tests::run(executable, args.long, &reporter)?;
     }
     images::run(&suite, &reporter)?;
-    pages::run(|name| args.wants(name), &reporter);
-    let mut run = Vec::new();
-    if args.host == Host::New {
-        wanted.iter_mut().for_each(|case| case.machine.host = Host::New);
-    }
-    for case in wanted {
-        if args.no_nested {
-            reporter.add(&case.full_name(), Outcome::Skipped("--no-nested".to_owned()), None);
-        } else if case.long && !args.long {
-            reporter.add(&case.full_name(), Outcome::Skipped("takes more than a minute: --long".to_owned()), None);
-        } else if case.machine.host == Host::New && args.host != Host::New && !args.long && args.only.is_none() {
-            reporter.add(&case.full_name(), Outcome::Skipped("is for the newer host: --long".to_owned()), None);
-        } else {
-            run.push(case);
-        }
-    }
-    if !run.is_empty()
-        && let Err(error) = run_nested(args, &files, run, &reporter)
+    pages::run(|| cache.map_or_else(Cache::open, Ok), |name| args.wants(name), &reporter);
+    if let Some(ahead) = ahead
+        && let Err(error) = run_nested(args, &files, cases, ahead, &reporter)
     {
         reporter.add("nested::bench", Outcome::Failed(format!("{error:#}")), None);
     }
     Ok(u8::from(!reporter.finish()))
+}
+
+/// The nested cases that this run has; tells of the others.
+fn to_run(args: &TestArgs, mut cases: Vec<Case>, reporter: &Reporter) -> Vec<Case> {
+    if args.host == Host::New {
+        cases.iter_mut().for_each(|case| case.machine.host = Host::New);
+    }
+    cases.retain(|case| {
+        let reason = if args.no_nested {
+            "--no-nested"
+        } else if case.long && !args.long {
+            "takes more than a minute: --long"
+        } else if case.machine.host == Host::New && args.host != Host::New && !args.long && args.only.is_none() {
+            "is for the newer host: --long"
+        } else {
+            return true;
+        };
+        reporter.add(&case.full_name(), Outcome::Skipped(reason.to_owned()), None);
+        false
+    });
+    cases
 }
 
 fn run_check(check: &Check, reporter: &Reporter) -> Result<()> {
@@ -188,37 +204,34 @@ fn available(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|result| result.status.success())
 }
 
-fn run_nested(args: &TestArgs, files: &[(String, PathBuf)], mut cases: Vec<Case>, reporter: &Reporter) -> Result<()> {
-    let start = Instant::now();
-    // Some of the long cases measure.
-    let profile = if args.long { programs::Profile::Release } else { programs::Profile::Programs };
-    let programs = programs::build(args.causeway.as_deref(), profile)?;
-    reporter.took("building the static programs", start.elapsed());
-    let start = Instant::now();
-    let cache = Cache::open()?;
+fn run_nested(
+    args: &TestArgs,
+    files: &[(String, PathBuf)],
+    mut cases: Vec<Case>,
+    ahead: Ahead,
+    reporter: &Reporter,
+) -> Result<()> {
+    progress("the nested cases: making ready what they need");
+    let (ready, own_kernels) = ahead.wait()?;
     let mut images = BTreeMap::new();
-    for host in [Host::Default, Host::New] {
-        let its = |case: &Case| case.machine.host == host;
-        if !cases.iter().any(its) {
-            continue;
-        }
-        match l1::prepare(&cache, host) {
+    for (host, made) in &ready.images {
+        match made {
             Ok(made) => {
-                images.insert(host, made);
+                images.insert(*host, made);
             }
             // Whoever asked for it is told; otherwise this machine's archive may not have it.
-            Err(error) if host == Host::New && args.host != Host::New => {
+            Err(error) if *host == Host::New && args.host != Host::New => {
                 let reason = Outcome::Skipped(format!("there is no newer host: {error:#}").replace('\n', " "));
-                cases.extract_if(.., |case| its(case)).for_each(|case| {
+                cases.extract_if(.., |case| case.machine.host == *host).for_each(|case| {
                     reporter.add(&case.full_name(), reason.clone(), None);
                 });
             }
-            Err(error) => return Err(error),
+            Err(error) => bail!("{error:#}"),
         }
     }
-    reporter.took("making the bench ready", start.elapsed());
+    let cache = &ready.cache;
     cache.forget_logs("cases-")?;
-    let bench = Bench { cache: &cache, images: &images, programs: &programs, files, reporter };
-    lanes::run(&bench, cases, args.jobs.map_or_else(lanes::default_lanes, NonZero::get));
+    let bench = Bench { cache, images: &images, programs: &ready.programs, files, reporter };
+    lanes::run(&bench, cases, own_kernels, args.jobs.map_or_else(lanes::default_lanes, NonZero::get));
     Ok(())
 }
