@@ -76,8 +76,8 @@ impl Pool {
         }
     }
 
-    /// The own kernel of that host is there, or will not be; `able` takes out what cannot be run. What does not wait for
-    /// it is not touched.
+    /// The own kernel of that host is there, or will not be; `able` takes out what cannot be run. What does not wait
+    /// for it is not touched.
     pub fn own_kernel_is_made(&self, host: Host, able: impl Fn(Vec<Case>) -> Vec<Case>) {
         let waiting = |group: &&mut Group| !group.has_kernel && group.machine.host == host;
         for group in self.groups().iter_mut().filter(waiting) {
