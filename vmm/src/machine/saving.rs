@@ -34,7 +34,7 @@ pub struct Description {
     pub physical_bits: u8,
     /// The window for BARs above 4 GiB, as the ACPI tables name it: first and last address.
     pub pci64: Option<[u64; 2]>,
-    /// The same of the segments after the first, by number. Machines with one segment say nothing.
+    /// The same of the segments after the first, in their order. Machines with one segment say nothing.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub further_pci64: Vec<Option<[u64; 2]>>,
     /// The vCPUs, in their order.
