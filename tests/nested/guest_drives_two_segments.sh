@@ -33,4 +33,4 @@ echo "of each unit: $(units_have faults) $(units_have iotlb)"
 expect "units with fault records" "$(units_have faults | grep -o '{"0x' | wc -l)" 2
 expect "units with invalidations" "$(units_have iotlb | grep -oE ':[1-9]' | wc -l)" 2
 expect "devices by their addresses" "$(tr -d '\n ' <segments.json | grep -oE '"addr":"[^"]*"' | tr '\n' ' ')" \
-    '"addr":"02.0" "addr":"0001:00:02.0" '
+    '"addr":"00:02.0" "addr":"0001:00:02.0" '
