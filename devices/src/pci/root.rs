@@ -46,7 +46,8 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// Segment 0: a root bus with the host bridge on it. Memory BARs of functions are decoded on `mmio`; I/O BARs nowhere.
+    /// Segment 0: a root bus with the host bridge on it. Memory BARs of functions are decoded on `mmio`; I/O BARs
+    /// nowhere.
     pub fn new(mmio: Arc<Bus>) -> Arc<Self> {
         Self::with_ports(mmio, Arc::default())
     }
@@ -57,8 +58,8 @@ impl PciRoot {
     }
 
     /// Another segment beside this one, with a root bus and a host bridge of its own. BARs of both are on one memory
-    /// bus: where two have one address the first has it, whichever segment it is in. I/O BARs of it are decoded nowhere:
-    /// there is one space of ports, which is segment 0's.
+    /// bus: where two have one address the first has it, whichever segment it is in. I/O BARs of it are decoded
+    /// nowhere: there is one space of ports, which is segment 0's.
     pub fn beside(&self, segment: u16) -> Arc<Self> {
         Self::of_segment(segment, self.decoder(), Arc::default())
     }

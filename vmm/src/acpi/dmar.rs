@@ -61,7 +61,8 @@ pub struct Remapping {
     pub interrupts: bool,
     /// Whether functions behind root ports may have device-TLBs; those beside them may wherever a unit has some.
     pub device_tlbs: bool,
-    /// The functions of a bus 0, integrated endpoints, that have a device-TLB, with their segments. Where units have some.
+    /// The functions of a bus 0, integrated endpoints, that have a device-TLB, with their segments. Where units have
+    /// some.
     pub integrated_tlbs: Vec<(u16, SourcePath)>,
     /// The units.
     pub units: Vec<UnitDescription>,
