@@ -96,9 +96,9 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
 impl<M: GuestMemoryBackend + Clone + Send + Sync> BehindUnit<M> {
     /// Does `access` for each piece of the `len` bytes behind a BAR at `gpa`.
     fn to_registers(&self, gpa: u64, len: usize, access: &mut ToRegisters<'_>) -> Result<(), DmaFailed> {
-        let own = self.endpoint.requester().sid;
+        let own = self.endpoint.requester();
         for piece in pieces(gpa, len) {
-            let found = self.decoder.find(gpa + piece.start as u64, piece.len()).filter(|(sid, ..)| *sid != own);
+            let found = self.decoder.find(gpa + piece.start as u64, piece.len()).filter(|(of, ..)| *of != own);
             let (_, offset, device) = found.ok_or(DmaFailed)?;
             access(&*device, offset, piece);
         }

@@ -68,12 +68,12 @@ impl BusDevice for Registers {
 fn b10_emulated_dma_reaches_the_bars_of_other_functions_and_not_its_own() {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
     let unit = Unit::new(UnitConfig::new(UnitId(0), 48), memory.clone(), Arc::new(Nobody), Arc::new(Nobody)).unwrap();
-    let own = SourceId::new(0, 3, 0);
+    let own = Requester { segment: 0, sid: SourceId::new(0, 3, 0) };
     let bus = Arc::new(Bus::default());
     let decoder = Arc::new(Decoder::new(bus.clone()));
-    let target = BehindUnit { endpoint: unit.endpoint(Requester { segment: 0, sid: own }), decoder: decoder.clone() };
+    let target = BehindUnit { endpoint: unit.endpoint(own), decoder: decoder.clone() };
     let (peer, mine, no_bar) = (Arc::<Registers>::default(), Arc::<Registers>::default(), Arc::<Registers>::default());
-    let other = SourceId::new(0, 4, 0);
+    let other = Requester { sid: SourceId::new(0, 4, 0), ..own };
     let (of_peer, of_mine) = (BarTarget::of_device(peer.clone()), BarTarget::of_device(mine.clone()));
     // Where RAM ends, two pages of another function; then its own.
     assert!(decoder.set(other, 0, Some((0x1_0000, 0x1_1fff)), &of_peer));
@@ -127,10 +127,10 @@ fn a12_an_address_of_a_device_tlb_may_be_a_bar() {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
     let config = UnitConfig { device_tlb: true, ..UnitConfig::new(UnitId(0), 39) };
     let unit = Unit::new(config, memory.clone(), Arc::new(Nobody), Arc::new(Nobody)).unwrap();
-    let own = SourceId::new(0, 3, 0);
+    let own = Requester { segment: 0, sid: SourceId::new(0, 3, 0) };
     // Root, context (TT is 01, 39 bits), three levels; page 0 leads to memory, page 1 to another function's BAR, page 2
     // to its own, page 3 to nothing.
-    let context = 0x2000 + 16 * u64::from(own.0);
+    let context = 0x2000 + 16 * u64::from(own.sid.0);
     let leads_to = [0x8000, 0x2_0000, 0x3_0000, 0x4_0000];
     let tables = [(0x1000, 0x2001), (context, 0x3005), (context + 8, 1), (0x3000, 0x4003), (0x4000, 0x5003)];
     let leaves = leads_to.iter().zip((0x5000..).step_by(8)).map(|(to, at)| (at, to | 3));
@@ -142,9 +142,9 @@ fn a12_an_address_of_a_device_tlb_may_be_a_bar() {
     let decoder = Arc::new(Decoder::new(Arc::new(Bus::default())));
     let (peer, mine) = (Arc::<Registers>::default(), Arc::<Registers>::default());
     let (of_peer, of_mine) = (BarTarget::of_device(peer.clone()), BarTarget::of_device(mine.clone()));
-    assert!(decoder.set(SourceId::new(0, 4, 0), 0, Some((0x2_0000, 0x2_0fff)), &of_peer));
+    assert!(decoder.set(Requester { sid: SourceId::new(0, 4, 0), ..own }, 0, Some((0x2_0000, 0x2_0fff)), &of_peer));
     assert!(decoder.set(own, 0, Some((0x3_0000, 0x3_0fff)), &of_mine));
-    let target = BehindUnit { endpoint: unit.endpoint(Requester { segment: 0, sid: own }), decoder };
+    let target = BehindUnit { endpoint: unit.endpoint(own), decoder };
     let (ats, tlb) = (target.ats().unwrap(), DeviceTlb::default());
     let asked = |registers: &Registers| std::mem::take(&mut *registers.0.lock().unwrap());
 

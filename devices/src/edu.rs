@@ -279,7 +279,7 @@ impl PciFunction for Edu {
         if off.requests {
             self.shared.give_up();
         }
-        self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
+        self.decoder.set(self.shared.requester, 0, state.config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
     }
 
@@ -307,7 +307,7 @@ impl PciFunction for Edu {
         if let Some(ats) = &self.shared.features.ats {
             ats.tlb.set_silent(false);
         }
-        self.decoder.set(self.shared.requester.sid, 0, config.decoded(0), &self.bar);
+        self.decoder.set(self.shared.requester, 0, config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
     }
 

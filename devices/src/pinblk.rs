@@ -134,7 +134,7 @@ impl PinBlk {
     }
 
     fn decode(&self, state: &State) {
-        self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
+        self.decoder.set(self.shared.requester, 0, state.config.decoded(0), &self.bar);
     }
 }
 

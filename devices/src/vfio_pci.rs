@@ -224,7 +224,7 @@ impl VfioPci {
             let target = BarTarget::of_device(Arc::new(Rom::new(gates.clone(), size)));
             decoded[ROM_BAR] = Some(Decoded::new(Space::Memory, decoder.clone(), target));
         }
-        let reach = Reach::new(requester.sid, gates, decoded);
+        let reach = Reach::new(requester, gates, decoded);
         let intx = match intx {
             Some((line, _)) => Some(Intx::new(host.clone(), line).map_err(VfioPciError::Event)?),
             None => None,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use vfio_bridge::Bdf;
-use vtd::Stages;
+use vtd::{Requester, SourceId, Stages};
 
 /// A machine as the user described it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -15,8 +15,9 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// The IOMMU that the guest sees.
     pub iommu: IommuOption,
-    /// The functions of each unit besides the first, which has all others. The units offer the same.
-    pub further_units: Vec<Vec<UnitPart>>,
+    /// The units besides the first, which is of segment 0 and has all functions there that no other names. The units
+    /// offer the same.
+    pub further_units: Vec<FurtherUnit>,
     /// The devices, in the order in which they were given.
     pub devices: Vec<DeviceOption>,
     /// Root ports, at most [`MAX_ROOT_PORTS`].
@@ -86,6 +87,8 @@ pub struct VtdOption {
     pub ioapic_check: bool,
     /// The functions that it has, by id or slot; none: all that no other unit has.
     pub devices: Vec<String>,
+    /// The segment of its functions.
+    pub segment: u16,
 }
 
 impl VtdOption {
@@ -114,11 +117,15 @@ impl Default for VtdOption {
             performance_counters: false,
             ioapic_check: true,
             devices: Vec::new(),
+            segment: 0,
         }
     }
 }
 
-/// A slot on bus 0.
+/// As many segments as a machine can have: 0 to one less. It is what there is room for below 4 GiB.
+pub const MAX_SEGMENTS: u16 = 8;
+
+/// A slot of a bus.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Slot {
     /// Device number, 1 to 0x1e.
@@ -133,12 +140,65 @@ impl fmt::Display for Slot {
     }
 }
 
+/// A slot of bus 0 of a segment.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct RootSlot {
+    /// The segment, below [`MAX_SEGMENTS`].
+    pub segment: u16,
+    /// The slot.
+    pub slot: Slot,
+}
+
+impl RootSlot {
+    /// Of segment 0.
+    pub const fn first(slot: Slot) -> Self {
+        Self { segment: 0, slot }
+    }
+
+    /// With its segment, whichever that is: `0000:00:02.0`.
+    pub fn in_full(self) -> String {
+        format!("{:04x}:00:{}", self.segment, self.slot)
+    }
+
+    /// The name of what is there, as every function has one.
+    pub fn requester(self) -> Requester {
+        Requester { segment: self.segment, sid: SourceId::new(0, self.slot.device, self.slot.function) }
+    }
+}
+
+/// `02.0`, and in another segment than 0 `0001:00:02.0`: as it is given.
+impl fmt::Display for RootSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.segment {
+            0 => self.slot.fmt(f),
+            _ => f.write_str(&self.in_full()),
+        }
+    }
+}
+
+/// A function's address, as it is shown: of another segment than 0 with the segment.
+pub fn shown(address: Requester) -> String {
+    match address.segment {
+        0 => address.sid.to_string(),
+        _ => address.to_string(),
+    }
+}
+
+/// The segments of a machine, 0 and those that devices are in, in order.
+pub fn segments(places: &[Place]) -> std::collections::BTreeSet<u16> {
+    let of_place = |place: &Place| match place {
+        Place::Root(at) => at.segment,
+        Place::Port(_) | Place::Bridge { .. } => 0,
+    };
+    std::iter::once(0).chain(places.iter().map(of_place)).collect()
+}
+
 /// Where a device is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Place {
-    /// On bus 0.
-    Root(Slot),
-    /// Behind the root port of this number.
+    /// On bus 0 of a segment.
+    Root(RootSlot),
+    /// Behind the root port of this number, which is in segment 0 as bridges are.
     Port(u8),
     /// Behind a bridge.
     Bridge {
@@ -153,7 +213,7 @@ pub enum Place {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum UnitPart {
     /// A function of bus 0.
-    Function(Slot),
+    Function(RootSlot),
     /// A bridge of bus 0, with all that is behind it.
     Bridge {
         /// Its place in the list of devices.
@@ -163,6 +223,25 @@ pub enum UnitPart {
     },
     /// The root port of this number, with all that is or comes behind it.
     Port(u8),
+}
+
+impl UnitPart {
+    /// The segment that it is in.
+    pub fn segment(self) -> u16 {
+        match self {
+            Self::Function(at) => at.segment,
+            Self::Bridge { .. } | Self::Port(_) => 0,
+        }
+    }
+}
+
+/// A unit besides the first.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FurtherUnit {
+    /// The segment of its functions.
+    pub segment: u16,
+    /// Those that it names; none: all of the segment that no other one names.
+    pub parts: Vec<UnitPart>,
 }
 
 /// The numbers of buses in the names of functions, which a guest that numbers its buses itself need not give them.
@@ -203,8 +282,8 @@ impl BusNumbers {
 pub struct DeviceOption {
     /// `id=`, or given when all options are known.
     pub id: Option<String>,
-    /// `addr=`; the lowest free slot otherwise.
-    pub addr: Option<Slot>,
+    /// `addr=`; the lowest free slot of segment 0 otherwise.
+    pub addr: Option<RootSlot>,
     /// `port=`: behind that root port instead.
     pub port: Option<u8>,
     /// `bus=`: on the bus below the bridge with this id.

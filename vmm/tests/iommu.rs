@@ -15,9 +15,10 @@ mod rig;
 use command::{causeway, said, text};
 use rig::{has_kvm, image};
 
-/// Registers of the unit.
-const ROOT_TABLE_ADDRESS: u32 = 0xfed9_0020;
-const GLOBAL_COMMAND: u32 = 0xfed9_0018;
+/// Where units are, and registers in each.
+const UNITS: [u32; 2] = [0xfed9_0000, 0xfed9_4000];
+const ROOT_TABLE_ADDRESS: u32 = 0x20;
+const GLOBAL_COMMAND: u32 = 0x18;
 /// Where tables are in the image, which is loaded at 1 MiB.
 const TABLES: u64 = 0x10_1000;
 
@@ -26,14 +27,14 @@ fn store(address: u32, value: u32) -> Vec<u8> {
     [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
 }
 
-/// A guest that has the function 00:01.0 in domain 5, with three pages and a large one, turns translation on, prints
-/// `A` and waits for ever.
-fn guest() -> TempFile {
+/// A guest that has the function 00:01.0 in domain 5 of the unit at `unit`, with three pages and a large one, turns
+/// translation on there, prints `A` and waits for ever.
+fn guest(unit: u32) -> TempFile {
     let mut code = [
-        store(ROOT_TABLE_ADDRESS, TABLES as u32),
-        store(ROOT_TABLE_ADDRESS + 4, 0),
-        store(GLOBAL_COMMAND, 1 << 30),
-        store(GLOBAL_COMMAND, 1 << 31),
+        store(unit + ROOT_TABLE_ADDRESS, TABLES as u32),
+        store(unit + ROOT_TABLE_ADDRESS + 4, 0),
+        store(unit + GLOBAL_COMMAND, 1 << 30),
+        store(unit + GLOBAL_COMMAND, 1 << 31),
     ]
     .concat();
     // `mov al, 'A'; mov dx, 0x3f8; out dx, al; jmp .`
@@ -71,12 +72,17 @@ impl World {
 
     /// With these options, too.
     fn with(options: &[&str]) -> Self {
+        Self::at(UNITS[0], "", options)
+    }
+
+    /// With the device of the other process at this place, and the unit for it.
+    fn at(unit: u32, place: &str, options: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let (function, socket) = (dir.as_path().join("edu"), dir.as_path().join("control"));
         let mut device = causeway(&["device", "edu", "--socket", text(&function)]).spawn().unwrap();
         let mut served = String::new();
         BufReader::new(device.stderr.as_mut().unwrap()).read_line(&mut served).unwrap();
-        let (image, option) = (guest(), format!("vfio-user,socket={},id=far", function.display()));
+        let (image, option) = (guest(unit), format!("vfio-user,socket={},id=far{place}", function.display()));
         let args = ["run", "--image", text(image.as_path()), "--memory", "16M", "--socket", text(&socket)];
         let more = ["--timeout", "60", "--device", &option, "--device", "edu"];
         let mut machine = causeway(&[&args[..], &more, options].concat()).spawn().unwrap();
@@ -171,6 +177,35 @@ translation is on, legacy mode, root table 0x101000
     assert_eq!(world.ctl(&["status", "--json"]).0, 2);
     assert_eq!(world.ctl(&["iommu"]).0, 2);
     assert_eq!(world.ctl(&["iommu", "read"]).0, 2);
+}
+
+#[test]
+fn a13_functions_of_one_address_in_two_segments_are_shown_apart() {
+    if !has_kvm() {
+        return;
+    }
+    let units = ["--iommu", "vtd", "--iommu", "vtd,segment=1"];
+    let world = World::at(UNITS[1], ",addr=0001:00:01.0", &units);
+    let (code, tables, message) = world.ctl(&["iommu", "tables", "--device", "far"]);
+    assert_eq!((code, message.as_str()), (0, ""));
+    assert!(tables.contains("0001:00:01.0 far, domain 5, second stage at 0x103000"), "{tables}");
+    assert_eq!(world.ctl(&["iommu", "tables", "--device", "0001:00:01.0"]).1, tables);
+    // The one of segment 0 has the same id there, and nothing of this.
+    for device in ["edu0", "01.0"] {
+        let other = world.ctl(&["iommu", "tables", "--device", device]).1;
+        assert!(!other.contains("far") && other.contains("translation is off"), "{other}");
+    }
+    let (code, mappings, message) = world.ctl(&["iommu", "mappings"]);
+    assert_eq!((code, message.as_str()), (0, ""), "{mappings}");
+    assert!(mappings.contains("0001:00:01.0 far: unit1/domain5/root0x103000/48bit"), "{mappings}");
+    assert!(mappings.ends_with("3 runs, 0 differences\n"), "{mappings}");
+    assert_eq!(world.ctl(&["iommu", "mappings", "--device", "0001:00:01.0"]).1, mappings);
+    let (code, _, message) = world.ctl(&["iommu", "mappings", "--device", "01.0"]);
+    assert!(code == 1 && message.contains("nothing is mapped for 01.0"), "{code}: {message}");
+    let (code, _, message) = world.ctl(&["iommu", "tables", "--device", "0002:00:01.0"]);
+    assert!(code == 1 && message.contains("there is no device 0002:00:01.0"), "{code}: {message}");
+    let devices = world.ctl(&["devices"]).1;
+    assert!(devices.contains("\"0001:00:01.0\"") && devices.contains("\"00:01.0\""), "{devices}");
 }
 
 /// Serves one connection with these pages.
@@ -350,9 +385,19 @@ fn a13_units_that_no_machine_can_have_are_a_usage_error() {
         (&["vtd", "vtd"][..], "just one --iommu vtd has no devices="),
         (&["vtd", "vtd,devices=other"], "there is no such device"),
         (&["vtd", "vtd,devices=edu0,pt=off"], "the same keys"),
-        (&["vtd,segment=1"], "there is segment 0 only"),
+        (&["vtd", "vtd,segment=1"], "segment=1: no device is there"),
+        (&["vtd", "vtd,segment=8"], "segments are 0 to 7"),
     ] {
         let (code, _, message) = refused(units);
         assert!(code == 2 && message.contains(part), "{units:?}: {message}");
     }
+}
+
+#[test]
+fn a13_a_function_in_a_segment_without_a_unit_is_a_usage_error() {
+    let refused =
+        |options: &[&str]| said(causeway(&[&["run", "--image", "/dev/null"], options].concat()).output().unwrap());
+    let (code, _, message) = refused(&["--device", "edu,addr=0003:00:01.0,id=it"]);
+    assert!(code == 2 && message.contains("it is in segment 3, which has no unit for it"), "{message}");
+    assert!(message.contains("add --iommu vtd,segment=3"), "{message}");
 }

@@ -14,6 +14,8 @@ use vmm_sys_util::tempdir::TempDir;
 
 mod command;
 mod rig;
+#[path = "snapshot/segments.rs"]
+mod segments;
 
 use command::{causeway, said, text};
 use rig::{has_kvm, image};

@@ -55,7 +55,7 @@ impl Saves for Edu {
         fits("ATS register", registers.ats == 0)?;
         state.config.restore(&config, &[(STATUS, STATUS_INTX)])?;
         (state.registers, state.buffer) = (registers, buffer);
-        self.decoder.set(self.shared.requester.sid, 0, state.config.decoded(0), &self.bar);
+        self.decoder.set(self.shared.requester, 0, state.config.decoded(0), &self.bar);
         self.shared.update_line(&mut state);
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
-use vtd::SourceId;
+use vtd::Requester;
 
 use crate::host::{Doorbells, HostWindow, MemorySlots, SlotId};
 use crate::sync::{Mutex, RwLock};
@@ -54,15 +54,15 @@ pub struct Decoder {
 
 #[derive(Default)]
 struct Claims {
-    by_bar: BTreeMap<(SourceId, u8), Claim>,
+    by_bar: BTreeMap<(Requester, u8), Claim>,
     /// Of functions behind bridges: what is forwarded to them, first and last addresses.
-    forwarded: BTreeMap<SourceId, Vec<(u64, u64)>>,
+    forwarded: BTreeMap<Requester, Vec<(u64, u64)>>,
 }
 
 impl Claims {
-    /// Whether accesses of all of the range get to `sid`.
-    fn reach(&self, sid: SourceId, first: u64, last: u64) -> bool {
-        let Some(forwarded) = self.forwarded.get(&sid) else { return true };
+    /// Whether accesses of all of the range get to `of`.
+    fn reach(&self, of: Requester, first: u64, last: u64) -> bool {
+        let Some(forwarded) = self.forwarded.get(&of) else { return true };
         forwarded.iter().any(|(from, to)| *from <= first && last <= *to)
     }
 
@@ -72,7 +72,7 @@ impl Claims {
         waiting.into_iter().for_each(|key| self.place(decoder, key));
     }
 
-    fn place(&mut self, decoder: &Decoder, key: (SourceId, u8)) {
+    fn place(&mut self, decoder: &Decoder, key: (Requester, u8)) {
         let reached = self.by_bar.get(&key).is_some_and(|claim| self.reach(key.0, claim.first, claim.last));
         if let Some(claim) = self.by_bar.get_mut(&key).filter(|_| reached) {
             claim.place(decoder, key);
@@ -81,7 +81,7 @@ impl Claims {
 }
 
 /// BARs that are on the bus: first address -> last address, function, what answers.
-type Placed = BTreeMap<u64, (u64, SourceId, Arc<dyn BusDevice>)>;
+type Placed = BTreeMap<u64, (u64, Requester, Arc<dyn BusDevice>)>;
 
 struct Claim {
     first: u64,
@@ -101,20 +101,20 @@ impl Decoder {
 
     /// What answers for `len` bytes at `address`, if all of them are in one BAR that is on the bus: its function, the
     /// offset in the BAR, and the device. Waits for no change that is under way.
-    pub fn find(&self, address: u64, len: usize) -> Option<(SourceId, u64, Arc<dyn BusDevice>)> {
+    pub fn find(&self, address: u64, len: usize) -> Option<(Requester, u64, Arc<dyn BusDevice>)> {
         let placed = self.placed.read().unwrap();
-        let (first, (last, sid, device)) = placed.range(..=address).next_back()?;
+        let (first, (last, of, device)) = placed.range(..=address).next_back()?;
         let end = address.checked_add((len as u64).checked_sub(1)?)?;
-        (end <= *last).then(|| (*sid, address - first, device.clone()))
+        (end <= *last).then(|| (*of, address - first, device.clone()))
     }
 
-    /// From now on BAR `bar` of `sid` is decoded at `range` (first and last address), or nowhere. `true` when it is
+    /// From now on BAR `bar` of `of` is decoded at `range` (first and last address), or nowhere. `true` when it is
     /// where it should be; `false` when something else has the range: then nothing answers for it until that goes away.
     ///
     /// Its windows leave the guest before it leaves the bus, and come after it (F-3).
-    pub fn set(&self, sid: SourceId, bar: u8, range: Option<(u64, u64)>, target: &BarTarget) -> bool {
+    pub fn set(&self, of: Requester, bar: u8, range: Option<(u64, u64)>, target: &BarTarget) -> bool {
         let claims = &mut *self.claims.lock().unwrap();
-        let key = (sid, bar);
+        let key = (of, bar);
         if let Some(old) = claims.by_bar.get_mut(&key) {
             if range == Some((old.first, old.last)) {
                 return old.placed;
@@ -132,20 +132,20 @@ impl Decoder {
         let placed = claims.by_bar.get(&key).is_none_or(|claim| claim.placed);
         if !placed {
             log::debug!(
-                "BAR {bar} of {sid} has an address that is taken or not forwarded: nothing answers there for it"
+                "BAR {bar} of {of} has an address that is taken or not forwarded: nothing answers there for it"
             );
         }
         placed
     }
 
-    /// `sid` is behind a bridge, which forwards accesses of these ranges (first and last addresses) to it and no
+    /// `of` is behind a bridge, which forwards accesses of these ranges (first and last addresses) to it and no
     /// others: of its BARs those are on the bus that lie in one of them.
-    pub fn forward(&self, sid: SourceId, ranges: &[(u64, u64)]) {
+    pub fn forward(&self, of: Requester, ranges: &[(u64, u64)]) {
         let claims = &mut *self.claims.lock().unwrap();
-        claims.forwarded.insert(sid, ranges.to_vec());
-        let keys: Vec<_> = claims.by_bar.range((sid, 0)..=(sid, u8::MAX)).map(|(key, _)| *key).collect();
+        claims.forwarded.insert(of, ranges.to_vec());
+        let keys: Vec<_> = claims.by_bar.range((of, 0)..=(of, u8::MAX)).map(|(key, _)| *key).collect();
         for key in keys {
-            let stays = claims.by_bar.get(&key).is_some_and(|claim| claims.reach(sid, claim.first, claim.last));
+            let stays = claims.by_bar.get(&key).is_some_and(|claim| claims.reach(of, claim.first, claim.last));
             if let Some(claim) = claims.by_bar.get_mut(&key).filter(|_| !stays) {
                 claim.withdraw(self);
             }
@@ -155,19 +155,19 @@ impl Decoder {
 }
 
 impl Claim {
-    fn place(&mut self, decoder: &Decoder, (sid, bar): (SourceId, u8)) {
+    fn place(&mut self, decoder: &Decoder, (of, bar): (Requester, u8)) {
         // Where something else answers, mapping over it would hide that.
         let device = &self.target.device;
         self.placed = decoder.bus.insert(self.first, self.last, device.clone()).is_ok();
         if !self.placed {
             return;
         }
-        decoder.placed.write().unwrap().insert(self.first, (self.last, sid, device.clone()));
+        decoder.placed.write().unwrap().insert(self.first, (self.last, of, device.clone()));
         if let Some(bells) = &self.target.bells {
             for at in bells.offsets.iter().map(|offset| self.first + offset) {
                 match bells.by.hang(at, &bells.event) {
                     Ok(()) => self.hung.push(at),
-                    Err(e) => log::debug!("a write at {at:#x}, of BAR {bar} of {sid}, stays an exit: {e}"),
+                    Err(e) => log::debug!("a write at {at:#x}, of BAR {bar} of {of}, stays an exit: {e}"),
                 }
             }
         }
@@ -175,7 +175,7 @@ impl Claim {
         for (offset, window) in &*self.target.windows {
             match slots.map(self.first + offset, window) {
                 Ok(slot) => self.mapped.push(slot),
-                Err(e) => log::debug!("a window of BAR {bar} of {sid} stays trapped: {e}"),
+                Err(e) => log::debug!("a window of BAR {bar} of {of} stays trapped: {e}"),
             }
         }
     }

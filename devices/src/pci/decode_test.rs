@@ -2,7 +2,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
-use vtd::SourceId;
+use vtd::{Requester, SourceId};
 
 use super::decode::{BarTarget, Bells, Decoder};
 use crate::host::{Doorbells, HostWindow, MemorySlots};
@@ -26,8 +26,10 @@ fn target(answer: u8, slots: &Arc<FakeSlots>) -> BarTarget {
     BarTarget { device, windows: Arc::new([(0x2000, window)]), slots: Some(slots), bells: None }
 }
 
-const A: SourceId = SourceId::new(0, 1, 0);
-const B: SourceId = SourceId::new(0, 2, 0);
+const A: Requester = Requester { segment: 0, sid: SourceId::new(0, 1, 0) };
+const B: Requester = Requester { segment: 0, sid: SourceId::new(0, 2, 0) };
+/// As the first, in another segment.
+const OTHER_A: Requester = Requester { segment: 1, ..A };
 
 fn decoder() -> (Decoder, Arc<Bus>, Arc<FakeSlots>) {
     let (bus, slots) = (Arc::new(Bus::default()), Arc::new(FakeSlots::default()));
@@ -115,4 +117,22 @@ fn f6_bells_hang_where_the_bar_is_and_for_as_long() {
     assert_eq!(hung.hung(), [0x30_3000]);
     decoder.set(B, 0, None, &two);
     assert_eq!(hung.hung(), [0x30_3000]);
+}
+
+#[test]
+fn a13_functions_of_one_id_in_two_segments_have_bars_of_their_own() {
+    let (decoder, bus, slots) = decoder();
+    let (one, other) = (target(1, &slots), target(2, &slots));
+    assert!(decoder.set(A, 0, Some((0x10_0000, 0x10_ffff)), &one));
+    assert!(decoder.set(OTHER_A, 0, Some((0x20_0000, 0x20_ffff)), &other));
+    assert_eq!((who(&bus, 0x10_0000), who(&bus, 0x20_0000)), (1, 2));
+    assert_eq!(decoder.find(0x20_0008, 8).map(|(of, at, _)| (of, at)), Some((OTHER_A, 8)));
+    // The bridge above the one says nothing of the other.
+    decoder.forward(OTHER_A, &[]);
+    assert_eq!((who(&bus, 0x10_0000), who(&bus, 0x20_0000)), (1, 0xff));
+    decoder.forward(OTHER_A, &[(0, u64::MAX)]);
+    // Both want one address: who waits has it when the other leaves.
+    assert!(!decoder.set(OTHER_A, 0, Some((0x10_0000, 0x10_ffff)), &other));
+    assert!(decoder.set(A, 0, None, &one));
+    assert_eq!(who(&bus, 0x10_0000), 2);
 }

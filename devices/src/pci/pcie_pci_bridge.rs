@@ -168,7 +168,8 @@ impl PciePciBridge {
         }
         let path = path.unwrap_or(Path { memory: Vec::new(), ports: Vec::new(), buses: None, masters: false });
         if state.path.as_ref() != Some(&path) {
-            for (name, function) in self.below() {
+            for (sid, function) in self.below() {
+                let name = Requester { sid, ..self.alias() };
                 self.wiring.decoder.forward(name, &path.memory);
                 self.wiring.port_decoder.forward(name, &path.ports);
                 function.path_changed(&path);

@@ -29,7 +29,7 @@ impl BusDevice for Answer {
 
 /// A function with 4 KiB of memory and 32 ports.
 struct Fake {
-    name: SourceId,
+    name: Requester,
     decoders: [Arc<Decoder>; 2],
     config: Mutex<ConfigSpace>,
     bar: BarTarget,
@@ -38,7 +38,7 @@ struct Fake {
 }
 
 impl Fake {
-    fn new(name: SourceId, root: &PciRoot) -> Arc<Self> {
+    fn new(name: Requester, root: &PciRoot) -> Arc<Self> {
         let id = Identity { vendor: 0x1234, device: 0x5678, revision: 1, class: 0xff_00_00, subsystem: (1, 2) };
         let mut config = ConfigSpace::new(&id);
         config.add_bar(0, BarKind::Memory32, 0x1000);
@@ -130,7 +130,7 @@ impl World {
         if port.is_none() {
             root.insert_bridge(ON_ROOT, bridge.clone()).unwrap();
         }
-        let function = Fake::new(bridge.name_of(1, 0).sid, &root);
+        let function = Fake::new(bridge.name_of(1, 0), &root);
         assert!(bridge.insert(1, 0, function.clone()).is_ok());
         Self { memory, ports, root, told, port, bridge, function }
     }
@@ -217,7 +217,7 @@ fn f6_functions_of_a_conventional_bus_are_found_by_its_number_and_have_256_bytes
     // A second function makes a device one of several.
     let header = |sid| world.read(sid, 0x0c) >> 16 & 0xff;
     assert_eq!(header(at(9, 1, 0)), 0);
-    let further = Fake::new(world.bridge.name_of(1, 3).sid, &world.root);
+    let further = Fake::new(world.bridge.name_of(1, 3), &world.root);
     assert!(world.bridge.insert(1, 3, further.clone()).is_ok());
     assert!(world.bridge.insert(1, 3, further).is_err(), "the place is taken");
     assert_eq!((header(at(9, 1, 0)), header(at(9, 1, 3))), (0x80, 0));

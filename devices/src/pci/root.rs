@@ -35,8 +35,9 @@ pub enum SlotError {
     Full,
 }
 
-/// Segment 0 of the PCI hierarchy.
+/// A segment of the PCI hierarchy.
 pub struct PciRoot {
+    segment: u16,
     decoder: Arc<Decoder>,
     port_decoder: Arc<Decoder>,
     /// Of bus 0.
@@ -45,17 +46,34 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// A root bus with the host bridge on it. Memory BARs of functions are decoded on `mmio`; I/O BARs nowhere.
+    /// Segment 0: a root bus with the host bridge on it. Memory BARs of functions are decoded on `mmio`; I/O BARs
+    /// nowhere.
     pub fn new(mmio: Arc<Bus>) -> Arc<Self> {
         Self::with_ports(mmio, Arc::default())
     }
 
     /// The same, with I/O BARs on `ports`.
     pub fn with_ports(mmio: Arc<Bus>, ports: Arc<Bus>) -> Arc<Self> {
+        Self::of_segment(0, Arc::new(Decoder::new(mmio)), ports)
+    }
+
+    /// Another segment beside this one, with a root bus and a host bridge of its own. BARs of both are on one memory
+    /// bus: where two have one address the first has it, whichever segment it is in. I/O BARs of it are decoded
+    /// nowhere: there is one space of ports, which is segment 0's.
+    pub fn beside(&self, segment: u16) -> Arc<Self> {
+        Self::of_segment(segment, self.decoder(), Arc::default())
+    }
+
+    fn of_segment(segment: u16, decoder: Arc<Decoder>, ports: Arc<Bus>) -> Arc<Self> {
         let host_bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
         let functions = RwLock::new(BTreeMap::from([(SourceId::new(0, 0, 0), host_bridge)]));
-        let (decoder, port_decoder) = (Arc::new(Decoder::new(mmio)), Arc::new(Decoder::new(ports)));
-        Arc::new(Self { decoder, port_decoder, functions, ports: RwLock::default() })
+        let port_decoder = Arc::new(Decoder::new(ports));
+        Arc::new(Self { segment, decoder, port_decoder, functions, ports: RwLock::default() })
+    }
+
+    /// Which segment it is.
+    pub fn segment(&self) -> u16 {
+        self.segment
     }
 
     /// Puts `bridge` at `sid` of bus 0, with nothing above it.
@@ -76,7 +94,7 @@ impl PciRoot {
 
     /// The requester of the function at `sid`.
     pub fn requester(&self, sid: SourceId) -> Requester {
-        Requester { segment: 0, sid }
+        Requester { segment: self.segment, sid }
     }
 
     /// An address on bus 0 for a new function: `wanted` (device, function) if it may have it, else the lowest free slot

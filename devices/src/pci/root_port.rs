@@ -124,7 +124,7 @@ impl RootPort {
         config.put(EXTENDED, &ACS.to_le_bytes());
         config.put(EXTENDED + 4, &ACS_CAPABILITIES.to_le_bytes());
         config.allow(EXTENDED + 6, &ACS_CAPABILITIES.to_le_bytes());
-        let name = SourceId::new(wiring.bus, 0, 0);
+        let name = Requester { sid: SourceId::new(wiring.bus, 0, 0), ..wiring.requester };
         wiring.decoder.forward(name, &[]);
         wiring.port_decoder.forward(name, &[]);
         let state = State {
@@ -302,7 +302,7 @@ impl RootPort {
         if state.path.as_ref() == Some(&path) {
             return;
         }
-        let name = self.name_below().sid;
+        let name = self.name_below();
         self.wiring.decoder.forward(name, &path.memory);
         self.wiring.port_decoder.forward(name, &path.ports);
         if let Some(function) = self.function_below() {

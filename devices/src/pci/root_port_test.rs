@@ -30,7 +30,7 @@ impl BusDevice for Answer {
 
 /// A card with a BAR of 4 KiB.
 struct Fake {
-    name: SourceId,
+    name: Requester,
     decoder: Arc<Decoder>,
     config: Mutex<ConfigSpace>,
     bar: BarTarget,
@@ -38,7 +38,7 @@ struct Fake {
 }
 
 impl Fake {
-    fn new(name: SourceId, decoder: Arc<Decoder>) -> Arc<Self> {
+    fn new(name: Requester, decoder: Arc<Decoder>) -> Arc<Self> {
         let id = Identity { vendor: 0x1234, device: 0x5678, revision: 1, class: 0xff_00_00, subsystem: (1, 2) };
         let mut config = ConfigSpace::new(&id);
         config.add_bar(0, BarKind::Memory64, 0x1000);
@@ -129,7 +129,7 @@ impl World {
 
     fn card(&self, port: &RootPort) -> Arc<Fake> {
         let name = port.reserve().unwrap();
-        Fake::new(name.sid, self.root.decoder())
+        Fake::new(name, self.root.decoder())
     }
 
     /// With a card that has been there from the start.

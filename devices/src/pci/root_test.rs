@@ -6,7 +6,7 @@ use crate::pci::{BarKind, BarTarget, ConfigSpace, Identity};
 
 /// A function with a 4 KiB 32-bit BAR 0 and a 64-bit BAR 2 of 16 MiB.
 struct TwoBars {
-    sid: SourceId,
+    of: Requester,
     decoder: Arc<Decoder>,
     config: Mutex<ConfigSpace>,
     bars: [BarTarget; 2],
@@ -29,7 +29,7 @@ impl TwoBars {
         config.add_bar(2, BarKind::Prefetchable64, 16 << 20);
         config.add_capability(0x09, &[0x04], &[]);
         let bars = [answer, answer + 1].map(|answer| BarTarget::of_device(Arc::new(Answer(answer))));
-        let function = Self { sid, decoder: root.decoder(), config: Mutex::new(config), bars };
+        let function = Self { of: root.requester(sid), decoder: root.decoder(), config: Mutex::new(config), bars };
         root.insert(sid, Arc::new(function)).unwrap();
     }
 }
@@ -41,8 +41,8 @@ impl PciFunction for TwoBars {
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut config = self.config.lock().unwrap();
         config.write(offset, data);
-        self.decoder.set(self.sid, 0, config.decoded(0), &self.bars[0]);
-        self.decoder.set(self.sid, 2, config.decoded(2), &self.bars[1]);
+        self.decoder.set(self.of, 0, config.decoded(0), &self.bars[0]);
+        self.decoder.set(self.of, 2, config.decoded(2), &self.bars[1]);
     }
     fn reset(&self) {
         self.config.lock().unwrap().reset();
@@ -347,4 +347,32 @@ fn f6_functions_are_not_put_over_each_other() {
     root.config_read(ONE, 0xffc, &mut data);
     assert_eq!(data, [0xff; 8]);
     root.config_write(ONE, 0xffe, &[0; 4]);
+}
+
+#[test]
+fn a13_segments_have_configuration_space_of_their_own_and_ports_reach_the_first() {
+    let mmio = Arc::new(Bus::default());
+    let first = PciRoot::new(mmio.clone());
+    let other = first.beside(3);
+    TwoBars::at(&first, 2, 0, 1);
+    TwoBars::at(&other, 2, 0, 5);
+    let (sid, command) = (SourceId::new(0, 2, 0), 2u16);
+    assert_eq!(other.requester(sid).to_string(), "0003:00:02.0");
+    let write = |root: &PciRoot, at: u16, value: u32| root.config_write(sid, at, &value.to_le_bytes());
+    let ecam = Ecam::new(other.clone());
+    ecam.write(0x1_0010, &0xc000_0000_u32.to_le_bytes());
+    ecam.write(0x1_0004, &command.to_le_bytes());
+    write(&first, 0x10, 0xc100_0000);
+    write(&first, 0x04, command.into());
+    let who = |at: u64| {
+        let mut data = [0];
+        mmio.read(at, &mut data);
+        data[0]
+    };
+    assert_eq!((who(0xc000_0000), who(0xc100_0000)), (5, 1));
+    let ports = ConfigPorts::new(first.clone(), Arc::<Resets>::default());
+    ports.write(0, &0x8000_1010_u32.to_le_bytes());
+    let mut data = [0; 4];
+    ports.read(4, &mut data);
+    assert_eq!(u32::from_le_bytes(data), 0xc100_0000);
 }

@@ -23,7 +23,7 @@ use std::io;
 use std::sync::Arc;
 
 use vfio_bridge::{Function, RegionKind};
-use vtd::SourceId;
+use vtd::Requester;
 
 use crate::pci::config::{COMMAND_IO, COMMAND_MEMORY};
 use crate::pci::{BarTarget, Decoder};
@@ -141,7 +141,7 @@ impl Decoded {
 
 /// What decides whether the BARs of one function are reached.
 pub struct Reach {
-    sid: SourceId,
+    of: Requester,
     bars: [Option<Decoded>; BARS],
     // Behind the windows, which are files of the host's function: where this is its last user, they are closed before.
     gates: Arc<Gates>,
@@ -173,9 +173,9 @@ impl Closed<'_> {
 }
 
 impl Reach {
-    /// Of the function at `sid`, whose trapped accesses go through `gates`. Nothing is reached.
-    pub fn new(sid: SourceId, gates: Arc<Gates>, bars: [Option<Decoded>; BARS]) -> Self {
-        Self { sid, gates, bars }
+    /// Of the function `of`, whose trapped accesses go through `gates`. Nothing is reached.
+    pub fn new(of: Requester, gates: Arc<Gates>, bars: [Option<Decoded>; BARS]) -> Self {
+        Self { of, gates, bars }
     }
 
     /// Makes the change `host_write` of the host's function: before it goes what is not wanted after it, and after it
@@ -220,7 +220,7 @@ impl Reach {
             let wanted = place.filter(|_| enables.has(bar.space));
             if bar.at != wanted {
                 bar.at = wanted.filter(|_| put);
-                bar.decoder.set(self.sid, index, bar.at, &bar.target);
+                bar.decoder.set(self.of, index, bar.at, &bar.target);
             }
         }
     }

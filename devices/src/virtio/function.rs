@@ -135,7 +135,7 @@ impl VirtioPci {
     }
 
     pub(super) fn decode(&self, state: &State) {
-        self.decoder.set(self.shared.requester.sid, 0, state.space.decoded(0), &self.bar);
+        self.decoder.set(self.shared.requester, 0, state.space.decoded(0), &self.bar);
     }
 }
 

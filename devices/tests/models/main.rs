@@ -36,7 +36,7 @@ use reach::{BARS, Decoded, Enables, Gates, Places, Reach, Space};
 use sync::Mutex;
 use vfio_bridge::{Function, GroupId, IrqKind, RegionInfo, RegionKind, ResetScope, ResetWay};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::SourceId;
+use vtd::{Requester, SourceId};
 
 /// Tries every order with at most `preemptions` of them, which is what finds faults soonest.
 fn model(preemptions: usize, run: impl Fn() + Sync + Send + 'static) {
@@ -179,7 +179,7 @@ impl BusDevice for Trapped {
     }
 }
 
-const SID: SourceId = SourceId::new(0, 5, 0);
+const FUNCTION: Requester = Requester { segment: 0, sid: SourceId::new(0, 5, 0) };
 const ON: Enables = Enables { memory: true, io: false };
 const OFF: Enables = Enables { memory: false, io: false };
 const AT: u64 = 0x10_0000;
@@ -206,7 +206,7 @@ impl World {
         };
         let mut bars = [const { None }; BARS];
         bars[0] = Some(Decoded::new(Space::Memory, decoder.clone(), target));
-        let config = Mutex::new(Reach::new(SID, gates, bars));
+        let config = Mutex::new(Reach::new(FUNCTION, gates, bars));
         Arc::new(Self { bus, decoder, host, slots, trapped, config })
     }
 
@@ -367,7 +367,7 @@ fn f3_two_functions_with_one_address_and_their_memory() {
         // The other one waits for the address, and is put there by the write that takes the first away.
         let device = Arc::new(Trapped(Gates::new(world.host.clone())));
         let target = BarTarget::of_device(device);
-        let other = SourceId::new(0, 6, 0);
+        let other = Requester { sid: SourceId::new(0, 6, 0), ..FUNCTION };
         let vcpu = world.spawn(|world| world.access());
         let moves = world.spawn(move |world| {
             world.decoder.set(other, 0, Some((AT, AT + 0xfff)), &target);

@@ -3,7 +3,7 @@
 
 use crate::harness;
 use crate::memory::{load, page, store};
-use crate::pci::{self, BAR0, COMMAND, MASTER, MEMORY, SourceId};
+use crate::pci::{self, BAR0, COMMAND, InMemory, MASTER, MEMORY, SourceId};
 use crate::x86::{self, pause, read, wait_for, write};
 
 const SOURCE: u64 = 0x80;
@@ -35,6 +35,8 @@ pub struct Edu {
     /// its interrupts are the guest's all the same.
     pub recorded: bool,
     bar: u64,
+    /// Its configuration space, of one that ports do not reach.
+    in_memory: Option<InMemory>,
     /// A page through which the processor fills and reads the device's buffer; domains of a test map it one to one.
     pub scratch: u64,
 }
@@ -54,10 +56,25 @@ impl Edu {
     pub fn at(sid: SourceId) -> Self {
         sid.command(MEMORY | MASTER, 0);
         let (assigned, recorded) = (harness::is_assigned(sid), !harness::is_unrecorded(sid));
-        let edu = Self { sid, assigned, recorded, bar: u64::from(sid.read(BAR0) & !0xf), scratch: page() };
+        Self { sid, assigned, recorded, bar: u64::from(sid.read(BAR0) & !0xf), in_memory: None, scratch: page() }
+            .acknowledged()
+    }
+
+    /// That at `sid` of the segment whose configuration space is at `ecam`, with Bus Master on: an emulated one.
+    pub fn in_segment(ecam: u64, sid: SourceId) -> Option<Self> {
+        let config = InMemory::new(ecam, sid);
+        if config.read(0) != u32::from(DEVICE) << 16 | u32::from(VENDOR) {
+            return None;
+        }
+        config.write(COMMAND, config.read(COMMAND) & 0xffff | MEMORY | MASTER);
+        let (bar, scratch) = (u64::from(config.read(BAR0) & !0xf), page());
+        Some(Self { sid, assigned: false, recorded: true, bar, in_memory: Some(config), scratch }.acknowledged())
+    }
+
+    fn acknowledged(self) -> Self {
         // On a bus that nothing resets, a function still has what the guest of before raised.
-        edu.write(ACKNOWLEDGE, u32::MAX);
-        edu
+        self.write(ACKNOWLEDGE, u32::MAX);
+        self
     }
 
     /// The device that the tests are about: an assigned one, if there is one.
@@ -145,11 +162,15 @@ impl Edu {
 
     /// Turns message-signalled interrupts on, with this message.
     pub fn set_message(&self, address: u64, data: u16) {
-        let at = self.sid.capability(MSI).unwrap_or_else(|| panic!("the device has no MSI capability"));
-        self.sid.write(at + 4, address as u32);
-        self.sid.write(at + 8, (address >> 32) as u32);
-        self.sid.write(at + 12, data.into());
-        self.sid.write(at, self.sid.read(at) | 1 << 16);
+        let (read, write): (&dyn Fn(u16) -> u32, &dyn Fn(u16, u32)) = match self.in_memory {
+            Some(config) => (&move |at| config.read(at), &move |at, value| config.write(at, value)),
+            None => (&|at| self.sid.read(at), &|at, value| self.sid.write(at, value)),
+        };
+        let at = pci::capability(read, MSI).unwrap_or_else(|| panic!("the device has no MSI capability"));
+        write(at + 4, address as u32);
+        write(at + 8, (address >> 32) as u32);
+        write(at + 12, data.into());
+        write(at, read(at) | 1 << 16);
     }
 
     /// Raises an interrupt, and acknowledges it: the next one is a new message.

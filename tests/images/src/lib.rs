@@ -7,6 +7,7 @@
 //! a second one do something beside it, see [`smp`].
 #![no_std]
 
+pub mod acpi;
 pub mod edu;
 pub mod harness;
 mod intrinsics;

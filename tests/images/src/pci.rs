@@ -75,19 +75,45 @@ impl SourceId {
 
     /// The offset of the capability with this id.
     pub fn capability(self, id: u8) -> Option<u16> {
-        let mut at = (self.read(CAPABILITIES) & 0xfc) as u16;
-        // A list of 48 capabilities would fill configuration space.
-        for _ in 0..48 {
-            if at == 0 {
-                return None;
-            }
-            let header = self.read(at);
-            if header as u8 == id {
-                return Some(at);
-            }
-            at = (header >> 8 & 0xfc) as u16;
+        capability(&|offset| self.read(offset), id)
+    }
+}
+
+/// The offset of the capability with this id, in configuration space that `read` reads.
+pub fn capability(read: &dyn Fn(u16) -> u32, id: u8) -> Option<u16> {
+    let mut at = (read(CAPABILITIES) & 0xfc) as u16;
+    // A list of 48 capabilities would fill configuration space.
+    for _ in 0..48 {
+        if at == 0 {
+            return None;
         }
-        None
+        let header = read(at);
+        if header as u8 == id {
+            return Some(at);
+        }
+        at = (header >> 8 & 0xfc) as u16;
+    }
+    None
+}
+
+/// A function's configuration space in memory: of one in any segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct InMemory(u64);
+
+impl InMemory {
+    /// Of the function at `sid` of the segment whose bus 0 is at `ecam`.
+    pub fn new(ecam: u64, sid: SourceId) -> Self {
+        Self(ecam + (u64::from(sid.0) << 12))
+    }
+
+    /// Reads four bytes.
+    pub fn read(self, offset: u16) -> u32 {
+        x86::read(self.0 + u64::from(offset))
+    }
+
+    /// Writes four bytes.
+    pub fn write(self, offset: u16, value: u32) {
+        x86::write(self.0 + u64::from(offset), value);
     }
 }
 

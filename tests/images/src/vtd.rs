@@ -143,6 +143,11 @@ impl Unit {
         unit
     }
 
+    /// Where its registers are.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
     /// A register of 32 bits.
     pub fn read32(&self, offset: u64) -> u32 {
         read(self.base + offset)

@@ -61,8 +61,9 @@ pub struct Remapping {
     pub interrupts: bool,
     /// Whether functions behind root ports may have device-TLBs; those beside them may wherever a unit has some.
     pub device_tlbs: bool,
-    /// The functions of bus 0, integrated endpoints, that have a device-TLB. Where units have some.
-    pub integrated_tlbs: Vec<SourcePath>,
+    /// The functions of a bus 0, integrated endpoints, that have a device-TLB, with their segments. Where units have
+    /// some.
+    pub integrated_tlbs: Vec<(u16, SourcePath)>,
     /// The units.
     pub units: Vec<UnitDescription>,
 }
@@ -110,14 +111,17 @@ pub fn table(remapping: &Remapping) -> Vec<u8> {
             sdt.append_slice(&atsr);
         }
     }
-    if !remapping.integrated_tlbs.is_empty() {
+    let with_tlbs: BTreeSet<u16> = remapping.integrated_tlbs.iter().map(|(segment, _)| *segment).collect();
+    for segment in with_tlbs {
         let mut scopes = Vec::new();
-        remapping.integrated_tlbs.iter().for_each(|path| Scope::Endpoint(*path).append_to(&mut scopes));
+        let of_segment = remapping.integrated_tlbs.iter().filter(|(its, _)| *its == segment);
+        of_segment.for_each(|(_, path)| Scope::Endpoint(*path).append_to(&mut scopes));
         let mut satc = Vec::new();
         satc.extend_from_slice(&SATC.to_le_bytes());
         satc.extend_from_slice(&(8 + scopes.len() as u16).to_le_bytes());
-        // No flags, a reserved byte, segment 0.
-        satc.extend_from_slice(&[0; 4]);
+        // No flags, a reserved byte.
+        satc.extend_from_slice(&[0; 2]);
+        satc.extend_from_slice(&segment.to_le_bytes());
         satc.extend_from_slice(&scopes);
         sdt.append_slice(&satc);
     }
@@ -127,6 +131,41 @@ pub fn table(remapping: &Remapping) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a13_each_segment_has_units_atsr_and_satc_of_its_own() {
+        let unit = |segment, base, include_all, scopes: &[Scope]| UnitDescription {
+            segment,
+            base,
+            window: 0x1000,
+            include_all,
+            scopes: scopes.to_vec(),
+        };
+        let units = vec![
+            unit(0, 0xfed9_0000, true, &[]),
+            unit(1, 0xfed9_4000, true, &[]),
+            unit(1, 0xfed9_8000, false, &[Scope::Endpoint((0, 2, 0))]),
+        ];
+        let integrated_tlbs = vec![(1, (0, 2, 0)), (0, (0, 2, 0)), (1, (0, 3, 0))];
+        let table = table(&Remapping { width: 48, interrupts: true, device_tlbs: true, integrated_tlbs, units });
+        let endpoint = |device: u8| [1, 8, 0, 0, 0, 0, device, 0];
+        let drhd = |segment: u8, base: u64, all: u8, scopes: &[u8]| {
+            let head = [0, 0, 16 + scopes.len() as u8, 0, all, 0, segment, 0];
+            [&head[..], &base.to_le_bytes(), scopes].concat()
+        };
+        let satc =
+            |segment: u8, scopes: &[u8]| [&[5, 0, 8 + scopes.len() as u8, 0, 0, 0, segment, 0][..], scopes].concat();
+        let expected = [
+            drhd(0, 0xfed9_0000, 1, &[]),
+            drhd(1, 0xfed9_8000, 0, &endpoint(2)),
+            drhd(1, 0xfed9_4000, 1, &[]),
+            vec![2, 0, 8, 0, 1, 0, 0, 0],
+            vec![2, 0, 8, 0, 1, 0, 1, 0],
+            satc(0, &endpoint(2)),
+            satc(1, &[endpoint(2), endpoint(3)].concat()),
+        ];
+        assert_eq!(table[48..], expected.concat());
+    }
 
     #[test]
     fn a13_the_table_says_what_the_description_says_with_the_catch_all_unit_last() {
@@ -151,7 +190,7 @@ mod tests {
         let with_interrupts = table(&Remapping { interrupts: true, ..remapping.clone() });
         assert_eq!((with_interrupts[36], with_interrupts[37]), (47, INTR_REMAP));
         let with_tlbs = table(&Remapping { device_tlbs: true, ..remapping.clone() });
-        let integrated = Remapping { integrated_tlbs: vec![(0, 1, 0), (0, 2, 3)], ..remapping.clone() };
+        let integrated = Remapping { integrated_tlbs: vec![(0, (0, 1, 0)), (0, (0, 2, 3))], ..remapping.clone() };
         let with_integrated = table(&Remapping { device_tlbs: true, ..integrated });
         let table = table(&remapping);
         // One structure for all ports of the segment, behind the units; then one of the functions beside them.

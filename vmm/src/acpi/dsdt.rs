@@ -12,8 +12,8 @@ use devices::pm::PmBlock;
 use devices::rtc::Rtc;
 use devices::serial::SerialPort;
 
-use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::boot::layout::{self, Window};
+use crate::acpi::{Description, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::boot::layout::{self, BarWindows, Window};
 
 /// The interrupt of every pin of every device of bus 0.
 fn interrupt_routing() -> PackageBuilder {
@@ -60,46 +60,67 @@ impl Aml for OperatingSystemCapabilities {
     }
 }
 
-fn root_bridge(sink: &mut dyn AmlSink, pci64: Option<Window>, hot_plug: bool, last_bus: u8) {
+/// The root bridge of the segment with these windows.
+fn root_bridge(sink: &mut dyn AmlSink, description: &Description<'_>, windows: &BarWindows) {
+    let BarWindows { segment, low: Window { first, last }, high } = *windows;
+    let is_first = segment == 0;
     let memory = AddressSpaceCacheable::NotCacheable;
-    let buses = AddressSpace::new_bus_number(0u16, last_bus.into());
+    let buses = AddressSpace::new_bus_number(0u16, description.last_bus_of(segment).into());
     let config_ports = IO::new(0xcf8, 0xcf8, 1, 8);
     let low_ports = AddressSpace::new_io(0u16, 0xcf7, None);
     let high_ports = AddressSpace::new_io(0xd00u16, 0xffff, None);
-    let window32 = AddressSpace::new_memory(memory, true, layout::PCI32_FIRST as u32, layout::PCI32_LAST as u32, None);
-    let window64 = pci64.map(|window| AddressSpace::new_memory(memory, true, window.first, window.last, None));
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &low_ports, &high_ports, &window32];
+    let window32 = AddressSpace::new_memory(memory, true, first as u32, last as u32, None);
+    let window64 = high.map(|window| AddressSpace::new_memory(memory, true, window.first, window.last, None));
+    let mut resources: Vec<&dyn Aml> = vec![&buses];
+    // There is one space of ports, which is segment 0's; so is the way to configuration space by them.
+    if is_first {
+        resources.extend([&config_ports as &dyn Aml, &low_ports, &high_ports]);
+    }
+    resources.push(&window32);
     if let Some(window) = &window64 {
         resources.push(window);
     }
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
-    let numbers = ["_UID", "_SEG", "_BBN"].map(|name| Name::new(name.into(), &ZERO));
+    let numbers = [("_UID", segment), ("_SEG", segment), ("_BBN", 0)];
+    let numbers = numbers.map(|(name, number)| Name::new(name.into(), &number));
+    let ecam = Name::new("_CBA".into(), &(layout::ecam_of(segment) as u32));
     let current = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
     let routing = Name::new("_PRT".into(), &interrupt_routing());
     let mut children: Vec<&dyn Aml> = vec![&hid, &cid];
     children.extend(numbers.iter().map(|number| number as &dyn Aml));
     children.extend([&current as &dyn Aml, &routing]);
-    // Where there is nothing to be plugged a guest is asked for nothing.
-    if hot_plug {
+    // MCFG says it of all of them; for others than the first here, too, as of a bridge that a guest can find later.
+    if !is_first {
+        children.push(&ecam);
+    }
+    // Where there is nothing to be plugged a guest is asked for nothing. Root ports are in segment 0.
+    if is_first && description.root_ports > 0 {
         children.push(&OperatingSystemCapabilities);
     }
-    Device::new("PCI0".into(), children).to_aml_bytes(sink);
+    Device::new(format!("PCI{segment}").as_str().into(), children).to_aml_bytes(sink);
 }
 
-fn reserved(sink: &mut dyn AmlSink, last_bus: u8) {
+fn reserved(sink: &mut dyn AmlSink, description: &Description<'_>) {
     let power = IO::new(layout::PM_BLOCK, layout::PM_BLOCK, 1, PmBlock::LEN as u8);
-    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ecam_size(last_bus) as u32);
+    let ecam = description.windows.iter().map(|BarWindows { segment, .. }| {
+        let size = layout::ecam_size(description.last_bus_of(*segment));
+        Memory32Fixed::new(true, layout::ecam_of(*segment) as u32, size as u32)
+    });
+    let ecam: Vec<Memory32Fixed> = ecam.collect();
     let units = Memory32Fixed::new(
         true,
         layout::VTD_UNIT as u32,
         (layout::unit_base(layout::MAX_UNITS) - layout::VTD_UNIT) as u32,
     );
+    let mut resources: Vec<&dyn Aml> = vec![&power];
+    resources.extend(ecam.iter().map(|ecam| ecam as &dyn Aml));
+    resources.push(&units);
     Device::new(
         "RSVD".into(),
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&power, &ecam, &units])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
         ],
     )
     .to_aml_bytes(sink);
@@ -133,10 +154,10 @@ fn clock(sink: &mut dyn AmlSink) {
 }
 
 /// The whole table.
-pub fn table(pci64: Option<Window>, hot_plug: bool, last_bus: u8) -> Vec<u8> {
+pub fn table(description: &Description<'_>) -> Vec<u8> {
     let mut system_bus = Vec::new();
-    root_bridge(&mut system_bus, pci64, hot_plug, last_bus);
-    reserved(&mut system_bus, last_bus);
+    description.windows.iter().for_each(|windows| root_bridge(&mut system_bus, description, windows));
+    reserved(&mut system_bus, description);
     serial(&mut system_bus);
     clock(&mut system_bus);
     let mut body = Scope::raw("_SB_".into(), system_bus);

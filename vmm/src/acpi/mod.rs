@@ -20,7 +20,7 @@ use zerocopy::byteorder::{LE, U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::boot;
-use crate::boot::layout::{self, Window};
+use crate::boot::layout::{self, BarWindows};
 use crate::kvm::memory::Ram;
 use dmar::Remapping;
 
@@ -45,14 +45,21 @@ const CHECKSUM: usize = 9;
 pub struct Description<'a> {
     /// Virtual CPUs.
     pub cpus: u8,
-    /// PCI memory above 4 GiB.
-    pub pci64: Option<Window>,
+    /// PCI memory of each segment, the first one first.
+    pub windows: &'a [BarWindows],
     /// Root ports, each with a bus of its own: 1 to this many.
     pub root_ports: u8,
-    /// The highest bus number that a guest can give.
+    /// The highest bus number that a guest can give in segment 0. The others have bus 0 alone.
     pub last_bus: u8,
     /// The remapping units.
     pub remapping: Option<&'a Remapping>,
+}
+
+impl Description<'_> {
+    /// The highest bus number that a guest can give in `segment`.
+    fn last_bus_of(&self, segment: u16) -> u8 {
+        if segment == 0 { self.last_bus } else { 0 }
+    }
 }
 
 /// An interrupt of the ISA numbering that is not edge-triggered, active-high (ACPI 6.5, section 5.2.12.5).
@@ -141,9 +148,11 @@ fn madt(cpus: u8) -> Vec<u8> {
     table
 }
 
-fn mcfg(last_bus: u8) -> Vec<u8> {
+fn mcfg(description: &Description<'_>) -> Vec<u8> {
     let mut table = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    table.add_ecam(layout::ECAM, 0, 0, last_bus);
+    for BarWindows { segment, .. } in description.windows {
+        table.add_ecam(layout::ecam_of(*segment), *segment, 0, description.last_bus_of(*segment));
+    }
     bytes(&table)
 }
 
@@ -158,8 +167,8 @@ fn tables(description: &Description<'_>) -> Vec<(u64, Vec<u8>)> {
         at
     };
     let facs = place(bytes(&FACS::new()));
-    let dsdt = place(dsdt::table(description.pci64, description.root_ports > 0, description.last_bus));
-    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg(description.last_bus))];
+    let dsdt = place(dsdt::table(description));
+    let mut listed = vec![place(fadt(dsdt, facs)), place(madt(description.cpus)), place(mcfg(description))];
     if let Some(remapping) = description.remapping {
         listed.push(place(dmar::table(remapping)));
     }

@@ -96,8 +96,9 @@ pub fn plug_virtio(kind: &VirtioKind, wiring: VirtioWiring<'_>) -> Result<Plugge
 
 /// The address of an interface in this slot: one that nobody was given to sell.
 fn mac_of(requester: Requester) -> [u8; 6] {
-    let sid = requester.sid;
-    [0x52, 0x54, sid.bus(), 0xca, sid.device(), sid.function()]
+    let Requester { segment, sid } = requester;
+    // There are 8 functions, and 8 segments at most.
+    [0x52, 0x54, sid.bus(), 0xca, sid.device(), (segment as u8) << 3 | sid.function()]
 }
 
 impl VirtioWiring<'_> {

@@ -6,8 +6,9 @@
 //! 0x9fc00      extended BIOS data area
 //! 0xa0000      hole; ACPI tables from 0xe0000
 //! 0x100000     RAM, up to 3 GiB
-//! 0xc0000000   PCI memory below 4 GiB
-//! 0xe0000000   ECAM: 1 MiB a bus
+//! 0xc0000000   PCI memory below 4 GiB; of further segments the last parts of it
+//! 0xe0000000   ECAM of segment 0: 1 MiB a bus
+//! 0xf0000000   ECAM of segments 1 to 7
 //! 0xfec00000   IOAPIC
 //! 0xfed90000   VT-d units: 16 KiB each
 //! 0xfee00000   local APICs and messages
@@ -58,6 +59,44 @@ pub const ECAM: u64 = 0xe000_0000;
 pub const fn ecam_size(last_bus: u8) -> u64 {
     (last_bus as u64 + 1) << 20
 }
+/// Where the memory-mapped configuration space of bus 0 of a segment is. Those after the first have this bus alone, and
+/// room for 16.
+pub const fn ecam_of(segment: u16) -> u64 {
+    match segment {
+        0 => ECAM,
+        further => FURTHER_ECAM + (further as u64 - 1) * FURTHER_ECAM_SIZE,
+    }
+}
+const FURTHER_ECAM: u64 = 0xf000_0000;
+const FURTHER_ECAM_SIZE: u64 = 16 << 20;
+
+/// What a segment after the first has of the 32-bit PCI memory window.
+const FURTHER_PCI32_SIZE: u64 = 32 << 20;
+
+/// The 32-bit PCI memory window of `segment`, in a machine whose last segment is `last`: segment 0 has what the others
+/// leave.
+pub const fn pci32_window(segment: u16, last: u16) -> Window {
+    let end = PCI32_LAST + 1;
+    match segment {
+        0 => Window { first: PCI32_FIRST, last: end - last as u64 * FURTHER_PCI32_SIZE - 1 },
+        further => {
+            let first = end - further as u64 * FURTHER_PCI32_SIZE;
+            Window { first, last: first + FURTHER_PCI32_SIZE - 1 }
+        }
+    }
+}
+
+/// Where a guest places the BARs of a segment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BarWindows {
+    /// Which segment.
+    pub segment: u16,
+    /// Below 4 GiB.
+    pub low: Window,
+    /// Above 4 GiB, if there is room.
+    pub high: Option<Window>,
+}
+
 /// The IOAPIC's registers.
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// Their size.
@@ -113,14 +152,19 @@ pub fn is_ram(address: u64, size: u64) -> bool {
     ram_regions(size).iter().any(|(first, len)| address >= *first && address - first < *len)
 }
 
-/// The PCI memory window above 4 GiB for 64-bit BARs of these sizes (bytes, powers of two), in a guest with `ram` bytes
-/// of RAM and `width` physical address bits. It begins as low as it can, so that a function with a 39-bit unit reaches
-/// what it can of its neighbours' BARs, and has at least 64 GiB and twice what the BARs need if that fits: guests place
-/// them in any order. `None` when RAM leaves no room at all; there may be less than the BARs need.
-pub fn pci64_window(ram: u64, width: u8, bars: &[u64]) -> Option<Window> {
+/// Where RAM of `ram` bytes ends, but not below 4 GiB.
+pub fn high_end(ram: u64) -> u64 {
+    ram_regions(ram).last().map_or(FOUR_GIB, |(first, len)| first + len).max(FOUR_GIB)
+}
+
+/// The PCI memory window above 4 GiB for 64-bit BARs of these sizes (bytes, powers of two), in a guest with RAM, and
+/// windows of other segments, below `end` and `width` physical address bits. It begins as low as it can, so that a
+/// function with a 39-bit unit reaches what it can of its neighbours' BARs, and has at least 64 GiB and twice what the
+/// BARs need if that fits: guests place them in any order. `None` when there is no room left at all; there may be less
+/// than the BARs need.
+pub fn pci64_window(end: u64, width: u8, bars: &[u64]) -> Option<Window> {
     const LEAST: u64 = 64 << 30;
     const GIB: u64 = 1 << 30;
-    let ram_end = ram_regions(ram).last().map_or(FOUR_GIB, |(first, len)| first + len).max(FOUR_GIB);
     let limit = 1u64 << width.min(52);
     let total = bars.iter().fold(0u64, |total, size| total.saturating_add(*size));
     let largest = bars.iter().copied().max().unwrap_or(0);
@@ -129,9 +173,9 @@ pub fn pci64_window(ram: u64, width: u8, bars: &[u64]) -> Option<Window> {
     for (size, alignment, ends) in
         [(ample, largest.max(LEAST), false), (total.max(GIB), largest.max(GIB), true), (GIB, GIB, true)]
     {
-        let first = ram_end.checked_next_multiple_of(alignment);
-        let end = first.and_then(|first| first.checked_add(size)).filter(|end| *end <= limit);
-        if let (Some(first), Some(end)) = (first, end) {
+        let first = end.checked_next_multiple_of(alignment);
+        let ends_at = first.and_then(|first| first.checked_add(size)).filter(|end| *end <= limit);
+        if let (Some(first), Some(end)) = (first, ends_at) {
             return Some(Window { first, last: if ends { limit } else { end } - 1 });
         }
     }
@@ -141,6 +185,7 @@ pub fn pci64_window(ram: u64, width: u8, bars: &[u64]) -> Option<Window> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::MAX_SEGMENTS;
 
     #[test]
     fn ram_leaves_the_mmio_space_below_4_gib_alone() {
@@ -175,21 +220,21 @@ mod tests {
     #[test]
     fn pci64_window_is_above_ram_and_inside_the_physical_width() {
         for (ram, width) in [(512u64 << 20, 40u8), (512 << 20, 36), (8 << 30, 36), (100 << 30, 39), (1 << 40, 46)] {
-            let window = pci64_window(ram, width, &[]).unwrap();
+            let window = pci64_window(high_end(ram), width, &[]).unwrap();
             let (first, len) = *ram_regions(ram).last().unwrap();
             assert!(window.first >= (first + len).max(FOUR_GIB));
             assert!(window.last < 1 << width);
             assert!(window.first < window.last);
         }
-        assert_eq!(pci64_window(512 << 20, 32, &[]), None);
-        assert_eq!(pci64_window(512 << 20, 48, &[0x4000, 1 << 30]).unwrap().last, (128 << 30) - 1);
+        assert_eq!(pci64_window(high_end(512 << 20), 32, &[]), None);
+        assert_eq!(pci64_window(high_end(512 << 20), 48, &[0x4000, 1 << 30]).unwrap().last, (128 << 30) - 1);
     }
 
     #[test]
     fn pci64_window_has_room_for_the_bars_where_the_width_has() {
         const GIB: u64 = 1 << 30;
         let window = |ram, width, bars: &[u64]| {
-            let window = pci64_window(ram, width, bars).unwrap();
+            let window = pci64_window(high_end(ram), width, bars).unwrap();
             (window.first / GIB, (window.last + 1) / GIB)
         };
         assert_eq!(window(GIB / 2, 40, &[128 * GIB]), (128, 256));
@@ -204,10 +249,24 @@ mod tests {
     }
 
     #[test]
+    fn a13_the_windows_of_segments_below_4_gib_are_beside_each_other() {
+        for last in 0..MAX_SEGMENTS {
+            let mut windows: Vec<Window> = (0..=last).map(|segment| pci32_window(segment, last)).collect();
+            windows.sort_by_key(|window| window.first);
+            assert_eq!((windows[0].first, windows[usize::from(last)].last), (PCI32_FIRST, PCI32_LAST));
+            assert!(windows.windows(2).all(|pair| pair[0].last + 1 == pair[1].first), "{last}");
+            assert!(windows.iter().all(|window| window.last + 1 - window.first >= 32 << 20));
+        }
+        assert_eq!((ecam_of(0), ecam_of(1), ecam_of(7)), (0xe000_0000, 0xf000_0000, 0xf600_0000));
+    }
+
+    #[test]
     fn fixed_ranges_do_not_overlap() {
         let mut ranges = [
             (PCI32_FIRST, PCI32_LAST),
             (ECAM, ECAM + ecam_size(u8::MAX) - 1),
+            (ecam_of(1), ecam_of(2) - 1),
+            (ecam_of(MAX_SEGMENTS - 1), ecam_of(MAX_SEGMENTS) - 1),
             (IOAPIC, IOAPIC + IOAPIC_SIZE - 1),
             (VTD_UNIT, unit_base(MAX_UNITS) - 1),
             (LOCAL_APIC, LOCAL_APIC + 0xf_ffff),

@@ -53,6 +53,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
               [,scalable=on|off][,stage=first|second|both][,nest=on|off][,slads=on|off][,pasid-bits=0..20]
               [,ats=on|off][,pri=on|off][,perf=on|off][,posted=on|off]
               [,devices=ID|DD.F|portN[+...]]   a further unit, with these functions, bridges and root ports
+              [,segment=N]   a unit of that PCI segment
   --iommu none
   --device vfio,host=[DDDD:]BB:DD.F[,addr=DD.F][,backend=auto|type1|iommufd][,id=NAME]
   --device vfio-user,socket=PATH|fd=N[,confine=on|off][,addr=DD.F][,id=NAME]
@@ -63,6 +64,7 @@ Option values are `kind[,key=value]...`; numbers decimal or 0x, sizes with K, M,
   --device edu[,pasid=on|off][,ats=on|off][,pri=on|off][,addr=DD.F][,id=NAME]
   --device pinblk[,file=PATH[,direct=on]][,addr=DD.F][,id=NAME]
   --device pcie-pci-bridge[,addr=DD.F][,id=NAME]
+  addr=SSSS:00:DD.F in place of addr=DD.F: in PCI segment SSSS, 0000 to 0007
   port=N in place of addr=DD.F: behind that root port
   bus=ID beside addr=DD.F: on the conventional bus below the pcie-pci-bridge with that id
 

@@ -32,6 +32,7 @@ fn iommu(option: &IommuOption) -> String {
         performance_counters,
         ioapic_check,
         devices,
+        segment,
     } = vtd;
     let mut text = "vtd".to_owned();
     if let Some(bits) = aw_bits {
@@ -63,6 +64,9 @@ fn iommu(option: &IommuOption) -> String {
         text += &format!(",{key}={}", switch(*on));
     }
     text += &format!(",pasid-bits={pasid_bits}");
+    if *segment != 0 {
+        text += &format!(",segment={segment}");
+    }
     if devices.is_empty() { text } else { text + ",devices=" + &devices.join("+") }
 }
 
@@ -184,6 +188,7 @@ mod tests {
             "vtd,posted=on",
             "vtd,scalable=on,ats=on,pri=on,perf=on,devices=a+05.0",
             "vtd,scalable=on",
+            "vtd,segment=3,devices=0003:00:02.0+b",
         ] {
             let option: IommuOption = text.parse().unwrap();
             assert_eq!(iommu(&option).parse(), Ok(option), "{text}");
@@ -192,6 +197,7 @@ mod tests {
             "edu",
             "edu,pasid=on,addr=1e.7,id=a",
             "edu,ats=on,pri=on",
+            "edu,addr=0007:00:02.0",
             "edu,bus=b",
             "pcie-pci-bridge,id=b",
             "vfio,host=0001:02:03.4,backend=iommufd,port=3",

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use vtd::Stages;
 
 use crate::config::{
-    Backend, DeviceKind, DeviceOption, IommuOption, MAX_ROOT_PORTS, Place, Slot, UserSocket, VirtioKind, VtdOption,
-    slot_of_port,
+    Backend, DeviceKind, DeviceOption, IommuOption, MAX_ROOT_PORTS, MAX_SEGMENTS, Place, RootSlot, Slot, UserSocket,
+    VirtioKind, VtdOption, slot_of_port,
 };
 
 /// Why an option's value is wrong. A sentence for the user.
@@ -179,12 +179,7 @@ impl std::str::FromStr for IommuOption {
                 if second_stage_dirty && !matches!(scalable, Some(Stages::Second | Stages::Both)) {
                     return bad("vtd: slads=on needs scalable=on with the second stage, whose flags they are");
                 }
-                keys.get("segment", |value| match number(value)? {
-                    0 => Ok(()),
-                    _ => bad(format!(
-                        "`{value}`: there is segment 0 only; another would need configuration space of its own"
-                    )),
-                })?;
+                let segment = keys.get("segment", |value| segment(value, number(value)?))?;
                 let pasid_bits = keys.get("pasid-bits", |value| match number(value)? {
                     bits @ 0..=20 => Ok(bits as u8),
                     _ => bad(format!("`{value}` is not 0 to 20")),
@@ -225,6 +220,7 @@ impl std::str::FromStr for IommuOption {
                     performance_counters,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                     devices: keys.get("devices", names)?.unwrap_or_default(),
+                    segment: segment.unwrap_or(default.segment),
                 }))
             }
             _ => bad(format!("unknown IOMMU `{kind}`; it is vtd or none")),
@@ -235,6 +231,24 @@ impl std::str::FromStr for IommuOption {
 fn hex(text: &str, digits: std::ops::RangeInclusive<usize>, max: u32) -> Option<u32> {
     let fits = digits.contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     fits.then(|| u32::from_str_radix(text, 16).ok()).flatten().filter(|value| *value <= max)
+}
+
+/// The number of a segment, which was given as `text`.
+fn segment(text: &str, number: u64) -> Result<u16, BadOption> {
+    let fits = u16::try_from(number).ok().filter(|number| *number < MAX_SEGMENTS);
+    fits.ok_or_else(|| BadOption(format!("`{text}`: segments are 0 to {}", MAX_SEGMENTS - 1)))
+}
+
+/// A slot of segment 0, or one of bus 0 of another.
+fn root_slot(text: &str) -> Result<RootSlot, BadOption> {
+    let Some((number, rest)) = text.split_once(':') else { return slot(text).map(RootSlot::first) };
+    match (hex(number, 4..=4, 0xffff), rest.strip_prefix("00:")) {
+        (Some(number), Some(rest)) => Ok(RootSlot { segment: segment(text, number.into())?, slot: slot(rest)? }),
+        (Some(_), None) => {
+            bad(format!("`{text}`: there is bus 00 only; what is behind a port or bridge has port= or bus="))
+        }
+        _ => bad(format!("`{text}` is not a slot (DD.F of segment 0, or SSSS:00:DD.F, hexadecimal)")),
+    }
 }
 
 fn slot(text: &str) -> Result<Slot, BadOption> {
@@ -297,7 +311,8 @@ fn identifier(text: &str) -> Result<String, BadOption> {
 
 /// Ids or slots, with `+` between them.
 fn names(text: &str) -> Result<Vec<String>, BadOption> {
-    text.split('+').map(identifier).collect()
+    let address = |text: &str| root_slot(text).map(RootSlot::in_full);
+    text.split('+').map(|name| if name.contains(':') { address(name) } else { identifier(name) }).collect()
 }
 
 /// The number of a root port.
@@ -384,14 +399,38 @@ impl std::str::FromStr for DeviceOption {
                 ));
             }
         };
-        let (addr, port, bus) = (keys.get("addr", slot)?, keys.get("port", port)?, keys.get("bus", identifier)?);
+        let (addr, port, bus) = (keys.get("addr", root_slot)?, keys.get("port", port)?, keys.get("bus", identifier)?);
         if port.is_some() && (addr.is_some() || bus.is_some()) {
             return bad(format!("{}: port= excludes addr= and bus=: behind a root port there is one place", keys.kind));
+        }
+        if bus.is_some() && addr.is_some_and(|addr| addr.segment != 0) {
+            return bad(format!("{}: bus= excludes an addr= in another segment: bridges are in segment 0", keys.kind));
+        }
+        if kind == DeviceKind::PciBridge && addr.is_some_and(|addr| addr.segment != 0) {
+            return bad("pcie-pci-bridge: addr= is a slot of segment 0: the others have functions of bus 0 only");
         }
         if bus.is_some() && matches!(kind, DeviceKind::Edu { .. }) && kind != DeviceKind::PLAIN_EDU {
             return bad("edu: bus= excludes pasid=on and ats=on: a conventional bus has neither");
         }
         Ok(Self { id: keys.get("id", identifier)?, addr, port, bus, kind })
+    }
+}
+
+/// A bus that devices are given slots of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Bus {
+    /// Bus 0 of this segment.
+    Root(u16),
+    /// Below the bridge with this place in the list of devices.
+    Bridge(usize),
+}
+
+impl Bus {
+    fn segment(self) -> u16 {
+        match self {
+            Self::Root(segment) => segment,
+            Self::Bridge(_) => 0,
+        }
     }
 }
 
@@ -414,40 +453,49 @@ pub fn place_devices(devices: &[DeviceOption], root_ports: u8) -> Result<Vec<Pla
         found.map(Some).ok_or_else(|| BadOption(format!("bus={bus}: there is no pcie-pci-bridge with id={bus}")))
     };
     let of_ports: Vec<Slot> = (1..=root_ports).map(slot_of_port).collect();
-    // By the bridge, none for bus 0.
-    let mut taken: BTreeMap<Option<usize>, BTreeSet<Slot>> = BTreeMap::new();
+    // By the bridge, or the segment.
+    let mut taken: BTreeMap<Bus, BTreeSet<Slot>> = BTreeMap::new();
+    let bus_of = |device: &DeviceOption| {
+        let segment = device.addr.map_or(0, |addr| addr.segment);
+        Ok::<_, BadOption>(bridge_of(device)?.map_or(Bus::Root(segment), Bus::Bridge))
+    };
     for device in devices {
-        let (bridge, Some(slot)) = (bridge_of(device)?, device.addr) else { continue };
-        if bridge.is_none() && of_ports.iter().any(|port| port.device == slot.device) {
-            return bad(format!("addr={slot} is a root port's; use a slot below {}", of_ports[0]));
+        let (bus, Some(addr)) = (bus_of(device)?, device.addr) else { continue };
+        if bus == Bus::Root(0) && of_ports.iter().any(|port| port.device == addr.slot.device) {
+            return bad(format!("addr={addr} is a root port's; use a slot below {}", of_ports[0]));
         }
-        if !taken.entry(bridge).or_default().insert(slot) {
-            return bad(format!("addr={slot} is given to two devices"));
+        if !taken.entry(bus).or_default().insert(addr.slot) {
+            return bad(format!("addr={addr} is given to two devices"));
         }
     }
     // Guests look for further functions only where there is a function 0.
-    for taken in taken.values() {
-        if let Some(slot) = taken.iter().find(|slot| !taken.contains(&Slot { function: 0, ..**slot })) {
-            return bad(format!("addr={slot} needs a device with addr={} too", Slot { function: 0, ..*slot }));
+    for (bus, taken) in &taken {
+        let zero = |slot: &Slot| Slot { function: 0, ..*slot };
+        if let Some(slot) = taken.iter().find(|slot| !taken.contains(&zero(slot))) {
+            let [this, zero] = [*slot, zero(slot)].map(|slot| RootSlot { segment: bus.segment(), slot });
+            return bad(format!("addr={this} needs a device with addr={zero} too"));
         }
     }
-    taken.entry(None).or_default().extend(of_ports);
+    taken.entry(Bus::Root(0)).or_default().extend(of_ports);
     let mut places = Vec::with_capacity(devices.len());
     for device in devices {
         if let Some(port) = device.port {
             places.push(Place::Port(port));
             continue;
         }
-        let bridge = bridge_of(device)?;
-        let taken = taken.entry(bridge).or_default();
+        let bus = bus_of(device)?;
+        let taken = taken.entry(bus).or_default();
         let free = (1..0x1f).find(|device| !taken.iter().any(|slot| slot.device == *device));
-        let slot = device.addr.or_else(|| free.map(|device| Slot { device, function: 0 }));
+        let slot = device.addr.map(|addr| addr.slot).or_else(|| free.map(|device| Slot { device, function: 0 }));
         let Some(slot) = slot else {
             let bus = device.bus.as_deref().map_or_else(|| "bus 0".to_owned(), |bus| format!("bus={bus}"));
             return bad(format!("there is no free slot on {bus} for all of these devices"));
         };
         taken.insert(slot);
-        places.push(bridge.map_or(Place::Root(slot), |bridge| Place::Bridge { bridge, slot }));
+        places.push(match bus {
+            Bus::Root(segment) => Place::Root(RootSlot { segment, slot }),
+            Bus::Bridge(bridge) => Place::Bridge { bridge, slot },
+        });
     }
     Ok(places)
 }

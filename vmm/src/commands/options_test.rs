@@ -1,7 +1,7 @@
 use vfio_bridge::Bdf;
 
 use super::*;
-use crate::config::BusNumbers;
+use crate::config::{BusNumbers, segments};
 
 fn error<T: std::str::FromStr<Err = BadOption>>(text: &str) -> String {
     match text.parse::<T>() {
@@ -51,6 +51,7 @@ fn iommu_keys() {
             performance_counters: true,
             ioapic_check: false,
             devices: vec![],
+            segment: 0,
         }))
     );
     let (scalable, nested, second_stage_dirty, pasid_bits) = (Some(Stages::Both), true, true, 20);
@@ -97,7 +98,9 @@ fn iommu_keys() {
         ("vtd,dma-translation=off,ats=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,perf=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,pt=on", "none of scalable, ats, perf and pt"),
-        ("vtd,segment=1", "there is segment 0 only"),
+        ("vtd,segment=8", "segments are 0 to 7"),
+        ("vtd,segment=0x10001", "segments are 0 to 7"),
+        ("vtd,devices=0008:00:02.0", "segments are 0 to 7"),
         ("vtd,devices=", "is not a name"),
         ("vtd,devices=a++b", "is not a name"),
         ("vtd,scalable=on,stage=first,slads=on", "slads=on needs scalable=on"),
@@ -145,7 +148,7 @@ fn device_keys() {
         "vfio,host=00:09.0,addr=1E.7,backend=type1,id=disk".parse(),
         Ok(DeviceOption {
             id: Some("disk".into()),
-            addr: Some(Slot { device: 0x1e, function: 7 }),
+            addr: Some(RootSlot::first(Slot { device: 0x1e, function: 7 })),
             port: None,
             bus: None,
             kind: DeviceKind::Vfio { host, backend: Some(Backend::Type1) }
@@ -284,6 +287,45 @@ fn slots_are_given_from_01_around_those_that_are_taken() {
     ] {
         let message = placed(texts).unwrap_err().to_string();
         assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn a13_a_device_may_be_in_another_segment() {
+    let parse = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<DeviceOption>>();
+    let placed = |texts: &[&str]| {
+        let shown = |place: &Place| match place {
+            Place::Root(at) => at.to_string(),
+            other => format!("{other:?}"),
+        };
+        let devices = parse(texts);
+        place_devices(&devices, 1).map(|places| (places.iter().map(shown).collect::<Vec<_>>(), segments(&places)))
+    };
+    // The same slot in each; what has no addr= is in segment 0, which may be named, too.
+    let texts = ["edu,addr=0001:00:02.0", "edu,addr=02.0", "edu,addr=0007:00:10.0", "edu", "edu,addr=0000:00:03.0"];
+    let (places, numbers) = placed(&texts).unwrap();
+    assert_eq!(places, ["0001:00:02.0", "02.0", "0007:00:10.0", "01.0", "03.0"]);
+    assert_eq!(numbers.into_iter().collect::<Vec<_>>(), [0, 1, 7]);
+    for (texts, part) in [
+        (&["edu,addr=0001:00:02.0", "edu,addr=0001:00:2.0"][..], "addr=0001:00:02.0 is given to two devices"),
+        (&["edu,addr=0001:00:02.1", "edu,addr=02.0"], "addr=0001:00:02.1 needs a device with addr=0001:00:02.0 too"),
+        (&["edu,addr=0000:00:10.0"], "addr=10.0 is a root port's"),
+    ] {
+        let message = placed(texts).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    }
+    for (text, part) in [
+        ("edu,addr=0008:00:02.0", "segments are 0 to 7"),
+        ("edu,addr=0001:01:02.0", "there is bus 00 only"),
+        ("edu,addr=1:00:02.0", "is not a slot"),
+        ("edu,addr=00:02.0", "is not a slot"),
+        ("edu,addr=0001:00:00.0", "slot 00 is the host bridge's"),
+        ("edu,addr=0001:00:1f.0", "slot 1f is kept"),
+        ("edu,bus=b,addr=0001:00:02.0", "bridges are in segment 0"),
+        ("pcie-pci-bridge,addr=0001:00:02.0", "a slot of segment 0"),
+    ] {
+        let message = error::<DeviceOption>(text);
+        assert!(message.contains(part), "{text}: {message}");
     }
 }
 

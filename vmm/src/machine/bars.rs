@@ -4,9 +4,10 @@ use std::cmp::Reverse;
 
 use devices::pci::config::{BAR0, COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY, HEADER_TYPE};
 use devices::pci::{PciFunction, PciRoot};
-use vtd::SourceId;
+use vtd::{Requester, SourceId};
 
-use crate::boot::layout::{self, Window};
+use crate::boot::layout::{self, BarWindows, Window};
+use crate::config::shown;
 
 /// The smallest piece that a BAR is given: a page, so that two functions share none.
 const PAGE: u64 = 0x1000;
@@ -30,6 +31,8 @@ pub struct Bar {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("BAR {} of {} has no place in the guest: {}", .bar.index, named(.bar.size), .full)]
 pub struct NoPlace {
+    /// Whose it is.
+    pub of: Requester,
     /// Which.
     pub bar: Bar,
     /// Where it was to go.
@@ -39,12 +42,9 @@ pub struct NoPlace {
 /// Where there is no room left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Full {
-    /// Below 4 GiB.
-    #[error(
-        "the {} below 4 GiB, which all 32-bit BARs share, are not enough; use fewer devices",
-        named(LOW.last + 1 - LOW.first)
-    )]
-    Low,
+    /// In these bytes below 4 GiB.
+    #[error("the {} below 4 GiB, which all 32-bit BARs of a segment share, are not enough; use fewer devices", named(*.0))]
+    Low(u64),
     /// Above 4 GiB, with this many physical address bits.
     #[error(
         "this host's processor has addresses of {0} bits, and RAM and the other BARs leave too few; use less --memory or fewer devices"
@@ -232,31 +232,49 @@ fn in_order(bars: &[Bar]) -> Vec<Bar> {
 /// The ports above those of the machine's own devices.
 const PORTS: Window = Window { first: 0x1000, last: 0xffff };
 
-const LOW: Window = Window { first: layout::PCI32_FIRST, last: layout::PCI32_LAST };
-
-/// The window above 4 GiB that has room for `bars`, in a guest with `ram` bytes of RAM and `width` physical address
-/// bits; `None` when RAM leaves none there, and none is needed.
+/// The windows that have room for the BARs of each of `segments`, segment 0 first, in a guest with `ram` bytes of RAM
+/// and `width` physical address bits; none above 4 GiB when RAM and the other segments leave none there, and none is
+/// needed.
 ///
 /// # Errors
 /// A BAR has no place. The largest of those.
-pub fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPlace> {
-    let wide: Vec<u64> = bars.iter().filter(|bar| bar.may_be_high).map(|bar| bar.size.max(PAGE)).collect();
-    let window = layout::pci64_window(ram, width, &wide);
-    let (mut low, mut high) = (Room(LOW), window.map(Room));
+pub fn windows(segments: &[(u16, Vec<Bar>)], ram: u64, width: u8) -> Result<Vec<BarWindows>, NoPlace> {
+    let last = segments.iter().map(|(segment, _)| *segment).max().unwrap_or(0);
+    let mut end = layout::high_end(ram);
+    let of_segment = |(segment, bars): &(u16, Vec<Bar>)| {
+        let low = layout::pci32_window(*segment, last);
+        let wide: Vec<u64> = bars.iter().filter(|bar| bar.may_be_high).map(|bar| bar.size.max(PAGE)).collect();
+        // Only the first one is there for what may come.
+        let high = Some(&wide).filter(|wide| *segment == 0 || !wide.is_empty());
+        let high = high.and_then(|wide| layout::pci64_window(end, width, wide));
+        end = high.map_or(end, |window| window.last + 1);
+        let windows = BarWindows { segment: *segment, low, high };
+        fit(bars, windows, width).map(|()| windows)
+    };
+    segments.iter().map(of_segment).collect()
+}
+
+/// Whether these BARs of a segment have room.
+fn fit(bars: &[Bar], windows: BarWindows, width: u8) -> Result<(), NoPlace> {
+    let (mut low, mut high) = (Room(windows.low), windows.high.map(Room));
     for bar in in_order(bars) {
         // As guests do it: above 4 GiB what may be there.
         let above = high.as_mut().filter(|_| bar.may_be_high).and_then(|room| room.take(bar.size));
         if above.or_else(|| low.take(bar.size)).is_none() {
-            return Err(NoPlace { bar, full: if bar.may_be_high { Full::High(width) } else { Full::Low } });
+            let of = Requester { segment: windows.segment, sid: bar.sid };
+            let bytes = windows.low.last + 1 - windows.low.first;
+            return Err(NoPlace { of, bar, full: if bar.may_be_high { Full::High(width) } else { Full::Low(bytes) } });
         }
     }
-    Ok(window)
+    Ok(())
 }
 
 /// Gives every BAR an address and sets Memory Enable, and I/O Enable where there is an I/O BAR, as firmware does.
 /// 64-bit BARs go above 4 GiB only when they do not fit below. Bridges forward what is below them. No vCPU may run.
-pub fn assign(root: &PciRoot, above: Option<Window>) {
-    let mut rooms = Rooms { low: Room(LOW), high: above.map(Room), ports: Room(PORTS) };
+pub fn assign(root: &PciRoot, windows: &BarWindows) {
+    // There is one space of ports, which is segment 0's.
+    let ports = Some(Room(PORTS)).filter(|_| root.segment() == 0);
+    let mut rooms = Rooms { low: Room(windows.low), high: windows.high.map(Room), ports };
     number_buses(root, true);
     let (mut bars, mut ports) = found(root);
     for (sid, function) in root.functions() {
@@ -270,20 +288,22 @@ pub fn assign(root: &PciRoot, above: Option<Window>) {
         let its_ports = ports.extract_if(.., |bar| below.contains(&bar.sid)).collect();
         assign_behind(root, &bridges, its_bars, its_ports, &mut rooms);
     }
-    assign_ports(root, ports, &mut rooms.ports);
+    if let Some(room) = &mut rooms.ports {
+        assign_ports(root, ports, room);
+    }
     for bar in in_order(&bars) {
         let place = rooms.low.take(bar.size);
         let place = place.or_else(|| rooms.high.as_mut().filter(|_| bar.may_be_high)?.take(bar.size));
         let Some(address) = place else {
             // The start made sure that this does not happen.
-            log::warn!("BAR {} of {} ({:#x} bytes) has no room", bar.index, bar.sid, bar.size);
+            log::warn!("BAR {} of {} ({:#x} bytes) has no room", bar.index, shown(root.requester(bar.sid)), bar.size);
             continue;
         };
         put(root, &bar, address);
     }
     let (_, ports) = found(root);
     for sid in endpoints(root) {
-        let has_ports = ports.iter().any(|bar| bar.sid == sid);
+        let has_ports = rooms.ports.is_some() && ports.iter().any(|bar| bar.sid == sid);
         let enables = if has_ports { ENABLES } else { COMMAND_MEMORY };
         let command = read32(root, sid, COMMAND) as u16;
         root.config_write(sid, COMMAND, &(command | enables).to_le_bytes());
@@ -294,7 +314,7 @@ pub fn assign(root: &PciRoot, above: Option<Window>) {
 struct Rooms {
     low: Room,
     high: Option<Room>,
-    ports: Room,
+    ports: Option<Room>,
 }
 
 /// Writes a BAR's address.
@@ -349,7 +369,8 @@ fn assign_behind(root: &PciRoot, bridges: &[SourceId], bars: Vec<Bar>, ports: Ve
     }
     let count = ports.iter().map(|bar| bar.count).sum::<u64>().next_multiple_of(PORT_GRAIN);
     let has_ports = !ports.is_empty();
-    if has_ports && let Some(first) = rooms.ports.take_spanning(count, PORT_GRAIN) {
+    let room = rooms.ports.as_mut().filter(|_| has_ports);
+    if let Some(first) = room.and_then(|room| room.take_spanning(count, PORT_GRAIN)) {
         let last = first + (count - 1);
         assign_ports(root, ports, &mut Room(Window { first, last }));
         write(PORT_WINDOW, (first >> 8 & 0xf0 | last & 0xf000) as u32);

@@ -33,6 +33,16 @@ impl PciFunction for Fake {
     fn reset(&self) {}
 }
 
+/// The window above 4 GiB of a machine with one segment.
+fn window(bars: &[Bar], ram: u64, width: u8) -> Result<Option<Window>, NoPlace> {
+    windows(&[(0, bars.to_vec())], ram, width).map(|windows| windows[0].high)
+}
+
+/// The windows of one segment, with this one above 4 GiB.
+fn windows_with(high: Option<Window>) -> BarWindows {
+    BarWindows { segment: 0, low: layout::pci32_window(0, 0), high }
+}
+
 /// A root with these functions, from 01.0 on.
 fn root(functions: &[&[(usize, BarKind, u64)]]) -> Arc<PciRoot> {
     let root = PciRoot::new(Arc::new(Bus::default()));
@@ -80,14 +90,14 @@ fn window_has_room_for_several_bars_of_128_gib() {
     ]);
     let bars = all(&root);
     let window = window(&bars, GIB / 2, 40).unwrap();
-    assign(&root, window);
+    assign(&root, &windows_with(window));
     let mut places: Vec<(u64, u64)> = bars.iter().map(|bar| (address(&root, bar), bar.size.max(PAGE))).collect();
     places.sort_unstable();
     assert!(places.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{places:x?}");
     for (at, size) in places {
         assert!(at.is_multiple_of(size) && at + size <= 1 << 40);
         let inside = |window: Window| at >= window.first && at + size - 1 <= window.last;
-        assert!(inside(LOW) || window.is_some_and(inside), "{at:#x}");
+        assert!(inside(layout::pci32_window(0, 0)) || window.is_some_and(inside), "{at:#x}");
     }
     let enabled = |device| read32(&root, sid(device), COMMAND) as u16 & COMMAND_MEMORY != 0;
     assert!((1..4).all(enabled));
@@ -109,7 +119,7 @@ fn window_that_cannot_be_is_an_error_that_names_the_largest_bar_without_a_place(
 
     let low = all(&root(&[&[(0, BarKind::Memory32, GIB / 4)], &[(0, BarKind::Memory32, GIB / 2)]]));
     let refused = window(&low, GIB / 2, 46).unwrap_err();
-    assert_eq!((refused.bar.sid, refused.full), (sid(1), Full::Low), "512 MiB are all that is below 4 GiB");
+    assert_eq!((refused.bar.sid, refused.full), (sid(1), Full::Low(GIB / 2)), "512 MiB are all that is below 4 GiB");
     let message = refused.to_string();
     assert!(message.starts_with("BAR 0 of 256 MiB has no place") && message.contains("the 512 MiB below"), "{message}");
     let message = window(&wide, GIB / 2, 36).unwrap_err().to_string();
@@ -135,7 +145,7 @@ fn ports_are_given_to_io_bars_and_enabled_where_there_are_some() {
     write32(&root, sid(1), COMMAND, COMMAND_IO.into());
     assert_eq!(all(&root).len(), 2);
     assert_eq!((read32(&root, sid(1), register(0)), read32(&root, sid(1), COMMAND)), (0x3001, COMMAND_IO.into()));
-    assign(&root, None);
+    assign(&root, &windows_with(None));
     let port = |device, index| read32(&root, sid(device), register(index));
     assert_eq!([port(1, 5), port(3, 3), port(1, 0), port(3, 2)], [0x1001, 0x1101, 0x1201, 0x1209]);
     let enables = [1, 2, 3].map(|device| read32(&root, sid(device), COMMAND) as u16 & ENABLES);
@@ -146,7 +156,7 @@ fn ports_are_given_to_io_bars_and_enabled_where_there_are_some() {
 fn ports_that_are_too_many_stay_without_an_address() {
     let most: &[_] = &[(0, BarKind::Io, 0x8000), (1, BarKind::Io, 0x8000), (2, BarKind::Io, 0x4000)];
     let root = root(&[most, &[(0, BarKind::Io, 4)]]);
-    assign(&root, None);
+    assign(&root, &windows_with(None));
     let port = |device, index| read32(&root, sid(device), register(index));
     assert_eq!([port(1, 0), port(1, 1), port(1, 2), port(2, 0)], [0x8001, 1, 1, 1]);
 }
@@ -205,7 +215,7 @@ fn f6_bridges_forward_ports_and_what_lies_above_4_gib_and_one_behind_the_other_t
     let bars = all(&root);
     let window = window(&bars, GIB / 2, 40).unwrap();
     assert_eq!(bars.iter().filter(|bar| bar.may_be_high).count(), 1);
-    assign(&root, window);
+    assign(&root, &windows_with(window));
     let (one, two, inner) = (sid(0x10), sid(0x11), SourceId::new(2, 0, 0));
     assert_eq!([one, two, inner].map(|at| read32(&root, at, BUSES)), [0x01_0100, 0x03_0200, 0x03_0302]);
     let memory = |at: SourceId| {
@@ -264,7 +274,7 @@ fn f6_bars_behind_root_ports_are_found_and_an_images_ports_forward_them() {
     let expected = [(sid(1), 0, 0x1000), behind(1, 0, 0x10_0000), behind(1, 2, 0x4000), behind(3, 0, 0x1000)];
     assert_eq!(found, expected, "a port's registers are no BARs");
     assert_eq!(read32(&root, sid(0x10), BUSES), 0, "a guest numbers buses itself");
-    assign(&root, None);
+    assign(&root, &windows_with(None));
     let window = |number| read32(&root, sid(0x0f + number), MEMORY_WINDOW);
     assert_eq!([1, 2, 3].map(|number| read32(&root, sid(0x0f + number), BUSES)), [0x01_0100, 0x02_0200, 0x03_0300]);
     let mut spans: Vec<(u64, u64)> = Vec::new();
@@ -283,4 +293,35 @@ fn f6_bars_behind_root_ports_are_found_and_an_images_ports_forward_them() {
     assert!(spans.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{spans:x?}");
     // From one port's window to the next no MiB is shared.
     assert!(window(1) >> 16 & 0xfff0 < window(3) & 0xfff0);
+}
+
+#[test]
+fn a13_each_segment_has_windows_of_its_own_and_none_overlap() {
+    let first = root(&[&[(0, BarKind::Prefetchable64, 16 * GIB)]]);
+    let other = first.beside(2);
+    for (device, kind, size) in
+        [(1, BarKind::Memory64, 128 * GIB), (2, BarKind::Memory32, 16 << 20), (3, BarKind::Io, 32)]
+    {
+        other.insert(SourceId::new(0, device, 0), Fake::new(&[(0, kind, size)])).unwrap();
+    }
+    let bars = [(0, all(&first)), (2, all(&other))];
+    let both = windows(&bars, GIB, 46).unwrap();
+    let at = |window: Window| (window.first, window.last + 1);
+    assert_eq!(both.iter().map(|it| it.segment).collect::<Vec<_>>(), [0, 2]);
+    assert_eq!((at(both[0].low), at(both[1].low)), ((0xc000_0000, 0xdc00_0000), (0xdc00_0000, 0xde00_0000)));
+    let high = both.iter().map(|it| it.high.map(at)).collect::<Vec<_>>();
+    assert_eq!(high, [Some((64 * GIB, 128 * GIB)), Some((128 * GIB, 256 * GIB))]);
+    // What a segment does not need above it does not take, and what it needs is refused where there is none.
+    let none = [(0, bars[0].1.clone()), (2, bars[1].1[1..].to_vec())];
+    assert_eq!(windows(&none, GIB, 46).unwrap()[1].high, None);
+    let refused = windows(&bars, GIB, 37).unwrap_err();
+    assert_eq!((refused.of.to_string(), refused.full), ("0002:00:01.0".to_owned(), Full::High(37)));
+    // Firmware places them there; ports it has none for.
+    for (root, windows) in [&first, &other].into_iter().zip(&both) {
+        assign(root, windows);
+    }
+    let read = |device, at| read32(&other, SourceId::new(0, device, 0), at);
+    assert_eq!((read(1, BAR0) & !0xf, read(1, BAR0 + 4)), (0, 32), "128 GiB");
+    assert_eq!(read(2, BAR0), 0xdc00_0000);
+    assert_eq!((read(3, BAR0) & !3, read(3, COMMAND) as u16 & ENABLES), (0, COMMAND_MEMORY));
 }

@@ -220,7 +220,7 @@ impl Machine {
         self.plug.breaker.remove(requester);
         self.plug.assigned.retain(|(other, _)| other != id);
         if let Some(units) = &self.units {
-            units.of(requester).remove_requester(requester);
+            units.of(requester).into_iter().for_each(|unit| unit.remove_requester(requester));
         }
         self.bridge.unregister(requester);
     }

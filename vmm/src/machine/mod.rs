@@ -14,6 +14,7 @@ mod peers;
 mod plug;
 mod ports;
 pub mod saving;
+mod segments;
 pub mod snapshot;
 mod source_ids;
 pub mod stats;
@@ -35,7 +36,7 @@ use devices::{Bus, BusDevice};
 use kvm_ioctls::{Kvm, VmFd};
 use vfio_bridge::{Bridge, Trace, TracedListener};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Audit, SpaceListener, Unit, UnitConfig, UnitId};
+use vtd::{Audit, SpaceListener, Unit};
 
 use crate::acpi;
 use crate::acpi::dmar::Remapping;
@@ -43,7 +44,7 @@ use crate::assign::{self, Checked};
 use crate::boot::firmware::ImageDevices;
 use crate::boot::layout;
 use crate::boot::{Payload, Start};
-use crate::config::{BusNumbers, MachineConfig, Place};
+use crate::config::{BusNumbers, MachineConfig, Place, segments, shown};
 use crate::console::GuestInput;
 use crate::kvm::cpuid;
 use crate::kvm::doorbells::KvmDoorbells;
@@ -64,8 +65,9 @@ use peers::PeerMemory;
 use plug::{Placed, Plug};
 use ports::Ports;
 use saving::Description;
+use segments::Segments;
 use stats::{Device, Stats};
-use units::{Units, integrated_tlbs};
+use units::{MadeUnit, UnitWindow, Units, integrated_tlbs};
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -73,18 +75,6 @@ impl PowerControl for Control {
     }
     fn reset(&self) {
         self.request(Stop::Reset);
-    }
-}
-
-/// The unit's register window on the MMIO bus.
-struct UnitWindow(Arc<Unit<Ram>>);
-
-impl BusDevice for UnitWindow {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
-    }
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
     }
 }
 
@@ -117,6 +107,19 @@ pub enum Error {
     /// There is no such root port.
     #[error("there is no root port {0}; use a lower port=, or more --root-ports")]
     NoPort(u8),
+    /// There is no such segment, or no unit in it.
+    #[error(
+        "segment {0} has no function or no unit; give it a device with addr={0:04x}:00:DD.F and --iommu vtd,segment={0}"
+    )]
+    NoSegment(u16),
+    /// It was saved with other segments.
+    #[error("the machine was saved with {saved} PCI segments, and there are {here}")]
+    OtherSegments {
+        /// Those of the machine.
+        saved: usize,
+        /// Those that its devices are in.
+        here: usize,
+    },
     /// It has a device already.
     #[error(transparent)]
     Occupied(#[from] Occupied),
@@ -190,7 +193,7 @@ pub struct Machine {
 struct Platform {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
-    root: Arc<PciRoot>,
+    segments: Arc<Segments>,
     ioapic: Arc<IoApic>,
     serial: Arc<SerialPort>,
     power: Arc<PmBlock>,
@@ -203,7 +206,8 @@ struct Platform {
 /// What the ACPI tables are made from, kept because a reset writes them again.
 struct Tables {
     cpus: u8,
-    pci64: Option<layout::Window>,
+    /// Of each segment, the first one first.
+    windows: Vec<layout::BarWindows>,
     root_ports: u8,
     last_bus: u8,
     remapping: Option<Remapping>,
@@ -220,6 +224,7 @@ impl Platform {
         output: OutputWriter,
         drained: EventFd,
         last_bus: u8,
+        numbers: &std::collections::BTreeSet<u16>,
     ) -> Result<Self, Error> {
         let (pio, mmio) = (Arc::new(Bus::default()), Arc::new(Bus::default()));
         let root = PciRoot::with_ports(mmio.clone(), pio.clone());
@@ -234,7 +239,8 @@ impl Platform {
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
         let legacy = Legacy::add(&pio, &ioapic, control)?;
-        Ok(Self { pio, mmio, root, ioapic, serial, power, config, legacy, tests: None })
+        let segments = Arc::new(Segments::new(root, numbers, &mmio)?);
+        Ok(Self { pio, mmio, segments, ioapic, serial, power, config, legacy, tests: None })
     }
 }
 
@@ -283,33 +289,18 @@ impl Machine {
         let first_free_slot = vm::add_ram(&vm, &ram)?;
         let interrupts = KvmInterrupts::new(vm.clone()).map_err(Error::Interrupts)?;
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
-        let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, buses.last)?;
+        let mut platform =
+            Platform::new(&interrupts, &control, output.clone(), drained, buses.last, &segments(places))?;
 
         let units = match wanted.vtd() {
             None => None,
             Some(option) => {
-                let mut config = UnitConfig::new(UnitId(0), width);
-                config.host_address_width = physical_bits;
-                config.dma_translation = option.dma_translation;
-                config.caching_mode = option.caching_mode;
-                config.pass_through = option.pass_through;
-                config.interrupt_remapping = option.interrupt_remapping;
-                config.extended_interrupt_mode = option.extended_interrupt_mode;
-                config.posted_interrupts = option.posted_interrupts;
-                config.scalable = option.scalable;
-                config.nested = option.nested;
-                config.second_stage_dirty = option.second_stage_dirty;
-                config.pasid_bits = option.pasid_bits;
-                config.device_tlb = option.device_tlb;
-                config.page_requests = option.page_requests;
-                config.performance_counters = option.performance_counters;
-                config.unchecked_source = (!option.ioapic_check).then_some(irq::ioapic_requester().sid);
                 let listener: Arc<dyn SpaceListener> = match trace.clone() {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
-                let unit = |index: usize| -> Result<Arc<Unit<Ram>>, Error> {
-                    let config = UnitConfig { id: UnitId(index as u16), ..config };
+                let unit = |index: usize, segment: u16| -> Result<Arc<Unit<Ram>>, Error> {
+                    let config = units::config(option, index, segment, width, physical_bits);
                     let unit = Unit::new(config, (*ram).clone(), listener.clone(), interrupts.clone())?;
                     unit.set_remap_listener(interrupts.clone());
                     let (base, window) = (layout::unit_base(index), unit.config().register_window());
@@ -317,9 +308,10 @@ impl Machine {
                     Ok(unit)
                 };
                 let further = wanted.further_units.iter().enumerate();
-                let further = further.map(|(index, parts)| Ok((unit(index + 1)?, parts.as_slice())));
+                let further =
+                    further.map(|(index, it)| Ok(MadeUnit { unit: unit(index + 1, it.segment)?, parts: &it.parts }));
                 let further = further.collect::<Result<_, Error>>()?;
-                let units = Arc::new(Units::new(unit(0)?, further, &buses, places));
+                let units = Arc::new(Units::new(unit(0, 0)?, further, &buses, places));
                 let remapper: Weak<dyn Remapper> = Arc::<Units>::downgrade(&units);
                 interrupts.remap_by(remapper);
                 Some(units)
@@ -334,9 +326,9 @@ impl Machine {
                 log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}");
             }
         }
-        let ports = Ports::new(&platform.root, &buses.ports, &interrupts, units.as_deref())?;
+        let ports = Ports::new(platform.segments.first(), &buses.ports, &interrupts, units.as_deref())?;
         let mut plug = Plug {
-            root: platform.root.clone(),
+            segments: platform.segments.clone(),
             ioapic: platform.ioapic.clone(),
             units: units.clone(),
             interrupts: interrupts.clone(),
@@ -360,15 +352,18 @@ impl Machine {
         assign::report_groups(&of_host.collect::<Vec<_>>());
         // What the host's driver, or the guest before, left in them is not this guest's. All of a bus are open and
         // quiet now.
-        platform.root.reset();
+        platform.segments.reset();
         let no_place = |source: NoPlace| {
-            let device = placed.iter().find(|device| device.requester.sid == source.bar.sid);
-            Error::NoPlace { id: device.map_or_else(|| source.bar.sid.to_string(), |device| device.id.clone()), source }
+            let device = placed.iter().find(|device| device.requester == source.of);
+            Error::NoPlace { id: device.map_or_else(|| shown(source.of), |device| device.id.clone()), source }
         };
-        let fitting = bars::window(&bars::all(&platform.root), wanted.memory, physical_bits).map_err(no_place)?;
+        let fitting = platform.segments.fitting(wanted.memory, physical_bits).map_err(no_place)?;
         let tables = Tables {
             cpus: wanted.cpus,
-            pci64: saved.map_or(fitting, |saved| saved.pci64.map(|[first, last]| layout::Window { first, last })),
+            windows: match saved {
+                Some(saved) => platform.segments.as_saved(fitting, &saved.windows())?,
+                None => fitting,
+            },
             root_ports: wanted.root_ports,
             last_bus: buses.last,
             remapping: units.as_ref().map(|units| Remapping {
@@ -462,10 +457,10 @@ impl Machine {
 
     /// Writes the kernel and what describes the machine into RAM.
     fn load(&mut self) -> Result<(), Error> {
-        let Tables { cpus, pci64, root_ports, last_bus, remapping } = &self.tables;
+        let Tables { cpus, windows, root_ports, last_bus, remapping } = &self.tables;
         let description = acpi::Description {
             cpus: *cpus,
-            pci64: *pci64,
+            windows,
             root_ports: *root_ports,
             last_bus: *last_bus,
             remapping: remapping.as_ref(),
@@ -474,7 +469,7 @@ impl Machine {
         let start = self.payload.load(&self.ram, self.ram_size, rsdp)?;
         *self.entry.lock().unwrap() = start;
         if let Payload::Image(_) = self.payload {
-            bars::assign(&self.platform.root, *pci64);
+            self.platform.segments.assign(windows);
         }
         Ok(())
     }
@@ -500,7 +495,7 @@ impl Machine {
         }
         self.take_what_was_asked_for();
         // Rule 12: functions before the unit, else live DMA hits RAM untranslated.
-        self.platform.root.reset();
+        self.platform.segments.reset();
         self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.reset());
         self.platform.ioapic.reset();
         self.platform.power.reset();
@@ -544,10 +539,10 @@ impl Machine {
     /// Ends the vCPU threads and quiesces the functions.
     pub fn stop(&mut self) {
         self.halt();
-        self.platform.root.reset();
+        self.platform.segments.reset();
         // The host's lines are given up while all functions are open: one that cannot be reset and is closed may raise
         // its own.
-        self.platform.root.quiesce();
+        self.platform.segments.quiesce();
     }
 
     /// What the whole run did so far.

@@ -9,7 +9,7 @@ use devices::edu::{Edu, Features, Pasids};
 use devices::host::IrqLine;
 use devices::ioapic::{EoiListener, IoApic};
 use devices::pci::express::Upstream;
-use devices::pci::{PciFunction, PciRoot, PciePciBridge, PciePciBridgeWiring, RootPort, SlotError, gsi_of};
+use devices::pci::{Decoder, PciFunction, PciePciBridge, PciePciBridgeWiring, RootPort, SlotError, gsi_of};
 use devices::vfio_pci::{VfioPci, VfioPciWiring};
 use devices::virtio::console::Input;
 use vfio_bridge::{Bdf, Bridge, Function, GroupId, PinClient, Software};
@@ -17,10 +17,11 @@ use vmm_sys_util::eventfd::EventFd;
 use vtd::{AtsFunction, Pasid, Requester, SourceId, Stream, Unit};
 
 use super::Error;
+use super::segments::Segments;
 use super::source_ids::ids_of;
 use super::units::Units;
 use crate::assign::{self, Breaker, Opener, UserRequests};
-use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, slot_of_port};
+use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, RootSlot, slot_of_port};
 use crate::kvm::doorbells::KvmDoorbells;
 use crate::kvm::irq::KvmInterrupts;
 use crate::kvm::memory::Ram;
@@ -56,7 +57,7 @@ impl Placed {
 
 /// Puts devices into a machine: all that they are connected to.
 pub(super) struct Plug {
-    pub root: Arc<PciRoot>,
+    pub segments: Arc<Segments>,
     pub ioapic: Arc<IoApic>,
     pub units: Option<Arc<Units>>,
     pub interrupts: Arc<KvmInterrupts>,
@@ -148,10 +149,10 @@ impl Plug {
                 continue;
             }
             match *place {
-                Place::Root(slot) => {
-                    let sid = SourceId::new(0, slot.device, slot.function);
-                    let (device, function) = self.device(option, id, Seat::on_root(self.root.requester(sid)), open)?;
-                    self.root.insert(sid, function).map_err(not_there)?;
+                Place::Root(at) => {
+                    let (root, requester) = (self.segments.of(at.segment)?.clone(), at.requester());
+                    let (device, function) = self.device(option, id, Seat::on_root(requester), open)?;
+                    root.insert(requester.sid, function).map_err(not_there)?;
                     placed.push(device);
                 }
                 Place::Port(number) => {
@@ -164,7 +165,7 @@ impl Plug {
                 Place::Bridge { bridge, slot } => {
                     let (bridge, above) = bridges.get(&bridge).ok_or_else(|| Error::NotOpen(id.clone()))?;
                     let requester = bridge.name_of(slot.device, slot.function);
-                    if let Some(unit) = self.unit_of(requester) {
+                    if let Some(unit) = self.unit_of(requester)? {
                         unit.set_alias(requester, bridge.alias());
                     }
                     let seat = Seat { requester, device: above.device, port: None, bridge: Some(bridge.clone()) };
@@ -186,12 +187,14 @@ impl Plug {
         buses: &BusNumbers,
     ) -> Result<BTreeMap<usize, (Arc<PciePciBridge>, Seat)>, Error> {
         let mut bridges = BTreeMap::new();
+        // Bridges and ports are there.
+        let root = self.segments.first();
         for (index, bus) in &buses.bridges {
             let bridge = PciePciBridge::new(PciePciBridgeWiring {
                 bus: *bus,
-                segment: 0,
-                decoder: self.root.decoder(),
-                port_decoder: self.root.port_decoder(),
+                segment: root.segment(),
+                decoder: root.decoder(),
+                port_decoder: root.port_decoder(),
                 ids: self.units.as_ref().map(|units| ids_of(units.of_bus(*bus))),
             });
             let seat = match places[*index] {
@@ -201,11 +204,11 @@ impl Plug {
                     port.fill(bridge.clone());
                     Seat::behind_port(requester, number)
                 }
-                Place::Root(slot) | Place::Bridge { slot, .. } => {
+                Place::Root(RootSlot { slot, .. }) | Place::Bridge { slot, .. } => {
                     let sid = SourceId::new(0, slot.device, slot.function);
                     let taken = |source| Error::Slot { id: names[*index].clone(), source };
-                    self.root.insert_bridge(sid, bridge.clone()).map_err(taken)?;
-                    Seat::on_root(self.root.requester(sid))
+                    root.insert_bridge(sid, bridge.clone()).map_err(taken)?;
+                    Seat::on_root(root.requester(sid))
                 }
             };
             bridges.insert(*index, (bridge, seat));
@@ -213,14 +216,23 @@ impl Plug {
         Ok(bridges)
     }
 
-    /// The unit that a function is behind.
-    fn unit_of(&self, requester: Requester) -> Option<&Arc<Unit<Ram>>> {
-        self.units.as_ref().map(|units| units.of(requester))
+    /// The unit that a function is behind; none in a machine without units.
+    ///
+    /// # Errors
+    /// There are units, and none for it: it must not be made as if there were none.
+    fn unit_of(&self, requester: Requester) -> Result<Option<&Arc<Unit<Ram>>>, Error> {
+        let Some(units) = &self.units else { return Ok(None) };
+        units.of(requester).map(Some).ok_or(Error::NoSegment(requester.segment))
+    }
+
+    /// The decoder of memory BARs, which all segments share.
+    fn decoder(&self) -> Arc<Decoder> {
+        self.segments.first().decoder()
     }
 
     /// The root port of this number.
     pub fn port(&self, number: u8) -> Result<Arc<RootPort>, Error> {
-        let port = self.root.ports().into_iter().find(|port| port.number() == number);
+        let port = self.segments.first().ports().into_iter().find(|port| port.number() == number);
         port.ok_or(Error::NoPort(number))
     }
 
@@ -249,7 +261,7 @@ impl Plug {
             DeviceKind::PciBridge => return Err(Error::NotOpen(id.to_owned())),
             DeviceKind::Edu { pasid, ats, pri } => self.edu(seat, *pasid, *ats, *pri)?,
             DeviceKind::PinBlk { file, direct } => {
-                let unit = self.unit_of(requester).ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
+                let unit = self.unit_of(requester)?.ok_or(assign::Error::NoUnit { kind: option.kind.name() })?;
                 let wiring = assign::PinBlkWiring {
                     requester,
                     unit,
@@ -257,7 +269,7 @@ impl Plug {
                     software: &self.software,
                     breaker: self.breaker.clone(),
                     interrupts: self.interrupts.clone(),
-                    decoder: self.root.decoder(),
+                    decoder: self.decoder(),
                 };
                 let (device, reads) = assign::plug_pinblk(file.as_deref(), *direct, wiring)?;
                 self.breaker.add(requester, &device);
@@ -268,7 +280,7 @@ impl Plug {
                 let wiring = assign::VirtioWiring {
                     id,
                     requester,
-                    unit: self.unit_of(requester),
+                    unit: self.unit_of(requester)?,
                     ram: &self.ram,
                     bridge: &self.bridge,
                     software: &self.software,
@@ -276,7 +288,7 @@ impl Plug {
                     taken: &self.taken,
                     breaker: self.breaker.clone(),
                     interrupts: self.interrupts.clone(),
-                    decoder: self.root.decoder(),
+                    decoder: self.decoder(),
                     doorbells: self.doorbells.clone(),
                 };
                 let plugged = assign::plug_virtio(kind, wiring)?;
@@ -297,30 +309,31 @@ impl Plug {
     /// An emulated device, whose DMA goes through its endpoint of the unit.
     fn edu(&self, seat: Seat, pasid: bool, ats: bool, page_requests: bool) -> Result<Arc<Edu>, Error> {
         let requester = seat.requester;
-        let memory: Box<dyn DmaTarget> = match self.unit_of(requester) {
+        let unit = self.unit_of(requester)?;
+        let memory: Box<dyn DmaTarget> = match unit {
             Some(unit) => {
-                let (endpoint, decoder) = (unit.endpoint(requester), self.root.decoder());
+                let (endpoint, decoder) = (unit.endpoint(requester), self.decoder());
                 Box::new(BehindUnit { endpoint, decoder })
             }
             None => Box::new(DirectMemory((*self.ram).clone())),
         };
         let line = self.line(&seat, 1);
         // That there is a unit with PASIDs, and one with device-TLBs, was checked.
-        let ats = self.unit_of(requester).filter(|_| ats).map(|unit| {
+        let ats = unit.filter(|_| ats).map(|unit| {
             let ats = Arc::<Ats>::default();
             let function: Weak<dyn AtsFunction> = Arc::<Ats>::downgrade(&ats);
             unit.set_ats_function(requester, function);
             ats
         });
-        let pasids = self.unit_of(requester).filter(|_| pasid).map(|unit| {
-            let (unit, decoder) = (unit.clone(), self.root.decoder());
+        let pasids = unit.filter(|_| pasid).map(|unit| {
+            let (unit, decoder) = (unit.clone(), self.decoder());
             let target = move |pasid: Pasid| -> Box<dyn DmaTarget> {
                 let endpoint = unit.endpoint_of(Stream { requester, pasid: Some(pasid) });
                 Box::new(BehindUnit { endpoint, decoder: decoder.clone() })
             };
             Box::new(target) as Pasids
         });
-        let (decoder, interrupts) = (self.root.decoder(), self.interrupts.clone());
+        let (decoder, interrupts) = (self.decoder(), self.interrupts.clone());
         let features = Features { pasids, ats, page_requests, upstream: seat.upstream() };
         Edu::with_features(requester, decoder, interrupts, Some(line), memory, features).map_err(Error::Thread)
     }
@@ -335,7 +348,7 @@ impl Plug {
             None => self.bridge.register(requester, function.group()),
         }
         .map_err(assign::Error::from)?;
-        if let Some(unit) = self.unit_of(requester) {
+        if let Some(unit) = self.unit_of(requester)? {
             if function.is_emulated() {
                 let (endpoint, interrupts) = (unit.endpoint(requester), self.interrupts.clone());
                 function.tell(Arc::new(UserRequests { endpoint, interrupts }));
@@ -349,8 +362,8 @@ impl Plug {
             requester,
             upstream: seat.upstream(),
             host: function,
-            decoder: self.root.decoder(),
-            port_decoder: self.root.port_decoder(),
+            decoder: self.decoder(),
+            port_decoder: self.segments.of(requester.segment)?.port_decoder(),
             slots: Arc::new(FunctionSlots { slots: self.slots.clone(), of: requester }),
             interrupts: self.interrupts.clone(),
             intx,
@@ -367,6 +380,7 @@ impl Plug {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::pci::PciRoot;
 
     #[test]
     fn f5_pins_behind_a_bridge_are_turned_by_the_device_and_behind_a_port_they_are_not() {

@@ -13,7 +13,7 @@ use super::plug::Placed;
 use super::source_ids::ids_of;
 use super::units::Units;
 use super::{Error, stats};
-use crate::config::slot_of_port;
+use crate::config::{shown, slot_of_port};
 use crate::kvm::irq::KvmInterrupts;
 
 /// Wakes the main thread.
@@ -127,7 +127,7 @@ impl Ports {
             return bridge.id().map_or_else(|| "none".to_owned(), |id| SourceId(id.0 | devfn).to_string());
         }
         let Some(port) = placed.port.and_then(|number| self.get(number)) else {
-            return placed.requester.sid.to_string();
+            return shown(placed.requester);
         };
         port.slot_state().id.map_or_else(|| "none".to_owned(), |id| id.to_string())
     }

@@ -17,9 +17,10 @@ use devices::saved::{Saves, Unfit};
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use vtd::Requester;
 
 use super::{Error, Machine};
-use crate::config::{DeviceOption, Slot};
+use crate::config::{DeviceOption, RootSlot, Slot, shown};
 use crate::kvm::vcpu_state::{Model, VcpuState};
 use crate::machine::control::Errand;
 
@@ -33,8 +34,18 @@ pub struct Description {
     pub physical_bits: u8,
     /// The window for BARs above 4 GiB, as the ACPI tables name it: first and last address.
     pub pci64: Option<[u64; 2]>,
+    /// The same of the segments after the first, in their order. Machines with one segment say nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further_pci64: Vec<Option<[u64; 2]>>,
     /// The vCPUs, in their order.
     pub models: Vec<Model>,
+}
+
+impl Description {
+    /// The windows above 4 GiB of all segments.
+    pub(super) fn windows(&self) -> Vec<Option<[u64; 2]>> {
+        std::iter::once(self.pci64).chain(self.further_pci64.iter().copied()).collect()
+    }
 }
 
 /// What a machine is in.
@@ -46,7 +57,7 @@ pub struct MachineState {
     units: Vec<vtd::State>,
     /// By number.
     ports: BTreeMap<u8, PortState>,
-    /// By place: an address on bus 0, or a root port.
+    /// By place: an address on a bus 0, that of segment 0 without its number, or a root port.
     functions: BTreeMap<String, Value>,
     ioapic: Value,
     /// The devices that every machine has, and those of images.
@@ -63,7 +74,7 @@ struct PortState {
 
 /// A function of the machine that is not a root port.
 struct Found {
-    /// Where it is: its address on bus 0, or the port that it is behind.
+    /// Where it is: its address on a bus 0, or the port that it is behind.
     place: String,
     /// Its device for people: `edu0 (edu)`.
     name: String,
@@ -94,15 +105,17 @@ pub(super) struct Held(());
 impl Machine {
     /// What it is made from; `options` are those of its command line.
     pub fn description(&self, options: Vec<String>) -> Description {
-        let pci64 = self.tables.pci64.map(|window| [window.first, window.last]);
-        Description { options, physical_bits: self.physical_bits, pci64, models: self.models.clone() }
+        let mut windows = self.tables.windows.iter().map(|it| it.high.map(|window| [window.first, window.last]));
+        let pci64 = windows.next().flatten();
+        let (physical_bits, models) = (self.physical_bits, self.models.clone());
+        Description { options, physical_bits, pci64, further_pci64: windows.collect(), models }
     }
 
     /// The devices that are there now, each with its id and its place.
     pub fn device_options(&self) -> Vec<DeviceOption> {
         let option = |placed: &super::Placed| {
-            let sid = placed.requester.sid;
-            let addr = Slot { device: sid.device(), function: sid.function() };
+            let Requester { segment, sid } = placed.requester;
+            let addr = RootSlot { segment, slot: Slot { device: sid.device(), function: sid.function() } };
             let addr = Some(addr).filter(|_| placed.port.is_none());
             // A machine with a bridge is not saved.
             let (port, bus) = (placed.port, None);
@@ -117,11 +130,11 @@ impl Machine {
     }
 
     fn found(&self) -> Vec<Found> {
-        let root = &self.platform.root;
-        let ports = root.ports();
-        let is_port = |sid| ports.iter().any(|port| port.requester().sid == sid);
-        let on_root = root.functions().into_iter().filter(|(sid, _)| !is_port(*sid));
-        let on_root = on_root.map(|(sid, function)| (sid.to_string(), root.requester(sid), function));
+        let segments = &self.platform.segments;
+        let ports = segments.first().ports();
+        let is_port = |name| ports.iter().any(|port| port.requester() == name);
+        let on_root = segments.functions().into_iter().filter(|(name, _)| !is_port(*name));
+        let on_root = on_root.map(|(name, function)| (shown(name), name, function));
         let below = ports.iter().filter_map(|port| {
             let function = port.function_below()?;
             Some((format!("port {}", port.number()), port.name_below(), function))
@@ -220,7 +233,7 @@ impl Machine {
             Ok::<_, String>((place, saves.save()))
         });
         let functions = functions.collect::<Result<_, _>>()?;
-        let ports = self.platform.root.ports();
+        let ports = self.platform.segments.first().ports();
         let port = |number: u8, state| PortState { state, asked: self.ports.asked(number).is_some() };
         let ports = ports.iter().map(|of| (of.number(), port(of.number(), Saves::save(&**of)))).collect();
         let platform = self.platform_saves().into_iter().map(|(name, saves)| (name.to_owned(), saves.save())).collect();
@@ -254,7 +267,7 @@ impl Machine {
 
     fn put_back(&mut self, state: MachineState) -> Result<(), String> {
         let MachineState { clock, vcpus, units, mut ports, mut functions, ioapic, mut platform } = state;
-        for port in self.platform.root.ports() {
+        for port in self.platform.segments.first().ports() {
             let name = format!("root port {}", port.number());
             let saved = ports.remove(&port.number()).ok_or_else(|| format!("{name}: its state is missing"))?;
             Saves::restore(&*port, &saved.state).map_err(of(&name))?;

@@ -30,8 +30,13 @@ fn content(ram: &Ram) -> Vec<u8> {
 
 /// A snapshot of a machine of nothing, with `ram`.
 fn save(wanted: &Path, ram: &Ram) {
-    let machine =
-        Description { options: vec!["--cpus=1".to_owned()], physical_bits: 46, pci64: None, models: Vec::new() };
+    let machine = Description {
+        options: vec!["--cpus=1".to_owned()],
+        physical_bits: 46,
+        pci64: None,
+        further_pci64: Vec::new(),
+        models: Vec::new(),
+    };
     let folder = Folder::beside(wanted).unwrap();
     let (manifest, stored) = folder.fill(&Whole { machine, state: MachineState::of_nothing() }, ram).unwrap();
     assert_eq!(stored, 3 * PAGE as u64, "what is zero is not stored");

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::Machine;
 use super::stats::Stats;
+use crate::config::shown;
 
 /// A moment of the machine.
 #[derive(Serialize, Debug)]
@@ -36,7 +37,7 @@ pub struct Space {
 impl Machine {
     /// This moment.
     pub fn top(&self, stats: Stats) -> Top {
-        let name = |requester| self.id_of(requester).unwrap_or_else(|| requester.sid.to_string());
+        let name = |requester| self.id_of(requester).unwrap_or_else(|| shown(requester));
         let units = || self.units.iter().flat_map(|units| units.all());
         let spaces = units().flat_map(|unit| unit.space_sizes()).map(|size| Space {
             space: size.key.to_string(),

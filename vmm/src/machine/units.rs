@@ -3,17 +3,61 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vtd::{Audit, Msi, Posting, RemapError, RemapFault, Remapped, Requester, SourceId, Unit};
+use devices::BusDevice;
+use vtd::{Audit, Msi, Posting, RemapError, RemapFault, Remapped, Requester, SourceId, Unit, UnitConfig, UnitId};
 
 use crate::acpi::dmar::{Scope, SourcePath, UnitDescription};
 use crate::boot::layout;
-use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, UnitPart, slot_of_port};
-use crate::kvm::irq::Remapper;
+use crate::config::{BusNumbers, DeviceKind, DeviceOption, Place, RootSlot, UnitPart, VtdOption, slot_of_port};
+use crate::kvm::irq::{Remapper, ioapic_requester};
 use crate::kvm::memory::Ram;
+
+/// The unit's register window on the MMIO bus.
+pub(super) struct UnitWindow(pub Arc<Unit<Ram>>);
+
+impl BusDevice for UnitWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+/// What unit `index` of `segment` offers; addresses of guests have `width` bits, of memory `physical_bits`.
+pub(super) fn config(option: &VtdOption, index: usize, segment: u16, width: u8, physical_bits: u8) -> UnitConfig {
+    let mut config = UnitConfig::new(UnitId(index as u16), width);
+    config.segment = segment;
+    config.host_address_width = physical_bits;
+    config.dma_translation = option.dma_translation;
+    config.caching_mode = option.caching_mode;
+    config.pass_through = option.pass_through;
+    config.interrupt_remapping = option.interrupt_remapping;
+    config.extended_interrupt_mode = option.extended_interrupt_mode;
+    config.posted_interrupts = option.posted_interrupts;
+    config.scalable = option.scalable;
+    config.nested = option.nested;
+    config.second_stage_dirty = option.second_stage_dirty;
+    config.pasid_bits = option.pasid_bits;
+    config.device_tlb = option.device_tlb;
+    config.page_requests = option.page_requests;
+    config.performance_counters = option.performance_counters;
+    // The IOAPIC is in segment 0: in another one its id would be a function's.
+    let is_with_ioapic = ioapic_requester().segment == segment;
+    config.unchecked_source = (is_with_ioapic && !option.ioapic_check).then_some(ioapic_requester().sid);
+    config
+}
+
+/// A unit besides the first one.
+pub(super) struct MadeUnit<'a> {
+    pub unit: Arc<Unit<Ram>>,
+    /// What it names; nothing: it has all of its segment that no other one names.
+    pub parts: &'a [UnitPart],
+}
 
 /// What a unit names: its device of bus 0, and what is behind that.
 struct Part {
-    source: SourceId,
+    source: Requester,
     scope: Scope,
     /// The numbers of buses in the names of what is behind it.
     below: Vec<u8>,
@@ -21,11 +65,12 @@ struct Part {
 
 impl Part {
     fn new(part: UnitPart, buses: &BusNumbers, places: &[Place]) -> Self {
-        let slot = match part {
-            UnitPart::Function(slot) | UnitPart::Bridge { slot, .. } => slot,
-            UnitPart::Port(number) => slot_of_port(number),
+        let at = match part {
+            UnitPart::Function(at) => at,
+            UnitPart::Bridge { slot, .. } => RootSlot::first(slot),
+            UnitPart::Port(number) => RootSlot::first(slot_of_port(number)),
         };
-        let path = (0, slot.device, slot.function);
+        let path = (0, at.slot.device, at.slot.function);
         let scope = match part {
             UnitPart::Function(_) => Scope::Endpoint(path),
             UnitPart::Bridge { .. } | UnitPart::Port(_) => Scope::Bridge(path),
@@ -40,56 +85,60 @@ impl Part {
                 of_port.into_iter().chain(bridges).copied().collect()
             }
         };
-        Self { source: SourceId::new(0, slot.device, slot.function), scope, below }
+        Self { source: at.requester(), scope, below }
     }
 }
 
 /// The units.
 pub(super) struct Units {
-    /// The one that has every function that no other names, and the IOAPIC.
+    /// The one that has every function of segment 0 that no other names, and the IOAPIC.
     rest: Arc<Unit<Ram>>,
     /// The others, with what each names, by source id.
     further: Vec<(Arc<Unit<Ram>>, Vec<Scope>)>,
-    /// Which of those a device of bus 0 is behind.
-    of: BTreeMap<SourceId, usize>,
-    /// Which of those it is for what is behind a bridge or a root port, by the bus in its name.
-    of_buses: BTreeMap<u8, usize>,
+    /// Which of those has every function of a segment after the first that no other names, by segment.
+    rests: BTreeMap<u16, usize>,
+    /// Which of those a device of a bus 0 is behind.
+    of: BTreeMap<Requester, usize>,
+    /// Which of those it is for what is behind a bridge or a root port, by segment and the bus in its name.
+    of_buses: BTreeMap<(u16, u8), usize>,
 }
 
 impl Units {
     /// `further` are those besides `rest`, each with what it names; `buses` and `places` are the machine's.
-    pub fn new(
-        rest: Arc<Unit<Ram>>,
-        further: Vec<(Arc<Unit<Ram>>, &[UnitPart])>,
-        buses: &BusNumbers,
-        places: &[Place],
-    ) -> Self {
-        let mut units = Self { rest, further: Vec::new(), of: BTreeMap::new(), of_buses: BTreeMap::new() };
-        for (index, (unit, parts)) in further.into_iter().enumerate() {
+    pub fn new(rest: Arc<Unit<Ram>>, further: Vec<MadeUnit<'_>>, buses: &BusNumbers, places: &[Place]) -> Self {
+        let (rests, of, of_buses) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut units = Self { rest, further: Vec::new(), rests, of, of_buses };
+        for (index, MadeUnit { unit, parts }) in further.into_iter().enumerate() {
             let mut parts: Vec<Part> = parts.iter().map(|part| Part::new(*part, buses, places)).collect();
             parts.sort_by_key(|part| part.source);
+            if parts.is_empty() {
+                units.rests.insert(unit.config().segment, index);
+            }
             units.of.extend(parts.iter().map(|part| (part.source, index)));
-            units.of_buses.extend(parts.iter().flat_map(|part| &part.below).map(|bus| (*bus, index)));
+            let below = |part: &Part| part.below.iter().map(|bus| (part.source.segment, *bus)).collect::<Vec<_>>();
+            units.of_buses.extend(parts.iter().flat_map(below).map(|bus| (bus, index)));
             units.further.push((unit, parts.into_iter().map(|part| part.scope).collect()));
         }
         units
     }
 
-    /// The one that a function is behind.
-    pub fn of(&self, name: Requester) -> &Arc<Unit<Ram>> {
-        let index = match name.sid.bus() {
-            0 => self.of.get(&name.sid),
-            bus => self.of_buses.get(&bus),
+    /// The one that a function is behind: one of its own segment. None, where its segment has none.
+    pub fn of(&self, name: Requester) -> Option<&Arc<Unit<Ram>>> {
+        let named = match name.sid.bus() {
+            0 => self.of.get(&name),
+            bus => self.of_buses.get(&(name.segment, bus)),
         };
-        index.map_or(&self.rest, |index| &self.further[*index].0)
+        let index = named.or_else(|| self.rests.get(&name.segment));
+        let of_first = Some(&self.rest).filter(|_| name.segment == 0);
+        index.and_then(|index| self.further.get(*index)).map(|(unit, _)| unit).or(of_first)
     }
 
-    /// The one that everything is behind that this bus number is in the name of.
+    /// The one that everything of segment 0 is behind that this bus number is in the name of.
     pub fn of_bus(&self, bus: u8) -> &Arc<Unit<Ram>> {
-        self.of(Requester { segment: 0, sid: SourceId::new(bus, 0, 0) })
+        self.of(Requester { segment: 0, sid: SourceId::new(bus, 0, 0) }).unwrap_or(&self.rest)
     }
 
-    /// The one that has every function that no other names.
+    /// The one that has every function of segment 0 that no other names.
     pub fn rest(&self) -> &Arc<Unit<Ram>> {
         &self.rest
     }
@@ -111,7 +160,7 @@ impl Units {
                 segment: config.segment,
                 base: layout::unit_base(index),
                 window: config.register_window(),
-                include_all: index == 0,
+                include_all: index == 0 || self.rests.values().any(|rest| rest + 1 == index),
                 scopes,
             }
         };
@@ -131,10 +180,13 @@ impl Units {
     }
 }
 
-/// The functions of bus 0 that have a device-TLB: emulated ones, which are integrated endpoints there.
-pub(super) fn integrated_tlbs(devices: &[DeviceOption], places: &[Place]) -> Vec<SourcePath> {
+/// The functions of a bus 0 that have a device-TLB, with their segments: emulated ones, which are integrated endpoints
+/// there.
+pub(super) fn integrated_tlbs(devices: &[DeviceOption], places: &[Place]) -> Vec<(u16, SourcePath)> {
     let of_device = |(device, place): (&DeviceOption, &Place)| match (&device.kind, place) {
-        (DeviceKind::Edu { ats: true, .. }, Place::Root(slot)) => Some((0, slot.device, slot.function)),
+        (DeviceKind::Edu { ats: true, .. }, Place::Root(RootSlot { segment, slot })) => {
+            Some((*segment, (0, slot.device, slot.function)))
+        }
         _ => None,
     };
     devices.iter().zip(places).filter_map(of_device).collect()
@@ -147,13 +199,13 @@ pub(super) fn name(unit: &Unit<Ram>) -> String {
 
 impl Remapper for Units {
     fn remap(&self, requester: Requester, msi: Msi) -> Result<Remapped, RemapError> {
-        self.of(requester).remap(requester, msi)
+        self.of(requester).ok_or(RemapError::NoUnit(requester.segment))?.remap(requester, msi)
     }
     fn deliver(&self, requester: Requester, msi: Msi) -> Result<Option<Msi>, RemapError> {
-        self.of(requester).deliver(requester, msi)
+        self.of(requester).ok_or(RemapError::NoUnit(requester.segment))?.deliver(requester, msi)
     }
     fn post(&self, requester: Requester, posting: &Posting) -> Result<Option<Msi>, RemapFault> {
-        self.of(requester).post(posting)
+        self.of(requester).map_or(Ok(None), |unit| unit.post(posting))
     }
 }
 
@@ -196,12 +248,14 @@ mod tests {
             let config = UnitConfig { performance_counters: true, ..UnitConfig::new(UnitId(id), 48) };
             Unit::new(config, memory.clone(), Arc::new(Nobody), Arc::new(Nobody)).unwrap()
         };
-        let places = [Place::Port(2), Place::Root(slot(4))];
+        let places = [Place::Port(2), Place::Root(RootSlot::first(slot(4)))];
         let devices = ["pcie-pci-bridge", "pcie-pci-bridge"].map(|kind| kind.parse().unwrap());
         let buses = BusNumbers::new(3, &devices, &places);
-        let [one, two, three] = [1, 2, 3].map(|number| UnitPart::Function(slot(number)));
+        let [one, two, three] = [1, 2, 3].map(|number| UnitPart::Function(RootSlot::first(slot(number))));
         let (first, second) = ([one, UnitPart::Bridge { bridge: 1, slot: slot(4) }], [UnitPart::Port(2), three, two]);
-        Units::new(unit(0), vec![(unit(1), &first[..]), (unit(2), &second[..])], &buses, &places)
+        let further = [(1, &first[..]), (2, &second[..])];
+        let further = further.map(|(id, parts)| MadeUnit { unit: unit(id), parts });
+        Units::new(unit(0), further.into(), &buses, &places)
     }
 
     #[test]
@@ -209,7 +263,7 @@ mod tests {
         let units = units();
         let number = |bus, device, function| {
             let name = Requester { segment: 0, sid: SourceId::new(bus, device, function) };
-            units.of(name).config().id.0
+            units.of(name).unwrap().config().id.0
         };
         assert_eq!([number(0, 1, 1), number(0, 2, 2), number(0, 3, 3)], [1, 2, 2]);
         // Another function of such a slot, one of another bus, and the IOAPIC.
@@ -246,12 +300,50 @@ mod tests {
     }
 
     #[test]
+    fn a13_a_function_is_behind_a_unit_of_its_segment_or_none() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let unit = |id, segment| {
+            let config = config(&VtdOption::default(), id, segment, 48, 48);
+            Unit::new(config, memory.clone(), Arc::new(Nobody), Arc::new(Nobody)).unwrap()
+        };
+        let at = |segment, device| RootSlot { segment, slot: slot(device) };
+        let named = [UnitPart::Function(at(1, 2))];
+        let further = [(1, 1, &named[..]), (2, 4, &[]), (3, 1, &[])];
+        let further = further.map(|(id, segment, parts)| MadeUnit { unit: unit(id, segment), parts });
+        let units = Units::new(unit(0, 0), further.into(), &BusNumbers::default(), &[]);
+        let number = |segment, device| units.of(at(segment, device).requester()).map(|unit| unit.config().id.0);
+        // The same id in each segment.
+        assert_eq!([0, 1, 4].map(|segment| number(segment, 2)), [Some(0), Some(1), Some(2)]);
+        assert_eq!(([0, 1, 4].map(|segment| number(segment, 3))), [Some(0), Some(3), Some(2)]);
+        assert_eq!([number(2, 2), number(0xffff, 2)], [None, None]);
+        for segment in [0, 1, 4] {
+            let of = units.of(Requester { segment, sid: SourceId::new(9, 1, 0) }).unwrap();
+            assert_eq!(of.config().segment, segment, "of another bus");
+        }
+        // What a function in no unit's segment sends goes nowhere.
+        let nobody = at(2, 2).requester();
+        let msi = Msi { address: 0xfee0_0000, data: 0x31 };
+        assert_eq!(units.deliver(nobody, msi), Err(RemapError::NoUnit(2)));
+        assert_eq!(units.remap(nobody, msi), Err(RemapError::NoUnit(2)));
+        let described = units.describe();
+        let seen: Vec<_> = described.iter().map(|it| (it.segment, it.include_all, it.scopes.len())).collect();
+        assert_eq!(seen, [(0, true, 1), (1, false, 1), (4, true, 0), (1, true, 0)]);
+    }
+
+    #[test]
+    fn a13_only_the_unit_of_segment_0_knows_the_ioapic() {
+        let unchecked = VtdOption { ioapic_check: false, ..VtdOption::default() };
+        let of = |segment| config(&unchecked, 1, segment, 48, 48).unchecked_source;
+        assert_eq!((of(0), of(1)), (Some(ioapic_requester().sid), None));
+    }
+
+    #[test]
     fn a13_device_tlbs_of_bus_0_are_named_and_those_behind_ports_are_of_theirs() {
         let kinds = ["edu,ats=on", "edu", "edu,ats=on", "virtio-rng", "edu,ats=on,pasid=on"];
         let devices = kinds.map(|kind| kind.parse().unwrap());
-        let places = [Place::Root(slot(1)), Place::Root(slot(2)), Place::Port(1), Place::Root(slot(3))];
-        let places = places.into_iter().chain([Place::Root(slot(4))]).collect::<Vec<_>>();
-        assert_eq!(integrated_tlbs(&devices, &places), [(0, 1, 1), (0, 4, 4)]);
+        let at = |segment, number| Place::Root(RootSlot { segment, slot: slot(number) });
+        let places = [at(0, 1), at(0, 2), Place::Port(1), at(0, 3), at(2, 4)];
+        assert_eq!(integrated_tlbs(&devices, &places), [(0, (0, 1, 1)), (2, (0, 4, 4))]);
     }
 
     #[test]

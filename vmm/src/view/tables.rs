@@ -3,9 +3,11 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use vtd::Requester;
 use vtd::inspect::{FunctionEntries, Leads, Stage, TableItem, TableMode, TableRange, TablesPage};
 
 use super::{Hex, named};
+use crate::config::shown;
 
 /// A page of it.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Eq, Debug)]
@@ -121,8 +123,8 @@ fn words(words: &[u64]) -> Vec<Hex> {
 }
 
 impl Page {
-    /// The page, with the ids that `id_of` gives by address.
-    pub fn new(page: &TablesPage, id_of: &dyn Fn(vtd::SourceId) -> Option<String>) -> Self {
+    /// The page, of a unit of `segment`, with the ids that `id_of` gives by address.
+    pub fn new(page: &TablesPage, segment: u16, id_of: &dyn Fn(vtd::SourceId) -> Option<String>) -> Self {
         let mode = match page.mode {
             TableMode::Legacy => "legacy",
             TableMode::Scalable => "scalable",
@@ -130,7 +132,7 @@ impl Page {
             TableMode::Unknown => "unknown",
         };
         let item = |item: &TableItem| match item {
-            TableItem::Function(entries) => Item::Function(Function::new(entries, id_of(entries.source))),
+            TableItem::Function(entries) => Item::Function(Function::new(entries, segment, id_of(entries.source))),
             TableItem::Range(range) => Item::Range(Range::new(range)),
         };
         let head = Head { unit: None, enabled: page.enabled, mode: mode.to_owned(), root: Hex(page.root.0) };
@@ -139,7 +141,7 @@ impl Page {
 }
 
 impl Function {
-    fn new(of: &FunctionEntries, id: Option<String>) -> Self {
+    fn new(of: &FunctionEntries, segment: u16, id: Option<String>) -> Self {
         let (stage, table, levels) = match of.stage {
             Stage::None => ("none".to_owned(), None, None),
             Stage::PassThrough => ("pass-through".to_owned(), None, None),
@@ -149,7 +151,7 @@ impl Function {
         };
         let fault = of.fault.map(|reason| Fault { reason: Hex(reason.code().into()), name: format!("{reason:?}") });
         Self {
-            addr: of.source.to_string(),
+            addr: shown(Requester { segment, sid: of.source }),
             id,
             pasid: of.pasid.map(|pasid| Hex(pasid.0.into())),
             is_rid_pasid: of.is_rid_pasid,

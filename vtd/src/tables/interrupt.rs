@@ -54,6 +54,9 @@ pub enum RemapError {
     /// Its address (the value) is outside the interrupt address range: to a bus it is a write to memory.
     #[error("a message to {0:#x} is no interrupt: the address is outside 0xfee00000 to 0xfeefffff")]
     NotAnInterrupt(u64),
+    /// No unit is in the segment of who sent it.
+    #[error("no unit is in segment {0}, whose message it is")]
+    NoUnit(u16),
 }
 
 /// What becomes of a message that is not blocked.

@@ -1,5 +1,7 @@
-//! two units, each with functions of its own; and one that only remaps interrupts.
+//! two units, each with functions of its own, of one segment or each of another; and one that only remaps
+//! interrupts.
 
+use images::acpi;
 use images::edu::Edu;
 use images::memory::{load, page, pages, store};
 use images::pci::SourceId;
@@ -21,6 +23,12 @@ images::tests!(
     a13_what_is_behind_a_root_port_is_behind_its_unit
         => "--root-ports 1 --iommu vtd --iommu vtd,devices=port1 --device edu,port=1",
     a13_a_unit_may_remap_interrupts_only => "--iommu vtd,dma-translation=off",
+    a13_each_segment_has_its_functions_and_a_unit_that_translates_for_them
+        => "--iommu vtd --iommu vtd,segment=1 --device edu,addr=01.0 --device edu,addr=0001:00:01.0",
+    a13_interrupts_are_remapped_by_the_unit_of_the_segment
+        => "--iommu vtd --iommu vtd,segment=1 --device edu,addr=01.0 --device edu,addr=0001:00:01.0",
+    a13_invalidations_of_one_segment_leave_the_other_alone
+        => "--iommu vtd --iommu vtd,segment=1 --device edu,addr=01.0 --device edu,addr=0001:00:01.0",
     a13_units_offer_the_same => "--iommu vtd,perf=on,aw-bits=39 --iommu vtd,perf=on,aw-bits=39,devices=02.0 --device edu",
 );
 
@@ -42,6 +50,101 @@ fn worlds() -> [World; 2] {
         World::behind(Unit::number(number), edu, None)
     };
     [of(0, edu(1)), of(1, edu(2))]
+}
+
+/// Functions of one address in two segments, each behind the unit of its segment.
+fn segments() -> [World; 2] {
+    let sid = edu(1).sid;
+    let ecam = acpi::ecam(1).unwrap_or_else(|| panic!("the MCFG table has no segment 1"));
+    let there = Edu::in_segment(ecam, sid).unwrap_or_else(|| panic!("there is no edu in segment 1"));
+    check!(Edu::in_segment(ecam, SourceId(sid.0 + 8)).is_none(), "a function of segment 0 is in segment 1, too");
+    let worlds = [edu(1), there].into_iter().enumerate().map(|(segment, edu)| {
+        if !edu.recorded {
+            harness::skipped("the host of a function hears of its faults");
+        }
+        let unit = Unit::number(segment as u64);
+        check_eq!(acpi::segment_of_unit(unit.base()), Some(segment as u16), "the segment of the unit");
+        World::behind(unit, edu, None)
+    });
+    let mut worlds = worlds;
+    [(); 2].map(|()| worlds.next().unwrap_or_else(|| panic!("a segment is missing")))
+}
+
+fn a13_each_segment_has_its_functions_and_a_unit_that_translates_for_them() {
+    let memory = pages(2, 4096);
+    let mut worlds = segments();
+    for (number, world) in worlds.iter_mut().enumerate() {
+        // The same domain, function and address, in each.
+        let domain = world.domain(DOMAIN, world.levels());
+        domain.map(IOVA, memory + 4096 * number as u64, READ_WRITE);
+        world.attach(world.edu.sid, &domain);
+        world.unit.command(TRANSLATION, true);
+    }
+    let [one, other] = worlds;
+    one.reaches(IOVA, memory);
+    other.reaches(IOVA, memory + 4096);
+    let nowhere = IOVA + 0x1000;
+    for (world, beside) in [(&one, &other), (&other, &one)] {
+        world.edu.dma_write(nowhere, 8);
+        beside.no_fault();
+        let expected = Fault { source: world.edu.sid, reason: WRITE_DENIED, info: nowhere, read: false };
+        check!(world.unit.take_fault() == Some(expected), "the fault is not in the record of the segment's unit");
+        world.no_fault();
+    }
+    one.unit.command(TRANSLATION, false);
+    one.reaches(memory, memory);
+    other.write_blocked(memory, memory, WRITE_DENIED);
+}
+
+fn a13_interrupts_are_remapped_by_the_unit_of_the_segment() {
+    let [one, other] = segments();
+    let (id, tables) = (enable_interrupts(), [page(), page()]);
+    // The same entry of each, for the same source.
+    for (number, world) in [&one, &other].into_iter().enumerate() {
+        let vector = u64::from(VECTOR) + number as u64;
+        store(tables[number] + 8, 1 << 18 | u64::from(world.edu.sid.0));
+        store(tables[number], u64::from(id) << 40 | vector << 16 | 1);
+        world.unit.write64(IRTA, tables[number]);
+        world.unit.command(INTERRUPT_POINTER, true);
+        world.unit.command(INTERRUPT_REMAPPING, true);
+        world.edu.set_message(0xfee0_0000 | 1 << 4 | 1 << 3, 0);
+    }
+    other.edu.interrupt();
+    wait_for("the interrupt of segment 1", || interrupts(VECTOR + 1) == 1);
+    one.edu.interrupt();
+    wait_for("the interrupt of segment 0", || interrupts(VECTOR) == 1);
+    // One segment's entry is gone; the other's stays.
+    store(tables[1], 0);
+    let (mut one, mut other) = (one, other);
+    one.unit.invalidate(&[ENTRIES_GLOBAL]);
+    other.unit.invalidate(&[ENTRIES_GLOBAL]);
+    other.edu.interrupt();
+    wait_for("the fault of segment 1", || other.unit.fault_at(0).is_some());
+    let fault = other.unit.take_fault().map(|fault| (fault.source, fault.reason));
+    check!(fault == Some((other.edu.sid, 0x22)), "the fault is {fault:x?}");
+    one.no_fault();
+    one.edu.interrupt();
+    wait_for("the next interrupt of segment 0", || interrupts(VECTOR) == 2);
+    check_eq!(interrupts(VECTOR + 1), 1, "interrupts of segment 1");
+}
+
+fn a13_invalidations_of_one_segment_leave_the_other_alone() {
+    let memory = pages(2, 4096);
+    let [mut one, mut other] = segments();
+    let domains = [&one, &other].map(|world| world.domain(DOMAIN, world.levels()));
+    for (number, world) in [&mut one, &mut other].into_iter().enumerate() {
+        domains[number].map(IOVA, memory + 4096 * number as u64, READ_WRITE);
+        world.attach(world.edu.sid, &domains[number]);
+        world.unit.command(TRANSLATION, true);
+        world.reaches(IOVA, memory + 4096 * number as u64);
+    }
+    domains.iter().for_each(|domain| domain.clear(IOVA, 1));
+    one.unit.invalidate(&[iotlb_domain(DOMAIN)]);
+    one.not_mapped(IOVA, memory);
+    // What segment 1 has cached of the same domain is as it was.
+    other.reaches(IOVA, memory + 4096);
+    other.unit.invalidate(&[iotlb_domain(DOMAIN)]);
+    other.not_mapped(IOVA, memory + 4096);
 }
 
 /// The same, with translation on: `IOVA` of each leads to the page of its number.

@@ -55,19 +55,22 @@ impl Devices {
             all.push(edu());
         }
         all.extend(test.devices.iter().cloned());
-        let taken: Vec<u8> = all.iter().filter_map(|(_, option)| option.addr).map(|slot| slot.device).collect();
+        let in_first = |option: &DeviceOption| option.addr.filter(|addr| addr.segment == 0).map(|addr| addr.slot);
+        let taken: Vec<u8> = all.iter().filter_map(|(_, option)| in_first(option)).map(|slot| slot.device).collect();
         let mut free = (1..0x1f).filter(|device| !taken.contains(device)).map(|device| Slot { device, function: 0 });
         let mut placed = Placed { options: Vec::new(), processes: Vec::new(), words: String::new() };
         for (index, (mut text, option)) in all.into_iter().enumerate() {
-            let is_process = by_processes && option.kind == DeviceKind::PLAIN_EDU;
+            // What is in another segment the image finds there, emulated.
+            let elsewhere = option.addr.is_some_and(|addr| addr.segment != 0);
+            let is_process = by_processes && option.kind == DeviceKind::PLAIN_EDU && !elsewhere;
             if is_process {
                 placed.processes.push(index);
             }
             // What is not on bus 0 the image finds behind its bridge.
-            let on_root = option.port.is_none() && option.bus.is_none();
+            let on_root = option.port.is_none() && option.bus.is_none() && !elsewhere;
             if on_root && (is_process || !option.kind.is_emulated()) {
                 // Where the image is told that it is. A bus without a free slot is refused at the start.
-                if let Some(Slot { device, function }) = option.addr.or_else(|| free.next()) {
+                if let Some(Slot { device, function }) = in_first(&option).or_else(|| free.next()) {
                     if option.addr.is_none() {
                         text.push_str(&format!(",addr={device:02x}.{function}"));
                     }
