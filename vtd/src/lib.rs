@@ -50,6 +50,7 @@ pub mod spec;
 mod stats;
 mod sync;
 mod tables;
+mod tails;
 mod unit;
 
 pub use ats::{AtsFunction, Completion, PageResponse, ResponseCode, TlbScope};
@@ -74,4 +75,5 @@ pub use stats::{DescriptorStats, UnitStats};
 pub use tables::interrupt::{
     EntriesChanged, Posting, RemapError, RemapFault, RemapListener, Remapped, interrupt_index,
 };
+pub use tails::{QueueShape, TailBells};
 pub use unit::Unit;

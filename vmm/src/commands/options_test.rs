@@ -73,6 +73,10 @@ fn iommu_keys() {
     }
     let expected = VtdOption { posted_interrupts: true, ..VtdOption::default() };
     assert_eq!("vtd,posted=on".parse(), Ok(IommuOption::Vtd(expected)));
+    for (text, worker) in [("off", WorkerOption::Off), ("on", WorkerOption::On), ("always", WorkerOption::Always)] {
+        let expected = VtdOption { worker, ..VtdOption::default() };
+        assert_eq!(format!("vtd,worker={text}").parse(), Ok(IommuOption::Vtd(expected)));
+    }
     for (text, stages) in [("second", Stages::Second), ("first", Stages::First), ("both", Stages::Both)] {
         let expected = VtdOption { scalable: Some(stages), ..VtdOption::default() };
         assert_eq!(format!("vtd,scalable=on,stage={text}").parse(), Ok(IommuOption::Vtd(expected)));
@@ -97,6 +101,8 @@ fn iommu_keys() {
         ("vtd,dma-translation=off,ats=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,perf=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,pt=on", "none of scalable, ats, perf and pt"),
+        ("vtd,worker=yes", "`yes` is not off, on or always"),
+        ("vtd,worker=on,ats=on", "worker needs ats=off"),
         ("vtd,segment=1", "there is segment 0 only"),
         ("vtd,devices=", "is not a name"),
         ("vtd,devices=a++b", "is not a name"),

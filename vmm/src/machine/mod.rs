@@ -20,7 +20,9 @@ pub mod stats;
 mod steering;
 mod top;
 mod units;
+mod worker;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
@@ -66,6 +68,7 @@ use ports::Ports;
 use saving::Description;
 use stats::{Device, Stats};
 use units::{Units, integrated_tlbs};
+use worker::Worker;
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -169,6 +172,8 @@ pub struct Machine {
     ports: Ports,
     interrupts: Arc<KvmInterrupts>,
     units: Option<Arc<Units>>,
+    /// The threads of units. They end with the vCPUs, not before.
+    workers: Vec<Worker>,
     bridge: Arc<Bridge>,
     peers: Arc<PeerMemory>,
     tables: Tables,
@@ -285,6 +290,7 @@ impl Machine {
         let taken = drained.try_clone().map_err(Error::Interrupts)?;
         let mut platform = Platform::new(&interrupts, &control, output.clone(), drained, buses.last)?;
 
+        let mut workers = BTreeMap::new();
         let units = match wanted.vtd() {
             None => None,
             Some(option) => {
@@ -308,12 +314,16 @@ impl Machine {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
-                let unit = |index: usize| -> Result<Arc<Unit<Ram>>, Error> {
+                let mut unit = |index: usize| -> Result<Arc<Unit<Ram>>, Error> {
                     let config = UnitConfig { id: UnitId(index as u16), ..config };
                     let unit = Unit::new(config, (*ram).clone(), listener.clone(), interrupts.clone())?;
                     unit.set_remap_listener(interrupts.clone());
                     let (base, window) = (layout::unit_base(index), unit.config().register_window());
-                    insert(&platform.mmio, base, window, Arc::new(UnitWindow(unit.clone())))?;
+                    let device: Arc<dyn BusDevice> = match worker::of(&vm, &unit, base, option.worker) {
+                        None => Arc::new(UnitWindow(unit.clone())),
+                        Some(worker) => workers.entry(index).or_insert(worker).window(unit.clone()),
+                    };
+                    insert(&platform.mmio, base, window, device)?;
                     Ok(unit)
                 };
                 let further = wanted.further_units.iter().enumerate();
@@ -330,8 +340,10 @@ impl Machine {
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
         for (index, unit) in units.iter().flat_map(|units| units.all()).enumerate() {
             let at = layout::unit_base(index);
-            if let Err(e) = register_page::show(&slots, unit, at) {
-                log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}");
+            match (register_page::show(&slots, unit, at), workers.get(&index)) {
+                (Ok(page), Some(worker)) => worker.watch(page),
+                (Ok(_), None) => {}
+                (Err(e), _) => log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}"),
             }
         }
         let ports = Ports::new(&platform.root, &buses.ports, &interrupts, units.as_deref())?;
@@ -411,6 +423,7 @@ impl Machine {
             ports,
             interrupts,
             units,
+            workers: workers.into_values().collect(),
             bridge,
             peers,
             tables,
@@ -539,6 +552,12 @@ impl Machine {
                 log::error!("a vCPU thread panicked");
             }
         }
+        self.workers.clear();
+    }
+
+    /// What the guest asked of its units is done, of vCPUs that do not run.
+    fn serve_units(&self) {
+        self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.serve_tails());
     }
 
     /// Ends the vCPU threads and quiesces the functions.
