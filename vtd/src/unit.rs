@@ -3,7 +3,8 @@
 //! Locks, in this order: `spaces` (the [queue lock](crate::queue_lock): one drain, one command or one attach at a time;
 //! the listener is called with it held), then `registers` (a few instructions at a time, never while the listener or
 //! the message sink is called). Register reads take the second only, and so do writes that give no command: what a
-//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
+//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped, or
+//! tails ring [bells](crate::TailBells), after which each write comes.
 //! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
 use std::collections::BTreeMap;

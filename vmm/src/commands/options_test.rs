@@ -49,6 +49,7 @@ fn iommu_keys() {
             device_tlb: false,
             page_requests: false,
             performance_counters: true,
+            worker: WorkerOption::Off,
             ioapic_check: false,
             devices: vec![],
         }))
