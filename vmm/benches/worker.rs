@@ -1,5 +1,6 @@
 //! What an invalidation costs a guest that waits for each, with `worker=off`, `on` and `always`, in rounds by turns: on
-//! this machine as it is, and while every processor has one more thread that spins. `ROUNDS=N` says how many, 5 without.
+//! this machine as it is, and while every processor has one more thread that spins. `ROUNDS=N` says how many, 5
+//! without.
 
 #[path = "../tests/rig/invalidations.rs"]
 mod invalidations;

@@ -20,7 +20,7 @@ use crate::source_ids::Sources;
 use crate::stats::Counters;
 use crate::tables::context::Translation;
 use crate::tables::interrupt::{EntriesChanged, RemapFault, RemapListener, Remapping};
-use crate::tails::TailBells;
+use crate::tail_bells::TailBells;
 
 /// What every part of a unit uses.
 pub(crate) struct Core<M> {

@@ -50,6 +50,7 @@ pub mod spec;
 mod stats;
 mod sync;
 mod tables;
+mod tail_bells;
 mod tails;
 mod unit;
 
@@ -75,5 +76,5 @@ pub use stats::{DescriptorStats, UnitStats};
 pub use tables::interrupt::{
     EntriesChanged, Posting, RemapError, RemapFault, RemapListener, Remapped, interrupt_index,
 };
-pub use tails::{QueueShape, TailBells};
+pub use tail_bells::{QueueShape, TailBells};
 pub use unit::Unit;

@@ -37,7 +37,8 @@ use crate::stats::{Counters, UnitStats};
 use crate::tables::context::Translation;
 use crate::tables::interrupt::{Posting, RemapError, RemapFault, RemapListener, Remapped, Remapping, Sender};
 use crate::tables::second_stage::{Found, Merge, walk_range};
-use crate::tails::{self, TailBells};
+use crate::tail_bells::TailBells;
+use crate::tails;
 
 /// An emulated remapping unit over guest memory `M`.
 pub struct Unit<M> {
@@ -129,7 +130,8 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         }
     }
 
-    /// Tails that ring one of `bells` are as if they were written, from now on and for good. Only the first call counts.
+    /// Tails that ring one of `bells` are as if they were written, from now on and for good. Only the first call
+    /// counts.
     ///
     /// Whatever waits for a drain here serves them first, so they are in order with all that it does; somebody is to
     /// call [`Self::serve_tails`] besides, when one has rung. IQT reads what was written once that has been served.

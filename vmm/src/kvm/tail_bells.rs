@@ -1,5 +1,6 @@
-//! The bells of a unit's tail register: eventfds that KVM signals when the guest writes a tail, without an exit to this
-//! process. KVM compares what is written, so each tail has an eventfd of its own, and which one fired says which it was.
+//! The bells of a unit's tail register: eventfds that KVM signals when the guest writes a tail, without an exit to
+//! this process. KVM compares what is written, so each tail has an eventfd of its own, and which one fired says which
+//! it was.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

@@ -1,5 +1,5 @@
-//! Guests that invalidate: a few instructions, which need /dev/kvm. Shared by the tests and the benchmark of the worker,
-//! of which neither uses all.
+//! Guests that invalidate: a few instructions, which need /dev/kvm. Shared by the tests and the benchmark of the
+//! worker, of which neither uses all.
 #![allow(dead_code)]
 
 use std::io::Write;
