@@ -2,7 +2,8 @@
 //! whoever takes the queue lock next takes them before it does anything else ([`crate::Unit::serve_tails`]).
 //!
 //! Bells say which tails were written and not in which order. A guest moves its tail forward, from the head on and
-//! never past it, so of several the one that is furthest from the head was written last. Of a guest that takes a tail back
+//! never past it, so of several the one that is furthest from the head was written last.
+//! Of a guest that takes a tail back
 //! the descriptors up to the furthest one are processed: hardware may fetch them as soon as they were announced.
 
 use vm_memory::GuestMemoryBackend;
