@@ -83,6 +83,8 @@ pub struct VtdOption {
     pub page_requests: bool,
     /// Whether performance monitoring is offered.
     pub performance_counters: bool,
+    /// Whether a thread of its own serves the queue.
+    pub worker: WorkerOption,
     /// Whether the source of the IOAPIC's interrupts is validated, as that of every other's.
     pub ioapic_check: bool,
     /// The functions that it has, by id or slot; none: all that no other unit has.
@@ -115,11 +117,23 @@ impl Default for VtdOption {
             device_tlb: false,
             page_requests: false,
             performance_counters: false,
+            worker: WorkerOption::Off,
             ioapic_check: true,
             devices: Vec::new(),
             segment: 0,
         }
     }
+}
+
+/// `worker`: whether a thread serves a unit's queue, so that an invalidation is no exit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WorkerOption {
+    /// None: the vCPU that moves the tail serves it.
+    Off,
+    /// While that is faster.
+    On,
+    /// All the time, for a host that keeps a processor for it.
+    Always,
 }
 
 /// As many segments as a machine can have: 0 to one less. It is what there is room for below 4 GiB.

@@ -1,7 +1,7 @@
 //! What every part of a unit uses: its configuration, guest memory, whom it tells, its registers and what of them is
 //! read without their lock.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
@@ -20,6 +20,7 @@ use crate::source_ids::Sources;
 use crate::stats::Counters;
 use crate::tables::context::Translation;
 use crate::tables::interrupt::{EntriesChanged, RemapFault, RemapListener, Remapping};
+use crate::tail_bells::TailBells;
 
 /// What every part of a unit uses.
 pub(crate) struct Core<M> {
@@ -33,6 +34,7 @@ pub(crate) struct Core<M> {
     pub(crate) remapping: ArcSwap<Remapping>,
     pub(crate) remap_listener: Mutex<Option<Arc<dyn RemapListener>>>,
     pub(crate) ats: Functions,
+    pub(crate) tail_bells: OnceLock<Arc<dyn TailBells>>,
     pub(crate) counters: Counters,
 }
 

@@ -50,6 +50,8 @@ pub mod spec;
 mod stats;
 mod sync;
 mod tables;
+mod tail_bells;
+mod tails;
 mod unit;
 
 pub use ats::{AtsFunction, Completion, PageResponse, ResponseCode, TlbScope};
@@ -74,4 +76,5 @@ pub use stats::{DescriptorStats, UnitStats};
 pub use tables::interrupt::{
     EntriesChanged, Posting, RemapError, RemapFault, RemapListener, Remapped, interrupt_index,
 };
+pub use tail_bells::{QueueShape, TailBells};
 pub use unit::Unit;

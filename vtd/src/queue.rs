@@ -1,8 +1,9 @@
 //! The invalidation queue, with descriptors of 128 bits, and of 256 where scalable mode is offered. Section
 //! 6.5.2.
 //!
-//! It is drained in the vCPU thread that moved the tail. Every descriptor before an erroneous one takes effect; the
-//! head stays at the erroneous one, and the queue goes on from there when the guest clears IQE.
+//! It is drained in the thread that moved the tail, a vCPU's, or that took one which rang a [bell](crate::TailBells).
+//! Every descriptor before an erroneous one takes effect; the head stays at the erroneous one, and the queue goes on
+//! from there when the guest clears IQE.
 
 use vm_memory::GuestMemoryBackend;
 

@@ -16,6 +16,10 @@ pub struct UnitStats {
     pub register_invalidations: u64,
     /// Reads of registers that the unit was asked for: none where the guest has a [`crate::RegisterPage`] of them.
     pub register_reads: u64,
+    /// Writes of the queue's tail that the unit was given.
+    pub tail_writes: u64,
+    /// Writes of the queue's tail that rang a bell of [`crate::TailBells`] instead.
+    pub tails_taken: u64,
     /// Times that the queue stopped with IQE.
     pub queue_errors: u64,
     /// Faults by reason, "0x05" for a write that is not permitted; only those that happened.
@@ -108,6 +112,8 @@ pub(crate) struct Counters {
     pub(crate) wait: QueueCounter,
     pub(crate) register_invalidations: QueueCounter,
     pub(crate) register_reads: Counter,
+    pub(crate) tail_writes: QueueCounter,
+    pub(crate) tails_taken: QueueCounter,
     pub(crate) queue_errors: QueueCounter,
     pub(crate) faults: ByReason<{ FaultReason::ALL.len() }>,
     pub(crate) interrupt_faults: ByReason<{ InterruptFaultReason::ALL.len() }>,
@@ -151,6 +157,8 @@ impl Counters {
             },
             register_invalidations: self.register_invalidations.get(),
             register_reads: self.register_reads.get(),
+            tail_writes: self.tail_writes.get(),
+            tails_taken: self.tails_taken.get(),
             queue_errors: self.queue_errors.get(),
             faults: faults.map(|(code, counter)| (format!("{code:#04x}"), counter.get())).collect(),
             faults_dropped: self.faults_dropped.get(),

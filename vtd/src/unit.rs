@@ -3,11 +3,12 @@
 //! Locks, in this order: `spaces` (the [queue lock](crate::queue_lock): one drain, one command or one attach at a time;
 //! the listener is called with it held), then `registers` (a few instructions at a time, never while the listener or
 //! the message sink is called). Register reads take the second only, and so do writes that give no command: what a
-//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped.
+//! fault handler does never waits behind another processor's drain, unless it makes a queue go on that had stopped, or
+//! tails ring [bells](crate::TailBells), after which each write comes.
 //! Emulated DMA takes neither, unless it has a fault to record (see [`crate::Endpoint`]).
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use arc_swap::ArcSwap;
 use vm_memory::GuestMemoryBackend;
@@ -31,11 +32,13 @@ use crate::scope::{context_scope_of, iotlb_scope_of};
 use crate::shadow::{SpaceView, Spaces};
 use crate::source_ids::Source;
 use crate::space::{PagedSpace, SpaceKey};
-use crate::spec::registers::Global;
+use crate::spec::registers::{Global, offset as register};
 use crate::stats::{Counters, UnitStats};
 use crate::tables::context::Translation;
 use crate::tables::interrupt::{Posting, RemapError, RemapFault, RemapListener, Remapped, Remapping, Sender};
 use crate::tables::second_stage::{Found, Merge, walk_range};
+use crate::tail_bells::TailBells;
+use crate::tails;
 
 /// An emulated remapping unit over guest memory `M`.
 pub struct Unit<M> {
@@ -65,6 +68,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
                 remapping: ArcSwap::from_pointee(Remapping::off(&config)),
                 remap_listener: Mutex::default(),
                 ats: Functions::default(),
+                tail_bells: OnceLock::new(),
                 counters: Counters::default(),
             },
             spaces: QueueLock::default(),
@@ -97,8 +101,10 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let Some(bytes) = value.get_mut(..data.len()) else { return };
         bytes.copy_from_slice(data);
         let value = u64::from_le_bytes(value);
-        // The queue lock first: between this register write and its command no other command comes.
-        let mut spaces = Registers::commands(offset, data.len()).then(|| self.spaces());
+        // The queue lock first: between this register write and its command no other command comes. A tail that rang a
+        // bell was written before.
+        let after_tails = tails::may_wait(&self.core);
+        let mut spaces = (after_tails || Registers::commands(offset, data.len())).then(|| self.spaces());
         let mut registers = self.core.registers();
         if spaces.is_none() && registers.resumes(offset, data.len(), value) {
             drop(registers);
@@ -113,12 +119,29 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             Command::Global(value) => self.global_command(spaces, value),
             Command::Context => self.context_command(spaces),
             Command::Iotlb => self.iotlb_command(spaces),
-            Command::Drain => queue::drain(&self.core, spaces),
+            Command::Drain => {
+                self.core.counters.tail_writes.add((offset == register::IQT).into());
+                queue::drain(&self.core, spaces);
+            }
             Command::Enhanced(command) => {
                 let counting = self.core.registers().enhanced_command(command);
                 spaces.set_counting(counting);
             }
         }
+    }
+
+    /// Tails that ring one of `bells` are as if they were written, from now on and for good. Only the first call
+    /// counts.
+    ///
+    /// Whatever waits for a drain here serves them first, so they are in order with all that it does; somebody is to
+    /// call [`Self::serve_tails`] besides, when one has rung. IQT reads what was written once that has been served.
+    pub fn set_tail_bells(&self, bells: Arc<dyn TailBells>) {
+        let _ = self.core.tail_bells.set(bells);
+    }
+
+    /// Serves the tails that rang a bell before this was called; when it returns, the commands that they gave are done.
+    pub fn serve_tails(&self) {
+        drop(self.spaces());
     }
 
     /// `requester`, an assigned function, is behind the unit: it is attached to what the guest's tables say, with every
@@ -278,6 +301,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
     /// must be quiet before (rule 12).
     pub fn reset(&self) {
         let mut spaces = self.spaces();
+        tails::tell(&self.core, None);
         self.core.registers().state.reset();
         self.core.translation.store(Arc::default());
         self.core.set_remapping(Remapping::off(&self.core.config));
@@ -302,6 +326,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let mut spaces = self.spaces();
         state.check(&self.core.config)?;
         let told = self.told_before(std::mem::take(&mut state.spaces))?;
+        tails::tell(&self.core, None);
         let status = state.global_status;
         let translation = Translation { enabled: status.translation(), root: state.root_table_in_use };
         let remapping = Remapping {
@@ -320,6 +345,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         self.core.set_remapping(remapping);
         spaces.refresh_as_told(&self.core, told);
         queue::drain(&self.core, &mut spaces);
+        tails::tell(&self.core, tails::queue(&self.core));
         Ok(())
     }
 
@@ -367,7 +393,12 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
 
     #[cfg_attr(debug_assertions, track_caller)]
     pub(crate) fn spaces(&self) -> QueueGuard<'_, Spaces> {
-        self.spaces.lock()
+        let mut spaces = self.spaces.lock();
+        // This is the only way to the queue: whoever is at it comes after every tail that the guest wrote before.
+        if tails::take(&self.core) {
+            queue::drain(&self.core, &mut spaces);
+        }
+        spaces
     }
 
     /// GCMD. A guest gives one command at a time, with the bits of what is on already; several at once are taken in the
@@ -384,6 +415,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
         let before = core.registers().state.global_status;
 
         if command.queued_invalidation() != before.queued_invalidation() {
+            tails::tell(core, None);
             let mut registers = core.registers();
             // The head is 0 whenever the queue is off. Windows enables the queue with a non-zero tail: it is drained.
             registers.state.queue_head = 0;
@@ -392,6 +424,7 @@ impl<M: GuestMemoryBackend + Clone + Send + Sync> Unit<M> {
             registers.state.global_status = registers.state.global_status.with_queued_invalidation(on);
             drop(registers);
             queue::drain(core, spaces);
+            tails::tell(core, tails::queue(core));
         }
 
         let mut translation = **core.translation.load();

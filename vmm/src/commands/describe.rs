@@ -5,7 +5,7 @@ use std::path::Path;
 use vtd::Stages;
 
 use crate::commands::cli::RunArgs;
-use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, UserSocket, VirtioKind, VtdOption};
+use crate::config::{Backend, DeviceKind, DeviceOption, IommuOption, UserSocket, VirtioKind, VtdOption, WorkerOption};
 use crate::machine::Machine;
 
 fn switch(on: bool) -> &'static str {
@@ -30,6 +30,7 @@ fn iommu(option: &IommuOption) -> String {
         device_tlb,
         page_requests,
         performance_counters,
+        worker,
         ioapic_check,
         devices,
         segment,
@@ -63,7 +64,12 @@ fn iommu(option: &IommuOption) -> String {
     ] {
         text += &format!(",{key}={}", switch(*on));
     }
-    text += &format!(",pasid-bits={pasid_bits}");
+    let worker = match worker {
+        WorkerOption::Off => "off",
+        WorkerOption::On => "on",
+        WorkerOption::Always => "always",
+    };
+    text += &format!(",pasid-bits={pasid_bits},worker={worker}");
     if *segment != 0 {
         text += &format!(",segment={segment}");
     }
@@ -186,6 +192,8 @@ mod tests {
             "vtd,dma-translation=off,aw-bits=39",
             "vtd,scalable=on,stage=first",
             "vtd,posted=on",
+            "vtd,worker=on",
+            "vtd,worker=always",
             "vtd,scalable=on,ats=on,pri=on,perf=on,devices=a+05.0",
             "vtd,scalable=on",
             "vtd,segment=3,devices=0003:00:02.0+b",

@@ -8,7 +8,7 @@ use vtd::Stages;
 
 use crate::config::{
     Backend, DeviceKind, DeviceOption, IommuOption, MAX_ROOT_PORTS, MAX_SEGMENTS, Place, RootSlot, Slot, UserSocket,
-    VirtioKind, VtdOption, slot_of_port,
+    VirtioKind, VtdOption, WorkerOption, slot_of_port,
 };
 
 /// Why an option's value is wrong. A sentence for the user.
@@ -118,7 +118,7 @@ impl std::str::FromStr for IommuOption {
     type Err = BadOption;
 
     fn from_str(text: &str) -> Result<Self, BadOption> {
-        const KEYS: [&str; 18] = [
+        const KEYS: [&str; 19] = [
             "ats",
             "aw-bits",
             "caching-mode",
@@ -137,6 +137,7 @@ impl std::str::FromStr for IommuOption {
             "segment",
             "slads",
             "stage",
+            "worker",
         ];
         let (kind, rest) = split_kind(text);
         match kind {
@@ -203,6 +204,19 @@ impl std::str::FromStr for IommuOption {
                          remaps interrupts, and nothing else",
                     );
                 }
+                let worker = keys.get("worker", |value| match value {
+                    "off" => Ok(WorkerOption::Off),
+                    "on" => Ok(WorkerOption::On),
+                    "always" => Ok(WorkerOption::Always),
+                    _ => bad(format!("`{value}` is not off, on or always")),
+                })?;
+                let worker = worker.unwrap_or(default.worker);
+                if device_tlb && worker != WorkerOption::Off {
+                    return bad(
+                        "vtd: worker needs ats=off: after a time-out Linux goes by the tail register, which a worker \
+                         moves late",
+                    );
+                }
                 Ok(Self::Vtd(VtdOption {
                     dma_translation,
                     aw_bits,
@@ -218,6 +232,7 @@ impl std::str::FromStr for IommuOption {
                     device_tlb,
                     page_requests,
                     performance_counters,
+                    worker,
                     ioapic_check: keys.switch("ioapic-check")?.unwrap_or(default.ioapic_check),
                     devices: keys.get("devices", names)?.unwrap_or_default(),
                     segment: segment.unwrap_or(default.segment),

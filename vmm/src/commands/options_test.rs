@@ -49,6 +49,7 @@ fn iommu_keys() {
             device_tlb: false,
             page_requests: false,
             performance_counters: true,
+            worker: WorkerOption::Off,
             ioapic_check: false,
             devices: vec![],
             segment: 0,
@@ -74,6 +75,10 @@ fn iommu_keys() {
     }
     let expected = VtdOption { posted_interrupts: true, ..VtdOption::default() };
     assert_eq!("vtd,posted=on".parse(), Ok(IommuOption::Vtd(expected)));
+    for (text, worker) in [("off", WorkerOption::Off), ("on", WorkerOption::On), ("always", WorkerOption::Always)] {
+        let expected = VtdOption { worker, ..VtdOption::default() };
+        assert_eq!(format!("vtd,worker={text}").parse(), Ok(IommuOption::Vtd(expected)));
+    }
     for (text, stages) in [("second", Stages::Second), ("first", Stages::First), ("both", Stages::Both)] {
         let expected = VtdOption { scalable: Some(stages), ..VtdOption::default() };
         assert_eq!(format!("vtd,scalable=on,stage={text}").parse(), Ok(IommuOption::Vtd(expected)));
@@ -98,6 +103,8 @@ fn iommu_keys() {
         ("vtd,dma-translation=off,ats=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,perf=on", "none of scalable, ats, perf and pt"),
         ("vtd,dma-translation=off,pt=on", "none of scalable, ats, perf and pt"),
+        ("vtd,worker=yes", "`yes` is not off, on or always"),
+        ("vtd,worker=on,ats=on", "worker needs ats=off"),
         ("vtd,segment=8", "segments are 0 to 7"),
         ("vtd,segment=0x10001", "segments are 0 to 7"),
         ("vtd,devices=0008:00:02.0", "segments are 0 to 7"),

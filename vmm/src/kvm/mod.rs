@@ -6,6 +6,7 @@ pub mod irq;
 pub mod memory;
 pub mod register_page;
 pub mod slots;
+pub mod tail_bells;
 pub mod vcpu;
 pub mod vcpu_state;
 pub mod vm;

@@ -133,12 +133,17 @@ impl KvmSlots {
         }
     }
 
-    /// Maps `window` at `gpa` for the guest and no device, for as long as the machine is there.
+    /// Maps `window` at `gpa` for the guest and no device.
     ///
     /// # Errors
     /// It cannot be mapped here, or KVM has something there.
-    pub fn show(&self, gpa: u64, window: &HostWindow) -> io::Result<()> {
-        self.map_for_guest(gpa, window, Arc::new(Mapped::new(window)?)).map(drop)
+    pub fn show(&self, gpa: u64, window: &HostWindow) -> io::Result<SlotId> {
+        self.map_for_guest(gpa, window, Arc::new(Mapped::new(window)?))
+    }
+
+    /// Takes away what [`Self::show`] mapped. No device is told: none could reach it.
+    pub fn hide(&self, slot: SlotId) {
+        self.take_from_guest(slot);
     }
 
     /// For devices first, then for the guest.
@@ -170,8 +175,15 @@ impl KvmSlots {
 
     /// Out of the guest first, then out of the DMA of devices.
     fn unmap(&self, slot: SlotId) {
+        let Some((region, mapped)) = self.take_from_guest(slot) else { return };
+        self.peers.go(region.guest_phys_addr, region.memory_size);
+        drop(mapped);
+    }
+
+    /// Gives back what was mapped: its mapping is to be there until devices have it no more.
+    fn take_from_guest(&self, slot: SlotId) -> Option<(kvm_userspace_memory_region, Arc<Mapped>)> {
         let mut state = self.state.lock().unwrap();
-        let Some((region, mapped)) = state.mapped.remove(&slot) else { return };
+        let (region, mapped) = state.mapped.remove(&slot)?;
         match (self.set)(kvm_userspace_memory_region { memory_size: 0, ..region }) {
             Ok(()) => state.free.push(slot.0),
             Err(e) => {
@@ -184,9 +196,7 @@ impl KvmSlots {
                 });
             }
         }
-        drop(state);
-        self.peers.go(region.guest_phys_addr, region.memory_size);
-        drop(mapped);
+        Some((region, mapped))
     }
 }
 

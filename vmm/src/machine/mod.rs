@@ -21,7 +21,9 @@ pub mod stats;
 mod steering;
 mod top;
 mod units;
+mod worker;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
@@ -68,6 +70,7 @@ use saving::Description;
 use segments::Segments;
 use stats::{Device, Stats};
 use units::{MadeUnit, UnitWindow, Units, integrated_tlbs};
+use worker::Worker;
 
 impl PowerControl for Control {
     fn power_off(&self) {
@@ -172,6 +175,8 @@ pub struct Machine {
     ports: Ports,
     interrupts: Arc<KvmInterrupts>,
     units: Option<Arc<Units>>,
+    /// The threads of units. They end with the vCPUs, not before.
+    workers: Vec<Worker>,
     bridge: Arc<Bridge>,
     peers: Arc<PeerMemory>,
     tables: Tables,
@@ -292,6 +297,7 @@ impl Machine {
         let mut platform =
             Platform::new(&interrupts, &control, output.clone(), drained, buses.last, &segments(places))?;
 
+        let mut workers = BTreeMap::new();
         let units = match wanted.vtd() {
             None => None,
             Some(option) => {
@@ -299,12 +305,16 @@ impl Machine {
                     Some(trace) => Arc::new(TracedListener::new(assigned.bridge.clone(), trace)),
                     None => assigned.bridge.clone(),
                 };
-                let unit = |index: usize, segment: u16| -> Result<Arc<Unit<Ram>>, Error> {
+                let mut unit = |index: usize, segment: u16| -> Result<Arc<Unit<Ram>>, Error> {
                     let config = units::config(option, index, segment, width, physical_bits);
                     let unit = Unit::new(config, (*ram).clone(), listener.clone(), interrupts.clone())?;
                     unit.set_remap_listener(interrupts.clone());
                     let (base, window) = (layout::unit_base(index), unit.config().register_window());
-                    insert(&platform.mmio, base, window, Arc::new(UnitWindow(unit.clone())))?;
+                    let device: Arc<dyn BusDevice> = match worker::of(&vm, &unit, base, option.worker) {
+                        None => Arc::new(UnitWindow(unit.clone())),
+                        Some(worker) => workers.entry(index).or_insert(worker).window(unit.clone()),
+                    };
+                    insert(&platform.mmio, base, window, device)?;
                     Ok(unit)
                 };
                 let further = wanted.further_units.iter().enumerate();
@@ -322,8 +332,10 @@ impl Machine {
         let slots = Arc::new(KvmSlots::new(vm.clone(), first_free_slot, peers.clone()));
         for (index, unit) in units.iter().flat_map(|units| units.all()).enumerate() {
             let at = layout::unit_base(index);
-            if let Err(e) = register_page::show(&slots, unit, at) {
-                log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}");
+            match (register_page::show(&slots, unit, at), workers.get(&index)) {
+                (Ok(page), Some(worker)) => worker.watch(page),
+                (Ok(_), None) => {}
+                (Err(e), _) => log::warn!("the guest's reads of a remapping unit's registers will be exits: {e}"),
             }
         }
         let ports = Ports::new(platform.segments.first(), &buses.ports, &interrupts, units.as_deref())?;
@@ -406,6 +418,7 @@ impl Machine {
             ports,
             interrupts,
             units,
+            workers: workers.into_values().collect(),
             bridge,
             peers,
             tables,
@@ -534,6 +547,12 @@ impl Machine {
                 log::error!("a vCPU thread panicked");
             }
         }
+        self.workers.clear();
+    }
+
+    /// What the guest asked of its units is done, of vCPUs that do not run.
+    fn serve_units(&self) {
+        self.units.iter().flat_map(|units| units.all()).for_each(|unit| unit.serve_tails());
     }
 
     /// Ends the vCPU threads and quiesces the functions.

@@ -181,6 +181,7 @@ impl Machine {
         self.control.pause();
         // An access that completes reaches devices, and so perhaps another vCPU.
         self.control.send(Errand::Settle);
+        self.serve_units();
         if self.control.is_stopping() {
             self.let_go(Held(()));
             return Err("the guest ends or resets just now; ask again when it runs".to_owned());

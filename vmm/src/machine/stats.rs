@@ -177,7 +177,7 @@ mod tests {
               "pins":{"pinned_pages":0,"pins":0,"refused":0,"notices":0,"left_pinned":0,"late":1}}],
             "units":[{"id":"vtd0","descriptors":{"context_cache":0,"iotlb":0,"device_tlb":0,"interrupt_entry":0,"pasid_cache":0,
               "pasid_iotlb":0,"page_response":0,"wait":0},
-              "register_invalidations":0,"register_reads":0,"queue_errors":0,"faults":{"0x05":1},"faults_dropped":0,"interrupts_posted":0,
+              "register_invalidations":0,"register_reads":0,"tail_writes":0,"tails_taken":0,"queue_errors":0,"faults":{"0x05":1},"faults_dropped":0,"interrupts_posted":0,
               "notifications":0,"leaves_walked":0,"map_ops":0,"unmap_ops":0,"maps_refused":0,"bounds_exhausted":0}],
             "audit":{"checked":0,"pending":0,"differences":[]}});
         let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();

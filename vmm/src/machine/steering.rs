@@ -10,6 +10,7 @@ impl Machine {
     pub fn pause(&mut self) {
         self.paused = true;
         self.control.pause();
+        self.serve_units();
     }
 
     /// Whether it is paused.

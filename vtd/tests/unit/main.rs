@@ -37,3 +37,4 @@ mod scalable_random;
 mod second_stage_flags;
 mod shadowing;
 mod stray;
+mod tails;
