@@ -147,8 +147,8 @@ impl<D: Dma> Work<'_, D> {
         !self.stop.load(Ordering::Acquire)
     }
 
-    /// Waits for a kick, for something from outside ([`Device::input`]), or for somebody who wants it to stop for a reason
-    /// that does not wait for what is under way. For a device that has something under way, which ends.
+    /// Waits for a kick, or for something from outside ([`Device::input`]). A stop need not end it: for a device that
+    /// has something under way, whose end comes from outside.
     ///
     /// # Errors
     /// It cannot be waited for.

@@ -61,8 +61,8 @@ pub trait Disk: Send + Sync + 'static {
     /// Not all of it arrived: of the disk, or because the guest's tables do not grant all of `parts`, which is then a
     /// fault record.
     fn read(&self, offset: u64, parts: &[Part]) -> Result<(), IoFailed>;
-    /// As [`Disk::read`] where that waits for nothing. `None`: it would, or it cannot be told; `parts` may be written in
-    /// part.
+    /// As [`Disk::read`] where that waits for nothing. `None`: it would, or that cannot be told; some of `parts` may
+    /// have been written.
     fn read_at_once(&self, offset: u64, parts: &[Part]) -> Option<Result<(), IoFailed>> {
         let _ = (offset, parts);
         None
@@ -137,8 +137,8 @@ impl Wanted {
         }
     }
 
-    /// Does it, data a piece at a time. The bytes that were written into the buffer; `None` where it was told to stop in
-    /// the middle: to be begun again.
+    /// Does it, data a piece at a time. The bytes that were written into the buffer; `None` where it was told to stop
+    /// in the middle: to be begun again.
     fn carry_out(&self, disk: &impl Disk, goes_on: impl Fn() -> bool) -> Option<Result<u64, IoFailed>> {
         let (offset, data, writes) = match self {
             Self::Read(offset, data) => (*offset, data, false),
@@ -294,7 +294,8 @@ impl<B: Disk> Blk<B> {
     fn serve_all<D: Dma>(&mut self, work: &mut Work<'_, D>) -> Result<(), Broken> {
         while work.goes_on() {
             Self::give_back(&self.pool.take(), work)?;
-            match if self.pool.has_room() { work.next(0)? } else { None } {
+            let chain = if self.pool.has_room() { work.next(0)? } else { None };
+            match chain {
                 Some(chain) => self.serve(chain, work)?,
                 None if self.pool.is_busy() => work.wait()?,
                 None => break,

@@ -269,8 +269,8 @@ fn h3_a_request_that_is_stopped_in_the_middle_is_begun_again() {
     assert!(disk.data.lock().unwrap()[..3 * PIECE as usize].iter().all(|byte| *byte == 7));
 }
 
-/// Offers request `slot`, of one sector, without waiting for it. Its first descriptor is `2 * slot`: its header and data
-/// or data and status share a part.
+/// Offers request `slot`, of one sector, without waiting for it. Its first descriptor is `2 * slot`: its header and
+/// data, or data and status, share a part.
 fn begin(driver: &mut Driver, slot: u16, kind: u32, sector: u64) {
     let at = BUFFERS + 0x1000 * u64::from(slot);
     driver.memory.write_obj(kind, GuestAddress(at)).unwrap();
