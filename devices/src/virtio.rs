@@ -27,12 +27,15 @@ mod saving;
 mod vectors;
 mod worker;
 
+use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{GuestMemory, GuestMemoryBackend};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
+use vmm_sys_util::eventfd::EventFd;
 use vtd::{DmaSession, Endpoint};
 
 use ring::{Broken, Chain, Ring};
@@ -134,12 +137,30 @@ pub struct Work<'a, D: Dma> {
     rings: &'a mut [Option<Ring>],
     stop: &'a AtomicBool,
     notify: &'a dyn Fn(usize),
+    events: &'a Epoll,
+    wake: &'a EventFd,
 }
 
 impl<D: Dma> Work<'_, D> {
     /// Whether it may go on: not when somebody waits for it to stop.
     pub fn goes_on(&self) -> bool {
         !self.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits for a kick, or for something from outside ([`Device::input`]). A stop need not end it: for a device that
+    /// has something under way, whose end comes from outside.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn wait(&self) -> Result<(), Broken> {
+        match self.events.wait(-1, &mut [EpollEvent::default(); 2]) {
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(Broken("its events cannot be waited for")),
+        }
+        // Before the rings are looked at: a kick that comes later wakes again.
+        let _ = self.wake.read();
+        Ok(())
     }
 
     /// The next buffer of queue `index`. Where there is none, a kick is asked for, unless one came just now.

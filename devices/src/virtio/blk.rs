@@ -1,5 +1,9 @@
 //! The block device (H-4; section 5.2): a disk whose data the host's kernel moves into and out of guest memory.
 
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
@@ -11,6 +15,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::ring::{Broken, Chain, Part, read, slice, total, write};
 use super::{Device, Dma, Kind, Work};
 
+mod pool;
+
+use pool::Pool;
+
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;
 /// Entries of the queue.
@@ -20,6 +28,10 @@ const PARTS: u32 = ENTRIES as u32 - 2;
 /// Bytes that are moved at a time, so that a stop never waits for more. With [`PARTS`] parts they lie in no more than
 /// 512 pages.
 const PIECE: u64 = 1 << 20;
+/// Bytes of a request that goes beside others. A larger one is done by itself, and can be stopped in the middle.
+const BESIDE: u64 = 2 << 20;
+/// Bytes of a read that is tried in the worker's thread first.
+const AT_ONCE: u64 = 128 << 10;
 /// Bytes that one range of a discard or of a write of zeroes has at most.
 const MOST_CLEARED: u64 = 1 << 26;
 /// Bytes of a request's header: type, reserved, sector.
@@ -27,13 +39,16 @@ const HEADER: u64 = 16;
 /// Bytes of a range: sector, number of sectors, flags.
 const RANGE: u64 = 16;
 
+/// Calls of a [`Disk`] that are under way at a time, at most: of the threads, and of the worker.
+pub const CALLS: usize = pool::MOST + 1;
+
 /// It did not happen, or not all of it. Who says so has told the user what the user can change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the disk's I/O failed")]
 pub struct IoFailed;
 
-/// Where a disk's data are.
-pub trait Disk: Send + 'static {
+/// Where a disk's data are. Several threads use it at a time.
+pub trait Disk: Send + Sync + 'static {
     /// Bytes.
     fn size(&self) -> u64;
     /// Whether writes are refused.
@@ -45,41 +60,122 @@ pub trait Disk: Send + 'static {
     /// # Errors
     /// Not all of it arrived: of the disk, or because the guest's tables do not grant all of `parts`, which is then a
     /// fault record.
-    fn read(&mut self, offset: u64, parts: &[Part]) -> Result<(), IoFailed>;
+    fn read(&self, offset: u64, parts: &[Part]) -> Result<(), IoFailed>;
+    /// As [`Disk::read`] where that waits for nothing. `None`: it would, or that cannot be told; some of `parts` may
+    /// have been written.
+    fn read_at_once(&self, offset: u64, parts: &[Part]) -> Option<Result<(), IoFailed>> {
+        let _ = (offset, parts);
+        None
+    }
     /// Writes them, as [`Disk::read`] reads.
     ///
     /// # Errors
     /// As there.
-    fn write(&mut self, offset: u64, parts: &[Part]) -> Result<(), IoFailed>;
-    /// What was written outlives the host's end when this returns.
+    fn write(&self, offset: u64, parts: &[Part]) -> Result<(), IoFailed>;
+    /// What was written before this was called outlives the host's end when this returns.
     ///
     /// # Errors
     /// It might not.
-    fn flush(&mut self) -> Result<(), IoFailed>;
+    fn flush(&self) -> Result<(), IoFailed>;
     /// `len` bytes from `offset` on read as zeroes from now on. `unmap`: their room is given back, where that can be.
     ///
     /// # Errors
     /// They do not.
-    fn clear(&mut self, offset: u64, len: u64, unmap: bool) -> Result<(), IoFailed>;
+    fn clear(&self, offset: u64, len: u64, unmap: bool) -> Result<(), IoFailed>;
 }
 
 /// The device.
 pub struct Blk<B> {
-    disk: B,
+    disk: Arc<B>,
+    pool: Pool<Job, Ended>,
 }
 
-/// What a request comes to.
-enum Outcome {
-    /// Its status, and the bytes that were written into its buffer before that.
+/// What a request wants of the disk, in its bounds.
+enum Wanted {
+    Read(u64, Vec<Part>),
+    Write(u64, Vec<Part>),
+    Flush,
+    Clear { offset: u64, len: u64, unmap: bool },
+}
+
+/// A request that is under way.
+struct Job {
+    chain: Chain,
+    wanted: Wanted,
+}
+
+/// One that has ended: its status, and the bytes that were written into its buffer before that.
+struct Ended {
+    chain: Chain,
+    status: u32,
+    written: u64,
+}
+
+impl Ended {
+    fn new(chain: Chain, done: Result<u64, IoFailed>) -> Self {
+        match done {
+            Ok(written) => Self { chain, status: VIRTIO_BLK_S_OK, written },
+            // The driver may not believe any of the data.
+            Err(IoFailed) => Self { chain, status: VIRTIO_BLK_S_IOERR, written: 0 },
+        }
+    }
+}
+
+/// What a request comes to when it is looked at.
+enum Look {
+    Wanted(Wanted),
+    /// Nothing of the disk: a status, and the bytes that were written.
     Done(u32, u64),
-    /// It was told to stop in the middle: to be begun again.
-    Stopped,
+}
+
+impl Wanted {
+    /// Bytes that are moved.
+    fn len(&self) -> u64 {
+        match self {
+            Self::Read(_, data) | Self::Write(_, data) => total(data),
+            Self::Flush | Self::Clear { .. } => 0,
+        }
+    }
+
+    /// Does it, data a piece at a time. The bytes that were written into the buffer; `None` where it was told to stop
+    /// in the middle: to be begun again.
+    fn carry_out(&self, disk: &impl Disk, goes_on: impl Fn() -> bool) -> Option<Result<u64, IoFailed>> {
+        let (offset, data, writes) = match self {
+            Self::Read(offset, data) => (*offset, data, false),
+            Self::Write(offset, data) => (*offset, data, true),
+            Self::Flush => return Some(disk.flush().map(|()| 0)),
+            Self::Clear { offset, len, unmap } => return Some(disk.clear(*offset, *len, *unmap).map(|()| 0)),
+        };
+        let (len, mut done) = (total(data), 0);
+        while done < len {
+            if !goes_on() {
+                return None;
+            }
+            let piece = slice(data, done, PIECE);
+            let moved = if writes { disk.write(offset + done, &piece) } else { disk.read(offset + done, &piece) };
+            if let Err(e) = moved {
+                return Some(Err(e));
+            }
+            done += PIECE.min(len - done);
+        }
+        Some(Ok(if writes { 0 } else { len }))
+    }
 }
 
 impl<B: Disk> Blk<B> {
     /// The device of `disk`. What is behind its last whole sector is not there.
-    pub fn new(disk: B) -> Self {
-        Self { disk }
+    ///
+    /// # Errors
+    /// The host gives no file for what the threads of its requests signal.
+    pub fn new(disk: B) -> io::Result<Self> {
+        let disk = Arc::new(disk);
+        let of_threads = disk.clone();
+        let pool = Pool::new(move |Job { chain, wanted }| {
+            // It is not stopped in the middle, so it ends.
+            let done = wanted.carry_out(&*of_threads, || true).unwrap_or(Err(IoFailed));
+            Ended::new(chain, done)
+        })?;
+        Ok(Self { disk, pool })
     }
 
     /// `len` bytes at `sector`, as an offset, if the disk has them.
@@ -89,50 +185,33 @@ impl<B: Disk> Blk<B> {
         (len.is_multiple_of(SECTOR) && end <= self.disk.size() / SECTOR * SECTOR).then_some(offset)
     }
 
-    /// Moves `data`, a piece at a time.
-    fn transfer(&mut self, sector: u64, data: &[Part], writes: bool, goes_on: &dyn Fn() -> bool) -> Outcome {
-        let len = total(data);
-        let Some(offset) = self.offset(sector, len) else { return Outcome::Done(VIRTIO_BLK_S_IOERR, 0) };
-        let mut done = 0;
-        while done < len {
-            if !goes_on() {
-                return Outcome::Stopped;
-            }
-            let piece = slice(data, done, PIECE);
-            let moved = match writes {
-                true => self.disk.write(offset + done, &piece),
-                false => self.disk.read(offset + done, &piece),
-            };
-            if moved.is_err() {
-                // The driver may not believe any of the data.
-                return Outcome::Done(VIRTIO_BLK_S_IOERR, 0);
-            }
-            done += PIECE.min(len - done);
+    /// Data to move.
+    fn transfer(&self, sector: u64, data: Vec<Part>, writes: bool) -> Look {
+        match self.offset(sector, total(&data)) {
+            Some(offset) if writes => Look::Wanted(Wanted::Write(offset, data)),
+            Some(offset) => Look::Wanted(Wanted::Read(offset, data)),
+            None => Look::Done(VIRTIO_BLK_S_IOERR, 0),
         }
-        Outcome::Done(VIRTIO_BLK_S_OK, if writes { 0 } else { len })
     }
 
-    /// Clears one range: of a discard, or of a write of zeroes.
-    fn clear(&mut self, range: [u8; RANGE as usize], zeroes: bool) -> u32 {
+    /// One range to clear: of a discard, or of a write of zeroes.
+    fn clear(&self, range: [u8; RANGE as usize], zeroes: bool) -> Look {
         let word = |at: usize| u32::from_le_bytes([range[at], range[at + 1], range[at + 2], range[at + 3]]);
         let sector = u64::from(word(0)) | u64::from(word(4)) << 32;
         let (sectors, flags) = (word(8), word(12));
         let known = if zeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         if flags & !known != 0 {
-            return VIRTIO_BLK_S_UNSUPP;
+            return Look::Done(VIRTIO_BLK_S_UNSUPP, 0);
         }
         let len = u64::from(sectors) * SECTOR;
         match self.offset(sector, len).filter(|_| len <= MOST_CLEARED) {
-            None => VIRTIO_BLK_S_IOERR,
-            Some(_) if len == 0 => VIRTIO_BLK_S_OK,
-            Some(offset) => match self.disk.clear(offset, len, !zeroes || flags != 0) {
-                Ok(()) => VIRTIO_BLK_S_OK,
-                Err(IoFailed) => VIRTIO_BLK_S_IOERR,
-            },
+            None => Look::Done(VIRTIO_BLK_S_IOERR, 0),
+            Some(_) if len == 0 => Look::Done(VIRTIO_BLK_S_OK, 0),
+            Some(offset) => Look::Wanted(Wanted::Clear { offset, len, unmap: !zeroes || flags != 0 }),
         }
     }
 
-    fn serve<D: Dma>(&mut self, chain: &Chain, work: &mut Work<'_, D>) -> Result<Outcome, Broken> {
+    fn look<D: Dma>(&self, chain: &Chain, room: u64, work: &mut Work<'_, D>) -> Result<Look, Broken> {
         let mut header = [0; HEADER as usize];
         // What a driver may write behind the header of a request for zeroes.
         let mut range = [0; RANGE as usize];
@@ -143,30 +222,86 @@ impl<B: Disk> Blk<B> {
         })?;
         let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
         let sector = u64::from(word(8)) | u64::from(word(12)) << 32;
-        let room = total(&chain.writable) - 1;
-        let goes_on = || work.goes_on();
         Ok(match word(0) {
-            VIRTIO_BLK_T_IN => self.transfer(sector, &slice(&chain.writable, 0, room), false, &goes_on),
-            VIRTIO_BLK_T_OUT if self.disk.is_read_only() => Outcome::Done(VIRTIO_BLK_S_IOERR, 0),
-            VIRTIO_BLK_T_OUT => self.transfer(sector, &slice(&chain.readable, HEADER, sent), true, &goes_on),
-            VIRTIO_BLK_T_FLUSH => match self.disk.flush() {
-                Ok(()) => Outcome::Done(VIRTIO_BLK_S_OK, 0),
-                Err(IoFailed) => Outcome::Done(VIRTIO_BLK_S_IOERR, 0),
-            },
+            VIRTIO_BLK_T_IN => self.transfer(sector, slice(&chain.writable, 0, room), false),
+            VIRTIO_BLK_T_OUT if self.disk.is_read_only() => Look::Done(VIRTIO_BLK_S_IOERR, 0),
+            VIRTIO_BLK_T_OUT => self.transfer(sector, slice(&chain.readable, HEADER, sent), true),
+            VIRTIO_BLK_T_FLUSH => Look::Wanted(Wanted::Flush),
             VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 id.iter_mut().zip(self.disk.serial().bytes()).for_each(|(to, byte)| *to = byte);
                 let len = room.min(id.len() as u64);
                 let parts = slice(&chain.writable, 0, len);
                 work.with(0, |_, memory| write(memory, &parts, &id[..len as usize]))?;
-                Outcome::Done(VIRTIO_BLK_S_OK, len)
+                Look::Done(VIRTIO_BLK_S_OK, len)
             }
             kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if !self.disk.is_read_only() && sent == RANGE => {
-                Outcome::Done(self.clear(range, kind == VIRTIO_BLK_T_WRITE_ZEROES), 0)
+                self.clear(range, kind == VIRTIO_BLK_T_WRITE_ZEROES)
             }
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => Outcome::Done(VIRTIO_BLK_S_IOERR, 0),
-            _ => Outcome::Done(VIRTIO_BLK_S_UNSUPP, 0),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => Look::Done(VIRTIO_BLK_S_IOERR, 0),
+            _ => Look::Done(VIRTIO_BLK_S_UNSUPP, 0),
         })
+    }
+
+    /// Gives requests back to the driver, which hears of them once.
+    fn give_back<D: Dma>(ended: &[Ended], work: &mut Work<'_, D>) -> Result<(), Broken> {
+        for Ended { chain, status, written } in ended {
+            let room = total(&chain.writable).saturating_sub(1);
+            work.with(0, |ring, memory| {
+                write(memory, &slice(&chain.writable, room, 1), &[*status as u8])?;
+                // With an error the count ends at the status all the same.
+                ring.push(memory, chain.head, (written + 1).min(u32::MAX.into()) as u32)
+            })?;
+        }
+        if ended.is_empty() { Ok(()) } else { work.interrupt(0) }
+    }
+
+    /// Begins the request of `chain`, or does it.
+    fn serve<D: Dma>(&mut self, chain: Chain, work: &mut Work<'_, D>) -> Result<(), Broken> {
+        let Some(room) = total(&chain.writable).checked_sub(1) else {
+            return Err(Broken("a request has no room for its status"));
+        };
+        let wanted = match self.look(&chain, room, work)? {
+            Look::Done(status, written) => return Self::give_back(&[Ended { chain, status, written }], work),
+            Look::Wanted(wanted) => wanted,
+        };
+        if let Wanted::Read(offset, data) = &wanted
+            && (1..=AT_ONCE).contains(&wanted.len())
+            && let Some(done) = self.disk.read_at_once(*offset, data)
+        {
+            let len = wanted.len();
+            return Self::give_back(&[Ended::new(chain, done.map(|()| len))], work);
+        }
+        if wanted.len() <= BESIDE {
+            self.pool.begin(Job { chain, wanted });
+            return Ok(());
+        }
+        // Only the last one that was taken can be put back.
+        Self::give_back(&self.pool.finish(), work)?;
+        match wanted.carry_out(&*self.disk, || work.goes_on()) {
+            Some(done) => Self::give_back(&[Ended::new(chain, done)], work),
+            None => {
+                work.with(0, |ring, _| {
+                    ring.put_back();
+                    Ok(())
+                })?;
+                Ok(())
+            }
+        }
+    }
+
+    /// Serves what there is, until nothing is under way or it is to stop.
+    fn serve_all<D: Dma>(&mut self, work: &mut Work<'_, D>) -> Result<(), Broken> {
+        while work.goes_on() {
+            Self::give_back(&self.pool.take(), work)?;
+            let chain = if self.pool.has_room() { work.next(0)? } else { None };
+            match chain {
+                Some(chain) => self.serve(chain, work)?,
+                None if self.pool.is_busy() => work.wait()?,
+                None => break,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -194,30 +329,16 @@ impl<B: Disk, D: Dma> Device<D> for Blk<B> {
         Kind { device: VIRTIO_ID_BLOCK as u16, class: 0x01_80_00, features, queues: &[ENTRIES], config }
     }
 
+    fn input(&self) -> Option<RawFd> {
+        Some(self.pool.ended())
+    }
+
     fn work(&mut self, work: &mut Work<'_, D>) -> Result<(), Broken> {
-        while work.goes_on() {
-            let Some(chain) = work.next(0)? else { break };
-            let Some(room) = total(&chain.writable).checked_sub(1) else {
-                return Err(Broken("a request has no room for its status"));
-            };
-            match self.serve(&chain, work)? {
-                Outcome::Done(status, written) => {
-                    work.with(0, |ring, memory| {
-                        write(memory, &slice(&chain.writable, room, 1), &[status as u8])?;
-                        // With an error the count ends at the status all the same.
-                        ring.push(memory, chain.head, (written + 1).min(u32::MAX.into()) as u32)
-                    })?;
-                    work.interrupt(0)?;
-                }
-                Outcome::Stopped => {
-                    work.with(0, |ring, _| {
-                        ring.put_back();
-                        Ok(())
-                    })?;
-                }
-            }
-        }
-        Ok(())
+        let done = self.serve_all(work);
+        // Whatever became of the ring: nothing is under way when this returns.
+        let ended = self.pool.finish();
+        done?;
+        Self::give_back(&ended, work)
     }
 }
 

@@ -1,10 +1,10 @@
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::super::rig::{BUFFERS, Driver, Way};
+use super::super::rig::{BUFFERS, Driver, MEMORY, Way, eventually};
 use super::{Blk, Disk, IoFailed, PIECE, Part, SECTOR};
 use crate::pci::PciFunction;
 
@@ -24,6 +24,8 @@ struct Memory {
     lets: Arc<AtomicU32>,
     flushes: Arc<AtomicU32>,
     calls: Arc<Mutex<Vec<(u64, u64)>>>,
+    /// Calls at these offsets wait.
+    gate: Arc<(Mutex<Vec<u64>>, Condvar)>,
 }
 
 impl Memory {
@@ -37,13 +39,24 @@ impl Memory {
             lets: Arc::new(AtomicU32::new(u32::MAX)),
             flushes: Arc::default(),
             calls: Arc::default(),
+            gate: Arc::default(),
         }
     }
 
     fn driver(&self) -> Driver {
-        let driver = Driver::ready(Blk::new(self.clone()), 0);
+        let driver = Driver::ready(Blk::new(self.clone()).unwrap(), 0);
         *self.guest.lock().unwrap() = Some(driver.memory.clone());
         driver
+    }
+
+    fn shut(&self, offsets: &[u64]) {
+        *self.gate.0.lock().unwrap() = offsets.to_vec();
+        self.gate.1.notify_all();
+    }
+
+    /// Waits until so many calls have begun.
+    fn begun(&self, calls: usize) {
+        eventually("a call", || (self.calls.lock().unwrap().len() >= calls).then_some(()));
     }
 
     fn each(
@@ -54,6 +67,7 @@ impl Memory {
     ) -> Result<(), IoFailed> {
         self.lets.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |lets| lets.checked_sub(1)).map_err(|_| IoFailed)?;
         self.calls.lock().unwrap().push((offset, super::total(parts)));
+        drop(self.gate.1.wait_while(self.gate.0.lock().unwrap(), |shut| shut.contains(&offset)).unwrap());
         let (mut data, guest) = (self.data.lock().unwrap(), self.guest.lock().unwrap());
         let mut at = offset as usize;
         for part in parts {
@@ -74,17 +88,17 @@ impl Disk for Memory {
     fn serial(&self) -> &str {
         "a-disk-with-a-name-that-is-long"
     }
-    fn read(&mut self, offset: u64, parts: &[Part]) -> Result<(), IoFailed> {
+    fn read(&self, offset: u64, parts: &[Part]) -> Result<(), IoFailed> {
         self.each(offset, parts, |guest, data, iova| guest.write_slice(data, GuestAddress(iova)).unwrap())
     }
-    fn write(&mut self, offset: u64, parts: &[Part]) -> Result<(), IoFailed> {
+    fn write(&self, offset: u64, parts: &[Part]) -> Result<(), IoFailed> {
         self.each(offset, parts, |guest, data, iova| guest.read_slice(data, GuestAddress(iova)).unwrap())
     }
-    fn flush(&mut self) -> Result<(), IoFailed> {
+    fn flush(&self) -> Result<(), IoFailed> {
         self.flushes.fetch_add(1, Ordering::SeqCst);
         self.each(0, &[], |_, _, _| {})
     }
-    fn clear(&mut self, offset: u64, len: u64, _: bool) -> Result<(), IoFailed> {
+    fn clear(&self, offset: u64, len: u64, _: bool) -> Result<(), IoFailed> {
         self.each(0, &[], |_, _, _| {})?;
         self.data.lock().unwrap()[offset as usize..][..len as usize].fill(0);
         Ok(())
@@ -238,7 +252,7 @@ fn h3_a_request_that_is_stopped_in_the_middle_is_begun_again() {
     all.extend(parts);
     all.push((STATUS, 1, Way::FromDevice));
     driver.offer(0, 0, &all);
-    super::super::rig::eventually("the first piece", || (disk.calls.lock().unwrap().len() == 1).then_some(()));
+    disk.begun(1);
     std::thread::scope(|scope| {
         let stopping = scope.spawn(|| driver.function.config_write(4, &[2, 0]));
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -253,6 +267,99 @@ fn h3_a_request_that_is_stopped_in_the_middle_is_begun_again() {
     let calls = disk.calls.lock().unwrap()[before..].to_vec();
     assert_eq!(calls, [(0, PIECE), (PIECE, PIECE), (2 * PIECE, PIECE)]);
     assert!(disk.data.lock().unwrap()[..3 * PIECE as usize].iter().all(|byte| *byte == 7));
+}
+
+/// Offers request `slot`, of one sector, without waiting for it. Its first descriptor is `2 * slot`: its header and
+/// data, or data and status, share a part.
+fn begin(driver: &mut Driver, slot: u16, kind: u32, sector: u64) {
+    let at = BUFFERS + 0x1000 * u64::from(slot);
+    driver.memory.write_obj(kind, GuestAddress(at)).unwrap();
+    driver.memory.write_obj(sector, GuestAddress(at + 8)).unwrap();
+    driver.memory.write_obj(0xffu8, GuestAddress(at + 0x800 + if kind == IN { 512 } else { 0 })).unwrap();
+    let (sent, got) = match kind {
+        IN => (16, 513),
+        OUT => (16 + 512, 1),
+        _ => (16, 1),
+    };
+    driver.offer(0, 2 * slot, &[(at, sent, Way::ToDevice), (at + 0x800, got, Way::FromDevice)]);
+}
+
+fn status_of(driver: &Driver, slot: u16, kind: u32) -> u8 {
+    driver.bytes(BUFFERS + 0x1000 * u64::from(slot) + 0x800 + if kind == IN { 512 } else { 0 }, 1)[0]
+}
+
+#[test]
+fn h4_a_request_that_takes_long_keeps_no_other_one() {
+    let disk = Memory::new(DISK, false);
+    let mut driver = disk.driver();
+    disk.shut(&[512, 1024]);
+    begin(&mut driver, 0, IN, 1);
+    begin(&mut driver, 1, OUT, 2);
+    disk.begun(2);
+    // Those that come while others are under way, and are kicked for then.
+    for (kind, sector) in [(FLUSH, 0), (IN, 3), (OUT, 4), (GET_ID, 0), (IN, 100)] {
+        begin(&mut driver, 2, kind, sector);
+        assert_eq!(driver.take(0).0, 4, "{kind} {sector}");
+        assert_eq!(status_of(&driver, 2, kind), if sector == 100 { FAILED } else { OK });
+    }
+    assert_eq!((status_of(&driver, 0, IN), status_of(&driver, 1, OUT)), (0xff, 0xff));
+    disk.shut(&[512]);
+    assert_eq!(driver.take(0), (2, 1));
+    disk.shut(&[]);
+    assert_eq!(driver.take(0), (0, 513));
+    let read = driver.bytes(BUFFERS + 0x800, 513);
+    assert_eq!(read, [&disk.data.lock().unwrap()[512..1024], &[OK]].concat());
+    assert_eq!(driver.status(), 0xf);
+}
+
+#[test]
+fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
+    let stops: [(&str, fn(&Driver)); 3] = [
+        ("a reset by the driver", |driver| driver.write(0x14, 1, 0)),
+        ("a reset of the function", |driver| driver.function.reset()),
+        ("Bus Master", |driver| driver.function.config_write(4, &[2, 0])),
+    ];
+    for (name, stop) in stops {
+        let disk = Memory::new(DISK, false);
+        let mut driver = disk.driver();
+        disk.shut(&[512, 1024]);
+        begin(&mut driver, 0, IN, 1);
+        begin(&mut driver, 1, IN, 2);
+        disk.begun(2);
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| stop(&driver));
+            for left in [&[512][..], &[]] {
+                std::thread::sleep(std::time::Duration::from_millis(30));
+                assert!(!stopping.is_finished(), "{name}");
+                disk.shut(left);
+            }
+        });
+        let (calls, memory) = (disk.calls.lock().unwrap().len(), driver.bytes(0, MEMORY));
+        assert_eq!((calls, driver.stopped.load(Ordering::SeqCst)), (2, 0), "{name}");
+        // Nothing reaches memory after it.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(memory == driver.bytes(0, MEMORY), "{name}");
+        // And it works again.
+        driver.start(0);
+        assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1), "{name}");
+    }
+}
+
+#[test]
+fn h3_a_ring_that_breaks_leaves_nothing_under_way() {
+    let disk = Memory::new(DISK, false);
+    let mut driver = disk.driver();
+    disk.shut(&[512]);
+    begin(&mut driver, 0, IN, 1);
+    disk.begun(1);
+    driver.offer(0, 4, &[(HEADER, 15, Way::ToDevice), (STATUS, 1, Way::FromDevice)]);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert_eq!(driver.status() & 0x40, 0, "it is said when the other one has ended");
+    disk.shut(&[]);
+    driver.needs_reset();
+    assert_eq!(driver.try_take(0), None);
+    driver.start(0);
+    assert_eq!(request(&mut driver, FLUSH, 0, &[]), (OK, 1));
 }
 
 #[derive(Clone, Debug)]
@@ -322,6 +429,37 @@ proptest! {
                     let (status, _) = request(&mut driver, OUT, 0, &[(BUFFERS, 512, Way::ToDevice)]);
                     disk.lets.store(u32::MAX, Ordering::SeqCst);
                     prop_assert_eq!(status, FAILED);
+                }
+            }
+            prop_assert_eq!(&*disk.data.lock().unwrap(), &model);
+        }
+    }
+
+    #[test]
+    fn h4_requests_at_a_time_are_as_one_after_the_other(
+        rounds in prop::collection::vec(prop::collection::vec((any::<bool>(), 0u64..4, any::<u8>()), 1..=4), 1..20),
+    ) {
+        let disk = Memory::new(DISK, false);
+        let mut model = disk.data.lock().unwrap().clone();
+        let mut driver = disk.driver();
+        for round in rounds {
+            // Each has sectors of its own.
+            for (slot, (writes, sector, byte)) in (0u16..).zip(&round) {
+                let data = BUFFERS + 0x1000 * u64::from(slot) + if *writes { 16 } else { 0x800 };
+                driver.memory.write_slice(&[*byte; 512], GuestAddress(data)).unwrap();
+                begin(&mut driver, slot, if *writes { OUT } else { IN }, 4 * u64::from(slot) + sector);
+            }
+            let mut heads: Vec<u32> = round.iter().map(|_| driver.take(0).0).collect();
+            heads.sort_unstable();
+            prop_assert_eq!(heads, (0..round.len() as u32).map(|slot| 2 * slot).collect::<Vec<_>>());
+            for (slot, (writes, sector, byte)) in (0u16..).zip(&round) {
+                let sector = (4 * u64::from(slot) + sector) as usize * 512;
+                prop_assert_eq!(status_of(&driver, slot, if *writes { OUT } else { IN }), OK);
+                if *writes {
+                    model[sector..][..512].fill(*byte);
+                } else {
+                    let read = driver.bytes(BUFFERS + 0x1000 * u64::from(slot) + 0x800, 512);
+                    prop_assert_eq!(&read, &model[sector..][..512]);
                 }
             }
             prop_assert_eq!(&*disk.data.lock().unwrap(), &model);

@@ -364,7 +364,7 @@ impl Link {
             (None, _) => {}
         }
         let notify = |queue: usize| self.used(queue);
-        let mut work = Work { dma, rings: &mut rings, stop: &self.stop, notify: &notify };
+        let mut work = Work { dma, rings: &mut rings, stop: &self.stop, notify: &notify, events, wake: &self.wake };
         let done = match (works, puts_back) {
             (true, _) => device.work(&mut work).map(|()| None),
             (false, true) => device.rest(&mut work).map(Some),
@@ -386,6 +386,10 @@ impl Link {
         // Still under the lock: a reset that comes now takes it back.
         if let Some(why) = broken {
             self.needs_reset(why);
+        }
+        if state.must_rest() || state.closed {
+            // A device that waited may have taken the kick for that.
+            self.kick();
         }
         self.changed.notify_all();
         true

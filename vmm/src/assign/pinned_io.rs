@@ -1,6 +1,7 @@
-//! I/O of the host's kernel into and out of guest memory that is pinned meanwhile (D): for devices that have one such
-//! call under way at a time.
+//! I/O of the host's kernel into and out of guest memory that is pinned meanwhile (D): for devices that have a few such
+//! calls under way at a time.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use devices::virtio::ring::Part;
@@ -21,25 +22,45 @@ pub struct NotPinned;
 /// What is, or is about to be, pinned.
 #[derive(Default)]
 struct Flights {
-    in_flight: Mutex<Vec<IovaRange>>,
+    in_flight: Mutex<Vec<Flight>>,
     changed: Condvar,
+    next: AtomicU64,
+}
+
+/// That of one call.
+struct Flight {
+    name: u64,
+    ranges: Vec<IovaRange>,
 }
 
 impl Flights {
-    fn lock(&self) -> MutexGuard<'_, Vec<IovaRange>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Flight>> {
         self.in_flight.lock().unwrap()
+    }
+
+    /// A call to these pages begins. Its name.
+    fn begin(&self, ranges: Vec<IovaRange>) -> u64 {
+        let name = self.next.fetch_add(1, Ordering::Relaxed);
+        self.lock().push(Flight { name, ranges });
+        name
+    }
+
+    /// It is over, and has nothing pinned.
+    fn land(&self, name: u64) {
+        self.lock().retain(|flight| flight.name != name);
+        self.changed.notify_all();
     }
 }
 
-/// The guest unmaps: waits until the call in flight there is over and its pages are unpinned. None can be pinned there
-/// again, so this ends.
+/// The guest unmaps: waits until the calls in flight there are over and their pages are unpinned. None can be pinned
+/// there again, so this ends.
 impl UnmapNotifier for Flights {
     fn notify(&self, notice: &Notice) {
         // There is nothing to do for a notice that is not known.
         if let Notice::Unmap { ranges } = notice {
-            let touched = |in_flight: &mut Vec<IovaRange>| {
-                let hit = |flight: &IovaRange| ranges.iter().any(|range| range.intersection(*flight).is_some());
-                in_flight.iter().any(hit)
+            let touched = |in_flight: &mut Vec<Flight>| {
+                let hit = |page: &IovaRange| ranges.iter().any(|range| range.intersection(*page).is_some());
+                in_flight.iter().flat_map(|flight| &flight.ranges).any(hit)
             };
             drop(self.changed.wait_while(self.lock(), touched).unwrap());
         }
@@ -60,14 +81,15 @@ pub struct PinnedIo {
 }
 
 impl PinnedIo {
-    /// For the device at `requester`, which was registered as software.
+    /// For the device at `requester`, which was registered as software and has at most `calls` calls under way.
     pub fn new(
         bridge: &Bridge,
         requester: Requester,
+        calls: u64,
         look: Option<Look>,
         requests: Box<dyn Requests>,
     ) -> Result<Self, RegisterClientError> {
-        let limits = PinLimits { pages: PAGES, ..PinLimits::default() };
+        let limits = PinLimits { pages: PAGES * calls, ..PinLimits::default() };
         let flights = Arc::new(Flights::default());
         let client = Arc::new(bridge.register_client(requester, flights.clone(), limits)?);
         Ok(Self { flights, client, look, requests })
@@ -101,11 +123,11 @@ impl PinnedIo {
         }
         let pages: Vec<u64> =
             ranges.iter().flat_map(|range| (range.first..=range.last).step_by(PAGE_SIZE as usize)).collect();
-        // Nothing is in flight: what the bridge is told to take away waits for nobody here.
+        // This call is not in flight yet: what the bridge is told to take away waits for others at most, which end.
         if let Some(look) = &self.look {
             look(&ranges);
         }
-        let pinned = match self.pin(&ranges, &pages, access) {
+        let (name, pinned) = match self.pin(ranges, &pages, access) {
             Ok(pinned) => pinned,
             Err(e) => {
                 log::debug!("guest memory could not be pinned: {e}");
@@ -120,25 +142,21 @@ impl PinnedIo {
             // The bridge revoked them because this took too long.
             log::error!("guest memory was not pinned any more when the I/O there ended: {e}");
         }
-        self.landed();
+        self.flights.land(name);
         Ok(done)
     }
 
-    /// Pins `pages`, which are those of `ranges`, in flight from now on if that succeeds.
-    fn pin(&self, ranges: &[IovaRange], pages: &[u64], access: Perm) -> Result<Pinned, PinError> {
+    /// Pins `pages`, which are those of `ranges`, in flight under this name from now on if that succeeds.
+    fn pin(&self, ranges: Vec<IovaRange>, pages: &[u64], access: Perm) -> Result<(u64, Pinned), PinError> {
         // Before they are pinned: a notice that comes in between waits for it.
-        self.flights.lock().extend(ranges);
-        let pinned = self.client.pin(pages, access);
-        if pinned.is_err() {
-            self.landed();
+        let name = self.flights.begin(ranges);
+        match self.client.pin(pages, access) {
+            Ok(pinned) => Ok((name, pinned)),
+            Err(e) => {
+                self.flights.land(name);
+                Err(e)
+            }
         }
-        pinned
-    }
-
-    /// Nothing is in flight any more.
-    fn landed(&self) {
-        self.flights.lock().clear();
-        self.flights.changed.notify_all();
     }
 }
 

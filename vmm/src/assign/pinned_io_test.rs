@@ -61,7 +61,7 @@ fn bench_with(look: impl FnOnce(&Arc<Bridge>) -> Option<Look>) -> (Bench, Pinned
     let bridge = Arc::new(Bridge::new(vec![software], guest, Arc::new(NobodyStops)));
     bridge.register(DEVICE, group).unwrap();
     let blocked = Blocked::default();
-    let io = PinnedIo::new(&bridge, DEVICE, look(&bridge), Box::new(blocked.clone())).unwrap();
+    let io = PinnedIo::new(&bridge, DEVICE, 2, look(&bridge), Box::new(blocked.clone())).unwrap();
     let map = |half: u64, perm| Mapping { iova: Iova(IOVA + half), gpa: Gpa(half), len: RAM / 2, perm };
     let live = [map(0, Perm::ReadWrite), map(RAM / 2, Perm::Read)];
     bridge.attach(DEVICE.into(), &space(), &mut live.into_iter()).unwrap();
@@ -132,7 +132,7 @@ fn d1_what_is_not_granted_is_not_pinned_and_said() {
     assert!(!called(&[part(0, 16), part(RAM / 2, 16)], Perm::Write), "that half is read-only");
     assert!(!called(&[part(RAM - 1, 2)], Perm::Read), "it goes beyond the end");
     assert_eq!(*bench.blocked.0.lock().unwrap(), [(IOVA + RAM / 2, true), (IOVA + RAM, false)]);
-    // More pages than it may have, and what no address is for.
+    // More pages than a call may have, and what no address is for.
     assert!(called(&[part(0, 512 << 12)], Perm::Read));
     for parts in [&[part(1, 512 << 12)][..], &[part(0, 512 << 12), part(0, 1)], &[Part { iova: u64::MAX, len: 2 }]] {
         assert!(!called(parts, Perm::Read));
@@ -169,6 +169,47 @@ fn d3_an_unmap_waits_for_the_call_in_flight_and_none_begins() {
     let stats = io.client().stats();
     assert_eq!((stats.pinned_pages, stats.left_pinned, stats.late), (0, 0, 0));
     assert_eq!(io.with(&[part(0x3000, 8)], Perm::Write, |_| ()), Err(NotPinned));
+}
+
+#[test]
+fn d3_an_unmap_waits_for_the_calls_there_alone() {
+    let (bench, io) = bench();
+    thread::scope(|scope| {
+        let io = &io;
+        let call = |at: u64| {
+            let ((begun, is_begun), (go, goes)) = (channel(), channel::<()>());
+            let call = scope.spawn(move || {
+                io.with(&[part(at, 8)], Perm::Write, |_| {
+                    begun.send(()).unwrap();
+                    goes.recv().unwrap();
+                })
+            });
+            is_begun.recv().unwrap();
+            (go, call)
+        };
+        let ((here, here_ends), (there, there_ends)) = (call(0x3000), call(0x8000));
+        assert_eq!(io.client().stats().pinned_pages, 2);
+        let unmap = |at: u64| {
+            let range = IovaRange::new(IOVA + at, IOVA + at + 0xfff);
+            assert_eq!(bench.bridge.apply(&space(), &[MapOp::Unmap(range)]).refused, []);
+        };
+        // Where nobody is, and once one of two is over.
+        unmap(0x5000);
+        here.send(()).unwrap();
+        here_ends.join().unwrap().unwrap();
+        unmap(0x3000);
+        let late = scope.spawn(move || unmap(0x8000));
+        while io.client().stats().notices < 1 {
+            thread::yield_now();
+        }
+        thread::sleep(std::time::Duration::from_millis(20));
+        assert!(!late.is_finished(), "the other one is still under way");
+        there.send(()).unwrap();
+        there_ends.join().unwrap().unwrap();
+        late.join().unwrap();
+    });
+    let stats = io.client().stats();
+    assert_eq!((stats.pinned_pages, stats.left_pinned, stats.late), (0, 0, 0));
 }
 
 #[test]
@@ -212,13 +253,17 @@ fn h4_a_file_is_read_written_and_cleared_where_it_is_asked_to_be() {
     let content: Vec<u8> = (0..4 << 20).map(|at: u32| (at / 512) as u8).collect();
     let image = Image::new("rw", &content);
     let (bench, io) = bench();
-    let mut disk = FileDisk::new(DiskFile::open(&image.0, false).unwrap(), "a".into(), io);
+    let disk = FileDisk::new(DiskFile::open(&image.0, false).unwrap(), "a".into(), io);
     assert_eq!(disk.size(), 4 << 20);
     disk.read(512, &[part(0x100, 512), part(0x7f00, 1 << 20)]).unwrap();
     assert_eq!(
         (bench.get(0xff, 514), bench.get(0x7f00, 1 << 20)),
         ([&[0], &[1; 512][..], &[0]].concat(), content[1024..][..1 << 20].to_vec())
     );
+    // What the host has in memory comes at once, where its file system can say so; else it is asked for again.
+    if let Some(done) = disk.read_at_once(512, &[part(0x100, 512)]) {
+        assert_eq!((done, bench.get(0x100, 512)), (Ok(()), vec![1; 512]));
+    }
     bench.put(RAM / 2, &[0xab; 5000]);
     disk.write(1 << 20, &[part(RAM / 2, 4096), part(RAM / 2, 512)]).unwrap();
     disk.clear(2 << 20, 512, true).unwrap();
@@ -240,7 +285,7 @@ fn h4_a_file_is_read_written_and_cleared_where_it_is_asked_to_be() {
 fn h4_a_file_that_is_read_only_is_opened_so_and_what_is_none_is_refused() {
     let image = Image::new("ro", &[1; 1000]);
     let (_, io) = bench();
-    let mut disk = FileDisk::new(DiskFile::open(&image.0, true).unwrap(), "a".into(), io);
+    let disk = FileDisk::new(DiskFile::open(&image.0, true).unwrap(), "a".into(), io);
     assert!(disk.is_read_only());
     assert_eq!(disk.write(0, &[part(0, 512)]), Err(IoFailed), "the descriptor does not let it");
     assert_eq!(fs::read(&image.0).unwrap(), [1; 1000]);

@@ -2,11 +2,12 @@
 //! behind the bridge, too, and pin (D).
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use devices::host::Doorbells;
 use devices::pci::Decoder;
-use devices::virtio::blk::Blk;
+use devices::virtio::blk::{Blk, CALLS};
 use devices::virtio::console::{Console, Input};
 use devices::virtio::function::{VirtioPci, Wiring};
 use devices::virtio::net::Net;
@@ -84,12 +85,12 @@ pub fn plug_virtio(kind: &VirtioKind, wiring: VirtioWiring<'_>) -> Result<Plugge
         }
         VirtioKind::Blk { file, read_only } => {
             let disk = DiskFile::open(file, *read_only).map_err(lacks(format!("the file {}", file.display())))?;
-            wiring.pinning(|io| Blk::new(FileDisk::new(disk, id.to_owned(), io)))
+            wiring.pinning(CALLS as u64, |io| Blk::new(FileDisk::new(disk, id.to_owned(), io)))
         }
         VirtioKind::Net { tap, mac } => {
             let mac = mac.unwrap_or_else(|| mac_of(wiring.requester));
             let tap = Tap::open(tap).map_err(lacks(format!("the tap {tap}")))?;
-            wiring.pinning(|io| Net::new(TapLink::new(tap, io), mac))
+            wiring.pinning(1, |io| Ok(Net::new(TapLink::new(tap, io), mac)))
         }
     }
 }
@@ -102,8 +103,12 @@ fn mac_of(requester: Requester) -> [u8; 6] {
 }
 
 impl VirtioWiring<'_> {
-    /// A device that pins.
-    fn pinning<V: Device<Endpoint<Ram>>>(&self, device: impl FnOnce(PinnedIo) -> V) -> Result<Plugged, Error> {
+    /// A device that pins, for as many calls at a time.
+    fn pinning<V: Device<Endpoint<Ram>>>(
+        &self,
+        calls: u64,
+        device: impl FnOnce(PinnedIo) -> io::Result<V>,
+    ) -> Result<Plugged, Error> {
         let Self { id, requester, .. } = *self;
         // It was checked before that there is one.
         let unit = self.unit.ok_or(Error::NoUnit { kind: "virtio" })?;
@@ -116,10 +121,11 @@ impl VirtioWiring<'_> {
             }
         };
         let look: Option<Look> = if unit.config().caching_mode { None } else { Some(Box::new(look)) };
-        let io = PinnedIo::new(self.bridge, requester, look, Box::new(requests))?;
+        let io = PinnedIo::new(self.bridge, requester, calls, look, Box::new(requests))?;
         let client = io.client().clone();
+        let device = device(io).map_err(|source| Error::Virtio { name: format!("the I/O of {id}"), source })?;
         unit.add_requester(requester).map_err(|source| Error::Attach { name: id.to_owned(), source })?;
-        let function = self.function(unit.endpoint(requester), device(io))?;
+        let function = self.function(unit.endpoint(requester), device)?;
         Ok(Plugged { function, pins: Some(client), input: None })
     }
 
