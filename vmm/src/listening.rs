@@ -94,6 +94,9 @@ mod tests {
             let listeners: Vec<UnixListener> = (0..400)
                 .map(|_| {
                     let listener = listen(&path).unwrap();
+                    // Clients seldom come between bind and listen: it must have had another name then.
+                    let bound = listener.local_addr().unwrap();
+                    assert_ne!(bound.as_pathname(), Some(path.as_path()));
                     fs::remove_file(&path).unwrap();
                     listener
                 })
