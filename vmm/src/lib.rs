@@ -10,6 +10,7 @@ mod console;
 mod control_protocol;
 mod exit;
 mod kvm;
+mod listening;
 mod machine;
 mod messages;
 mod open_files;

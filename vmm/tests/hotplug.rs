@@ -15,6 +15,8 @@ mod rig;
 use command::{causeway, said, text};
 use rig::{has_kvm, image};
 
+/// The suite of test images.
+const SUITE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/suite"));
 /// In 32-bit code: `mov al, 'A'; mov dx, 0x3f8; out dx, al`
 const PRINT_A: &[u8] = &[0xb0, b'A', 0x66, 0xba, 0xf8, 0x03, 0xee];
 /// `cli; hlt`
@@ -248,4 +250,80 @@ fn f6_a_device_whose_process_ends_is_gone_by_surprise_and_can_come_again() {
     }
     let said = machine.quit();
     assert!(said.contains("vfio-user0: its process is gone, and with it the device"), "{said}");
+}
+
+/// The process of a vfio-user device behind the port dies, the device is removed, and another one comes, over and over,
+/// while two processors access it and switch its memory, its bus and its slot: what nobody heard is never there, what
+/// nobody answers is ones (the image says so, and ends if not), nobody waits for ever, and nothing is left mapped.
+#[test]
+fn f3_a_device_goes_and_comes_under_accesses_of_two_processors() {
+    if !has_kvm() {
+        return;
+    }
+    let limit = Duration::from_secs(if std::env::var_os("CAUSEWAY_LONG").is_some() { 60 } else { 5 });
+    let dir = TempDir::new().unwrap();
+    let (path, suite, socket) = (dir.as_path().join("edu"), dir.as_path().join("suite"), dir.as_path().join("control"));
+    std::fs::write(&suite, SUITE).unwrap();
+    let serve = || {
+        let _ = std::fs::remove_file(&path);
+        let child = causeway(&["device", "edu", "--socket", text(&path)]).spawn().unwrap();
+        let start = Instant::now();
+        // When its file is there, it listens.
+        while !path.exists() {
+            assert!(start.elapsed() < Duration::from_secs(30), "nobody listens");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Process(child)
+    };
+    let mut process = serve();
+    let device = format!("vfio-user,socket={},id=card,port=1", text(&path));
+    let line = "test=f3_card_goes_and_comes_under_accesses outside=1";
+    let options = ["--memory", "64M", "--cpus", "2", "--root-ports", "1", "--device", &device, "--timeout", "150"];
+    let start = ["run", "--image", text(&suite), "--cmdline", line, "--socket", text(&socket)];
+    let mut child = causeway(&[&start[..], &options].concat()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let ctl = |words: &[&str]| said(causeway(&[&["ctl", text(&socket)], words].concat()).output().unwrap());
+    // The image says that it found the card: the first line is the test's name.
+    assert!(lines.next().unwrap().starts_with("test f3_"));
+    let begin = Instant::now();
+    let mut cards = 0;
+    while begin.elapsed() < limit || cards < 4 {
+        cards += 1;
+        if cards % 2 == 0 {
+            process.0.kill().unwrap();
+        } else {
+            // It may be between the two moments at which the guest has the power off.
+            while let (code @ 1.., _, message) = ctl(&["remove", "card"]) {
+                assert!(code == 1 && message.contains("try again"), "{message}");
+            }
+        }
+        while ctl(&["devices"]).1.contains("\"card\"") {
+            assert!(begin.elapsed() < limit + Duration::from_secs(60), "the card is still there");
+        }
+        let audit: Value = serde_json::from_str(&ctl(&["audit"]).1).unwrap();
+        assert_eq!(audit["differences"], json!([]), "with the card gone");
+        process = serve();
+        assert_eq!(ctl(&["add", "--device", &device]), (0, "{\"id\":\"card\",\"port\":1}\n".to_owned(), String::new()));
+        let line = lines.next().unwrap_or_default();
+        assert!(line.starts_with(&format!("card {cards} after ")), "{line} {:?}", lines.collect::<Vec<_>>());
+    }
+    println!("{cards} cards in {:?}", begin.elapsed());
+    assert_eq!(ctl(&["quit"]).0, 0);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let gone = said.matches("card: its process is gone, and with it the device").count();
+    assert_eq!(gone, cards / 2, "{said}");
+    drop(process);
+}
+
+/// A process that ends with its test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may be gone.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

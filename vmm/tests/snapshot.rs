@@ -349,18 +349,25 @@ fn ten_moves(bench: &Bench, mut machine: Machine, mut more: impl FnMut(&Bench) -
     assert_eq!(result(&machine.end()), wanted(LONG));
 }
 
-/// Until somebody listens at the socket: its file is there before that.
+/// Until the socket's file is there: then somebody listens.
 fn wait_for(path: &Path) {
-    // `__SO_ACCEPTCON`, in the fourth column.
-    let listens = |socket: &str| {
-        let columns: Vec<&str> = socket.split_whitespace().collect();
-        columns.get(3) == Some(&"00010000") && columns.get(7) == Some(&text(path))
-    };
     let start = Instant::now();
-    while !fs::read_to_string("/proc/net/unix").unwrap().lines().any(listens) {
+    while !path.exists() {
         assert!(start.elapsed() < Duration::from_secs(30), "nobody listens at {}", path.display());
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+#[test]
+fn a14_who_waits_for_a_machine_and_is_ended_leaves_no_file() {
+    let (bench, number) = (Bench::new(), libc::SIGTERM);
+    let path = bench.path("move");
+    let mut child = causeway(&["run", "--incoming", &format!("unix:{}", text(&path))]).spawn().unwrap();
+    wait_for(&path);
+    // SAFETY: a process of this test, that was not waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, number) }, 0);
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(number));
+    assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "the image is all that is there");
 }
 
 #[test]

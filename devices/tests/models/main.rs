@@ -1,7 +1,8 @@
 //! Models: whether the BARs of an assigned function are reached, the code itself (gates, decoder, bus), under loom,
 //! which tries every order of the threads with a bound on how often one is interrupted. Around it stand a host's
 //! function, which is touched by nobody while its memory is off, the slots of the guest's memory, and what another
-//! function's DMA is led to, which changes under the lock of a drain (B-10).
+//! function's DMA is led to, which changes under the lock of a drain (B-10). A slot, in which the function loses its power
+//! and is taken out, has the locks of `devices::pci::RootPort` in its order.
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 
@@ -33,7 +34,7 @@ use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use loom::thread;
 use pci::{BarTarget, Decoder};
 use reach::{BARS, Decoded, Enables, Gates, Places, Reach, Space};
-use sync::Mutex;
+use sync::{Mutex, RwLock};
 use vfio_bridge::{Function, GroupId, IrqKind, RegionInfo, RegionKind, ResetScope, ResetWay};
 use vmm_sys_util::eventfd::EventFd;
 use vtd::{Requester, SourceId};
@@ -278,6 +279,54 @@ impl World {
     }
 }
 
+/// A root port's slot, with the function in it.
+struct Slot {
+    world: Arc<World>,
+    state: Mutex<SlotState>,
+    card: RwLock<Card>,
+}
+
+struct SlotState {
+    powered: bool,
+}
+
+/// What is in it: configuration requests reach it.
+struct Card {
+    answers: bool,
+}
+
+impl Slot {
+    fn new(world: &Arc<World>) -> Arc<Self> {
+        let (state, card) = (Mutex::new(SlotState { powered: true }), RwLock::new(Card { answers: true }));
+        Arc::new(Self { world: world.clone(), state, card })
+    }
+
+    /// A write of the slot's power, or the end of the function's process.
+    fn power(&self, on: bool) {
+        let mut state = self.state.lock().unwrap();
+        if on {
+            self.world.decoder.forward(SID, &[(AT, AT + 0xfff)]);
+            self.card.write().unwrap().answers = true;
+        } else if state.powered {
+            // No configuration request is under way from here on.
+            self.card.write().unwrap().answers = false;
+            self.world.reset();
+            // The unit hears that the id is nobody's.
+            drop(self.world.slots.queue.lock().unwrap());
+            self.world.decoder.forward(SID, &[]);
+        }
+        state.powered = on;
+    }
+
+    /// A vCPU's write of the command register, and of the BAR that a reset forgot.
+    fn write_command(&self, enables: Enables) {
+        let card = self.card.read().unwrap();
+        if card.answers {
+            self.world.write_command(enables, AT);
+        }
+    }
+}
+
 fn file() -> Arc<OwnedFd> {
     Arc::new(File::open("/dev/null").expect("a file").into())
 }
@@ -375,6 +424,77 @@ fn f3_two_functions_with_one_address_and_their_memory() {
         });
         world.write_command(OFF, AT);
         moves.join().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+/// Nothing of the function is reached, and no write of a vCPU changed that.
+fn is_gone(world: &World) {
+    assert!(!world.host.on.load(Ordering::SeqCst), "memory is on in a slot without power");
+    assert!(!world.slots.guest.lock().unwrap().0 && !world.slots.queue.lock().unwrap().in_map);
+    let mut data = [0];
+    world.bus.read(AT, &mut data);
+    assert_eq!(data, [0xff]);
+}
+
+#[test]
+fn f3_a_function_is_unplugged_while_memory_goes_off_and_on_under_accesses() {
+    let file = file();
+    model(2, move || {
+        let world = World::running(&file);
+        let slot = Slot::new(&world);
+        let vcpu = world.spawn(|world| {
+            world.access();
+            world.late_access();
+        });
+        let toggles = world.spawn({
+            let slot = slot.clone();
+            move |_| {
+                slot.write_command(OFF);
+                slot.write_command(ON);
+            }
+        });
+        slot.power(false);
+        is_gone(&world);
+        toggles.join().unwrap();
+        vcpu.join().unwrap();
+        is_gone(&world);
+    });
+}
+
+#[test]
+fn f3_a_function_is_unplugged_and_comes_again_under_accesses_and_dma() {
+    let file = file();
+    model(2, move || {
+        let world = World::running(&file);
+        let slot = Slot::new(&world);
+        let vcpu = world.spawn(|world| world.access());
+        let peer = world.spawn(|world| world.peer());
+        slot.power(false);
+        slot.power(true);
+        slot.write_command(ON);
+        vcpu.join().unwrap();
+        peer.join().unwrap();
+        let mut data = [0];
+        world.bus.read(AT, &mut data);
+        assert_eq!(data, [0x11]);
+    });
+}
+
+#[test]
+fn f3_the_process_of_a_function_ends_as_its_slot_loses_power() {
+    let file = file();
+    model(3, move || {
+        let world = World::running(&file);
+        let slot = Slot::new(&world);
+        let other = world.spawn({
+            let slot = slot.clone();
+            move |_| slot.power(false)
+        });
+        let vcpu = world.spawn(|world| world.late_access());
+        slot.power(false);
+        is_gone(&world);
+        other.join().unwrap();
         vcpu.join().unwrap();
     });
 }

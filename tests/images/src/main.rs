@@ -17,6 +17,7 @@ mod suite {
     pub mod machine;
     pub mod peers;
     pub mod pinning;
+    pub mod plug;
     pub mod posting;
     pub mod processors;
     pub mod queue;
@@ -46,6 +47,7 @@ images::image!(
     machine::TESTS,
     peers::TESTS,
     pinning::TESTS,
+    plug::TESTS,
     posting::TESTS,
     processors::TESTS,
     queue::TESTS,

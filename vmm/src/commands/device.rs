@@ -31,6 +31,7 @@ use vtd::{Iova, Msi, Requester, SourceId};
 
 use crate::commands::options;
 use crate::exit::{ERROR, REFUSED};
+use crate::listening;
 use crate::signals::{self, Signals, Woken};
 
 /// `causeway device`.
@@ -102,8 +103,9 @@ fn serve_descriptor(fd: i32) -> Result<(), Stopped> {
 fn serve_path(path: &Path) -> Result<(), Stopped> {
     // Before any thread exists, so that none of them gets these signals.
     let signals = Signals::block().map_err(|e| refused(format!("signals cannot be waited for: {e}")))?;
-    let listener = listen(path).map_err(|e| refused(format!("{} cannot be listened at: {e}", path.display())))?;
     let edu = ServedEdu::new().map_err(|e| refused(format!("the device could not be made: {e}")))?;
+    // Nothing fails from here on: its file is removed at the end.
+    let listener = listen(path).map_err(|e| refused(format!("{} cannot be listened at: {e}", path.display())))?;
     log::info!("edu is served at {}", path.display());
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -132,7 +134,7 @@ fn serve_path(path: &Path) -> Result<(), Stopped> {
 
 /// Listens at `path`, in place of a socket that nobody listens at any more.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
+    match listening::listen(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             let left_behind = fs::metadata(path)?.file_type().is_socket()
                 && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
@@ -140,7 +142,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
                 return Err(e);
             }
             fs::remove_file(path)?;
-            UnixListener::bind(path)
+            listening::listen(path)
         }
         result => result,
     }

@@ -134,7 +134,7 @@ impl Place {
 fn bind(path: &Path) -> io::Result<UnixListener> {
     // SAFETY: the call takes a number and gives one back; it touches no memory.
     let before = unsafe { libc::umask(0o077) };
-    let listener = UnixListener::bind(path);
+    let listener = crate::listening::listen(path);
     // SAFETY: as above.
     unsafe { libc::umask(before) };
     listener

@@ -24,7 +24,8 @@
 use std::fmt;
 use std::io::{self, BufWriter, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -37,6 +38,8 @@ use super::Machine;
 use super::saving::{Description, Held, MachineState};
 use super::snapshot::{RamDigest, nonzero_pages};
 use crate::kvm::vm;
+use crate::listening::listen;
+use crate::signals::{self, Signals, Woken};
 
 const FORM: &str = "causeway migration";
 /// Of what is said, the only one that is understood.
@@ -477,10 +480,21 @@ impl Incoming {
         let failed = |e: io::Error| format!("{address} cannot be listened at: {e}; use another address");
         let stream = match address {
             Address::Unix(path) => {
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                let stream = listener.accept().map(|(stream, _)| Stream::Unix(stream));
+                // What ends us is heard here: the file is not to stay.
+                let signals = Signals::block().map_err(failed)?;
+                let listener = listen(path).map_err(failed)?;
+                let woken = signals.wait(Some(listener.as_raw_fd()), None);
+                let stream = match woken {
+                    Ok(Woken::Event) => listener.accept().map(|(stream, _)| Stream::Unix(stream)),
+                    Ok(Woken::Ended(_)) | Err(_) => Err(io::ErrorKind::Interrupted.into()),
+                    // There is no deadline.
+                    Ok(Woken::TimedOut) => Err(io::ErrorKind::TimedOut.into()),
+                };
                 // Nobody else is to find it.
                 let _ = std::fs::remove_file(path);
+                if let Ok(Woken::Ended(signal)) = woken {
+                    signals::die_by(signal);
+                }
                 stream
             }
             Address::Tcp(place) => {
