@@ -1,6 +1,8 @@
 //! Scripts of a guest that does anything at all, as coverage finds them. `fuzz/README.md` has how it is run.
 #![no_main]
 
+// Each target has a part of it.
+#[allow(dead_code)]
 #[path = "../../vtd/tests/hostile/harness.rs"]
 mod harness;
 

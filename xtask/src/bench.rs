@@ -3,7 +3,7 @@
 //! and without the read.
 
 use crate::cache::{Cache, progress, target};
-use crate::crate_benches::{self, Criterion};
+use crate::crate_benches::{self, Criterion, Valgrind};
 use crate::demo::READS;
 use crate::l1;
 use crate::l1::Host;
@@ -83,7 +83,7 @@ struct Operations {
 pub fn command(args: &BenchArgs) -> Result<u8> {
     let wants = |name: &str| args.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()));
     if args.instructions {
-        let complaints = crate_benches::check_limits(&wants)?;
+        let complaints = crate_benches::check_limits(&Valgrind::find(Cache::open)?, &wants)?;
         complaints.iter().for_each(|complaint| println!("{complaint}"));
         return Ok(u8::from(!complaints.is_empty()));
     }

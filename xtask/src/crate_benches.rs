@@ -1,15 +1,19 @@
 //! The crates' criterion benchmarks: their medians and, where valgrind is installed, how many instructions an operation
 //! takes. Times differ with the machine and what else it does; instructions hardly do.
 
-use crate::cache::{progress, target};
+use crate::cache::{Cache, progress, target};
+use crate::cases::in_ci;
 use crate::crate_tests::cargo;
+use crate::report::{Outcome, Reporter};
+use crate::unpacked::{installed, tree};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 /// What is counted of an operation takes about so long without being counted, which makes it some fifty times slower.
 const COUNTED_NS: f64 = 10e6;
@@ -17,6 +21,10 @@ const COUNTED_NS: f64 = 10e6;
 const COUNTED_FOR_A_LIMIT: u64 = 20_000_000;
 /// Fewer would be lost beside what precedes them, and more take too long.
 const ITERATIONS: std::ops::RangeInclusive<u64> = 16..=40_000;
+/// The same for a limit, of an operation that takes millions.
+const FEWEST_FOR_A_LIMIT: u64 = 2;
+/// The check of `cargo xtask test` that no operation takes more than it may.
+pub const CHECK: &str = "check::instructions";
 
 #[derive(Debug, Serialize)]
 pub struct Criterion {
@@ -54,10 +62,10 @@ pub fn run(wants: &dyn Fn(&str) -> bool) -> Result<Vec<Criterion>> {
     }
     estimates(&target().join("criterion"), started, &mut found)?;
     found.sort_by(|a, b| a.name.cmp(&b.name));
-    if Command::new("valgrind").arg("--version").output().is_ok_and(|result| result.status.success()) {
+    if let Some(valgrind) = Valgrind::installed() {
         progress("counting instructions");
         for program in &programs {
-            count(program, &mut found)?;
+            count(&valgrind, program, &mut found)?;
         }
     } else {
         progress("instructions are not counted: there is no valgrind (apt-get install valgrind)");
@@ -72,13 +80,63 @@ pub struct Limits {
     of: BTreeMap<String, u64>,
 }
 
+/// What counts instructions.
+pub struct Valgrind {
+    program: PathBuf,
+    /// Where its tools are, of one that is not installed.
+    tools: Option<PathBuf>,
+}
+
+impl Valgrind {
+    fn installed() -> Option<Self> {
+        installed(&["valgrind"], "--version").map(|program| Self { program, tools: None })
+    }
+
+    /// This machine's, the cache's, or else the archive's.
+    ///
+    /// # Errors
+    /// There is none, and none comes from the archive.
+    pub fn find(cache: impl FnOnce() -> Result<Cache>) -> Result<Self> {
+        match Self::installed() {
+            Some(valgrind) => Ok(valgrind),
+            None => Self::unpacked(&tree(&cache()?, "valgrind", &["libc6-dbg"])?),
+        }
+    }
+
+    /// That of a tree. The program is named differently where a script stands before it, which looks for it in `/usr`.
+    fn unpacked(tree: &Path) -> Result<Self> {
+        let programs = ["usr/bin/valgrind.bin", "usr/bin/valgrind"].map(|name| tree.join(name));
+        let program = programs.into_iter().find(|file| file.is_file());
+        let tools = tree.join("usr/libexec/valgrind");
+        ensure!(tools.is_dir(), "valgrind's package has no {}", tools.display());
+        Ok(Self { program: program.context("valgrind's package has no program")?, tools: Some(tools) })
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.envs(self.tools.as_ref().map(|tools| ("VALGRIND_LIB", OsString::from(tools))));
+        command
+    }
+}
+
+/// Tells as a check of the whole tree whether an operation takes more instructions than it may.
+pub fn check(cache: impl FnOnce() -> Result<Cache>, reporter: &Reporter) {
+    let start = Instant::now();
+    let outcome = match Valgrind::find(cache) {
+        Err(error) if !in_ci() => Outcome::Skipped(format!("there is no valgrind: {error:#}").replace('\n', " ")),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+        Ok(valgrind) => match check_limits(&valgrind, &|_| true) {
+            Ok(complaints) if complaints.is_empty() => Outcome::Passed,
+            Ok(complaints) => Outcome::Failed(complaints.join("\n")),
+            Err(error) => Outcome::Failed(format!("{error:#}")),
+        },
+    };
+    reporter.add(CHECK, outcome, Some(start.elapsed()));
+}
+
 /// Counts the instructions of the operations that have a limit, and times nothing. Each that takes more than it may is
 /// named, and each that is none.
-pub fn check_limits(wants: &dyn Fn(&str) -> bool) -> Result<Vec<String>> {
-    ensure!(
-        Command::new("valgrind").arg("--version").output().is_ok_and(|result| result.status.success()),
-        "instructions cannot be counted: there is no valgrind (apt-get install valgrind)"
-    );
+pub fn check_limits(valgrind: &Valgrind, wants: &dyn Fn(&str) -> bool) -> Result<Vec<String>> {
     let result = cargo().args(["metadata", "--no-deps", "--format-version", "1"]).output()?;
     let metadata: Value = serde_json::from_slice(&result.stdout).context("cannot run cargo metadata")?;
     let mut complaints = Vec::new();
@@ -91,8 +149,8 @@ pub fn check_limits(wants: &dyn Fn(&str) -> bool) -> Result<Vec<String>> {
             let program = program(name, bench["name"].as_str().unwrap_or_default())?;
             let names = operations(&program)?;
             for (operation, limit) in limits.of.iter().filter(|(operation, _)| names.contains(operation)) {
-                let iterations = (COUNTED_FOR_A_LIMIT / limit.max(&1)).clamp(*ITERATIONS.start(), *ITERATIONS.end());
-                counted.insert(operation.clone(), instructions_each(&program, operation, iterations)?);
+                let iterations = (COUNTED_FOR_A_LIMIT / limit.max(&1)).clamp(FEWEST_FOR_A_LIMIT, *ITERATIONS.end());
+                counted.insert(operation.clone(), instructions_each(valgrind, &program, operation, iterations)?);
             }
         }
         complaints.extend(beyond(&limits, &counted));
@@ -157,10 +215,10 @@ fn estimates(folder: &Path, newer_than: SystemTime, found: &mut Vec<Criterion>) 
 
 /// Counts what this program says it can count (`PROGRAM count` names it): an operation's instructions are the
 /// difference of two runs, one with twice as many, since each makes its tables first.
-fn count(program: &Path, benches: &mut [Criterion]) -> Result<()> {
+fn count(valgrind: &Valgrind, program: &Path, benches: &mut [Criterion]) -> Result<()> {
     let names = operations(program)?;
     for bench in benches.iter_mut().filter(|bench| names.contains(&bench.name)) {
-        bench.instructions = Some(instructions_each(program, &bench.name, iterations(bench.median_ns))?);
+        bench.instructions = Some(instructions_each(valgrind, program, &bench.name, iterations(bench.median_ns))?);
     }
     Ok(())
 }
@@ -171,8 +229,9 @@ fn operations(program: &Path) -> Result<Vec<String>> {
     Ok(String::from_utf8_lossy(&result.stdout).lines().map(str::to_owned).collect())
 }
 
-fn instructions_each(program: &Path, name: &str, iterations: u64) -> Result<f64> {
-    let (once, twice) = (instructions(program, name, iterations)?, instructions(program, name, iterations * 2)?);
+fn instructions_each(valgrind: &Valgrind, program: &Path, name: &str, iterations: u64) -> Result<f64> {
+    let (once, twice) =
+        (instructions(valgrind, program, name, iterations)?, instructions(valgrind, program, name, iterations * 2)?);
     Ok(twice.saturating_sub(once) as f64 / iterations as f64)
 }
 
@@ -180,8 +239,9 @@ fn iterations(median_ns: f64) -> u64 {
     ((COUNTED_NS / median_ns.max(0.1)) as u64).clamp(*ITERATIONS.start(), *ITERATIONS.end())
 }
 
-fn instructions(program: &Path, name: &str, iterations: u64) -> Result<u64> {
-    let result = Command::new("valgrind")
+fn instructions(valgrind: &Valgrind, program: &Path, name: &str, iterations: u64) -> Result<u64> {
+    let result = valgrind
+        .command()
         .args(["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"])
         .arg(program)
         .args(["count", name, &iterations.to_string()])
@@ -218,6 +278,25 @@ mod tests {
         let gone = "gone has a limit and is no benchmark (benches/limits.toml)";
         assert_eq!(beyond(&limits, &counted(65.0)), [gone]);
         assert_eq!(beyond(&limits, &counted(65.6)), ["a/b takes 66 instructions: at most 65", gone]);
+    }
+
+    #[test]
+    fn an_unpacked_valgrind_is_told_where_its_tools_are() {
+        let tree = std::env::temp_dir().join(format!("causeway-valgrind-{}", std::process::id()));
+        std::fs::create_dir_all(tree.join("usr/libexec/valgrind")).unwrap();
+        std::fs::create_dir_all(tree.join("usr/bin")).unwrap();
+        let without = Valgrind::unpacked(&tree).map(|_| ());
+        std::fs::write(tree.join("usr/bin/valgrind"), "").unwrap();
+        let plain = Valgrind::unpacked(&tree).unwrap();
+        std::fs::write(tree.join("usr/bin/valgrind.bin"), "").unwrap();
+        let wrapped = Valgrind::unpacked(&tree).unwrap();
+        std::fs::remove_dir_all(&tree).unwrap();
+        assert!(without.is_err());
+        assert!(plain.program.ends_with("valgrind") && wrapped.program.ends_with("valgrind.bin"));
+        let command = wrapped.command();
+        let told: Vec<_> = command.get_envs().collect();
+        assert_eq!(told, [("VALGRIND_LIB".as_ref(), Some(tree.join("usr/libexec/valgrind").as_os_str()))]);
+        assert!(Valgrind::unpacked(&tree).is_err());
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod crate_tests;
 mod demo;
 #[cfg(test)]
 mod documents;
+mod fuzz;
 mod images;
 mod kernel_modules;
 mod l1;
@@ -76,6 +77,10 @@ enum Task {
     ///
     /// Writes docs/mutations.md. The exit status is 0 if everything that is not equivalent was noticed, else 1.
     Mutate(mutate::MutateArgs),
+    /// Fuzzes the remapping unit by coverage, with the stable compiler
+    ///
+    /// Needs a C++ compiler. The exit status is 1 if a script made it fail.
+    Fuzz(fuzz::FuzzArgs),
     /// Runs the test images under QEMU's intel-iommu and edu, and compares with what is listed in
     /// tests/images/differences.txt
     Oracle(oracle::OracleArgs),
@@ -92,6 +97,7 @@ fn main() -> ExitCode {
         Task::OwnKernel(args) => own_kernel::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Bench(args) => bench::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Mutate(args) => mutate::command(&args).map_err(|error| (error, 2)),
+        Task::Fuzz(args) => fuzz::command(&args).map_err(|error| (error, 2)),
         Task::Oracle(args) => oracle::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Screenshots(args) => screenshots::command(&args).map_err(|error| (error, nested::BENCH_FAILURE)),
         Task::Test(args) => test::command(&args).map_err(|error| (error, 1)),

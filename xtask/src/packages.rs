@@ -15,6 +15,9 @@ const DOCUMENTS: [&str; 4] = ["Cargo.toml", "LICENSE-APACHE", "LICENSE-BSD-3-Cla
 /// Tests and benchmarks share a file with the unit tests in `src`, and embedders may want to run them.
 const FOLDERS: [&str; 4] = ["benches", "examples", "src", "tests"];
 
+/// What tests read that is no code.
+const DATA: [&str; 2] = ["tests/hostile/corpus/state.txt", "tests/hostile/corpus/unit.txt"];
+
 /// The names in the package, as cargo would make it.
 fn packaged(package: &str) -> BTreeSet<String> {
     let result = cargo().args(["package", "--list", "--allow-dirty", "--offline", "-p", package]).output().unwrap();
@@ -28,6 +31,7 @@ fn wanted(folder: &Path) -> BTreeSet<String> {
     for (path, _) in FOLDERS.iter().flat_map(|of| rust_files(&folder.join(of))) {
         names.insert(path.strip_prefix(folder).unwrap().to_string_lossy().into_owned());
     }
+    names.extend(DATA.iter().filter(|name| folder.join(name).is_file()).map(|name| (*name).to_owned()));
     names
 }
 

@@ -77,7 +77,7 @@ fn build_static(packages: &[&str], profile: Profile) -> Result<PathBuf> {
 }
 
 /// The target that the compiler builds for by itself.
-fn host() -> Result<String> {
+pub fn host() -> Result<String> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let result = Command::new(rustc).arg("-vV").output().context("cannot run rustc")?;
     let text = String::from_utf8(result.stdout).context("rustc -vV")?;

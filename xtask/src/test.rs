@@ -3,6 +3,7 @@
 use crate::ahead::{Ahead, Wanted};
 use crate::cache::{Cache, progress};
 use crate::cases::{self, Case};
+use crate::crate_benches;
 use crate::crate_tests::{self, cargo};
 use crate::images;
 use crate::l1::Host;
@@ -67,13 +68,13 @@ impl TestArgs {
 }
 
 /// A check of the whole tree by one command.
-pub struct Check {
+struct Check {
     pub name: &'static str,
     arguments: &'static [&'static str],
     environment: Option<(&'static str, &'static str)>,
 }
 
-pub const CHECKS: &[Check] = &[
+const CHECKS: &[Check] = &[
     Check { name: "check::format", arguments: &["fmt", "--all", "--check"], environment: None },
     Check {
         name: "check::clippy",
@@ -92,6 +93,11 @@ pub const CHECKS: &[Check] = &[
     },
     Check { name: "check::dependencies", arguments: &["deny", "check"], environment: None },
 ];
+
+/// What the checks are called in a list of all.
+pub fn check_names() -> impl Iterator<Item = &'static str> {
+    CHECKS.iter().map(|check| check.name).chain([crate_benches::CHECK])
+}
 
 pub fn command(args: &TestArgs) -> Result<u8> {
     let (files, cases) = cases::load()?;
@@ -130,7 +136,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         }
     };
     if args.list {
-        let checks = CHECKS.iter().map(|check| check.name.to_owned()).filter(|name| args.wants(name));
+        let checks = check_names().map(str::to_owned).filter(|name| args.wants(name));
         let tests = executables.iter().flat_map(|e| e.tests.iter().map(|test| e.full_name(test)));
         let pages = pages::names().filter(|name| args.wants(name));
         for name in checks.chain(tests).chain(suite.full_names()).chain(pages).chain(cases.iter().map(Case::full_name))
@@ -146,6 +152,9 @@ pub fn command(args: &TestArgs) -> Result<u8> {
         crate_tests::run(executable, args.long, &reporter)?;
     }
     images::run(&suite, &reporter)?;
+    if args.wants(crate_benches::CHECK) {
+        crate_benches::check(|| cache.clone().map_or_else(Cache::open, Ok), &reporter);
+    }
     pages::run(|| cache.map_or_else(Cache::open, Ok), |name| args.wants(name), &reporter);
     if let Some(ahead) = ahead
         && let Err(error) = run_nested(args, &files, cases, ahead, &reporter)

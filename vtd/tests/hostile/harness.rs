@@ -11,16 +11,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vtd::inspect::{PageBounds, Position};
 use vtd::spec::registers::offset;
 use vtd::{
-    Access, Applied, AtsFunction, AttachRefused, Bounds, Completion, Endpoint, Gpa, GpaRange, Iova, IovaRange, MapOp,
-    Mapping, Msi, MsiSink, PageRequest, PageResponse, Pasid, Remapped, Requester, SourceId, SpaceKey, SpaceListener,
-    Stages, State, Stream, TlbScope, Unit, UnitConfig, UnitId,
+    Access, AtsFunction, Bounds, Completion, Endpoint, Gpa, GpaRange, Iova, IovaRange, Mapping, Msi, MsiSink,
+    PageRequest, PageResponse, Pasid, Remapped, Requester, SourceId, SpaceKey, Stages, State, Stream, TlbScope, Unit,
+    UnitConfig, UnitId,
 };
+
+// The path is said since the fuzz targets have this file by another one.
+#[path = "spoilt.rs"]
+mod spoilt;
+#[path = "told.rs"]
+mod told;
+
+use told::Listener;
 
 /// Guest memory, from address 0.
 const MEMORY: u64 = 64 * PAGE;
@@ -137,76 +145,6 @@ impl Script<'_> {
     }
 }
 
-/// What was told, and that it was told in order.
-#[derive(Default)]
-struct Told {
-    attached: BTreeMap<Requester, SpaceKey>,
-    spaces: BTreeMap<SpaceKey, BTreeMap<u64, Mapping>>,
-}
-
-#[derive(Default)]
-struct Listener(Mutex<Told>);
-
-impl Told {
-    fn forget_unused(&mut self) {
-        let Self { attached, spaces } = self;
-        spaces.retain(|key, _| attached.values().any(|of| of == key));
-    }
-}
-
-impl SpaceListener for Listener {
-    fn attach(
-        &self,
-        stream: Stream,
-        space: &SpaceKey,
-        live: &mut dyn Iterator<Item = Mapping>,
-    ) -> Result<(), AttachRefused> {
-        let mut told = self.0.lock().unwrap();
-        let live: BTreeMap<u64, Mapping> = live.map(|mapping| (mapping.iova.0, mapping)).collect();
-        told.attached.insert(stream.requester, *space);
-        let before = told.spaces.insert(*space, live.clone());
-        assert!(before.is_none_or(|before| before == live), "one that joins is told what the others have");
-        told.forget_unused();
-        Ok(())
-    }
-
-    fn detach(&self, stream: Stream) {
-        let mut told = self.0.lock().unwrap();
-        assert!(told.attached.remove(&stream.requester).is_some());
-        told.forget_unused();
-    }
-
-    fn apply(&self, space: &SpaceKey, ops: &[MapOp]) -> Applied {
-        let mut told = self.0.lock().unwrap();
-        let mapped = told.spaces.get_mut(space).expect("a space with members");
-        let mut maps = false;
-        for op in ops {
-            match *op {
-                MapOp::Unmap(range) => {
-                    assert!(!maps, "an unmap behind a map");
-                    let hit = mapped.range(..=range.last).map(|(_, m)| *m);
-                    let hit: Vec<Mapping> = hit.filter(|m| m.last().0 >= range.first).collect();
-                    for old in hit {
-                        mapped.remove(&old.iova.0);
-                        for rest in old.range().without([range]) {
-                            let (iova, len) = (Iova(rest.first), rest.last - rest.first + 1);
-                            let gpa = Gpa(old.gpa.0 + (rest.first - old.iova.0));
-                            mapped.insert(rest.first, Mapping { iova, gpa, len, ..old });
-                        }
-                    }
-                }
-                MapOp::Map(new) => {
-                    maps = true;
-                    let below = mapped.range(..=new.last().0).next_back();
-                    assert!(below.is_none_or(|(_, below)| below.last() < new.iova), "something is mapped there");
-                    mapped.insert(new.iova.0, new);
-                }
-            }
-        }
-        Applied::default()
-    }
-}
-
 struct Silent;
 
 impl MsiSink for Silent {
@@ -221,6 +159,13 @@ impl AtsFunction for Tlb {
         if self.0 { Completion::Sent } else { Completion::Never }
     }
     fn respond(&self, _: PageResponse) {}
+}
+
+fn answer(unit: &Unit<Memory>, tlbs: &[Arc<Tlb>; 2]) {
+    for (number, tlb) in (2..).zip(tlbs) {
+        let tlb: Weak<Tlb> = Arc::downgrade(tlb);
+        unit.set_ats_function(function(number), tlb);
+    }
 }
 
 fn function(number: u64) -> Requester {
@@ -252,13 +197,21 @@ fn config(script: &mut Script<'_>) -> UnitConfig {
     }
 }
 
+/// What makes requests: functions without a PASID and with one.
+fn endpoints(unit: &Arc<Unit<Memory>>) -> Vec<Endpoint<Memory>> {
+    let streams = [(2, None), (2, Some(1)), (3, None), (3, Some(2)), (0, None)];
+    let endpoint =
+        |(of, pasid): (u64, Option<u32>)| unit.endpoint_of(Stream { requester: function(of), pasid: pasid.map(Pasid) });
+    streams.map(endpoint).into_iter().collect()
+}
+
 struct World {
     memory: Memory,
     config: UnitConfig,
     listener: Arc<Listener>,
     unit: Arc<Unit<Memory>>,
     endpoints: Vec<Endpoint<Memory>>,
-    _tlbs: [Arc<Tlb>; 2],
+    tlbs: [Arc<Tlb>; 2],
     /// Who was given another id, or the id of another.
     ids: BTreeMap<Requester, Option<SourceId>>,
     tail: u64,
@@ -287,19 +240,12 @@ impl World {
         let memory = Memory { inner, looked: Arc::default() };
         let listener = Arc::new(Listener::default());
         let unit = Unit::new(config, memory.clone(), listener.clone(), Arc::new(Silent)).unwrap();
-        let streams = [(2, None), (2, Some(1)), (3, None), (3, Some(2)), (0, None)];
-        let endpoint = |(of, pasid): (u64, Option<u32>)| {
-            unit.endpoint_of(Stream { requester: function(of), pasid: pasid.map(Pasid) })
-        };
-        let endpoints = streams.map(endpoint).into_iter().collect();
+        let endpoints = endpoints(&unit);
         let tlbs = [Arc::new(Tlb(true)), Arc::new(Tlb(false))];
-        for (number, tlb) in (2..).zip(&tlbs) {
-            let tlb: Weak<Tlb> = Arc::downgrade(tlb);
-            unit.set_ats_function(function(number), tlb);
-        }
+        answer(&unit, &tlbs);
         unit.add_requester(function(0)).unwrap();
         let ids = BTreeMap::new();
-        let mut world = Self { memory, config, listener, unit, endpoints, _tlbs: tlbs, ids, tail: 0, wide: false };
+        let mut world = Self { memory, config, listener, unit, endpoints, tlbs, ids, tail: 0, wide: false };
         if script.byte().is_multiple_of(2) {
             world.furnish(script);
         }
@@ -462,16 +408,22 @@ impl World {
         }
     }
 
-    /// A fresh unit that is given what this one saved is as this one.
-    fn restore(&self) {
-        let saved = self.unit.save();
-        let text = serde_json::to_string(&saved).unwrap();
+    /// A unit at power-on, with the same functions.
+    fn fresh(&self) -> (Arc<Unit<Memory>>, Arc<Listener>) {
         let listener = Arc::new(Listener::default());
         let unit = Unit::new(self.config, self.memory.clone(), listener.clone(), Arc::new(Silent)).unwrap();
         for (requester, _) in self.unit.attachments() {
             unit.add_requester(requester).unwrap();
         }
         self.ids.iter().for_each(|(name, id)| unit.renumber(&[(*name, *id)]));
+        (unit, listener)
+    }
+
+    /// A fresh unit that is given what this one saved is as this one.
+    fn restore(&self) {
+        let saved = self.unit.save();
+        let text = serde_json::to_string(&saved).unwrap();
+        let (unit, listener) = self.fresh();
         unit.restore(serde_json::from_str(&text).unwrap()).unwrap();
         let restored = State { spaces: Vec::new(), ..unit.save() };
         assert_eq!(restored, State { spaces: Vec::new(), ..saved });
@@ -566,18 +518,52 @@ fn joined(mappings: impl Iterator<Item = Mapping>) -> Vec<Mapping> {
     all
 }
 
+impl World {
+    /// A step, and what holds after it.
+    fn checked_step(&mut self, script: &mut Script<'_>, outcome: &mut Outcome) {
+        self.memory.looked.store(0, Ordering::Relaxed);
+        self.step(script, outcome);
+        let look_ups = self.memory.looked.load(Ordering::Relaxed);
+        assert!(look_ups <= LOOK_UPS, "{look_ups} look-ups in one step");
+        outcome.look_ups = outcome.look_ups.max(look_ups);
+        outcome.extents = outcome.extents.max(check(&self.unit, &self.listener));
+    }
+}
+
 /// Runs a script to its end.
 pub fn run(bytes: &[u8]) -> Outcome {
     let mut script = Script(bytes);
     let mut outcome = Outcome::default();
     let mut world = World::new(&mut script);
     while !script.0.is_empty() {
-        world.memory.looked.store(0, Ordering::Relaxed);
-        world.step(&mut script, &mut outcome);
-        let look_ups = world.memory.looked.load(Ordering::Relaxed);
-        assert!(look_ups <= LOOK_UPS, "{look_ups} look-ups in one step");
-        outcome.look_ups = outcome.look_ups.max(look_ups);
-        outcome.extents = outcome.extents.max(check(&world.unit, &world.listener));
+        world.checked_step(&mut script, &mut outcome);
+    }
+    world.restore();
+    outcome
+}
+
+/// A few steps, then a fresh unit is given what was saved, spoilt as the script says. It refuses that and is as it was,
+/// or it has taken it, and all holds for the rest of the script that holds of any unit.
+pub fn run_state(bytes: &[u8]) -> Outcome {
+    let mut script = Script(bytes);
+    let mut outcome = Outcome::default();
+    let mut world = World::new(&mut script);
+    for _ in 0..script.below(6) {
+        world.checked_step(&mut script, &mut outcome);
+    }
+    let text = spoilt::spoilt(&world.unit.save(), &mut script);
+    let (unit, listener) = world.fresh();
+    let before = unit.save();
+    match serde_json::from_str::<State>(&text).map(|state| unit.restore(state)) {
+        Ok(Ok(())) => outcome.restored += 1,
+        Ok(Err(_)) | Err(_) => assert_eq!(unit.save(), before, "what is refused changes nothing"),
+    }
+    check(&unit, &listener);
+    answer(&unit, &world.tlbs);
+    world.endpoints = endpoints(&unit);
+    (world.unit, world.listener) = (unit, listener);
+    while !script.0.is_empty() {
+        world.checked_step(&mut script, &mut outcome);
     }
     world.restore();
     outcome

@@ -14,6 +14,31 @@ proptest! {
     fn rule5_whatever_a_guest_does_is_survived_within_the_bounds(script in proptest::collection::vec(any::<u8>(), 0..1500)) {
         harness::run(&script);
     }
+
+    #[test]
+    fn rule5_whatever_a_state_says_it_is_refused_or_survived(script in proptest::collection::vec(any::<u8>(), 0..300)) {
+        harness::run_state(&script);
+    }
+}
+
+/// What a fuzzer found (`cargo xtask fuzz`), that each reaches something which the others do not: a script a line.
+const FOUND: [(&str, Run); 2] =
+    [(include_str!("corpus/unit.txt"), harness::run), (include_str!("corpus/state.txt"), harness::run_state)];
+
+type Run = fn(&[u8]) -> harness::Outcome;
+
+#[test]
+fn rule5_what_a_fuzzer_found_is_survived() {
+    for (scripts, run) in FOUND {
+        let mut restored = 0;
+        for line in scripts.lines() {
+            let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+            let script: Vec<u8> = line.as_bytes().chunks(2).map(byte).collect();
+            let result = std::panic::catch_unwind(|| run(&script));
+            restored += result.unwrap_or_else(|_| panic!("script {line}")).restored;
+        }
+        assert!(restored > 0);
+    }
 }
 
 /// A minute of other scripts with `CAUSEWAY_LONG=1`, and as many seconds as a larger number says.

@@ -10,7 +10,7 @@ use crate::crate_tests::cargo;
 use crate::pages;
 use crate::rust_files::rust_files;
 use crate::screenshots::LARGEST;
-use crate::test::CHECKS;
+use crate::test::check_names;
 use clap::Parser;
 use clap::error::ErrorKind;
 use commands::{Command, commands, documents};
@@ -119,7 +119,7 @@ fn cargo_refuses(words: &[String], packages: &BTreeMap<String, Package>) -> Opti
 fn names_of_tests(packages: &BTreeMap<String, Package>) -> Vec<String> {
     let (_, cases) = cases::load().unwrap();
     let mut names: Vec<String> = cases.iter().map(cases::Case::full_name).collect();
-    names.extend(CHECKS.iter().map(|check| check.name.to_owned()));
+    names.extend(check_names().map(str::to_owned));
     names.extend(pages::names());
     for package in ["vtd", "vfio-bridge", "devices", "vmm", "xtask"] {
         names.extend(packages[package].tests.iter().map(|test| format!("{package}::{test}")));
