@@ -305,7 +305,7 @@ impl Slot {
     fn power(&self, on: bool) {
         let mut state = self.state.lock().unwrap();
         if on {
-            self.world.decoder.forward(SID, &[(AT, AT + 0xfff)]);
+            self.world.decoder.forward(FUNCTION, &[(AT, AT + 0xfff)]);
             self.card.write().unwrap().answers = true;
         } else if state.powered {
             // No configuration request is under way from here on.
@@ -313,7 +313,7 @@ impl Slot {
             self.world.reset();
             // The unit hears that the id is nobody's.
             drop(self.world.slots.queue.lock().unwrap());
-            self.world.decoder.forward(SID, &[]);
+            self.world.decoder.forward(FUNCTION, &[]);
         }
         state.powered = on;
     }

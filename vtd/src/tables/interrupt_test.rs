@@ -86,7 +86,7 @@ fn through(remapping: Remapping, entry: Irte, requester: Requester) -> Result<Ms
             assert_eq!((fault.index, fault.requester), (5, requester));
             fault.reason.code()
         }
-        RemapError::NotAnInterrupt(_) => panic!("{error}"),
+        RemapError::NotAnInterrupt(_) | RemapError::NoUnit(_) => panic!("{error}"),
     })
 }
 

@@ -71,7 +71,7 @@ impl Posted {
     fn deliver(&self, handle: u16) -> Result<Option<Msi>, u8> {
         self.rig.unit.deliver(NVME, message(handle)).map_err(|error| match error {
             RemapError::Fault(fault) => fault.reason.code(),
-            RemapError::NotAnInterrupt(_) => panic!("{error}"),
+            RemapError::NotAnInterrupt(_) | RemapError::NoUnit(_) => panic!("{error}"),
         })
     }
 }
