@@ -153,7 +153,13 @@ pub fn command(args: &TestArgs) -> Result<u8> {
     }
     images::run(&suite, &reporter)?;
     if args.wants(crate_benches::CHECK) {
-        crate_benches::check(|| cache.clone().map_or_else(Cache::open, Ok), &reporter);
+        let named = args.only.as_ref().is_some_and(|only| only.as_str().contains("instructions"));
+        if args.long || named {
+            crate_benches::check(|| cache.clone().map_or_else(Cache::open, Ok), &reporter);
+        } else {
+            let reason = "building the benchmarks takes minutes: --long".to_owned();
+            reporter.add(crate_benches::CHECK, Outcome::Skipped(reason), None);
+        }
     }
     pages::run(|| cache.map_or_else(Cache::open, Ok), |name| args.wants(name), &reporter);
     if let Some(ahead) = ahead
