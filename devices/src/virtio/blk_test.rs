@@ -314,7 +314,8 @@ fn h4_a_request_that_takes_long_keeps_no_other_one() {
 
 #[test]
 fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
-    let stops: [(&str, fn(&Driver)); 3] = [
+    type Stop = fn(&Driver);
+    let stops: [(&str, Stop); 3] = [
         ("a reset by the driver", |driver| driver.write(0x14, 1, 0)),
         ("a reset of the function", |driver| driver.function.reset()),
         ("Bus Master", |driver| driver.function.config_write(4, &[2, 0])),
