@@ -153,8 +153,7 @@ pub fn command(args: &TestArgs) -> Result<u8> {
     }
     images::run(&suite, &reporter)?;
     if args.wants(crate_benches::CHECK) {
-        let named = args.only.as_ref().is_some_and(|only| only.as_str().contains("instructions"));
-        if args.long || named {
+        if args.long {
             crate_benches::check(|| cache.clone().map_or_else(Cache::open, Ok), &reporter);
         } else {
             let reason = "building the benchmarks takes minutes: --long".to_owned();
