@@ -162,11 +162,12 @@ impl Edu {
 
     /// Turns message-signalled interrupts on, with this message.
     pub fn set_message(&self, address: u64, data: u16) {
-        let (read, write): (&dyn Fn(u16) -> u32, &dyn Fn(u16, u32)) = match self.in_memory {
-            Some(config) => (&move |at| config.read(at), &move |at, value| config.write(at, value)),
-            None => (&|at| self.sid.read(at), &|at, value| self.sid.write(at, value)),
+        let read = |at| self.in_memory.map_or_else(|| self.sid.read(at), |config| config.read(at));
+        let write = |at, value| match self.in_memory {
+            Some(config) => config.write(at, value),
+            None => self.sid.write(at, value),
         };
-        let at = pci::capability(read, MSI).unwrap_or_else(|| panic!("the device has no MSI capability"));
+        let at = pci::capability(&read, MSI).unwrap_or_else(|| panic!("the device has no MSI capability"));
         write(at + 4, address as u32);
         write(at + 8, (address >> 32) as u32);
         write(at + 12, data.into());
