@@ -1,10 +1,12 @@
 //! The queue lock of a unit (rule 11). Whoever is called with it held, a listener or a sink, cannot call what waits for
-//! it: nobody else will give it back. Debug builds know which thread has it, and panic instead of waiting for ever;
-//! release builds do not look.
+//! it: nobody else will give it back. A guest that gives one command after the other keeps nobody away for longer than
+//! about a millisecond: whoever waits, another processor, an audit, a device that is plugged, is handed the lock then.
+//! Debug builds know which thread has it, and panic instead of waiting for ever; release builds do not look.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard};
+
+use parking_lot::{Mutex, MutexGuard};
 
 /// While it lives, this thread works for another one that has the queue lock of some unit, and waits for it: a listener
 /// that asks others before it returns. Debug builds panic when this thread calls what waits for a queue lock, as they
@@ -48,7 +50,7 @@ impl<T> QueueLock<T> {
     #[cfg_attr(debug_assertions, track_caller)]
     pub(crate) fn lock(&self) -> QueueGuard<'_, T> {
         self.assert_not_inside();
-        let inner = self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let inner = self.inner.lock();
         #[cfg(debug_assertions)]
         self.holder.set();
         QueueGuard {

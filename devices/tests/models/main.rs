@@ -1,8 +1,8 @@
 //! Models: whether the BARs of an assigned function are reached, the code itself (gates, decoder, bus), under loom,
 //! which tries every order of the threads with a bound on how often one is interrupted. Around it stand a host's
 //! function, which is touched by nobody while its memory is off, the slots of the guest's memory, and what another
-//! function's DMA is led to, which changes under the lock of a drain (B-10). A slot, in which the function loses its power
-//! and is taken out, has the locks of `devices::pci::RootPort` in its order.
+//! function's DMA is led to, which changes under the lock of a drain (B-10). A slot, in which the function loses its
+//! power and is taken out, has the locks of `devices::pci::RootPort` in its order.
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 

@@ -9,9 +9,10 @@
 //!  disabled  reads are all ones; nothing of what is written is ever seen
 //! ```
 //!
-//! A function in a slot is reached by its address: the kernel takes what it maps of a function from its users before the
-//! function goes, and then nobody would access what is not there. It goes by turns as the guest turns its power off, and
-//! as who looks after the machine takes it away, who is asked by a line `bar-hammer: N remove` or `bar-hammer: N add`.
+//! A function in a slot is reached by its address: the kernel takes what it maps of a function from its users before
+//! the function goes, and then nobody would access what is not there. It goes by turns as the guest turns its power
+//! off, and as who looks after the machine takes it away, who is asked by a line `bar-hammer: N remove` or
+//! `bar-hammer: N add`.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
