@@ -130,6 +130,8 @@ fn a13_functions_of_one_id_in_two_segments_have_bars_of_their_own() {
     // The bridge above the one says nothing of the other.
     decoder.forward(OTHER_A, &[]);
     assert_eq!((who(&bus, 0x10_0000), who(&bus, 0x20_0000)), (1, 0xff));
+    assert!(decoder.set(A, 0, Some((0x30_0000, 0x30_ffff)), &one));
+    assert!(decoder.set(A, 0, Some((0x10_0000, 0x10_ffff)), &one));
     decoder.forward(OTHER_A, &[(0, u64::MAX)]);
     // Both want one address: who waits has it when the other leaves.
     assert!(!decoder.set(OTHER_A, 0, Some((0x10_0000, 0x10_ffff)), &other));
