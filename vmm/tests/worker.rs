@@ -21,16 +21,13 @@ fn a6_an_invalidation_costs_no_exit_where_a_worker_serves_the_queue() {
         return;
     }
     const COUNT: u64 = 5000;
-    let loop_of = |step| invalidate(COUNT as u32, step, &[]);
-    for (unit, step, exits) in [
-        ("vtd", 1, COUNT),
-        ("vtd,worker=off", 2, COUNT),
-        ("vtd,worker=always", 1, WATCHED),
-        ("vtd,worker=always", 2, WATCHED),
-    ] {
-        let stats = run(unit, &[WAITS, QUEUE_ON, &loop_of(step)]);
+    // One descriptor a tail: each guest waits for its own. Of two, both say that they are done, and beside a thread the
+    // guest would go on at the first.
+    let invalidations = invalidate(COUNT as u32, 1, &[]);
+    for (unit, exits) in [("vtd", COUNT), ("vtd,worker=off", COUNT), ("vtd,worker=always", WATCHED)] {
+        let stats = run(unit, &[WAITS, QUEUE_ON, &invalidations]);
         // The tail that was 0 before the queue was on is one more.
-        assert_eq!(counts(&stats), [exits + 1, COUNT - exits, COUNT * u64::from(step)], "{unit}, by {step}");
+        assert_eq!(counts(&stats), [exits + 1, COUNT - exits, COUNT], "{unit}");
     }
 }
 
@@ -40,9 +37,9 @@ fn a6_a_worker_that_adapts_serves_each_invalidation_once() {
         return;
     }
     const COUNT: u64 = 20_000;
-    let stats = run("vtd,worker=on", &[WAITS, QUEUE_ON, &invalidate(COUNT as u32, 2, &[])]);
+    let stats = run("vtd,worker=on", &[WAITS, QUEUE_ON, &invalidate(COUNT as u32, 1, &[])]);
     let [exits, bells, waits] = counts(&stats);
-    assert_eq!((exits + bells, waits), (COUNT + 1, 2 * COUNT), "{exits} exits, {bells} bells");
+    assert_eq!((exits + bells, waits), (COUNT + 1, COUNT), "{exits} exits, {bells} bells");
 }
 
 #[test]

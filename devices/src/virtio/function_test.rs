@@ -336,6 +336,10 @@ proptest! {
                 driver.memory.write_obj(value, GuestAddress(place)).unwrap();
             }
         };
+        // Those that only have a length from the above, too.
+        for index in 0..u64::from(SIZE) {
+            driver.memory.write_obj(0x1_0000u64, GuestAddress(descriptors(0) + index * 16)).unwrap();
+        }
         put(&driver, &rings);
         driver.memory.write_obj(available, GuestAddress(super::super::rig::available(0) + 2)).unwrap();
         driver.kick(0);
