@@ -8,7 +8,7 @@ mod invalidations;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use invalidations::{QUEUE_ON, WAITS, has_kvm, invalidate, run};
+use invalidations::{QUEUE_ON, has_kvm, invalidate, queue, run};
 
 const COUNT: u32 = 100_000;
 const UNITS: [&str; 3] = ["vtd,worker=off", "vtd,worker=on", "vtd,worker=always"];
@@ -16,7 +16,7 @@ const UNITS: [&str; 3] = ["vtd,worker=off", "vtd,worker=on", "vtd,worker=always"
 /// Microseconds of an invalidation, and how many of a thousand were exits. What the machine takes beside them is not
 /// counted.
 fn one(unit: &str) -> (f64, u64) {
-    let of = |count: u32| run(unit, &[WAITS, QUEUE_ON, &invalidate(count, 2, &[])]);
+    let of = |count: u32| run(unit, &[queue(2), QUEUE_ON, &invalidate(count, 2, &[])]);
     let (few, many) = (of(COUNT / 10), of(COUNT));
     let ms = |stats: &serde_json::Value| stats["wall_ms"].as_f64().unwrap_or(f64::NAN);
     let exits = many["units"][0]["tail_writes"].as_u64().unwrap_or(0);

@@ -69,7 +69,7 @@ impl TestArgs {
 
 /// A check of the whole tree by one command.
 struct Check {
-    pub name: &'static str,
+    name: &'static str,
     arguments: &'static [&'static str],
     environment: Option<(&'static str, &'static str)>,
 }

@@ -11,7 +11,7 @@ use vmm_sys_util::tempdir::TempDir;
 /// `mov al, 0; out 0xf4, al`: the end.
 pub const END: &[u8] = &[0xb0, 0, 0xe6, 0xf4, 0xeb, 0xfe];
 /// A wait descriptor in each of 256 places of a queue at 8 MiB, which writes 1 at 9 MiB.
-pub const WAITS: &[u8] = &[
+const WAITS: &[u8] = &[
     0xbf, 0, 0, 0x80, 0, // mov edi, 0x800000
     0xb9, 0, 1, 0, 0, // mov ecx, 256
     0xc7, 0x07, 0x25, 0, 0, 0, // mov dword [edi], 0x25
@@ -21,6 +21,24 @@ pub const WAITS: &[u8] = &[
     0x83, 0xc7, 16, // add edi, 16
     0xe2, 0xe0, // loop
 ];
+/// The same in every other place, and an invalidation of the whole IOTLB before each.
+const INVALIDATIONS_AND_WAITS: &[u8] = &[
+    0xbf, 0, 0, 0x80, 0, // mov edi, 0x800000
+    0xb9, 128, 0, 0, 0, // mov ecx, 128
+    0xc7, 0x07, 0x12, 0, 0, 0, // mov dword [edi], 0x12
+    0xc7, 0x47, 0x10, 0x25, 0, 0, 0, // mov dword [edi + 16], 0x25
+    0xc7, 0x47, 0x14, 1, 0, 0, 0, // mov dword [edi + 20], 1
+    0xc7, 0x47, 0x18, 0, 0, 0x90, 0, // mov dword [edi + 24], 0x900000
+    0x83, 0xc7, 32, // add edi, 32
+    0xe2, 0xe0, // loop
+];
+
+/// Fills a queue for a guest whose tail goes on by so many descriptors, one or two, of which the last says that they are
+/// done: a guest that went on at one before would run round the queue.
+pub fn queue(step: u8) -> &'static [u8] {
+    if step == 1 { WAITS } else { INVALIDATIONS_AND_WAITS }
+}
+
 /// Turns the queue on, with the unit at `ebx`.
 pub const QUEUE_ON: &[u8] = &[
     0xbb, 0, 0, 0xd9, 0xfe, // mov ebx, 0xfed90000
