@@ -155,6 +155,9 @@ fn f3_card_goes_and_comes_under_accesses() {
                 1 => slot.port.hold_in_reset(false),
                 _ => slot.power(true, 0),
             }
+            let bar = slot.card.read(BAR0);
+            let is_reset = bar & !0xf == 0 || (from_outside && bar == u32::MAX);
+            check!(change % 3 == 0 || is_reset, "BAR 0 is {bar:#x} behind a bus that was reset or without power");
             slot.configure();
             let found = slot.is_back();
             check!(found != 0 || from_outside, "the card does not answer");
