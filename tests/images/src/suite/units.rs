@@ -5,7 +5,7 @@ use images::acpi;
 use images::edu::Edu;
 use images::memory::{load, page, pages, store};
 use images::pci::SourceId;
-use images::tables::READ_WRITE;
+use images::tables::{Domain, READ_WRITE};
 use images::vtd::offset::{GCMD, GSTS, IRTA, RTADDR};
 use images::vtd::{
     ENTRIES_GLOBAL, Fault, INTERRUPT_POINTER, INTERRUPT_REMAPPING, ROOT_POINTER, TRANSLATION, Unit, iotlb_domain,
@@ -128,16 +128,23 @@ fn a13_interrupts_are_remapped_by_the_unit_of_the_segment() {
     check_eq!(interrupts(VECTOR + 1), 1, "interrupts of segment 1");
 }
 
-fn a13_invalidations_of_one_segment_leave_the_other_alone() {
-    let memory = pages(2, 4096);
-    let [mut one, mut other] = segments();
-    let domains = [&one, &other].map(|world| world.domain(DOMAIN, world.levels()));
-    for (number, world) in [&mut one, &mut other].into_iter().enumerate() {
+/// `IOVA` of each, in a domain of one number, leads to the page of its number, which its function has reached.
+fn reaching(worlds: &mut [World; 2], memory: u64) -> [Domain; 2] {
+    let domains = worlds.each_ref().map(|world| world.domain(DOMAIN, world.levels()));
+    for (number, world) in worlds.iter_mut().enumerate() {
         domains[number].map(IOVA, memory + 4096 * number as u64, READ_WRITE);
         world.attach(world.edu.sid, &domains[number]);
         world.unit.command(TRANSLATION, true);
         world.reaches(IOVA, memory + 4096 * number as u64);
     }
+    domains
+}
+
+fn a13_invalidations_of_one_segment_leave_the_other_alone() {
+    let memory = pages(2, 4096);
+    let mut worlds = segments();
+    let domains = reaching(&mut worlds, memory);
+    let [mut one, mut other] = worlds;
     domains.iter().for_each(|domain| domain.clear(IOVA, 1));
     one.unit.invalidate(&[iotlb_domain(DOMAIN)]);
     one.not_mapped(IOVA, memory);
@@ -188,14 +195,9 @@ fn a13_faults_are_recorded_by_the_unit_of_the_function() {
 
 fn a13_invalidations_reach_one_unit() {
     let memory = pages(2, 4096);
-    let [mut one, mut other] = worlds();
-    let domains = [&one, &other].map(|world| world.domain(DOMAIN, world.levels()));
-    for (number, world) in [&mut one, &mut other].into_iter().enumerate() {
-        domains[number].map(IOVA, memory + 4096 * number as u64, READ_WRITE);
-        world.attach(world.edu.sid, &domains[number]);
-        world.unit.command(TRANSLATION, true);
-        world.reaches(IOVA, memory + 4096 * number as u64);
-    }
+    let mut worlds = worlds();
+    let domains = reaching(&mut worlds, memory);
+    let [mut one, mut other] = worlds;
     domains.iter().for_each(|domain| domain.clear(IOVA, 1));
     other.unit.invalidate(&[iotlb_pages(DOMAIN, IOVA, 0)]);
     other.not_mapped(IOVA, memory + 4096);
