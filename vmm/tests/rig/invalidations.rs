@@ -33,8 +33,8 @@ const INVALIDATIONS_AND_WAITS: &[u8] = &[
     0xe2, 0xe0, // loop
 ];
 
-/// Fills a queue for a guest whose tail goes on by so many descriptors, one or two, of which the last says that they are
-/// done: a guest that went on at one before would run round the queue.
+/// Fills a queue for a guest whose tail goes on by so many descriptors, one or two, of which the last says that they
+/// are done: a guest that went on at one before would run round the queue.
 pub fn queue(step: u8) -> &'static [u8] {
     if step == 1 { WAITS } else { INVALIDATIONS_AND_WAITS }
 }
