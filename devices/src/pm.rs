@@ -1,5 +1,6 @@
 //! ACPI fixed hardware: PM1 event and control, PM timer, GPE0 (ACPI specification 6.5, section 4.8.3 and 4.8.4).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use crate::host::{IrqLine, PowerControl};
 use crate::saved::{Saves, Unfit, decode, encode, fits};
 
 const STATUS_POWER_BUTTON: u16 = 1 << 8;
+const STATUS_RTC: u16 = 1 << 10;
 /// Timer, global lock, power button, sleep button, RTC, wake.
 const STATUS_BITS: u16 = 0x8721;
 const ENABLE_BITS: u16 = 0x0721;
@@ -64,6 +66,12 @@ impl PmBlock {
         self.update_sci(&state);
     }
 
+    /// The interrupt line of the clock on its way to `line`: each time it rises, RTC_STS is set, so that an alarm wakes a
+    /// guest that sleeps (4.8.3.1.1).
+    pub fn clock_line(self: &Arc<Self>, line: Arc<dyn IrqLine>) -> Arc<dyn IrqLine> {
+        Arc::new(ClockLine { power: self.clone(), line, high: AtomicBool::new(false) })
+    }
+
     /// Back to power-on. The timer goes on.
     pub fn reset(&self) {
         let mut state = self.state.lock().unwrap();
@@ -93,6 +101,23 @@ impl PmBlock {
         image[16..20].copy_from_slice(&state.gpe_status.to_le_bytes());
         image[20..24].copy_from_slice(&state.gpe_enable.to_le_bytes());
         image
+    }
+}
+
+struct ClockLine {
+    power: Arc<PmBlock>,
+    line: Arc<dyn IrqLine>,
+    high: AtomicBool,
+}
+
+impl IrqLine for ClockLine {
+    fn set_level(&self, high: bool) {
+        self.line.set_level(high);
+        if !self.high.swap(high, Ordering::Relaxed) && high {
+            let mut state = self.power.state.lock().unwrap();
+            state.status |= STATUS_RTC;
+            self.power.update_sci(&state);
+        }
     }
 }
 
@@ -164,8 +189,6 @@ impl BusDevice for PmBlock {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
-
     use super::*;
     use crate::testing::{FakeLine, FakePower};
 
@@ -261,6 +284,27 @@ mod tests {
         block.press_power_button();
         assert!(line.is_high(), "at once");
         assert_eq!(read32(&block, PmBlock::EVENT), u32::from(STATUS_POWER_BUTTON) * 0x1_0001);
+    }
+
+    #[test]
+    fn pm_an_alarm_of_the_clock_is_an_event_once_and_an_interrupt_of_its_own() {
+        let [sci, pin] = [(); 2].map(|()| Arc::new(FakeLine::default()));
+        let block = Arc::new(PmBlock::new(Arc::new(FakePower::default()), Some(sci.clone())));
+        let clock = block.clock_line(pin.clone());
+        write16(&block, PmBlock::EVENT + 2, STATUS_RTC);
+        clock.set_level(true);
+        assert!(sci.is_high() && pin.is_high());
+        write16(&block, PmBlock::EVENT, STATUS_RTC);
+        assert!(!sci.is_high());
+        // As long as the guest has not read the clock's flags.
+        clock.set_level(true);
+        assert!(!sci.is_high());
+        clock.set_level(false);
+        assert!(!sci.is_high() && !pin.is_high());
+        write16(&block, PmBlock::EVENT + 2, 0);
+        clock.set_level(true);
+        assert!(!sci.is_high(), "not enabled");
+        assert_eq!(read32(&block, PmBlock::EVENT), u32::from(STATUS_RTC));
     }
 
     #[test]

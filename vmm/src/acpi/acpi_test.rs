@@ -119,10 +119,10 @@ fn the_fadt_says_that_there_is_a_clock_with_a_century() {
 }
 
 #[test]
-fn the_fadt_says_that_the_power_button_is_fixed_hardware_and_that_there_is_no_sleep_button() {
+fn the_fadt_says_that_power_button_and_alarm_are_fixed_hardware_and_that_there_is_no_sleep_button() {
     let tables = find(&Description { cpus: 1, windows: &windows(None), root_ports: 0, last_bus: 0, remapping: None });
     let flags = u32_at(&tables["FACP"], 112);
-    assert_eq!((flags >> 4 & 1, flags >> 5 & 1), (0, 1));
+    assert_eq!((flags >> 4 & 1, flags >> 5 & 1, flags >> 6 & 1), (0, 1, 0));
     // A device of the namespace would be a second one.
     assert!(!tables["DSDT"].windows(4).any(|id| id == [0x41, 0xd0, 0x0c, 0x0c]), "PNP0C0C");
 }

@@ -98,9 +98,8 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // No sleep button or clock of the fixed kind; the power button is of that kind, so its flag is off.
+        // No sleep button of the fixed kind; the power button and the clock's alarm are of that kind: their flags are off.
         .flag(Flags::SlpButton)
-        .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);
     table.dsdt = (dsdt as u32).into();

@@ -7,6 +7,7 @@ use devices::ioapic::IoApic;
 use devices::legacy::I8042;
 use devices::pic::Pic;
 use devices::pit::{Pit, SystemPort};
+use devices::pm::PmBlock;
 use devices::rtc::Rtc;
 use devices::saved::Saves;
 use devices::timers::{Alarm, HostClock, Timed, Timers};
@@ -24,11 +25,12 @@ pub struct Legacy {
 }
 
 impl Legacy {
-    /// Puts them on the port bus. Their lines are pins of `ioapic`, which the ACPI tables name.
-    pub fn add(ports: &Bus, ioapic: &Arc<IoApic>, control: &Arc<Control>) -> Result<Self, Error> {
+    /// Puts them on the port bus. Their lines are pins of `ioapic`, which the ACPI tables name; the clock's is an event of
+    /// `power`, too.
+    pub fn add(ports: &Bus, ioapic: &Arc<IoApic>, power: &Arc<PmBlock>, control: &Arc<Control>) -> Result<Self, Error> {
         let (clock, alarm) = (Arc::new(HostClock::new()), Arc::new(Alarm::default()));
         let pit = Pit::new(clock.clone(), alarm.clone(), ioapic.line(Pit::GSI));
-        let rtc = Rtc::new(clock.clone(), alarm.clone(), ioapic.line(Rtc::GSI));
+        let rtc = Rtc::new(clock.clone(), alarm.clone(), power.clock_line(ioapic.line(Rtc::GSI)));
         let pics = [Arc::new(Pic::new()), Arc::new(Pic::new())];
         let keyboard = I8042::new(control.clone(), SystemPort::new(pit.clone()));
         let [master, slave] = pics.clone();

@@ -243,7 +243,7 @@ impl Platform {
         pio.insert(ConfigPorts::FIRST, ConfigPorts::LAST, config.clone())?;
         insert(&pio, layout::PM_BLOCK.into(), PmBlock::LEN, power.clone())?;
         pio.insert(SerialPort::FIRST, SerialPort::LAST, serial.clone())?;
-        let legacy = Legacy::add(&pio, &ioapic, control)?;
+        let legacy = Legacy::add(&pio, &ioapic, &power, control)?;
         let segments = Arc::new(Segments::new(root, numbers, &mmio)?);
         Ok(Self { pio, mmio, segments, ioapic, serial, power, config, legacy, tests: None })
     }
