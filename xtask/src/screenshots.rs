@@ -62,10 +62,10 @@ pub fn command(args: &ScreenshotsArgs) -> Result<u8> {
 
 /// The image, built.
 fn tour() -> Result<PathBuf> {
-    let arguments = ["build", "--quiet", "--package", "images", "--bin", "tour"];
+    let arguments = ["build", "--quiet", "--release", "--package", "images", "--bin", "tour"];
     let result = cargo().args(arguments).stderr(Stdio::inherit()).output().context("cannot run cargo build")?;
     ensure!(result.status.success(), "the image does not build");
-    Ok(crate::cache::target().join("debug/tour"))
+    Ok(crate::cache::target().join("release/tour"))
 }
 
 /// Runs the image for so many seconds, or, without `whole`, until there is something to see, and makes both pictures.

@@ -23,6 +23,7 @@ use cli::{Cli, Command};
 
 /// Does what the command line says. Gives back the exit code.
 pub fn main() -> ExitCode {
+    end_at_panics();
     if std::env::args_os().len() <= 1 {
         return match Cli::command().print_help() {
             Ok(()) => ExitCode::SUCCESS,
@@ -36,4 +37,13 @@ pub fn main() -> ExitCode {
         Command::Device(args) => device::run(&args),
         Command::Report(args) => report::run(&args),
     }
+}
+
+/// A panic in any thread ends the process, in every profile: a machine without one of its threads is none.
+fn end_at_panics() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        say(info);
+        std::process::abort();
+    }));
 }
