@@ -47,3 +47,25 @@ fn end_at_panics() {
         std::process::abort();
     }));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn a_panic_in_any_thread_ends_the_process() {
+        const CHILD: &str = "CAUSEWAY_TEST_PANICS";
+        if std::env::var_os(CHILD).is_some() {
+            end_at_panics();
+            // Without the hook this thread goes on, and the process ends well.
+            let _ = std::thread::spawn(|| panic!("as the test asks")).join();
+            return;
+        }
+        let name = "commands::tests::a_panic_in_any_thread_ends_the_process";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = child.args(["--exact", name]).env(CHILD, "1").output().unwrap();
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
+    }
+}
