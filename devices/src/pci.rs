@@ -10,6 +10,8 @@ pub mod host_bridge;
 pub mod pcie_pci_bridge;
 pub mod root;
 pub mod root_port;
+#[cfg(test)]
+mod root_port_test;
 
 use crate::saved::Saves;
 

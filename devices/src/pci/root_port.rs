@@ -16,20 +16,24 @@
 //! for the queue of the unit: nothing that a drain calls may take it. `card` comes after it; an access of the card's
 //! configuration space holds it shared, so that who takes the card away waits for it.
 
+// By their places: the models (`tests/models`) compile this file, too.
+#[path = "root_port/saving.rs"]
 mod saving;
+#[path = "root_port/slot.rs"]
 mod slot;
 
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::Arc;
 
 use vtd::{Msi, Requester, SourceId};
 
 use self::slot::{BUTTON, LINK_CHANGED, PRESENCE, SlotRegisters};
-use super::bridge::power::Power;
-use super::bridge::{Bridge, Path, header};
-use super::config::{CAP_MSI, COMMAND_MASTER};
-use super::{ConfigSpace, Decoder, Identity, PciFunction};
 use crate::host::{Interrupts, SlotPower, SourceIds};
+use crate::pci::bridge::power::Power;
+use crate::pci::bridge::{Bridge, Path, header};
+use crate::pci::config::{CAP_MSI, COMMAND_MASTER};
+use crate::pci::{ConfigSpace, Decoder, Identity, PciFunction};
 use crate::saved::Saves;
+use crate::sync::{Mutex, MutexGuard, RwLock};
 
 /// Where extended capabilities begin.
 const EXTENDED: u16 = 0x100;
@@ -401,7 +405,3 @@ impl Bridge for RootPort {
         self.function_below().map(|function| (self.name_below().sid, function)).into_iter().collect()
     }
 }
-
-#[cfg(test)]
-#[path = "root_port_test.rs"]
-mod root_port_test;

@@ -1,26 +1,31 @@
-//! Models: whether the BARs of an assigned function are reached, the code itself (gates, decoder, bus), under loom,
-//! which tries every order of the threads with a bound on how often one is interrupted. Around it stand a host's
-//! function, which is touched by nobody while its memory is off, the slots of the guest's memory, and what another
-//! function's DMA is led to, which changes under the lock of a drain (B-10). A slot, in which the function loses its
-//! power and is taken out, has the locks of `devices::pci::RootPort` in its order.
+//! Models: whether the BARs of an assigned function are reached, the code itself (gates, decoder, bus, and the root
+//! port in whose slot it loses its power and is taken out), under loom, which tries every order of the threads with a
+//! bound on how often one is interrupted. Around it stand a host's function, which is touched by nobody while its
+//! memory is off, the slots of the guest's memory, and what another function's DMA is led to, which changes under the
+//! lock of a drain (B-10), as does the id that the port gives the function.
 // The code of the crate is compiled once more, and not all of it is used here.
 #![allow(dead_code)]
 
 #[path = "../../src/bus.rs"]
 mod bus;
 mod host {
-    pub(crate) use devices::host::{Doorbells, HostWindow, MemorySlots, SlotId};
+    pub(crate) use devices::host::{
+        Doorbells, HostWindow, Interrupts, IrqRoute, MemorySlots, SlotId, SlotPower, SourceIds,
+    };
 }
 #[path = "../../src/pci/decode.rs"]
 mod decode;
 mod pci {
-    pub(crate) mod config {
-        pub(crate) use devices::pci::config::{COMMAND_IO, COMMAND_MEMORY};
-    }
     pub(crate) use crate::decode::{BarTarget, Decoder};
+    pub(crate) use devices::pci::{ConfigSpace, Identity, PciFunction, bridge, config};
 }
 #[path = "../../src/vfio_pci/reach.rs"]
 mod reach;
+#[path = "../../src/pci/root_port.rs"]
+mod root_port;
+mod saved {
+    pub(crate) use devices::saved::{Saves, Unfit, decode, encode, fits, hex};
+}
 mod sync;
 
 use std::fs::File;
@@ -29,15 +34,18 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bus::{Bus, BusDevice};
-use host::{HostWindow, MemorySlots, SlotId};
+use devices::pci::Bridge;
+use host::{HostWindow, Interrupts, IrqRoute, MemorySlots, SlotId, SourceIds};
 use loom::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use loom::thread;
-use pci::{BarTarget, Decoder};
+use pci::config::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY};
+use pci::{BarTarget, Decoder, PciFunction};
 use reach::{BARS, Decoded, Enables, Gates, Places, Reach, Space};
-use sync::{Mutex, RwLock};
+use root_port::{RootPort, RootPortWiring};
+use sync::Mutex;
 use vfio_bridge::{Function, GroupId, IrqKind, RegionInfo, RegionKind, ResetScope, ResetWay};
 use vmm_sys_util::eventfd::EventFd;
-use vtd::{Requester, SourceId};
+use vtd::{Msi, Requester, SourceId};
 
 /// Tries every order with at most `preemptions` of them, which is what finds faults soonest.
 fn model(preemptions: usize, run: impl Fn() + Sync + Send + 'static) {
@@ -180,7 +188,8 @@ impl BusDevice for Trapped {
     }
 }
 
-const FUNCTION: Requester = Requester { segment: 0, sid: SourceId::new(0, 5, 0) };
+/// Behind a root port, where there is one.
+const FUNCTION: Requester = Requester { segment: 0, sid: SourceId::new(1, 0, 0) };
 const ON: Enables = Enables { memory: true, io: false };
 const OFF: Enables = Enables { memory: false, io: false };
 const AT: u64 = 0x10_0000;
@@ -279,51 +288,82 @@ impl World {
     }
 }
 
-/// A root port's slot, with the function in it.
-struct Slot {
-    world: Arc<World>,
-    state: Mutex<SlotState>,
-    card: RwLock<Card>,
+/// The function, as the root port has it: a write of its command register also places its BAR, which a reset forgot.
+struct InSlot(Arc<World>);
+
+impl PciFunction for InSlot {
+    fn config_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn config_write(&self, _: u16, data: &[u8]) {
+        self.0.write_command(if data[0] & COMMAND_MEMORY as u8 != 0 { ON } else { OFF }, AT);
+    }
+    fn reset(&self) {
+        self.0.reset();
+    }
 }
 
-struct SlotState {
-    powered: bool,
+/// The unit hears of ids in its queue.
+struct Ids(Arc<World>);
+
+impl SourceIds for Ids {
+    fn renumbered(&self, _: Requester, _: Option<SourceId>) {
+        drop(self.0.slots.queue.lock().unwrap());
+    }
 }
 
-/// What is in it: configuration requests reach it.
-struct Card {
-    answers: bool,
+struct NoInterrupts;
+
+impl Interrupts for NoInterrupts {
+    fn signal(&self, _: Requester, _: Msi) {}
+    fn route(&self, _: Requester) -> io::Result<Arc<dyn IrqRoute>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn set_routes(&self, _: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {}
 }
+
+/// A root port, with the function in its slot.
+struct Slot(Arc<RootPort>);
+
+const SLOT_CONTROL: u16 = 0x50 + 0x18;
+const POWER_OFF: u16 = 1 << 10;
 
 impl Slot {
     fn new(world: &Arc<World>) -> Arc<Self> {
-        let (state, card) = (Mutex::new(SlotState { powered: true }), RwLock::new(Card { answers: true }));
-        Arc::new(Self { world: world.clone(), state, card })
+        let port = RootPort::new(RootPortWiring {
+            requester: Requester { sid: SourceId::new(0, 0x10, 0), ..FUNCTION },
+            number: 1,
+            bus: FUNCTION.sid.bus(),
+            decoder: world.decoder.clone(),
+            port_decoder: Arc::new(Decoder::new(Arc::default())),
+            interrupts: Arc::new(NoInterrupts),
+            ids: Some(Arc::new(Ids(world.clone()))),
+            power: None,
+        });
+        port.reserve().expect("an empty slot");
+        port.fill(Arc::new(InSlot(world.clone())));
+        // Bus numbers, all memory from AT on, and Memory Enable.
+        port.config_write(0x18, &[0, FUNCTION.sid.bus(), FUNCTION.sid.bus()]);
+        port.config_write(0x20, &[0x10, 0, 0x10, 0]);
+        port.config_write(COMMAND, &(COMMAND_MEMORY | COMMAND_MASTER).to_le_bytes());
+        world.write_command(ON, AT);
+        Arc::new(Self(port))
     }
 
-    /// A write of the slot's power, or the end of the function's process.
+    /// A write of the slot's power.
     fn power(&self, on: bool) {
-        let mut state = self.state.lock().unwrap();
-        if on {
-            self.world.decoder.forward(FUNCTION, &[(AT, AT + 0xfff)]);
-            self.card.write().unwrap().answers = true;
-        } else if state.powered {
-            // No configuration request is under way from here on.
-            self.card.write().unwrap().answers = false;
-            self.world.reset();
-            // The unit hears that the id is nobody's.
-            drop(self.world.slots.queue.lock().unwrap());
-            self.world.decoder.forward(FUNCTION, &[]);
-        }
-        state.powered = on;
+        self.0.config_write(SLOT_CONTROL, &if on { 0 } else { POWER_OFF }.to_le_bytes());
     }
 
-    /// A vCPU's write of the command register, and of the BAR that a reset forgot.
+    /// The end of the function's process.
+    fn surprise(&self) {
+        self.0.take_by_surprise();
+    }
+
+    /// A vCPU's write of the command register.
     fn write_command(&self, enables: Enables) {
-        let card = self.card.read().unwrap();
-        if card.answers {
-            self.world.write_command(enables, AT);
-        }
+        let command = if enables.memory { COMMAND_MEMORY } else { 0 };
+        self.0.with_below(FUNCTION.sid, &mut |function| function.config_write(COMMAND, &command.to_le_bytes()));
     }
 }
 
@@ -489,7 +529,7 @@ fn f3_the_process_of_a_function_ends_as_its_slot_loses_power() {
         let slot = Slot::new(&world);
         let other = world.spawn({
             let slot = slot.clone();
-            move |_| slot.power(false)
+            move |_| slot.surprise()
         });
         let vcpu = world.spawn(|world| world.late_access());
         slot.power(false);

@@ -99,6 +99,7 @@ impl<G: DerefMut> DerefMut for Guard<G> {
 
 type Taken<G> = Result<Guard<G>, Infallible>;
 
+pub(crate) type MutexGuard<'a, T> = Guard<loom::sync::MutexGuard<'a, T>>;
 pub(crate) type RwLockReadGuard<'a, T> = Guard<loom::sync::RwLockReadGuard<'a, T>>;
 
 pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
