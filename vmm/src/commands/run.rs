@@ -401,6 +401,9 @@ impl Run<'_> {
                 more = socket.serve(&mut |request| verbs.serve(request, machine, &mut last_audit));
             }
             machine.take_what_left();
+            if let Err(why) = machine.give_back() {
+                self.control.request(Stop::Error(why));
+            }
             self.watch_functions(machine, events, watched);
             if report.swap(false, Ordering::Relaxed) {
                 let audit = machine.audit(trace);

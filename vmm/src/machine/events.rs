@@ -131,17 +131,17 @@ impl MutEventSubscriber for FunctionEvents {
         if Self::is(self.function.intx_event(), events.fd()) {
             return self.function.intx_fired();
         }
-        // The others are said once: they end the run.
+        // It only wakes: `Machine::give_back` reads it.
+        if Self::is(self.function.request_event(), events.fd()) {
+            return;
+        }
+        // An error is said once: it ends the run.
         let _ = ops.remove(Events::empty_raw(events.fd()));
-        let what = if Self::is(self.function.request_event(), events.fd()) {
-            "the host wants the device back, so the guest ends"
-        } else {
-            // What it does after that is not to be trusted, until the end of the run, either.
-            if let Err(e) = self.function.quarantine() {
-                log::error!("{}: it could not be stopped: {e}", self.id);
-            }
-            "the device reported an error that it cannot correct"
-        };
+        // What it does after that is not to be trusted, until the end of the run, either.
+        if let Err(e) = self.function.quarantine() {
+            log::error!("{}: it could not be stopped: {e}", self.id);
+        }
+        let what = "the device reported an error that it cannot correct";
         self.control.request(Stop::Error(format!("{}: {what}", self.id)));
     }
 }

@@ -1,13 +1,14 @@
 //! Devices that come and go while the machine runs, behind root ports (F-6).
 //!
 //! A device that is to go is asked of the guest, by the attention button; it is taken away when the guest took its
-//! power, at the next reset, or by surprise when the process that emulates it is gone. Whatever is refused changes
-//! nothing.
+//! power, at the next reset, or by surprise when the process that emulates it is gone. So does a function of the host
+//! that the host wants back; by surprise, when it asks again. Whatever is refused changes nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use devices::pci::{PciFunction, RootPort};
+use devices::vfio_pci::VfioPci;
 use vfio_bridge::Function;
 use vtd::Requester;
 
@@ -183,6 +184,37 @@ impl Machine {
             }
             machine.ports.asked(port.number()).and_then(|_| port.take_if_off())
         });
+    }
+
+    /// Lets go of the functions that the host wants back (VFIO's request interrupt, which it repeats every ten seconds
+    /// until it has them). The guest is asked for what is behind a root port, and when the host asks again, that is
+    /// taken from it.
+    ///
+    /// # Errors
+    /// One of them stays as long as the machine does: a sentence that says so.
+    pub fn give_back(&mut self) -> Result<(), String> {
+        let is_wanted = |function: &VfioPci| function.request_event().is_some_and(|event| event.read().is_ok());
+        let assigned = self.plug.assigned.iter();
+        let wanted: Vec<_> = assigned.filter(|(_, function)| is_wanted(function)).map(|(id, _)| id.clone()).collect();
+        wanted.iter().try_for_each(|id| self.give_one_back(id))
+    }
+
+    fn give_one_back(&mut self, id: &str) -> Result<(), String> {
+        let placed = self.placed.iter().find(|placed| placed.id == id);
+        let goes = placed.filter(|placed| self.bridge.sharing(placed.requester) <= 1).and_then(|placed| placed.port);
+        let Some(number) = goes else {
+            return Err(format!("{id}: the host wants the device back, so the guest ends"));
+        };
+        if self.ports.is_wanted_again(number) {
+            log::warn!("{id}: the host wants the device back, and the guest did not let go of it: it is taken away");
+            self.take(|_, placed, port| if placed.id == id { port.take_by_surprise() } else { None });
+            return Ok(());
+        }
+        match self.remove(id) {
+            Ok(_) => log::warn!("{id}: the host wants the device back: the guest is asked for it"),
+            Err(why) => log::warn!("{id}: the host wants the device back: {why}"),
+        }
+        Ok(())
     }
 
     /// Takes away what the guest was asked for, while no vCPU runs: its guest will not answer any more.

@@ -1,6 +1,6 @@
 //! The root ports of a machine, and what is known of their slots.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ pub(super) struct Ports {
     asked: BTreeMap<u8, Instant>,
     /// When what is in a slot came, if it was not there from the start.
     came: BTreeMap<u8, Instant>,
+    /// The slots with a function that the host wants back.
+    wanted: BTreeSet<u8>,
 }
 
 impl Ports {
@@ -63,7 +65,7 @@ impl Ports {
             Ok(port)
         };
         let ports = (1..).zip(buses).map(port).collect::<Result<_, Error>>()?;
-        Ok(Self { ports, event, asked: BTreeMap::new(), came: BTreeMap::new() })
+        Ok(Self { ports, event, asked: BTreeMap::new(), came: BTreeMap::new(), wanted: BTreeSet::new() })
     }
 
     /// The port of this number.
@@ -102,6 +104,11 @@ impl Ports {
         self.asked.insert(number, Instant::now());
     }
 
+    /// The host wants what is in the slot back. Whether it did so before.
+    pub fn is_wanted_again(&mut self, number: u8) -> bool {
+        !self.wanted.insert(number)
+    }
+
     /// A device comes into the slot.
     pub fn came(&mut self, number: u8) {
         self.came.insert(number, Instant::now());
@@ -117,6 +124,7 @@ impl Ports {
         if let Some(number) = number {
             self.asked.remove(&number);
             self.came.remove(&number);
+            self.wanted.remove(&number);
         }
     }
 
