@@ -19,7 +19,7 @@ use std::sync::Mutex;
 
 #[derive(Debug, Args)]
 pub struct MutateArgs {
-    /// Only the mutations of these crates: vtd, vfio-bridge, devices
+    /// Only the mutations of these crates: vtd, vfio-bridge, devices, vmm
     #[arg(value_name = "CRATE")]
     crates: Vec<String>,
     /// Runs the suite of test images too, on this machine's KVM

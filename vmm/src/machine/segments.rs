@@ -90,3 +90,7 @@ impl Segments {
         self.all().zip(windows).for_each(|(root, windows)| bars::assign(root, windows));
     }
 }
+
+#[cfg(test)]
+#[path = "segments_test.rs"]
+mod segments_test;

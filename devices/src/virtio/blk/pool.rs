@@ -180,6 +180,8 @@ mod tests {
             results.sort_unstable();
             assert_eq!(results, (0..MOST).map(|job| job * 10).collect::<Vec<_>>());
             assert!(pool.has_room() && !pool.is_busy());
+            // Who waits for the next result waits.
+            assert!(pool.shared.ended.read().is_err());
             assert_eq!(pool.threads.len(), MOST);
             assert_eq!(ended.load(Ordering::SeqCst), round * MOST);
         }
