@@ -30,8 +30,9 @@ sound() {
     expect "faults of the unit" "$(grep -o '"faults": *{[^}]*}' "$1.json" | tr -d ' ')" '"faults":{}'
 }
 
-# reboots NUMBER: one VM whose guest resets itself that often, each time with DMA of all three functions under way, and does its work
-# each time it is up. Every other time Linux shuts its drivers down first, else it just resets the machine.
+# reboots NUMBER [from-outside]: one VM that is reset that often, each time with DMA of all three functions under way, and whose guest does its
+# work each time it is up. Every other time Linux shuts its drivers down first, else it just resets the machine. Or all resets come from outside,
+# by the control socket, each after an audit.
 reboots() {
     bind-vfio "$NVME" "$EDU" "$E1000E" || fail "binding"
     igb_up
@@ -63,13 +64,22 @@ GUEST
         while [ $number -le "$1" ]; do
             wait_until 60 ready $((number + 1)) || exit 1
             number=$((number + 1))
-            case $((number > $1 ? 2 : number % 2)) in 0) echo reboot ;; 1) echo reset ;; 2) echo off ;; esac
+            case $((number > $1 ? 2 : number % 2))${2:-} in
+            0) echo reboot ;;
+            1) echo reset ;;
+            2*) echo off ;;
+            ?from-outside)
+                causeway ctl control audit | grep -q '"differences":\[\]' && causeway ctl control reset >/dev/null && continue
+                causeway ctl control quit
+                exit 1
+                ;;
+            esac
         done
     } >answers &
     mark
     count_host_operations
     # shellcheck disable=SC2046
-    INPUT=answers run life "intel_iommu=on" $(three_functions) --cpus 2
+    INPUT=answers run life "intel_iommu=on" $(three_functions) --cpus 2 --socket control
     expect "checksums of $(($1 + 1)) boots" "$(lines life 'sha256 ' | sort | uniq -c | awk '{ print $1, $2 }')" "$(($1 + 1)) $DISK_SHA256"
     expect "MSIs of edu" "$(lines life 'msi: ' | grep -c arrived)" $((2 * ($1 + 1)))
     expect "guest_resets" "$(field life.json guest_resets)" "$1"
