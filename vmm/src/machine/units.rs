@@ -308,9 +308,11 @@ mod tests {
         };
         let at = |segment, device| RootSlot { segment, slot: slot(device) };
         let named = [UnitPart::Function(at(1, 2))];
-        let further = [(1, 1, &named[..]), (2, 4, &[]), (3, 1, &[])];
+        // Names have bus 2 behind port 2.
+        let behind_port = [UnitPart::Port(2)];
+        let further = [(1, 1, &named[..]), (2, 4, &[]), (3, 1, &[]), (4, 0, &behind_port)];
         let further = further.map(|(id, segment, parts)| MadeUnit { unit: unit(id, segment), parts });
-        let units = Units::new(unit(0, 0), further.into(), &BusNumbers::default(), &[]);
+        let units = Units::new(unit(0, 0), further.into(), &BusNumbers::new(2, &[], &[]), &[]);
         let number = |segment, device| units.of(at(segment, device).requester()).map(|unit| unit.config().id.0);
         // The same id in each segment.
         assert_eq!([0, 1, 4].map(|segment| number(segment, 2)), [Some(0), Some(1), Some(2)]);
@@ -320,6 +322,8 @@ mod tests {
             let of = units.of(Requester { segment, sid: SourceId::new(9, 1, 0) }).unwrap();
             assert_eq!(of.config().segment, segment, "of another bus");
         }
+        let of_bus = |segment| units.of(Requester { segment, sid: SourceId::new(2, 0, 0) }).unwrap().config().id.0;
+        assert_eq!([0, 1, 4].map(of_bus), [4, 3, 2]);
         // What a function in no unit's segment sends goes nowhere.
         let nobody = at(2, 2).requester();
         let msi = Msi { address: 0xfee0_0000, data: 0x31 };
@@ -327,7 +331,7 @@ mod tests {
         assert_eq!(units.remap(nobody, msi), Err(RemapError::NoUnit(2)));
         let described = units.describe();
         let seen: Vec<_> = described.iter().map(|it| (it.segment, it.include_all, it.scopes.len())).collect();
-        assert_eq!(seen, [(0, true, 1), (1, false, 1), (4, true, 0), (1, true, 0)]);
+        assert_eq!(seen, [(0, true, 1), (1, false, 1), (4, true, 0), (1, true, 0), (0, false, 1)]);
     }
 
     #[test]
