@@ -347,6 +347,44 @@ fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
 }
 
 #[test]
+fn h3_a_hold_waits_for_all_that_is_under_way_and_what_is_saved_goes_on_elsewhere() {
+    let disk = Memory::new(DISK, false);
+    let mut driver = disk.driver();
+    disk.shut(&[512, 1024]);
+    begin(&mut driver, 0, IN, 1);
+    begin(&mut driver, 1, IN, 2);
+    disk.begun(2);
+    std::thread::scope(|scope| {
+        let holding = scope.spawn(|| driver.function.saves().unwrap().hold());
+        for left in [&[512][..], &[]] {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            assert!(!holding.is_finished());
+            disk.shut(left);
+        }
+        holding.join().unwrap().unwrap();
+    });
+    // Both are whole, and given back, before anything is saved.
+    assert_eq!([0, 1].map(|slot| status_of(&driver, slot, IN)), [OK; 2]);
+    // What comes now is not begun here, but where the state goes.
+    begin(&mut driver, 2, IN, 3);
+    let state = driver.function.saves().unwrap().save();
+    let other = Memory::new(DISK, false);
+    let mut goes_on = Driver::find(Blk::new(other.clone()).unwrap());
+    *other.guest.lock().unwrap() = Some(goes_on.memory.clone());
+    goes_on.share(&driver);
+    goes_on.function.saves().unwrap().hold().unwrap();
+    goes_on.function.saves().unwrap().restore(&state).unwrap();
+    goes_on.function.saves().unwrap().go_on();
+    let mut heads = [goes_on.take(0), goes_on.take(0), goes_on.take(0)];
+    heads.sort_unstable();
+    assert_eq!(heads, [(0, 513), (2, 513), (4, 513)]);
+    let read = goes_on.bytes(BUFFERS + 0x2800, 513);
+    assert_eq!(read, [&other.data.lock().unwrap()[1536..2048], &[OK]].concat());
+    let begun = |disk: &Memory| disk.calls.lock().unwrap().iter().map(|(offset, _)| *offset).collect::<Vec<_>>();
+    assert_eq!((begun(&other), begun(&disk).len()), (vec![1536], 2));
+}
+
+#[test]
 fn h3_a_ring_that_breaks_leaves_nothing_under_way() {
     let disk = Memory::new(DISK, false);
     let mut driver = disk.driver();
