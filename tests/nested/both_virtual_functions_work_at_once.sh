@@ -1,4 +1,5 @@
 # topology: zoo
+# long
 # limit: 600
 # One guest has a virtual function of igb and one of an NVMe, whose physical functions stay in L1: both move data at once. While pages come over
 # the network, what the disk reads has the right checksum, and the other way round; a stated number of each, and no fault.
