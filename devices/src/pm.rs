@@ -66,8 +66,8 @@ impl PmBlock {
         self.update_sci(&state);
     }
 
-    /// The interrupt line of the clock on its way to `line`: each time it rises, RTC_STS is set, so that an alarm wakes a
-    /// guest that sleeps (4.8.3.1.1).
+    /// The interrupt line of the clock on its way to `line`: each time it rises, RTC_STS is set, so that an alarm wakes
+    /// a guest that sleeps (4.8.3.1.1).
     pub fn clock_line(self: &Arc<Self>, line: Arc<dyn IrqLine>) -> Arc<dyn IrqLine> {
         Arc::new(ClockLine { power: self.clone(), line, high: AtomicBool::new(false) })
     }

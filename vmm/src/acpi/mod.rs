@@ -98,7 +98,7 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // No sleep button of the fixed kind; the power button and the clock's alarm are of that kind: their flags are off.
+        // No sleep button of the fixed kind; power button and alarm of the clock are of that kind: their flags are off.
         .flag(Flags::SlpButton)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);

@@ -25,8 +25,8 @@ pub struct Legacy {
 }
 
 impl Legacy {
-    /// Puts them on the port bus. Their lines are pins of `ioapic`, which the ACPI tables name; the clock's is an event of
-    /// `power`, too.
+    /// Puts them on the port bus. Their lines are pins of `ioapic`, which the ACPI tables name; the clock's is an event
+    /// of `power`, too.
     pub fn add(ports: &Bus, ioapic: &Arc<IoApic>, power: &Arc<PmBlock>, control: &Arc<Control>) -> Result<Self, Error> {
         let (clock, alarm) = (Arc::new(HostClock::new()), Arc::new(Alarm::default()));
         let pit = Pit::new(clock.clone(), alarm.clone(), ioapic.line(Pit::GSI));
