@@ -98,8 +98,8 @@ work_ends() {
     [ $# -gt 0 ] || set -- nvme edu network
     for kind; do
         case $kind in
-        nvme) comes "the NVMe reads no more" have_read 5 ;;
-        network) comes "not 100 answers" have_answers 100 ;;
+        nvme) comes "the NVMe reads no more" have_read 3 ;;
+        network) comes "not 30 answers" have_answers 30 ;;
         esac
     done
     touch /work-over
@@ -117,8 +117,8 @@ work_ends() {
             # Packets may be lost where the machine is slow, as on any network; a device that lost its rings would answer none. The last
             # answer may be on its way.
             sent=$(($(icmp OutEchos) - sent_before))
-            enough_answers() { [ $(($(unanswered) - unanswered_before)) -le $((sent / 100)) ]; }
-            comes "the network's work: of $sent requests more than $((sent / 100)) have no answer" enough_answers
+            enough_answers() { [ $(($(unanswered) - unanswered_before)) -le $((sent / 20)) ]; }
+            comes "the network's work: of $sent requests more than $((sent / 20)) have no answer" enough_answers
             echo "network: $(($(unanswered) - unanswered_before)) of $sent requests have no answer"
             ;;
         esac

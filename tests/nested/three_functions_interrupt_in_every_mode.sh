@@ -1,5 +1,5 @@
 # topology: ports
-# limit: 900
+# limit: 1500
 # Guests with two and four vCPUs, with interrupt remapping to x2APIC destinations and without remapping, each with an NVMe, an edu and an
 # e1000e under DMA at the same time: everything arrives, nothing faults, the audit has no difference.
 . /causeway/files/lib.sh
