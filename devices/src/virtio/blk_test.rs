@@ -312,6 +312,29 @@ fn h4_a_request_that_takes_long_keeps_no_other_one() {
     assert_eq!(driver.status(), 0xf);
 }
 
+/// A disk that keeps both of them until [`waits_for_both`] lets them go.
+fn two_reads_under_way() -> (Memory, Driver) {
+    let disk = Memory::new(DISK, false);
+    let mut driver = disk.driver();
+    disk.shut(&[512, 1024]);
+    begin(&mut driver, 0, IN, 1);
+    begin(&mut driver, 1, IN, 2);
+    disk.begun(2);
+    (disk, driver)
+}
+
+/// `stop` ends when the second of them has ended.
+fn waits_for_both(disk: &Memory, name: &str, stop: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(stop);
+        for left in [&[512][..], &[]] {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            assert!(!stopping.is_finished(), "{name}");
+            disk.shut(left);
+        }
+    });
+}
+
 #[test]
 fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
     type Stop = fn(&Driver);
@@ -321,20 +344,8 @@ fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
         ("Bus Master", |driver| driver.function.config_write(4, &[2, 0])),
     ];
     for (name, stop) in stops {
-        let disk = Memory::new(DISK, false);
-        let mut driver = disk.driver();
-        disk.shut(&[512, 1024]);
-        begin(&mut driver, 0, IN, 1);
-        begin(&mut driver, 1, IN, 2);
-        disk.begun(2);
-        std::thread::scope(|scope| {
-            let stopping = scope.spawn(|| stop(&driver));
-            for left in [&[512][..], &[]] {
-                std::thread::sleep(std::time::Duration::from_millis(30));
-                assert!(!stopping.is_finished(), "{name}");
-                disk.shut(left);
-            }
-        });
+        let (disk, mut driver) = two_reads_under_way();
+        waits_for_both(&disk, name, || stop(&driver));
         let (calls, memory) = (disk.calls.lock().unwrap().len(), driver.bytes(0, MEMORY));
         assert_eq!((calls, driver.stopped.load(Ordering::SeqCst)), (2, 0), "{name}");
         // Nothing reaches memory after it.
@@ -348,21 +359,8 @@ fn h3_a_stop_waits_for_all_that_is_under_way_and_nothing_else_begins() {
 
 #[test]
 fn h3_a_hold_waits_for_all_that_is_under_way_and_what_is_saved_goes_on_elsewhere() {
-    let disk = Memory::new(DISK, false);
-    let mut driver = disk.driver();
-    disk.shut(&[512, 1024]);
-    begin(&mut driver, 0, IN, 1);
-    begin(&mut driver, 1, IN, 2);
-    disk.begun(2);
-    std::thread::scope(|scope| {
-        let holding = scope.spawn(|| driver.function.saves().unwrap().hold());
-        for left in [&[512][..], &[]] {
-            std::thread::sleep(std::time::Duration::from_millis(30));
-            assert!(!holding.is_finished());
-            disk.shut(left);
-        }
-        holding.join().unwrap().unwrap();
-    });
+    let (disk, mut driver) = two_reads_under_way();
+    waits_for_both(&disk, "a hold", || driver.function.saves().unwrap().hold().unwrap());
     // Both are whole, and given back, before anything is saved.
     assert_eq!([0, 1].map(|slot| status_of(&driver, slot, IN)), [OK; 2]);
     // What comes now is not begun here, but where the state goes.

@@ -72,3 +72,44 @@ impl Legacy {
         self.pics.iter().for_each(|pic| pic.reset());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::time::{Duration, Instant};
+
+    use devices::host::{Interrupts, IrqRoute};
+    use vtd::{Msi, Requester};
+
+    use super::*;
+    use crate::kvm::irq;
+
+    /// All pins are masked.
+    struct Nobody;
+    impl Interrupts for Nobody {
+        fn route(&self, _: Requester) -> io::Result<Arc<dyn IrqRoute>> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn set_routes(&self, _: &[(Arc<dyn IrqRoute>, Option<Msi>)]) {}
+        fn signal(&self, _: Requester, _: Msi) {}
+    }
+
+    #[test]
+    fn an_interrupt_of_the_clock_is_an_event_of_power_management() {
+        let (ports, control) = (Bus::default(), Arc::new(Control::new(1).unwrap()));
+        let ioapic = IoApic::new(irq::ioapic_requester(), Arc::new(Nobody), None);
+        let power = Arc::new(PmBlock::new(control.clone(), None));
+        let _legacy = Legacy::add(&ports, &ioapic, &power, &control).unwrap();
+        // Register B: periodic interrupts.
+        ports.write(Rtc::FIRST, &[0x0b]);
+        ports.write(Rtc::LAST, &[0x42]);
+        let start = Instant::now();
+        let mut event = [0; 2];
+        // RTC_STS.
+        while u16::from_le_bytes(event) & 1 << 10 == 0 {
+            assert!(start.elapsed() < Duration::from_secs(30), "no event of the clock");
+            std::thread::sleep(Duration::from_millis(1));
+            power.read(PmBlock::EVENT, &mut event);
+        }
+    }
+}
